@@ -1,0 +1,58 @@
+"""What archdsl says when something is wrong: where, what was found, what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class ArchdslError(Exception):
+    """A mistake outside the code; the command line prints it without a traceback."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """A place in a text; lines and columns count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a spec; ``path`` is dotted, such as ``blocks.0.steps``."""
+
+    path: str
+    message: str
+    mark: Mark | None = None
+
+    def __str__(self) -> str:
+        return ": ".join(str(part) for part in (self.mark, self.path, self.message) if part)
+
+
+class SpecError(ArchdslError):
+    """Everything that is wrong with a spec at once, one line per problem, in reading order."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        given = [problems] if isinstance(problems, Problem) else problems
+        self.problems = sorted(set(given), key=_position)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def _position(problem: Problem) -> tuple[Mark, str, str]:
+    return problem.mark or Mark("", 0, 0), problem.path, problem.message
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to a message, such as `` (did you mean 'steps'?)``, or nothing."""
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
