@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 class ArchdslError(Exception):
@@ -15,14 +17,14 @@ class ArchdslError(Exception):
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """A place in a text; lines and columns count from 1."""
+    """A place in a text; lines and columns count from 1, line 0 stands for the whole."""
 
     file: str
     line: int
     column: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to a message, such as `` (did you mean 'steps'?)``, or nothing."""
     close = difflib.get_close_matches(word[:100], list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def described(value: Any) -> str:
+    """What was found, for the end of a message: ``a list``, ``nothing``, ``'on'``."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "nothing (null)" if value is None else reprlib.repr(value)
