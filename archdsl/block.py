@@ -1,0 +1,104 @@
+"""What every block is: a stream in, a stream of the same shape out, and what it may know besides.
+
+Shapes: B batch, T tokens of the stream (of the sequence, or what a router selected of it), H heads,
+E head size, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+
+class Primitive(nn.Module):
+    """A module that draws the initial values of the parameters it holds itself."""
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draw own parameters; ``depth`` is the number of attention layers of the model.
+
+        Matrices keep the scale of what they read: N(0, 1/fan_in).
+        """
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                normal_(child.weight, child.in_features**-0.5, rng)
+
+
+class Block(Primitive):
+    """Maps x_BTD to the same shape."""
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        raise NotImplementedError
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_BTD: Tensor, ctx: Context) -> Tensor: ...
+
+
+def normal_(weight: Tensor, std: float, rng: torch.Generator) -> None:
+    nn.init.normal_(weight, std=std, generator=rng)
+
+
+def into_stream_(weight: Tensor, fan_in: int, rng: torch.Generator, depth: int) -> None:
+    """The matrices that write to the stream: 2 * depth of them keep its variance near one."""
+    normal_(weight, (2 * depth * fan_in) ** -0.5, rng)
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of a first pass over all tokens, for later passes to attend to."""
+
+    k_BHTE: Tensor
+    v_BHTE: Tensor
+    pos_BT: Tensor | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block may know besides the stream.
+
+    ``pos_BT``: each token's place in the sequence, which survives routing; None: 0, 1, 2, ...
+    ``first``: keys and values of the first pass by attention module, where a loop shares them;
+    ``reads_first``: whether this pass reads them or writes them.
+    ``shares``: collects the share of tokens that each routed step selected.
+    """
+
+    pos_BT: Tensor | None = None
+    first: dict[nn.Module, KeysValues] | None = None
+    reads_first: bool = False
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, index_BK: Tensor) -> Context:
+        """The context of selected tokens."""
+        pos_BK = index_BK if self.pos_BT is None else self.pos_BT.gather(1, index_BK)
+        return replace(self, pos_BT=pos_BK, tables={})
+
+    def rope(self, x_BHTE: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles, shaped to multiply x_BHTE; computed once a pass."""
+        T, E = x_BHTE.shape[-2:]
+        key = (theta, T, E, x_BHTE.dtype)
+        if key not in self.tables:
+            self.tables[key] = self._angles(x_BHTE, theta)
+        return self.tables[key]
+
+    def _angles(self, x_BHTE: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+        T, E = x_BHTE.shape[-2:]
+        # half precision cannot tell neighbouring positions apart after a few thousand tokens
+        precise = torch.float64 if x_BHTE.dtype == torch.float64 else torch.float32
+        pos = self.pos_BT if self.pos_BT is not None else torch.arange(T, device=x_BHTE.device)
+        exponent = torch.arange(0, E, 2, device=x_BHTE.device, dtype=precise) / E
+        angle = pos.to(precise).unsqueeze(-1) * theta**-exponent
+        angle = torch.cat((angle, angle), -1)
+        if angle.dim() == 3:
+            angle = angle.unsqueeze(1)  # heads
+        return angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
+
+
+def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2104.09864), halves convention of LLaMA."""
+    cos, sin = table
+    low, high = x_BHTE.chunk(2, -1)
+    return x_BHTE * cos + torch.cat((-high, low), -1) * sin

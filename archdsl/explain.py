@@ -1,0 +1,70 @@
+"""Pydantic's findings in the words of the language: what is wrong, found, and right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from archdsl.errors import did_you_mean
+
+# pydantic's error types -> the rule, filled from the error's context
+RULES = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be finite",
+    "bool_type": "must be true or false",
+    "string_type": "must be a word or a text",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "literal_error": "must be {expected}",
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping",
+    "too_short": "needs at least {min_length} entries",
+}
+
+
+def explain(
+    error: ValidationError, fields: Mapping[str, FieldInfo]
+) -> list[tuple[tuple[str | int, ...], str]]:
+    """(path, message) for each error of a model with these ``fields``."""
+    found = error.errors(include_url=False)
+    return [(e["loc"], _message(e, fields)) for e in found]
+
+
+def _message(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            key = error["loc"][-1]
+            return f"unknown key{did_you_mean(str(key), fields)}; known keys: {', '.join(fields)}"
+        case "missing":
+            description = fields[str(error["loc"][-1])].description
+            return "is required" + (f": {description}" if description else "")
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case kind if kind in RULES:
+            rule = RULES[kind].format(**error.get("ctx", {}))
+            return f"{rule}, got {_shown(error['input'])}"
+        case _:
+            return error["msg"]
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case None:
+            return "nothing"
+        case _:
+            text = repr(value)
+            return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,316 @@
+"""What a model is made of, as data. Knows nothing about torch, nor which blocks exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    SerializeAsAny,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from archdsl import source
+from archdsl.errors import Problem, SpecError, did_you_mean
+from archdsl.explain import explain
+
+if TYPE_CHECKING:
+    from archdsl.block import Block
+    from archdsl.cost import Cost, Scope
+
+Path = tuple[str | int, ...]
+
+MAX_NODES = 10_000  # blocks of one model, repeats unrolled
+FAMILIES: dict[str, dict[str, type[Part]]] = {}  # filled as archdsl.blocks is imported
+
+
+class Strict(BaseModel):
+    """Immutable data; an unknown key is an error that names the known ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_what_would_be_right(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            # `from None`: the rewritten error says all that the first one did
+            raise _misfits(explain(error, cls.model_fields)) from None
+
+
+def _misfits(problems: list[tuple[Path, str]]) -> ValidationError:
+    """One pydantic error out of (path, message) pairs."""
+    return ValidationError.from_exception_data(
+        "spec",
+        [
+            InitErrorDetails(
+                type=PydanticCustomError("archdsl", "{message}", {"message": message}),
+                loc=path,
+                input=None,
+            )
+            for path, message in problems
+        ],
+    )
+
+
+class Part(Strict):
+    """A node of the tree: one ``kind`` of its family. Subclasses register by being defined."""
+
+    family: ClassVar[str]
+    example: ClassVar[Mapping[str, Any]] = {}  # a small valid instance, for the catalogue and tests
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        field = cls.model_fields.get("kind")
+        if field is None:
+            return  # the base class of a family
+        kinds = FAMILIES.setdefault(cls.family, {})
+        if field.default in kinds:
+            raise TypeError(
+                f"{cls.family} {field.default!r} is already defined in "
+                f"{kinds[field.default].__module__}"
+            )
+        kinds[field.default] = cls
+
+    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """What does not go together at width ``dim``, as (path, message)."""
+        return iter(())
+
+    def canonical(self, dim: int) -> Part | None:
+        """The same meaning in one way of saying it; None where it means nothing at all."""
+        parts: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            match getattr(self, name):
+                case Part() as part:
+                    parts[name] = part.canonical(dim)
+                case tuple() as several if several and isinstance(several[0], Part):
+                    parts[name] = tuple(part.canonical(dim) for part in several)
+        return self.model_copy(update=parts)
+
+
+class BlockSpec(Part):
+    """A block maps a stream to a stream of the same shape."""
+
+    family: ClassVar[str] = "block"
+
+    def build(self, dim: int) -> Block:
+        raise NotImplementedError
+
+    def cost(self, scope: Scope) -> Cost:
+        raise NotImplementedError
+
+    def unrolled(self) -> tuple[BlockSpec, ...]:
+        """The blocks that this one stands for; itself, unless it is a mere grouping."""
+        return (self,)
+
+    @property
+    def nodes(self) -> int:
+        """How many blocks are built for this one."""
+        return 1 + sum(p.nodes for _, p in children(self) if isinstance(p, BlockSpec))
+
+
+def slot(family: str, default: str | None = None) -> Any:
+    """Marks a field that takes any kind of ``family``; a bare word stands for its kind."""
+
+    def by_kind(value: Any) -> Any:
+        if isinstance(value, Part):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        known = FAMILIES.get(family, {})
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(
+                "archdsl",
+                "{message}",
+                {
+                    "message": f"must be a mapping that names a kind of {family} "
+                    f"({', '.join(sorted(known))}), got {value!r:.60}"
+                },
+            )
+        kind = value.get("kind", default)
+        if kind not in known:
+            found = "no kind" if kind is None else f"unknown kind {kind!r:.60}"
+            hint = did_you_mean(str(kind), known)
+            raise _misfits(
+                [
+                    (
+                        ("kind",) if "kind" in value else (),
+                        f"{found} of {family}{hint}; known kinds: {', '.join(sorted(known))}",
+                    )
+                ]
+            )
+        return known[kind].model_validate(value)
+
+    return BeforeValidator(by_kind, json_schema_input_type=Any)
+
+
+AnyBlock = Annotated[
+    SerializeAsAny[BlockSpec], slot("block"), WithJsonSchema({"x-family": "block"})
+]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size(value: Any) -> Any:
+    return source.parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+"""A whole number that may be written 162M, 4k or 64KiB."""
+
+
+def _per_step(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Number = TypeVar("Number", bound=float)
+PerStep = Annotated[
+    tuple[Number, ...],
+    BeforeValidator(_per_step),
+    PlainSerializer(lambda values: values[0] if len(values) == 1 else list(values)),
+]
+"""One value for every routed step, or a list with one for each."""
+
+
+def at_step(values: tuple[float, ...], step: int) -> float:
+    return values[0] if len(values) == 1 else values[step]
+
+
+Blocks = Annotated[tuple[AnyBlock, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Budget(Strict):
+    """Hard limits of the full-size model. ``fit`` solves for the tightest."""
+
+    params: Annotated[Size | None, Field(ge=1, description="parameters")] = None
+    flops: Annotated[
+        Size | None, Field(ge=1, description="expected forward FLOPs per token at the context")
+    ] = None
+
+
+class ModelSpec(Strict):
+    """A language model: embedding, blocks, final norm, head."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[\w.+-]+$")
+    description: str = Field("", max_length=2000)
+    vocab_size: Size = Field(ge=2, le=2**22, description="rows of the embedding")
+    context: Size = Field(ge=1, le=2**20, description="longest sequence, in tokens")
+    dim: Size = Field(ge=1, le=2**16, description="width of the stream")
+    tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
+    norm: Literal["rms", "layer"] = Field("rms", description="the norm before the head")
+    blocks: Blocks
+    budget: Budget | None = Field(None, description="what `fit` and `search` keep to")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        total = sum(block.nodes for block in self.blocks)
+        if total > MAX_NODES:
+            raise _misfits([(("blocks",), f"{total:,} blocks; at most {MAX_NODES:,} are built")])
+        problems = [
+            (path + inner, message)
+            for path, part in walk(self)
+            for inner, message in part.misfits(self.dim)
+        ]
+        if problems:
+            raise _misfits(problems)
+        return self
+
+    def canonical(self) -> ModelSpec:
+        """Sizes resolved, groupings unrolled, and what means nothing taken out."""
+        blocks = tuple(
+            leaf
+            for block in self.blocks
+            for leaf in cast(BlockSpec, block.canonical(self.dim)).unrolled()
+        )
+        return self.model_copy(
+            update={"blocks": blocks, "name": "model", "description": "", "budget": None}
+        )
+
+    def fingerprint(self) -> str:
+        """Equal for specs that mean the same model, whatever they are called (64 hex digits)."""
+        data = self.canonical().model_dump(mode="json")
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """As a YAML text that reads back to an equal spec; what is at its default is left out."""
+        return source.dump(to_tree(self))
+
+    def patch(self, path: str, value: Any) -> ModelSpec:
+        """A copy with the value at a dotted path replaced.
+
+        >>> import archdsl
+        >>> archdsl.load("tiny").patch("dim", 128).dim
+        128
+        """
+        tree = source.from_value(to_tree(self), self.name)
+        return parse_spec(source.override(tree, [f"{path}={source.dump_inline(value)}"]))
+
+
+def children(part: Strict) -> Iterator[tuple[Path, Part]]:
+    """The parts directly inside, with their paths."""
+    for name in type(part).model_fields:
+        match getattr(part, name):
+            case Part() as child:
+                yield (name,), child
+            case tuple() as several:
+                yield from (
+                    ((name, i), child) for i, child in enumerate(several) if isinstance(child, Part)
+                )
+
+
+def walk(part: Strict) -> Iterator[tuple[Path, Part]]:
+    """Every part below, parents first."""
+    for path, child in children(part):
+        yield path, child
+        yield from ((path + inner, below) for inner, below in walk(child))
+
+
+def to_tree(part: Strict) -> dict[str, Any]:
+    """Plain data in the order of the fields; values at their default are left out."""
+    tree: dict[str, Any] = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if name == "kind" or field.is_required() or value != field.get_default():
+            tree[name] = _plain(value)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Strict():
+            return to_tree(value)
+        case (int() | float() as same,):  # a per-step value that never changes
+            return same
+        case tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def parse_spec(tree: source.Tree) -> ModelSpec:
+    """A tree without search leaves as a spec. Raises SpecError with every problem and its place."""
+    if not isinstance(tree.value, Mapping):
+        found = type(tree.value).__name__
+        message = f"a spec is a mapping with name, dim, blocks, ...; got a {found}"
+        raise SpecError(Problem("", message, tree.mark(())))
+    try:
+        return ModelSpec.model_validate(tree.value)
+    except ValidationError as error:
+        raise SpecError(
+            Problem(".".join(map(str, e["loc"])), e["msg"], tree.mark(e["loc"]))
+            for e in error.errors(include_url=False, include_context=False)
+        ) from None

@@ -1,0 +1,144 @@
+"""Causal attention with grouped queries, rotary positions, optional window and QK-norm.
+
+Vaswani et al. 1706.03762; grouped queries: Ainslie et al. 2305.13245; window: Beltagy et al.
+2004.05150; QK-norm: Henry et al. 2010.04245. As a block it is bare: `layer` adds norm and residual.
+
+Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
+from archdsl.blocks.norm import EPS
+from archdsl.cost import Cost, Scope
+from archdsl.spec import BlockSpec, Path, Size
+
+
+class AttentionSpec(BlockSpec):
+    """Every token reads the tokens up to itself."""
+
+    example: ClassVar = {"kind": "attention", "head_size": 8}
+
+    kind: Literal["attention"] = "attention"
+    head_size: Size = Field(64, ge=2, le=1024, multiple_of=2, description="width of one head")
+    heads: Size | None = Field(
+        None, ge=1, le=1024, description="query heads; default: dim / head_size"
+    )
+    queries_per_kv: int = Field(
+        1, ge=1, le=1024, description="query heads that share one key/value head"
+    )
+    window: Size | None = Field(
+        None, ge=1, description="how many tokens back a query sees, itself included; default: all"
+    )
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys per head")
+    rope_theta: float | None = Field(
+        10_000.0, gt=1, description="base of the rotary angles; null: no positions"
+    )
+
+    def head_count(self, dim: int) -> int:
+        return self.heads or dim // self.head_size
+
+    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+        if self.heads is None and dim % self.head_size:
+            yield ("head_size",), f"must divide dim {dim}, got {self.head_size}"
+        elif self.head_count(dim) % self.queries_per_kv:
+            yield (
+                ("queries_per_kv",),
+                f"must divide the {self.head_count(dim)} heads, got {self.queries_per_kv}",
+            )
+
+    def canonical(self, dim: int) -> AttentionSpec:
+        return self.model_copy(update={"heads": self.head_count(dim)})
+
+    def build(self, dim: int) -> Attention:
+        return Attention(self, dim)
+
+    def cost(self, scope: Scope) -> Cost:
+        heads, E, D = self.head_count(scope.dim), self.head_size, scope.dim
+        q, kv = heads * E, heads // self.queries_per_kv * E
+        matrices = 2 * D * q + 2 * D * kv
+        applied = matrices if scope.projects else 2 * D * q
+        kept = min(scope.tokens, self.window or scope.tokens) if scope.projects else 0
+        return Cost(
+            params=matrices + (2 * E if self.qk_norm else 0),
+            matrices=matrices,
+            flops=2 * scope.tokens * applied + 4 * scope.tokens * scope.keys * q,
+            kv=2 * kv * kept,
+            layers=1,
+            passes=scope.tokens,
+            scores=4 * scope.tokens * scope.tokens * q,
+        )
+
+
+class Attention(Block):
+    def __init__(self, spec: AttentionSpec, dim: int) -> None:
+        super().__init__()
+        self.head_size, self.window, self.theta = spec.head_size, spec.window, spec.rope_theta
+        q_size = spec.head_count(dim) * spec.head_size
+        kv_size = q_size // spec.queries_per_kv
+        self.grouped = spec.queries_per_kv > 1
+        self.q = nn.Linear(dim, q_size, bias=False)
+        self.k = nn.Linear(dim, kv_size, bias=False)
+        self.v = nn.Linear(dim, kv_size, bias=False)
+        self.o = nn.Linear(q_size, dim, bias=False)
+        self.q_norm = nn.RMSNorm(spec.head_size, eps=EPS) if spec.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(spec.head_size, eps=EPS) if spec.qk_norm else nn.Identity()
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        into_stream_(self.o.weight, self.o.in_features, rng, depth)
+        for norm in (self.q_norm, self.k_norm):
+            if isinstance(norm, nn.RMSNorm):
+                norm.reset_parameters()
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        q_BHTE = self._turn(self.q_norm(self._heads(self.q(x_BTD))), ctx)
+        kv = self._keys_values(x_BTD, ctx)
+        mask = self._mask(ctx, kv, x_BTD)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            kv.k_BHTE,
+            kv.v_BHTE,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        )
+        return self.o(rearrange(y_BHTE, "b h t e -> b t (h e)"))
+
+    def _keys_values(self, x_BTD: Tensor, ctx: Context) -> KeysValues:
+        if ctx.first is not None and ctx.reads_first:
+            return ctx.first[self]
+        k_BGTE = self._turn(self.k_norm(self._heads(self.k(x_BTD))), ctx)
+        kv = KeysValues(k_BGTE, self._heads(self.v(x_BTD)), ctx.pos_BT)
+        if ctx.first is not None:
+            ctx.first[self] = kv
+        return kv
+
+    def _mask(self, ctx: Context, kv: KeysValues, x_BTD: Tensor) -> Tensor | None:
+        """Which keys a query sees, [B, 1, T, S]; None where that is plain causal order."""
+        if ctx.pos_BT is kv.pos_BT and self.window is None:
+            return None  # the stream is in sequence order, also after routing
+        pos_BT, pos_BS = (
+            torch.arange(n, device=x_BTD.device).unsqueeze(0) if pos is None else pos
+            for pos, n in ((ctx.pos_BT, x_BTD.size(1)), (kv.pos_BT, kv.k_BHTE.size(2)))
+        )
+        back_BTS = pos_BT.unsqueeze(2) - pos_BS.unsqueeze(1)
+        seen_BTS = back_BTS >= 0
+        if self.window is not None:
+            seen_BTS &= back_BTS < self.window
+        return seen_BTS.unsqueeze(1)
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return rearrange(x_BTD, "b t (h e) -> b h t e", e=self.head_size)
+
+    def _turn(self, x_BHTE: Tensor, ctx: Context) -> Tensor:
+        return x_BHTE if self.theta is None else rotate(x_BHTE, ctx.rope(x_BHTE, self.theta))

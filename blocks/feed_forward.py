@@ -1,0 +1,72 @@
+"""Feed-forward: what a token does by itself. SwiGLU (Shazeer 2002.05202) or GELU.
+
+As a block it is bare: `layer` adds norm and residual.
+
+Shapes: B batch, T tokens, D width, F hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context, into_stream_
+from archdsl.cost import Cost, Scope, linear
+from archdsl.spec import BlockSpec, Path, Size
+
+MULTIPLE = 32  # a hidden size from a ratio is rounded up to this, for the kernels' sake
+
+
+class FeedForwardSpec(BlockSpec):
+    """Two or three matrices around a non-linearity."""
+
+    example: ClassVar = {"kind": "feed_forward", "hidden": 24}
+
+    kind: Literal["feed_forward"] = "feed_forward"
+    hidden: Size | None = Field(None, ge=1, le=2**18, description="hidden size")
+    ratio: float | None = Field(
+        None, gt=0, le=64, description="hidden size over dim; default 8/3, rounded up to 32s"
+    )
+    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="swiglu has a gate matrix")
+
+    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+        if self.hidden is not None and self.ratio is not None:
+            yield ("ratio",), "say either hidden or ratio, not both"
+
+    def hidden_size(self, dim: int) -> int:
+        return self.hidden or -(-int((self.ratio or 8 / 3) * dim) // MULTIPLE) * MULTIPLE
+
+    def canonical(self, dim: int) -> FeedForwardSpec:
+        return self.model_copy(update={"hidden": self.hidden_size(dim), "ratio": None})
+
+    def build(self, dim: int) -> FeedForward:
+        return FeedForward(self, dim)
+
+    def cost(self, scope: Scope) -> Cost:
+        D, hidden = scope.dim, self.hidden_size(scope.dim)
+        up = [(D, hidden)] * (2 if self.activation == "swiglu" else 1)
+        return linear(scope.tokens, *up, (hidden, D))
+
+
+class FeedForward(Block):
+    def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
+        super().__init__()
+        hidden = spec.hidden_size(dim)
+        self.gate = nn.Linear(dim, hidden, bias=False) if spec.activation == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        into_stream_(self.down.weight, self.down.in_features, rng, depth)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            return self.down(F.gelu(up_BTF))
+        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)

@@ -1,0 +1,69 @@
+"""Layer: the LLaMA pair, pre-norm attention and pre-norm feed-forward (Touvron et al. 2302.13971).
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny, WithJsonSchema
+from torch import Tensor
+
+from archdsl.block import Block, Context
+from archdsl.blocks.attention import AttentionSpec
+from archdsl.blocks.feed_forward import FeedForwardSpec
+from archdsl.blocks.norm import NormType, make_norm, norm_cost
+from archdsl.cost import Cost, Scope
+from archdsl.spec import BlockSpec, slot
+
+
+class LayerSpec(BlockSpec):
+    """x + attention(norm(x)), then the same with feed-forward."""
+
+    example: ClassVar = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
+
+    kind: Literal["layer"] = "layer"
+    attention: Annotated[
+        SerializeAsAny[BlockSpec],
+        slot("block", "attention"),
+        WithJsonSchema({"x-family": "block", "x-default": "attention"}),
+    ] = Field(AttentionSpec(), description="what mixes the tokens")
+    ffn: Annotated[
+        SerializeAsAny[BlockSpec],
+        slot("block", "feed_forward"),
+        WithJsonSchema({"x-family": "block", "x-default": "feed_forward"}),
+    ] = Field(FeedForwardSpec(), description="what each token does by itself")
+    norm: NormType = Field("rms", description="the norm before each of the two")
+
+    def build(self, dim: int) -> Layer:
+        return Layer(self, dim)
+
+    def cost(self, scope: Scope) -> Cost:
+        norm = norm_cost(self.norm, scope.dim)
+        return scope.together(
+            {
+                "attention_norm": norm,
+                "attention": self.attention.cost(scope),
+                "ffn_norm": norm,
+                "ffn": self.ffn.cost(scope),
+            }
+        )
+
+
+class Layer(Block):
+    def __init__(self, spec: LayerSpec, dim: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(spec.norm, dim)
+        self.attention = spec.attention.build(dim)
+        self.ffn_norm = make_norm(spec.norm, dim)
+        self.ffn = spec.ffn.build(dim)
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        self.attention_norm.reset_parameters()
+        self.ffn_norm.reset_parameters()
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), ctx)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD), ctx)

@@ -1,0 +1,57 @@
+"""Stack: blocks one after the other, the whole series repeated with weights of its own."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context
+from archdsl.cost import Cost, Scope
+from archdsl.spec import Blocks, BlockSpec
+
+
+class StackSpec(BlockSpec):
+    """``repeat`` copies of ``body``, each with its own weights."""
+
+    example: ClassVar = {
+        "kind": "stack",
+        "repeat": 2,
+        "body": [{"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}],
+    }
+
+    kind: Literal["stack"] = "stack"
+    repeat: int = Field(1, ge=1, le=1024, description="how many copies of the body")
+    body: Blocks
+
+    @property
+    def nodes(self) -> int:
+        return 1 + self.repeat * sum(block.nodes for block in self.body)
+
+    def unrolled(self) -> tuple[BlockSpec, ...]:
+        return tuple(leaf for block in self.body for leaf in block.unrolled()) * self.repeat
+
+    def canonical(self, dim: int) -> BlockSpec:
+        stack = super().canonical(dim)
+        assert isinstance(stack, StackSpec)
+        blocks = stack.unrolled()
+        return blocks[0] if len(blocks) == 1 else StackSpec(body=blocks)
+
+    def build(self, dim: int) -> Stack:
+        return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])
+
+    def cost(self, scope: Scope) -> Cost:
+        one = scope.together({f"body.{i}": block.cost(scope) for i, block in enumerate(self.body)})
+        return one.copies(self.repeat)
+
+
+class Stack(Block):
+    def __init__(self, blocks: list[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        for block in self.blocks:
+            x_BTD = block(x_BTD, ctx)
+        return x_BTD

@@ -1,0 +1,102 @@
+"""Step encoding: how the body can tell one thinking step from another.
+
+    scale  the step's result times phi(t), learned, element-wise  (TSE, Chen et al. 2502.13842)
+    add    the step's input plus e(t), learned                    (Dehghani et al. 1807.03819)
+
+Shapes: S steps, D width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from archdsl.block import Primitive, normal_
+from archdsl.cost import Cost, vectors
+from archdsl.spec import Part
+
+
+class EncodingSpec(Part):
+    """Marks the steps of a loop, before or after the body."""
+
+    family: ClassVar[str] = "encoding"
+
+    def cost(self, dim: int, steps: int) -> Cost:
+        return vectors(steps * dim)
+
+    def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
+        """``further_phi``: where the loop's residual wants factors after the first to start."""
+        raise NotImplementedError
+
+
+class ScaleSpec(EncodingSpec):
+    """The result of step t is multiplied by phi(t)."""
+
+    example: ClassVar = {"kind": "scale"}
+
+    kind: Literal["scale"] = "scale"
+    first: float = Field(1.0, ge=-10, le=10, description="phi of the first step at the start")
+    init: float | None = Field(
+        None,
+        ge=-10,
+        le=10,
+        description="phi of further steps at the start; default: 0.5 where results are summed "
+        "(thinking), else 1. At 0 a summed model starts as its plain backbone",
+    )
+
+    def build(self, dim: int, steps: int, further_phi: float) -> Scale:
+        further = further_phi if self.init is None else self.init
+        return Scale(dim, steps, self.first, further)
+
+
+class AddSpec(EncodingSpec):
+    """The input of step t has e(t) added."""
+
+    example: ClassVar = {"kind": "add"}
+
+    kind: Literal["add"] = "add"
+    std: float = Field(0.02, ge=0, le=10, description="spread of e at the start")
+
+    def build(self, dim: int, steps: int, further_phi: float) -> Add:
+        return Add(dim, steps, self.std)
+
+
+class Encoding(Primitive):
+    """No encoding: every step looks the same."""
+
+    def before(self, x: Tensor, step: int) -> Tensor:
+        return x
+
+    def after(self, y: Tensor, step: int) -> Tensor:
+        return y
+
+
+class Scale(Encoding):
+    def __init__(self, dim: int, steps: int, first: float, further: float) -> None:
+        super().__init__()
+        self.start = (first, further)
+        self.phi_SD = nn.Parameter(torch.empty(steps, dim))
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        first, further = self.start
+        nn.init.constant_(self.phi_SD, further)
+        nn.init.constant_(self.phi_SD[0], first)
+
+    def after(self, y: Tensor, step: int) -> Tensor:
+        return y * self.phi_SD[step]
+
+
+class Add(Encoding):
+    def __init__(self, dim: int, steps: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.e_SD = nn.Parameter(torch.empty(steps, dim))
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        normal_(self.e_SD, self.std, rng)
+
+    def before(self, x: Tensor, step: int) -> Tensor:
+        return x + self.e_SD[step]
