@@ -17,13 +17,15 @@ from fractions import Fraction
 from typing import Any
 
 from archdsl.errors import Mark, Problem, SpecError, described, did_you_mean
-from archdsl.yaml12 import MAX_CHARS, Path, Tree, dotted, dump, parse
+from archdsl.yaml12 import MAX_CHARS, Path, Tree, dotted, dump, dump_inline, parse
 
 __all__ = [
     "Path",
     "Tree",
+    "at_mark",
     "dotted",
     "dump",
+    "dump_inline",
     "from_value",
     "merge",
     "override",
@@ -175,8 +177,13 @@ def _subtree(tree: Tree, path: Path) -> Tree:
 
 def from_value(value: Any, file: str) -> Tree:
     """A plain Python value as a tree; all of it stands in ``file``, without lines."""
+    return at_mark(value, Mark(file, 0, 0))
+
+
+def at_mark(value: Any, mark: Mark | None) -> Tree:
+    """A plain Python value as a tree that stands in one place with all its parts."""
     plain = _plain(value)
-    return Tree(plain, dict.fromkeys(_paths(plain), Mark(file, 0, 0)))
+    return Tree(plain, dict.fromkeys(_paths(plain), mark) if mark else {})
 
 
 def _plain(value: Any) -> Any:
@@ -263,8 +270,8 @@ def merge(base: Tree, patch: Tree) -> Tree:
     """
     value = _merge(base.value, patch.value)
     # a place that both know is in the result as patch has it, since what patch replaces it owns
-    marks = {path: patch.marks.get(path) or base.marks.get(path) for path in _paths(value)}
-    return Tree(value, {path: mark for path, mark in marks.items() if mark})
+    known = base.marks | patch.marks
+    return Tree(value, {path: known[path] for path in _paths(value) if path in known})
 
 
 def _merge(base: Any, patch: Any) -> Any:

@@ -46,7 +46,7 @@ class Tree:
     """Plain dicts, lists and scalars, and the place in the text of the value at each path."""
 
     value: Any
-    marks: Mapping[Path, Mark]
+    marks: dict[Path, Mark]
 
     def mark(self, path: Path) -> Mark | None:
         """The place of the value at ``path``, or of the nearest value around it."""
@@ -244,7 +244,7 @@ def _plain(node: _Node, path: Path, marks: dict[Path, Mark]) -> Any:
 
 def dump(value: Any) -> str:
     """YAML that ``parse`` reads back as an equal value; what is short stands on one line."""
-    lines = _block(value, 0) if _is_collection(value) and value else [_flow(value)]
+    lines = _block(value, 0) if _is_collection(value) and value else [dump_inline(value)]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -263,19 +263,19 @@ def _block(value: Any, column: int) -> list[str]:
 
 def _entry(key: str, value: Any, column: int) -> list[str]:
     if _is_short(value, column + len(key) + 1):
-        return [f"{key} {_flow(value)}"]
+        return [f"{key} {dump_inline(value)}"]
     return [key, *(f"  {line}" for line in _block(value, column + 2))]
 
 
 def _item(value: Any, column: int) -> list[str]:
-    first, *rest = [_flow(value)] if _is_short(value, column) else _block(value, column)
+    first, *rest = [dump_inline(value)] if _is_short(value, column) else _block(value, column)
     return [f"- {first}", *(f"  {line}" for line in rest)]
 
 
 def _is_short(value: Any, column: int) -> bool:
     if not _is_collection(value) or not value:
         return True
-    return _is_flat(value) and column + len(_flow(value)) <= MAX_COLUMNS
+    return _is_flat(value) and column + len(dump_inline(value)) <= MAX_COLUMNS
 
 
 def _is_flat(value: Any) -> bool:
@@ -290,11 +290,14 @@ def _is_flat(value: Any) -> bool:
     )
 
 
-def _flow(value: Any) -> str:
+def dump_inline(value: Any) -> str:
+    """The same on one line, however long."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_text(key)}: {_flow(item)}' for key, item in value.items())}}}"
+        return (
+            f"{{{', '.join(f'{_text(key)}: {dump_inline(item)}' for key, item in value.items())}}}"
+        )
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_flow, value))}]"
+        return f"[{', '.join(map(dump_inline, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if not isinstance(value, int | float):

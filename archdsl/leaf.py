@@ -1,0 +1,175 @@
+"""The kinds of leaves: a range of numbers, a choice, a size that the budget decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from archdsl.errors import described, did_you_mean
+
+DEFAULT = Field(description="the value to take without a search")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, got {described(value)}")
+    return value
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, dict | list | tuple):
+        raise ValueError(f"must be a number, a word, true, false or null, got {described(value)}")
+    return value
+
+
+def _choices(value: Any) -> Any:
+    """A tuple of distinct scalars, or a dict of subtrees by label."""
+    if not isinstance(value, dict | list | tuple) or not value:
+        raise ValueError("must be a list of values, or labels with a subtree each; neither empty")
+    if isinstance(value, dict):
+        return value
+    if any(isinstance(item, dict | list | tuple) for item in value):
+        raise ValueError("lists and mappings as choices need labels: {label: [...], other: [...]}")
+    for i, item in enumerate(value):
+        if any(_same(item, other) for other in value[:i]):
+            raise ValueError(f"choice {item!r} is given twice")
+    return tuple(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _exact(number: float) -> Fraction:
+    # as it is written: 0.1 is a tenth here, so that 0.3 + 3 * 0.1 is 0.6
+    return Fraction(str(number))
+
+
+Number = Annotated[int | float, BeforeValidator(_number)]
+Scalar = Annotated[bool | int | float | str | None, BeforeValidator(_scalar)]
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Range(_Strict):
+    """Numbers from ``low`` to ``high``: whole ones, unless one of those given has a point."""
+
+    low: Number
+    high: Number
+    step: Number | None = None
+    log: bool = False
+    default: Number = DEFAULT
+    name: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_type(cls, body: dict[str, Any]) -> dict[str, Any]:
+        given = {key: body.get(key) for key in ("low", "high", "step", "default")}
+        if not any(type(value) is float for value in given.values()):
+            return body
+        return body | {key: float(value) for key, value in given.items() if type(value) is int}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs a low above 0 and no step")
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"step must be above 0, got {self.step}")
+        if self.step and (_exact(self.high) - _exact(self.low)) % _exact(self.step):
+            raise ValueError(f"step {self.step} does not lead from {self.low} to {self.high}")
+        self.take(self.default)
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.low, int)
+
+    def take(self, value: Any) -> int | float:
+        """The value in the type of this range; raises ValueError if it is none of its values."""
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
+            wanted = "a whole number" if self.is_whole else "a number"
+            raise ValueError(f"must be {wanted}, got {described(value)}")
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{value} lies outside of {self.low} to {self.high}")
+        if self.step and (_exact(value) - _exact(self.low)) % _exact(self.step):
+            raise ValueError(f"{value} is not {self.low} plus a multiple of the step {self.step}")
+        return value if self.is_whole else float(value)
+
+    @property
+    def count(self) -> int | None:
+        """How many values there are; None where they are continuous."""
+        if self.step is None and not self.is_whole:
+            return None
+        return int((_exact(self.high) - _exact(self.low)) / _exact(self.step or 1)) + 1
+
+    def grid(self, i: int) -> int | float:
+        """Value number ``i`` from 0, as it would be written: 0.6, never 0.6000000000000001."""
+        if self.count is None or not 0 <= i < self.count:
+            raise IndexError(f"value {i} of a range that has {self.count or 'no numbered'} values")
+        value = _exact(self.low) + i * _exact(self.step or 1)
+        return int(value) if self.is_whole else float(value)
+
+    def values(self) -> Iterator[int | float]:
+        return (self.grid(i) for i in range(self.count or 0))
+
+
+class Choice(_Strict):
+    """One of several values, or one of several whole subtrees, known by their labels."""
+
+    choices: Annotated[tuple[Scalar, ...] | dict[str, Any], PlainValidator(_choices)]
+    default: Scalar = DEFAULT
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _default_is_a_choice(self) -> Self:
+        self.take(self.default)
+        return self
+
+    def take(self, value: Any) -> Any:
+        """The value or label as written among the choices; raises ValueError if it is none."""
+        for choice in self.choices:
+            if _same(choice, value):
+                return choice
+        hint = did_you_mean(str(value), map(str, self.choices))
+        known = ", ".join(map(repr, self.choices))
+        raise ValueError(f"{value!r} is not one of the choices {known}{hint}")
+
+    @property
+    def subtrees(self) -> dict[str, Any]:
+        """The subtrees by label; empty for a choice among scalars."""
+        return self.choices if isinstance(self.choices, dict) else {}
+
+
+class Fit(_Strict):
+    """A size left to the budget: the multiple of ``multiple_of`` that comes just under it."""
+
+    multiple_of: int = Field(ge=1)
+    default: int = DEFAULT
+    low: int = Field(ge=1, description="the smallest size to try")
+    high: int = Field(description="the largest size to try")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wide_by_default(cls, body: dict[str, Any]) -> dict[str, Any]:
+        unit = body.get("multiple_of")
+        return {"low": unit, "high": 1024 * unit, **body} if isinstance(unit, int) else body
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for key in ("low", "high", "default"):
+            if getattr(self, key) % self.multiple_of:
+                raise ValueError(f"{key} must be a multiple of {self.multiple_of}")
+        if not self.low <= self.default <= self.high:
+            raise ValueError(f"default {self.default} lies outside of {self.low} to {self.high}")
+        return self
+
+
+Leaf = Range | Choice
