@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -51,7 +52,10 @@ class Data(Protocol):
     def held_out(
         self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """The same tokens for every model, at most ``limit_tokens`` of them; the last batch may be smaller."""
+        """The same windows for every model, of ``limit_tokens`` in all, or one."""
 
     def bytes_per_token(self, split: Split) -> float | None:
-        """Bytes of text per target: nats per token / ln 2 / this = bits per byte. None for skills."""
+        """Turns nats into bits per byte: nats / ln 2 / this. None for skills."""
+
+    def save_tokenizer(self, path: Path) -> None:
+        """Writes tokenizer.json; skills have none and write nothing."""

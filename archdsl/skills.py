@@ -1,7 +1,7 @@
-"""Synthetic tasks that need depth, generated from a seed: what thinking steps buy, within minutes.
+"""Synthetic tasks that need depth, generated from a seed: what thinking buys, seen in minutes.
 
-A skill draws sequences of tokens and, for some positions, the token to be predicted there. The score
-is the share of those positions answered exactly. ``chance`` is the expected score of the best
+A skill draws sequences of tokens and, for some positions, the token to be predicted there. The
+score is the share of those positions answered exactly. ``chance`` is the expected score of the best
 constant guess; where all answers are equally likely this is also what a uniform guess gets.
 
 Shapes: B sequences, T tokens, A alphabet, M marked tokens, R problems, N operands.
@@ -44,10 +44,10 @@ class Skill(BaseModel):
 
 
 class PHop(Skill):
-    """Jump ``hops`` times to what followed the last earlier occurrence of the token, name what is there.
+    """Jump ``hops`` times to what followed the token's last earlier occurrence; say what is there.
 
     Sanford et al. 2024 (arXiv 2402.09268), asked at every position from which all hops exist.
-    chance: the task is the same under any renaming of the alphabet, so all answers are equally likely.
+    chance: renaming the alphabet changes nothing, so all answers are equally likely.
     """
 
     name = "p-hop"
@@ -121,10 +121,10 @@ def _composition(elements: list[tuple[int, ...]]) -> Ints:
 
 
 class Arithmetic(Skill):
-    """Fully bracketed expressions such as ``((3+1)*(2-4))=`` modulo ``modulus``, answered after each '='.
+    """Expressions such as ``((3+1)*(2-4))=`` modulo ``modulus``, answered after each '='.
 
-    Tokens: the digits, then + - * ( ) =. Sequences are problems with their answers, end to end, cut
-    at ``length``. chance: the share of the most frequent answer (zero, for * makes it so).
+    Tokens: the digits, then + - * ( ) =. Sequences are problems with their answers, end to end,
+    cut at ``length``. chance: the share of the most frequent answer (zero, for * makes it so).
     """
 
     name = "arithmetic"
@@ -156,7 +156,7 @@ class Arithmetic(Skill):
 
 
 def _problems(rng: np.random.Generator, count: int, operands: int, modulus: int) -> Ints:
-    """Expressions with '=' and their answers: all have the same length, for every pair has brackets."""
+    """Expressions with '=' and answer: every pair has brackets, so all are of one length."""
     digits_RN = rng.integers(modulus, size=(count, operands))
     operators_RN = rng.integers(3, size=(count, operands - 1))
     # joining neighbours in random order draws the tree of brackets
@@ -200,10 +200,12 @@ def _answer_shares(modulus: int, operands: int) -> NDArray[np.float64]:
     """How likely each answer is: the last join is equally likely to be at any operator."""
     a, b = np.indices((modulus, modulus))
     tables = [op % modulus for op in (a + b, a - b, a * b)]
-    shares = [np.full(modulus, 1 / modulus)]
-    for n in range(2, operands + 1):
-        pair = sum(np.outer(shares[k - 1], shares[n - k - 1]) for k in range(1, n)) / (n - 1)
-        shares.append(sum(np.bincount(t.ravel(), np.ravel(pair), modulus) for t in tables) / 3)
+    shares: list[NDArray[np.float64]] = [np.full(modulus, 1 / modulus)]
+    for _ in range(1, operands):
+        pairs = [np.outer(a, b) for a, b in zip(shares, reversed(shares), strict=True)]
+        pair = np.mean(pairs, axis=0).ravel()
+        answers = [np.bincount(table.ravel(), pair, modulus) for table in tables]
+        shares.append(np.mean(answers, axis=0))
     return shares[-1]
 
 
@@ -247,8 +249,8 @@ class SelectiveCopy(Skill):
 class Recall(Skill):
     """``pairs`` of a key and its value, then keys whose values are asked for.
 
-    After Arora et al. 2023 (arXiv 2312.04927). Tokens: the keys, then the values. Keys differ within
-    a sequence. chance: values are drawn uniformly and independently of the keys.
+    After Arora et al. 2023 (arXiv 2312.04927). Tokens: the keys, then the values. Keys differ
+    within a sequence. chance: values are drawn uniformly and independently of the keys.
     """
 
     name = "recall"
@@ -298,7 +300,9 @@ def parse_skill(text: str) -> Skill:
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in kind.model_fields or not equals or key in given:
             allowed = ", ".join(f"{k}={f.default}" for k, f in kind.model_fields.items())
-            fault = "given twice" if key in given else f"unknown{did_you_mean(key, kind.model_fields)}"
+            fault = (
+                "given twice" if key in given else f"unknown{did_you_mean(key, kind.model_fields)}"
+            )
             fault = fault if equals else "without a value"
             raise DataError(f"skill {name}: option {key!r} is {fault}; options: {allowed}")
         given[key] = value

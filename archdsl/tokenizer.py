@@ -17,6 +17,8 @@ from archdsl.batch import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+Tokens = NDArray[np.unsignedinteger]
+
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # every byte and the end of a document have a place
@@ -91,8 +93,8 @@ def make_tokenizer(choice: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def end_of_document(tokenizer: Tokenizer) -> int:
-    ids = (tokenizer.token_to_id(end) for end in KNOWN_ENDS)
-    return next(token for token in ids if token is not None)
+    special = _special_tokens(tokenizer)
+    return next(special[end] for end in KNOWN_ENDS if end in special)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -100,32 +102,40 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
-    """The tokens of each text, without an end."""
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
+    """The tokens of each text, without an end, and how many bytes the text has."""
     if tokenizer.to_str() == byte_level().to_str():
         for text in texts:
-            yield np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+            content = np.frombuffer(text.encode(), np.uint8)
+            yield content, len(content)
         return
     remaining = iter(texts)
     while some := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):
-            yield np.array(encoding.ids, np.uint32)
+        encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+        for text, encoding in zip(some, encodings, strict=True):
+            yield np.array(encoding.ids, np.uint32), len(text.encode())
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # the letters "</s>" in a text are letters
-    if all(tokenizer.token_to_id(end) is None for end in KNOWN_ENDS):
+    if not _special_tokens(tokenizer).keys() & set(KNOWN_ENDS):
         tokenizer.add_special_tokens([END_OF_DOCUMENT])
     return tokenizer
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Without those that are words of the vocabulary and no more."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special}
 
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise DataError(
-            f"tokenizer {str(path)!r}: no such file; expected 'bytes', 'bpe:SIZE' such as bpe:4096, "
-            "or the path of a tokenizer.json"
+            f"tokenizer {str(path)!r}: no such file; expected 'bytes', 'bpe:SIZE' such as "
+            "bpe:4096, or the path of a tokenizer.json"
         )
     try:
         return path.read_bytes()
