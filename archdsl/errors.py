@@ -61,9 +61,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def described(value: Any) -> str:
-    """What was found, for the end of a message: ``a list``, ``nothing``, ``'on'``."""
+    """What was found, for the end of a message: ``a list``, ``true``, ``'on'``."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    return "nothing (null)" if value is None else reprlib.repr(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return reprlib.repr(value)

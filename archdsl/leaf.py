@@ -35,7 +35,7 @@ def _choices(value: Any) -> Any:
         raise ValueError("lists and mappings as choices need labels: {label: [...], other: [...]}")
     for i, item in enumerate(value):
         if any(_same(item, other) for other in value[:i]):
-            raise ValueError(f"choice {item!r} is given twice")
+            raise ValueError(f"choice {described(item)} is given twice")
     return tuple(value)
 
 
@@ -139,8 +139,8 @@ class Choice(_Strict):
             if _same(choice, value):
                 return choice
         hint = did_you_mean(str(value), map(str, self.choices))
-        known = ", ".join(map(repr, self.choices))
-        raise ValueError(f"{value!r} is not one of the choices {known}{hint}")
+        known = ", ".join(map(described, self.choices))
+        raise ValueError(f"{described(value)} is not one of the choices {known}{hint}")
 
     @property
     def subtrees(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class _Walk:
         return None
 
     def model(self, body: dict[str, Any], path: Path, place: str) -> Leaf | Fit | None:
-        kind: type[Leaf | Fit] = Choice if "choices" in body else Range
+        kind: type[Leaf | Fit] = Range if "low" in body or "high" in body else Choice
         kind = Fit if path[-1] == "fit" else kind
         try:
             return kind.model_validate(body)
@@ -81,13 +81,13 @@ class _Walk:
         return name, leaf
 
     def visit(self, value: Any, path: Path, place: str) -> None:
-        """Every leaf in ``value``, in each subtree of each choice."""
-        if not _is_leaf(value):
-            for part, item in _items(value):
-                self.visit(item, (*path, part), _join(place, part))
-        elif named := self.read(value, path, place):
+        """Every leaf in ``value``, in each subtree of each choice, also where a leaf is wrong."""
+        if named := self.read(value, path, place) if _is_leaf(value) else None:
             for label, subtree in _subtrees(named[1]).items():
                 self.visit(subtree, _inside(path, label), f"{place}[{label}]")
+            return
+        for part, item in _items(value):
+            self.visit(item, (*path, part), _join(place, part))
 
 
 def _is_leaf(value: Any) -> bool:
