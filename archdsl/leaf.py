@@ -160,7 +160,8 @@ class Fit(_Strict):
     @classmethod
     def _wide_by_default(cls, body: dict[str, Any]) -> dict[str, Any]:
         unit = body.get("multiple_of")
-        return {"low": unit, "high": 1024 * unit, **body} if isinstance(unit, int) else body
+        least = unit if isinstance(unit, int) and unit > 0 else 1
+        return {"low": least, "high": 1024 * least, **body}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
