@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D width, F hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -39,7 +40,10 @@ class FeedForwardSpec(BlockSpec):
             yield ("ratio",), "say either hidden or ratio, not both"
 
     def hidden_size(self, dim: int) -> int:
-        return self.hidden or -(-int((self.ratio or 8 / 3) * dim) // MULTIPLE) * MULTIPLE
+        if self.hidden:
+            return self.hidden
+        share = (self.ratio or 8 / 3) * dim / MULTIPLE
+        return max(1, math.ceil(share - 1e-9)) * MULTIPLE  # 8 / 3 * 12 is not quite 32
 
     def canonical(self, dim: int) -> FeedForwardSpec:
         return self.model_copy(update={"hidden": self.hidden_size(dim), "ratio": None})

@@ -1,0 +1,108 @@
+"""Attention against its definition, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from archdsl.block import Context
+from archdsl.blocks.attention import Attention, AttentionSpec
+from tests import naive
+
+D = 12
+
+
+def spec(**fields: Any) -> AttentionSpec:
+    return AttentionSpec(**{"head_size": 4} | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"heads": 5},
+        {"queries_per_kv": 3},
+        {"heads": 6, "head_size": 2, "queries_per_kv": 2},
+        {"window": 1},
+        {"window": 3},
+        {"window": 99},
+        {"qk_norm": True},
+        {"rope_theta": None},
+        {"rope_theta": 17.0},
+        {"queries_per_kv": 3, "window": 4, "qk_norm": True, "rope_theta": 31.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [1, 7, 13])
+def test_agrees_with_the_definition(fields: dict[str, Any], tokens: int) -> None:
+    naive.agrees(spec(**fields), D, tokens)
+
+
+POS = [[0, 3, 4, 9, 20], [1, 2, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 4}, {"queries_per_kv": 3}], ids=str)
+def test_selected_tokens_keep_their_places_in_the_sequence(fields: dict[str, Any]) -> None:
+    module = built(**fields)
+    x_BTD = naive.stream(2, 5, D)
+    want = torch.stack(
+        [
+            torch.stack(naive.run(module, list(x_TD), pos, None, False))
+            for x_TD, pos in zip(x_BTD, POS, strict=True)
+        ]
+    )
+    got = module(x_BTD, Context(torch.tensor(POS)))
+    naive.agree(got, want, [x_BTD, *module.parameters()])
+
+
+def test_a_selection_of_a_selection_keeps_its_places_too() -> None:
+    once = Context().at(torch.tensor([[2, 5, 6, 9]]))
+    assert once.pos_BT is not None
+    assert once.pos_BT.tolist() == [[2, 5, 6, 9]]
+    twice = once.at(torch.tensor([[1, 3]]))
+    assert twice.pos_BT is not None
+    assert twice.pos_BT.tolist() == [[5, 9]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 3}, {"qk_norm": True}], ids=str)
+def test_a_later_pass_reads_the_keys_and_values_of_the_first(fields: dict[str, Any]) -> None:
+    module = built(**fields)
+    x_BTD, later_BKD = naive.stream(2, 10, D), naive.stream(2, 5, D, seed=5)
+    picked = torch.tensor([[0, 3, 4, 8, 9], [1, 2, 6, 7, 8]])
+
+    first: dict[Any, Any] = {}
+    module(x_BTD, Context(first=first))
+    got = module(later_BKD, Context(first=first, reads_first=True).at(picked))
+
+    def rows() -> Iterator[torch.Tensor]:
+        for x_TD, later_KD, pos in zip(x_BTD, later_BKD, picked.tolist(), strict=True):
+            memory: naive.Memory = {}
+            naive.run(module, list(x_TD), list(range(10)), memory, False)
+            yield torch.stack(naive.run(module, list(later_KD), pos, memory, True))
+
+    naive.agree(got, torch.stack(list(rows())), [x_BTD, later_BKD, *module.parameters()])
+
+
+def test_rotary_positions_stay_apart_in_half_precision() -> None:
+    x = torch.ones(1, 1, 4096, 8, dtype=torch.bfloat16)
+    cos, sin = Context().rope(x, 10_000.0)
+    want = torch.arange(4096).double()
+    torch.testing.assert_close(cos[:, 0].double(), want.cos(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(sin[:, 0].double(), want.sin(), atol=5e-3, rtol=0)
+
+
+def test_what_a_window_no_longer_sees_is_not_kept() -> None:
+    from archdsl.cost import Scope
+
+    assert spec(window=5).cost(Scope(D, 9, 9)).kv == 2 * 5 * D
+    assert spec(window=5).cost(Scope(D, 3, 3)).kv == 2 * 3 * D
+    assert spec(queries_per_kv=3).cost(Scope(D, 9, 9)).kv == 2 * 9 * D // 3
+
+
+def built(**fields: Any) -> Attention:
+    module = spec(**fields).build(D)
+    naive.randomise(module)
+    return module

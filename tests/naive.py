@@ -1,0 +1,307 @@
+"""The definitions, one token and one step at a time: what the fast modules must agree with.
+
+A stream is a list with one vector per token, ``pos`` the token's place in the sequence. Nothing
+here knows about batches, gathers, masks or filled-up entries.
+
+Shapes: D width, E head size, T tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context, Primitive
+from archdsl.blocks.attention import Attention
+from archdsl.blocks.feed_forward import FeedForward
+from archdsl.blocks.layer import Layer
+from archdsl.blocks.loop import Loop
+from archdsl.blocks.norm import EPS, Norm
+from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
+from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, Random, RandomSpec, TopKSpec
+from archdsl.blocks.stack import Stack
+from archdsl.blocks.step_encoding import Add, Scale
+from archdsl.model import LanguageModel
+from archdsl.spec import BlockSpec
+
+Stream = list[Tensor]
+Memory = dict[
+    nn.Module, list[tuple[int, Tensor, Tensor]]
+]  # of a first pass: position, keys, values
+
+
+def run(module: nn.Module, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
+    match module:
+        case Attention():
+            return attention(module, xs, pos, first, reads)
+        case FeedForward():
+            return [feed_forward(module, x) for x in xs]
+        case Norm():
+            return [norm(module.norm, x) for x in xs]
+        case Layer():
+            ys = run(
+                module.attention, [norm(module.attention_norm, x) for x in xs], pos, first, reads
+            )
+            xs = [x + y for x, y in zip(xs, ys, strict=True)]
+            ys = run(module.ffn, [norm(module.ffn_norm, x) for x in xs], pos, first, reads)
+            return [x + y for x, y in zip(xs, ys, strict=True)]
+        case Stack():
+            for block in module.blocks:
+                xs = run(block, xs, pos, first, reads)
+            return xs
+        case Loop():
+            return loop(module, xs, pos)
+    raise NotImplementedError(f"state the definition of {type(module).__name__} here")
+
+
+def block(module: Block, x_BTD: Tensor) -> Tensor:
+    """The block on every sequence of a batch."""
+    T = x_BTD.size(1)
+    return torch.stack(
+        [torch.stack(run(module, list(x_TD), list(range(T)), None, False)) for x_TD in x_BTD]
+    )
+
+
+def model(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
+    x_BTD = module.embedding.weight[tokens_BT]
+    for inner in module.blocks:
+        assert isinstance(inner, Block)
+        x_BTD = block(inner, x_BTD)
+    return torch.stack(
+        [torch.stack([module.head.weight @ norm(module.norm, x) for x in x_TD]) for x_TD in x_BTD]
+    )
+
+
+def norm(module: nn.RMSNorm | nn.LayerNorm, x_D: Tensor) -> Tensor:
+    if isinstance(module, nn.RMSNorm):
+        return x_D / ((x_D**2).sum() / len(x_D) + EPS).sqrt() * module.weight
+    centred = x_D - x_D.sum() / len(x_D)
+    return centred / ((centred**2).sum() / len(x_D) + EPS).sqrt() * module.weight + module.bias
+
+
+def feed_forward(module: FeedForward, x_D: Tensor) -> Tensor:
+    up = module.up.weight @ x_D
+    if module.gate is None:
+        hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+    else:
+        gate = module.gate.weight @ x_D
+        hidden = gate / (1 + torch.exp(-gate)) * up
+    return module.down.weight @ hidden
+
+
+def attention(
+    module: Attention, xs: Stream, pos: list[int], first: Memory | None, reads: bool
+) -> Stream:
+    if first is not None and reads:
+        seen = first[module]
+    else:
+        seen = [
+            (p, turned(module, module.k_norm, module.k, x, p), heads(module, module.v, x))
+            for x, p in zip(xs, pos, strict=True)
+        ]
+        if first is not None:
+            first[module] = seen
+    out = []
+    for x, p in zip(xs, pos, strict=True):
+        query = turned(module, module.q_norm, module.q, x, p)
+        near = [
+            (keys, values)
+            for s, keys, values in seen
+            if s <= p and (module.window is None or p - s < module.window)
+        ]
+        out.append(module.o.weight @ torch.cat([read(h, query, near) for h in range(len(query))]))
+    return out
+
+
+def read(head: int, query_HE: Tensor, near: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What one head takes from the tokens it sees."""
+    queries_per_kv = len(query_HE) // len(near[0][0])
+    g, E = head // queries_per_kv, query_HE.size(1)
+    scores = torch.stack([query_HE[head] @ keys[g] / math.sqrt(E) for keys, _ in near])
+    weights = torch.exp(scores) / torch.exp(scores).sum()
+    return torch.stack([w * values[g] for w, (_, values) in zip(weights, near, strict=True)]).sum(0)
+
+
+def heads(module: Attention, matrix: nn.Linear, x_D: Tensor) -> Tensor:
+    return (matrix.weight @ x_D).view(-1, module.head_size)
+
+
+def turned(module: Attention, qk_norm: nn.Module, matrix: nn.Linear, x_D: Tensor, p: int) -> Tensor:
+    """Heads of queries or keys, normed and rotated by the token's place in the sequence."""
+    x_HE = heads(module, matrix, x_D)
+    if isinstance(qk_norm, nn.RMSNorm):
+        x_HE = torch.stack([norm(qk_norm, x_E) for x_E in x_HE])
+    if module.theta is None:
+        return x_HE
+    half = module.head_size // 2
+    low, high = [], []
+    for i in range(half):
+        angle = p * module.theta ** (-2 * i / module.head_size)
+        low.append(x_HE[:, i] * math.cos(angle) - x_HE[:, i + half] * math.sin(angle))
+        high.append(x_HE[:, i + half] * math.cos(angle) + x_HE[:, i] * math.sin(angle))
+    return torch.stack(low + high, 1)
+
+
+def loop(module: Loop, xs: Stream, pos: list[int]) -> Stream:
+    """Y(0) = f(X) * phi(0); then step by step what the residual says for those selected."""
+    spec, start = module.spec, xs
+    first: Memory | None = {} if spec.kv == "shared" else None
+    left = set(range(len(xs)))  # who may still be selected, where the router is nested
+    learned = 0  # routed steps that select, so far
+    for step in range(spec.steps):
+        capacity, alpha = 1.0, 1.0
+        if spec.router is not None and step >= spec.full_steps:
+            capacity = per_step(spec.router.capacity, step - spec.full_steps)
+            alpha = per_step(spec.router.alpha, step - spec.full_steps)
+        gates: dict[int, Tensor | None] = dict.fromkeys(range(len(xs)))
+        if capacity < 1:
+            gates = {
+                t: alpha * gate for t, gate in chosen(module, xs, pos, capacity, learned, left)
+            }
+            learned += 1
+            if spec.router is not None and spec.router.nested:
+                left = set(gates)
+        into = [body_input(module, xs[t], start[t], step) for t in gates]
+        body = module.bodies[step if spec.parameters == "per_step" else 0]
+        ys = dict(
+            zip(gates, run(body, into, [pos[t] for t in gates], first, step > 0), strict=True)
+        )
+        whole = step == 0 and capacity == 1
+        xs = [
+            scaled(module, ys[t], step)
+            if whole
+            else joined(module, x, ys.get(t), gates.get(t), step)
+            for t, x in enumerate(xs)
+        ]
+    return xs
+
+
+def per_step(values: Sequence[float], step: int) -> float:
+    return values[step] if len(values) > 1 else values[0]
+
+
+def body_input(module: Loop, x: Tensor, start: Tensor, step: int) -> Tensor:
+    if module.spec.injection == "add" and step > 0:
+        x = x + start
+    if module.inject is not None and step > 0:
+        x = module.inject.weight @ torch.cat([x, start])
+    return x + module.encoding.e_SD[step] if isinstance(module.encoding, Add) else x
+
+
+def scaled(module: Loop, y: Tensor, step: int) -> Tensor:
+    return y * module.encoding.phi_SD[step] if isinstance(module.encoding, Scale) else y
+
+
+def joined(module: Loop, x: Tensor, y: Tensor | None, gate: Tensor | None, step: int) -> Tensor:
+    """The new value of a token that was ``x``; ``y`` is None where it was not selected."""
+    residual = module.spec.residual
+    if y is None:
+        if isinstance(residual, ThinkingSpec) and residual.unselected == "literal":
+            return x + scaled(module, x, step)
+        return x
+    gate = torch.ones((), dtype=x.dtype) if gate is None else gate
+    match residual:
+        case ThinkingSpec():
+            return x + scaled(module, gate * y, step)
+        case OverwriteSpec():
+            return scaled(module, gate * y, step)
+        case DeltaSpec():
+            return x + scaled(module, gate * (y - x), step)
+    raise NotImplementedError(f"state the definition of {type(residual).__name__} here")
+
+
+def chosen(
+    module: Loop, xs: Stream, pos: list[int], capacity: float, row: int, left: set[int]
+) -> list[tuple[int, Tensor]]:
+    """The selected tokens, first to last, with their weights."""
+    spec, router = module.spec.router, module.router
+    if isinstance(spec, RandomSpec):
+        assert isinstance(router, Random)
+        scores = [
+            router.scores(x.view(1, 1, -1), row, Context(torch.tensor([[p]])))[0, 0]
+            for x, p in zip(xs, pos, strict=True)
+        ]
+        return [(t, torch.ones_like(scores[t])) for t in prefix(scores, capacity, left)]
+    assert isinstance(spec, LearnedSpec)
+    assert isinstance(router, Primitive)
+    weight_D = next(router.parameters())[row]
+    scores = [weight_D @ x for x in xs]
+    squash: Callable[[Tensor], Tensor] = torch.tanh
+    if spec.gate == "sigmoid":
+        squash = lambda s: 1 / (1 + torch.exp(-s))  # noqa: E731
+    match spec:
+        case TopKSpec():
+            picked = top_k(scores, capacity, left)
+        case PrefixSpec():
+            picked = prefix(scores, capacity, left)
+        case AllSpec() | _:
+            raise NotImplementedError(f"state the definition of {type(spec).__name__} here")
+    return [(t, squash(scores[t])) for t in picked]
+
+
+def top_k(scores: Sequence[Tensor | float], capacity: float, left: set[int]) -> list[int]:
+    """The best share of the sequence, among those that are left."""
+    best = sorted(left, key=lambda t: float(scores[t]), reverse=True)
+    return sorted(best[: rounded(capacity * len(scores))])
+
+
+def prefix(scores: Sequence[Tensor | float], capacity: float, left: set[int]) -> list[int]:
+    """What a decoder does: it sees one score after the other, keeps them sorted, and counts.
+
+    Equal scores: the later token is taken to rank above the earlier one.
+    """
+    ranked: list[float] = []
+    taken: list[int] = []
+    for t, score in enumerate(scores):
+        if t not in left:
+            continue  # a token that was left out ranks below everything
+        value = float(score)
+        better = len(ranked) - bisect.bisect_right(ranked, value)
+        bisect.insort(ranked, value)
+        budget = rounded(capacity * (t + 1))
+        if better < budget and len(taken) < budget:
+            taken.append(t)
+    return taken
+
+
+def rounded(share: float) -> int:
+    """To the nearest whole number, half upwards, at least one."""
+    return max(1, math.floor(share + 0.5))
+
+
+def agree(got: Tensor, want: Tensor, inputs: Sequence[Tensor], *, tolerance: float = 1e-9) -> None:
+    """Equal values, and equal gradients of a loss that weighs every output differently."""
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    weigh = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    grads = [
+        torch.autograd.grad((y * weigh).sum(), inputs, allow_unused=True, materialize_grads=True)
+        for y in (got, want)
+    ]
+    torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Values in float64 that no initial value has, so that nothing hides behind a one or zero."""
+    module.double()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.normal_(0, 0.7, generator=rng)
+
+
+def stream(batch: int, tokens: int, dim: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    x_BTD = torch.randn(batch, tokens, dim, generator=rng, dtype=torch.float64)
+    return x_BTD.requires_grad_()
+
+
+def agrees(spec: BlockSpec, dim: int, tokens: int = 7, batch: int = 2, seed: int = 0) -> None:
+    """The block of ``spec`` does what its definition says, and so do its gradients."""
+    module = spec.build(dim)
+    randomise(module, seed)
+    x_BTD = stream(batch, tokens, dim, seed + 1)
+    agree(module(x_BTD, Context()), block(module, x_BTD), [x_BTD, *module.parameters()])
