@@ -164,7 +164,7 @@ class Router(Primitive):
             ranked_BT = ranked_BT.masked_fill(~active_BT, -math.inf)
         index_BK, keep_BK = self.select(ranked_BT, self.capacity[row])
         gate_BK = self.alpha[row] * self.gate(score_BT.gather(1, index_BK))
-        return Choice(index_BK, gate_BK, keep_BK)
+        return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK)
 
     def select(self, score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor | None]:
         return prefix_share(score_BT, capacity)
@@ -210,7 +210,7 @@ class Random(Router):
         pos = (
             torch.arange(T, device=x_BTD.device).expand(B, T) if ctx.pos_BT is None else ctx.pos_BT
         )
-        return _hash(pos, (self.seed * 31 + self.salt) * 64 + row).to(x_BTD.dtype)
+        return _hash(pos, (self.seed * 31 + self.salt) * 64 + row)
 
     def gate(self, score_BK: Tensor) -> Tensor:
         return torch.ones_like(score_BK)
@@ -221,7 +221,8 @@ def _hash(pos_BT: Tensor, stream: int) -> Tensor:
     h = (pos_BT.long() + 1) * 0x9E3779B1 + (stream % 2**20 + 1) * 0x85EBCA77
     for factor in (0x7FEB352D, 0x6C8E9CF5):
         h = ((h ^ (h >> 15)) & 0x7FFFFFFF) * factor
-    return ((h ^ (h >> 16)) & 0xFFFFFF).double() / 2**24
+    # float32 holds 24 bits; half precision, in which the stream may be, would make ties
+    return ((h ^ (h >> 16)) & 0xFFFFFF).float() / 2**24
 
 
 def prefix_share(score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:

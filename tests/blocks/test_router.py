@@ -1,0 +1,202 @@
+"""Routers: which tokens they select, seen from the side of a decoder that gets one at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from archdsl.block import Context
+from archdsl.blocks.router import (
+    PrefixSpec,
+    RandomSpec,
+    Router,
+    RouterSpec,
+    TopKSpec,
+    prefix_share,
+    share_of,
+)
+from tests import naive
+
+D = 6
+RUN_AWAY = [[float(t) for t in range(13)], [-float(t) for t in range(13)], [1.0] * 13]
+
+# few distinct values, so that ties are common
+scores = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.1, 3.0]), min_size=1, max_size=17)
+capacities = st.sampled_from([0.01, 0.125, 0.3, 1 / 3, 0.5, 0.6000000000000001, 0.7, 0.9, 0.999])
+
+
+@given(scores, capacities, st.data())
+def test_prefix_selects_what_a_decoder_with_a_sorted_list_selects(
+    values: list[float], capacity: float, data: st.DataObject
+) -> None:
+    left = data.draw(st.sets(st.integers(0, len(values) - 1)))
+    score_BT = torch.tensor([values]).double()
+    score_BT[0, [t for t in range(len(values)) if t not in left]] = -math.inf
+    assert selected(*prefix_share(score_BT, capacity)) == [naive.prefix(values, capacity, left)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 256])
+def test_ranks_do_not_depend_on_how_they_are_sliced(rows: int) -> None:
+    from archdsl.blocks.router import prefix_rank
+
+    score_BT = torch.randn(3, 13).round(decimals=1)
+    want = [
+        [1 + sum(a > s for a in row[:t]) for t, s in enumerate(row)] for row in score_BT.tolist()
+    ]
+    assert prefix_rank(score_BT, rows).tolist() == want
+
+
+@pytest.mark.parametrize("capacity", [0.01, 0.3, 0.5, 0.7, 0.9])
+def test_prefix_keeps_its_budget_at_every_prefix(capacity: float) -> None:
+    score_BT = torch.cat([torch.tensor(RUN_AWAY), torch.randn(20, 13)])
+    for row in selected(*prefix_share(score_BT, capacity)):
+        for length in range(1, 14):
+            assert sum(t < length for t in row) <= share_of(capacity, length)
+
+
+def test_prefix_spends_all_its_budget_on_rising_scores() -> None:
+    for length in range(1, 14):
+        row = selected(*prefix_share(torch.tensor(RUN_AWAY[:1])[:, :length], 0.4))[0]
+        assert len(row) == share_of(0.4, length)
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.5, 0.7])
+def test_the_share_that_is_selected_is_close_to_the_capacity(capacity: float) -> None:
+    T = 1024
+    _, keep_BK = prefix_share(torch.randn(64, T), capacity)
+    # the budget cuts off the chance upward swings, on average this much of them
+    cut = math.sqrt(2 * capacity * (1 - capacity) / (math.pi * T))
+    assert keep_BK.sum().item() / (64 * T) == pytest.approx(capacity - cut, abs=0.004)
+
+
+@given(scores, capacities)
+def test_top_k_selects_what_sorting_selects(values: list[float], capacity: float) -> None:
+    distinct = [value + t / 1000 for t, value in enumerate(values)]
+    router = TopKSpec(capacity=(capacity,)).build(D, [0])
+    index_BK, keep_BK = router.select(torch.tensor([distinct]), capacity)
+    assert keep_BK is None
+    assert index_BK.tolist() == [naive.top_k(distinct, capacity, set(range(len(values))))]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "kept"),
+    [
+        (0.6000000000000001, 5, 3),
+        (0.30000000000000004, 10, 3),
+        (0.7, 10, 7),
+        (0.5, 5, 3),
+        (0.001, 7, 1),
+        (0.999, 7, 7),
+    ],
+)
+def test_a_share_of_the_tokens_is_rounded_and_never_empty(
+    capacity: float, tokens: int, kept: int
+) -> None:
+    assert share_of(capacity, tokens) == kept
+    assert TopKSpec(capacity=(capacity,)).tokens(tokens, 0) == kept
+    assert prefix_share(torch.randn(1, tokens), capacity)[0].size(1) == kept
+
+
+@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, RandomSpec])
+def test_entries_are_distinct_and_the_selected_ones_come_first_and_in_order(
+    kind: type[RouterSpec],
+) -> None:
+    choice = built(kind(capacity=(0.6,)))(naive.stream(5, 13, D), 0, Context(), None)
+    rows = selected(choice.index_BK, choice.keep_BK)
+    for index, kept in zip(choice.index_BK.tolist(), rows, strict=True):
+        assert len(set(index)) == len(index) == 8
+        assert index[: len(kept)] == sorted(kept)
+
+
+@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, RandomSpec])
+def test_only_tokens_that_are_left_are_selected(kind: type[RouterSpec]) -> None:
+    router = built(kind(capacity=(0.6,)))
+    active_BT = torch.rand(5, 13) < 0.9
+    active_BT[:, :8] = True  # top_k takes for granted that enough are left
+    choice = router(naive.stream(5, 13, D), 0, Context(), active_BT)
+    assert not (choice.mask(13) & ~active_BT).any()
+    assert choice.mask(13).any()
+
+
+def test_a_gate_is_alpha_times_the_squashed_score() -> None:
+    x_BTD = naive.stream(1, 5, D)
+    squashes: dict[str, Any] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    for gate, squash in squashes.items():
+        spec = PrefixSpec(capacity=(0.5, 0.999), alpha=(1.0, 3.0), gate=gate)
+        router = built(spec, steps=[0, 1])
+        (weight_RD,) = router.parameters()
+        choice = router(x_BTD, 1, Context(), None)
+        want = 3 * squash(x_BTD[0] @ weight_RD[1])[choice.index_BK[0]]
+        torch.testing.assert_close(choice.gate_BK[0], want)
+
+
+def test_random_knows_the_place_and_nothing_else() -> None:
+    router = built(RandomSpec(capacity=(0.5,)))
+    here, there = naive.stream(3, 512, D), naive.stream(3, 512, D, seed=9)
+    rows = selected_by(router, here)
+    assert rows == selected_by(router, there)
+    assert rows[0] == rows[1]
+    assert list(router.parameters()) == []
+    pos_BT = torch.arange(512).expand(3, 512) + 1000
+    assert selected_by(router, here, Context(pos_BT)) != rows
+    # what is computed in half precision selects the same
+    assert selected_by(router, here.bfloat16()) == rows
+
+
+def test_random_differs_by_seed_by_step_and_by_loop() -> None:
+    x_BTD = naive.stream(1, 64, D)
+    one, other = (built(RandomSpec(capacity=(0.5,), seed=s), steps=[0, 1]) for s in (0, 1))
+    second = built(RandomSpec(capacity=(0.5,)))
+    second.salt = 1
+    rows = [selected_by(r, x_BTD)[0] for r in (one, other, second)]
+    rows.append(selected_by(one, x_BTD, row=1)[0])
+    assert len({tuple(row) for row in rows}) == 4
+
+
+def test_random_selects_every_place_about_equally_often() -> None:
+    x_BTD, counts = naive.stream(1, 64, D), torch.zeros(64)
+    for seed in range(200):
+        counts[selected_by(built(RandomSpec(capacity=(0.5,), seed=seed)), x_BTD)[0]] += 1 / 200
+    # the budget makes the first places uneven: the first token always takes it, the second never
+    assert counts[:2].round().tolist() == [1, 0]
+    assert 0.25 < counts[8:].min()
+    assert counts[8:].max() < 0.65
+
+
+def test_top_k_chooses_as_prefix_does_when_told_to_be_causal() -> None:
+    top_k, prefix = (built(kind(capacity=(0.5,))) for kind in (TopKSpec, PrefixSpec))
+    x_BTD = naive.stream(3, 13, D)
+    assert selected_by(top_k, x_BTD) != selected_by(prefix, x_BTD)
+    top_k.causal = True  # type: ignore[assignment]
+    assert selected_by(top_k, x_BTD) == selected_by(prefix, x_BTD)
+
+
+@pytest.mark.parametrize("capacity", [(0.0,), (1.1,), (), (float("nan"),), (0.5,) * 65])
+def test_rejects_a_capacity_that_is_no_share(capacity: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="capacity"):
+        PrefixSpec(capacity=capacity)
+
+
+def built(spec: RouterSpec, steps: list[int] | None = None) -> Router:
+    router = spec.build(D, steps or [0])
+    naive.randomise(router)
+    return router
+
+
+def selected(index_BK: Tensor, keep_BK: Tensor | None) -> list[list[int]]:
+    kept = torch.ones_like(index_BK, dtype=torch.bool) if keep_BK is None else keep_BK
+    return [row[keep].tolist() for row, keep in zip(index_BK, kept, strict=True)]
+
+
+def selected_by(
+    router: Router, x_BTD: Tensor, ctx: Context | None = None, row: int = 0
+) -> list[list[int]]:
+    choice = router(x_BTD, row, ctx or Context(), None)
+    return selected(choice.index_BK, choice.keep_BK)
