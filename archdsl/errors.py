@@ -6,6 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 
@@ -56,7 +57,8 @@ def _position(problem: Problem) -> tuple[Mark, str, str]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to a message, such as `` (did you mean 'steps'?)``, or nothing."""
-    close = difflib.get_close_matches(word[:100], list(known), n=1)
+    # comparing is slow, and a hostile file has very many keys
+    close = difflib.get_close_matches(word[:100], list(islice(known, 1000)), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

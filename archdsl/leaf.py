@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from archdsl.errors import described, did_you_mean
 
+MAX_CHOICES = 1000
 DEFAULT = Field(description="the value to take without a search")
 
 
@@ -29,6 +30,8 @@ def _choices(value: Any) -> Any:
     """A tuple of distinct scalars, or a dict of subtrees by label."""
     if not isinstance(value, dict | list | tuple) or not value:
         raise ValueError("must be a list of values, or labels with a subtree each; neither empty")
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"{len(value)} choices; at most {MAX_CHOICES} can be searched")
     if isinstance(value, dict):
         return value
     if any(isinstance(item, dict | list | tuple) for item in value):

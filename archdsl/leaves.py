@@ -23,6 +23,7 @@ from archdsl.errors import Mark, Problem, SpecError, described
 from archdsl.explain import explain
 from archdsl.leaf import Choice, Fit, Leaf, Range
 from archdsl.source import Path, Tree, at_mark, put
+from archdsl.yaml12 import MAX_PROBLEMS
 
 __all__ = ["Choice", "Fit", "Leaf", "Range", "defaults", "fill", "find", "fit_leaf", "replace"]
 
@@ -41,6 +42,8 @@ class _Walk:
 
     def say(self, place: str, path: Path, message: str) -> None:
         self.problems.append(Problem(place, message, self.tree.mark(path)))
+        if len(self.problems) > MAX_PROBLEMS:
+            raise SpecError(self.problems)
 
     def finish(self) -> None:
         for path, _ in self.fits[1:]:
@@ -76,7 +79,8 @@ class _Walk:
 
     def named(self, leaf: Leaf, path: Path, place: str) -> tuple[str, Leaf]:
         name = leaf.name or place
-        if _text(self.leaves.setdefault(name, leaf)) != _text(leaf):
+        known = self.leaves.setdefault(name, leaf)
+        if known is not leaf and _text(known) != _text(leaf):
             self.say(place, path, f"another leaf is called {name!r} and searches other values")
         return name, leaf
 

@@ -17,7 +17,17 @@ from fractions import Fraction
 from typing import Any
 
 from archdsl.errors import Mark, Problem, SpecError, described, did_you_mean
-from archdsl.yaml12 import MAX_CHARS, Path, Tree, dotted, dump, dump_inline, parse
+from archdsl.yaml12 import (
+    MAX_CHARS,
+    MAX_DEPTH,
+    MAX_PROBLEMS,
+    Path,
+    Tree,
+    dotted,
+    dump,
+    dump_inline,
+    parse,
+)
 
 __all__ = [
     "Path",
@@ -43,6 +53,7 @@ MAX_NAME = 300
 MISSING = "no such file"
 LEAVES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
+INDEX = re.compile("0|[1-9][0-9]{0,5}")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNORECASE | re.ASCII)
@@ -164,15 +175,11 @@ def _entries(tree: Tree) -> list[tuple[str, Tree]]:
     if not isinstance(wanted, dict):
         message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; found {described(wanted)}"
         raise SpecError(Problem("set", message, tree.mark(("set",))))
-    return [(key, _subtree(tree, ("set", key))) for key in wanted]
+    return [(key, _subtree(tree, ("set", key), value)) for key, value in wanted.items()]
 
 
-def _subtree(tree: Tree, path: Path) -> Tree:
-    value, depth = tree.value, len(path)
-    for part in path:
-        value = value[part]
-    marks = {place[depth:]: mark for place, mark in tree.marks.items() if place[:depth] == path}
-    return Tree(value, marks)
+def _subtree(tree: Tree, path: Path, value: Any) -> Tree:
+    return Tree(value, {place: tree.marks[(*path, *place)] for place in _paths(value)})
 
 
 def from_value(value: Any, file: str) -> Tree:
@@ -218,15 +225,18 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
 
 
 def _apply(tree: Tree, entries: list[tuple[str, Tree]], problems: Iterable[Problem] = ()) -> Tree:
-    found = list(problems)
+    # one copy that is then changed in place, as a file may have very many entries
+    changed, found = Tree(_plain(tree.value), dict(tree.marks)), list(problems)
     for words, new in entries:
         try:
-            tree = put(tree, _locate(tree.value, words.split(".")), new)
+            _assign(changed, _locate(changed.value, words.split(".")), new)
         except ValueError as error:
             found.append(Problem(words, str(error), new.mark(())))
+        if len(found) > MAX_PROBLEMS:
+            break
     if found:
         raise SpecError(found)
-    return tree
+    return changed
 
 
 def _locate(value: Any, words: list[str]) -> Path:
@@ -235,7 +245,7 @@ def _locate(value: Any, words: list[str]) -> Path:
     for i, word in enumerate(words):
         here = dotted(path) or "the spec"
         if isinstance(value, list):
-            if word not in map(str, range(len(value))):
+            if not INDEX.fullmatch(word) or int(word) >= len(value):
                 raise ValueError(f"{here} is a list of {len(value)}, it has no place {word!r}")
             path, value = (*path, int(word)), value[int(word)]
         elif isinstance(value, dict) and word:
@@ -249,18 +259,26 @@ def _locate(value: Any, words: list[str]) -> Path:
 
 def put(tree: Tree, path: Path, new: Tree) -> Tree:
     """The tree with ``new`` at ``path``; all but the last part of the path must exist."""
-    depth = len(path)
-    marks = {place: mark for place, mark in tree.marks.items() if place[:depth] != path}
-    marks |= {(*path, *place): mark for place, mark in new.marks.items()}
-    return Tree(_put(tree.value, path, new.value), marks)
-
-
-def _put(value: Any, path: Path, new: Any) -> Any:
     if not path:
         return new
-    copy, (part, *rest) = value.copy(), path
-    copy[part] = _put(value[part], tuple(rest), new) if rest else new
-    return copy
+    changed = Tree(_plain(tree.value), dict(tree.marks))
+    _assign(changed, path, new)
+    return changed
+
+
+def _assign(tree: Tree, path: Path, new: Tree) -> None:
+    """``put`` in place; raises ValueError for what would be too deep to walk through."""
+    if len(path) + max(map(len, new.marks), default=0) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    *parents, last = path
+    parent: Any = tree.value
+    for part in parents:
+        parent = parent[part]
+    if not isinstance(parent, dict) or last in parent:
+        for place in _paths(parent[last], path):
+            tree.marks.pop(place, None)
+    parent[last] = _plain(new.value)
+    tree.marks.update({(*path, *place): mark for place, mark in new.marks.items()})
 
 
 def merge(base: Tree, patch: Tree) -> Tree:

@@ -20,7 +20,7 @@ from archdsl.errors import Mark, Problem, SpecError
 Path = tuple[str | int, ...]
 
 MAX_CHARS = 2**20
-MAX_NODES = 100_000  # with every alias expanded
+MAX_NODES = 30_000  # with every alias expanded
 MAX_DEPTH = 100
 MAX_DIGITS = 100
 MAX_KEY = 200
@@ -330,4 +330,4 @@ def _escape(found: re.Match[str]) -> str:
         raise ValueError(f"half a character, {found[0]!a}, cannot be written")
     if found[0] in '"\\\n':
         return "\\n" if found[0] == "\n" else f"\\{found[0]}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return f"\\u{code:04x}"

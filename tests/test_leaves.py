@@ -126,6 +126,7 @@ WRONG = {
     "search: {choices: [1, 2, 1], default: 1}": "23: a.search.choices: choice 1 is given twice",
     "search: {choices: [], default: 1}": "23: a.search.choices: must be a list of values, or",
     "search: {choices: {}, default: a}": "23: a.search.choices: must be a list of values, or",
+    f"search: {{choices: {list(range(1001))}, default: 1}}": "1001 choices; at most 1000 can be",
     "search: {choices: [[1], [2]], default: 1}": "lists and mappings as choices need labels",
     "search: {choices: {lop: 1}, default: loop}": "one of the choices 'lop' (did you mean 'lop'?)",
     "search: {choices: [1], default: 1, name: ''}": "46: a.search.name: ",
@@ -164,6 +165,10 @@ def test_all_wrong_leaves_are_named_at_once_also_inside_wrong_ones() -> None:
     assert [line.split(":")[1] for line in lines] == ["1", "1", "1", "3", "5"]
     assert "second fit leaf; the first is at <string>:2:4" in lines[3]
     assert "another leaf is called 'n' and searches other values" in lines[4]
+
+
+def test_a_flood_of_wrong_leaves_is_cut_short() -> None:
+    assert len(places(parse("- {search: 1}\n" * 5000))) == 101
 
 
 def test_leaves_are_known_by_name_or_by_place_with_the_labels_on_the_way() -> None:

@@ -227,6 +227,21 @@ def test_overrides_that_cannot_be_done_are_named_all_at_once() -> None:
         assert any(line.startswith(f"--set {assignment}: {complaint}") for line in lines)
 
 
+def test_overrides_cannot_dig_deeper_than_a_file_may() -> None:
+    deep = "x=" + "[" * 60 + "]" * 60
+    deeper = "x" + ".0" * 59 + "=" + "[" * 40 + "]" * 40
+    tree = source.override(source.parse("x: 1"), [deep.replace("[]", "[1]"), deeper])
+    assert max(map(len, tree.marks)) == 99
+    with pytest.raises(SpecError, match="nested more than 100 levels deep"):
+        source.override(tree, ["x" + ".0" * 98 + "=[[2]]"])
+
+
+def test_a_flood_of_wrong_settings_is_cut_short() -> None:
+    with pytest.raises(SpecError) as error:
+        source.override(source.parse("x: 1"), ["x.y=1", *[f"y{i}.z=2" for i in range(500)]])
+    assert len(error.value.problems) == 101
+
+
 def test_a_python_value_becomes_a_tree_of_its_own() -> None:
     value = {"a": ({"b": 1},)}
     tree = source.from_value(value, "winner")
