@@ -110,7 +110,7 @@ def read(path: str | os.PathLike[str]) -> Tree:
 def _read(file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> Tree:
     tree = parse(_text(file), str(file))
     if not isinstance(tree.value, dict):
-        message = f"a spec is a mapping of keys to values, found {described(tree.value)}"
+        message = f"a spec is a mapping of keys to values, got {described(tree.value)}"
         raise SpecError(Problem("", message, tree.mark(())))
     own = _without(tree, "extends", "set")
     if "extends" in tree.value:
@@ -150,7 +150,7 @@ def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pa
 
     name = tree.value["extends"]
     if not isinstance(name, str):
-        raise fail(f"must be the name of one spec file, found {described(name)}")
+        raise fail(f"must be the name of one spec file, got {described(name)}")
     try:
         base = _find(file.parent / name, pathlib.Path(name))
     except SpecError as error:
@@ -173,7 +173,7 @@ def _entries(tree: Tree) -> list[tuple[str, Tree]]:
     """What ``set`` says: dotted path, new value with its positions."""
     wanted = tree.value["set"]
     if not isinstance(wanted, dict):
-        message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; found {described(wanted)}"
+        message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {described(wanted)}"
         raise SpecError(Problem("set", message, tree.mark(("set",))))
     return [(key, _subtree(tree, ("set", key), value)) for key, value in wanted.items()]
 
@@ -311,7 +311,7 @@ def parse_size(value: object) -> int:
     size = _size(value)
     if size is None or size < 0 or size.denominator != 1:
         wanted = "a whole number, plain or as in 162M, 1.2B, 8k, 64KiB"
-        raise ValueError(f"must be {wanted}; found {described(value)}")
+        raise ValueError(f"must be {wanted}; got {described(value)}")
     return int(size)
 
 

@@ -76,7 +76,7 @@ def test_what_is_no_readable_text_is_refused_without_waiting(here: Path) -> None
         "latin.yaml": "latin.yaml:2:5: not UTF-8 text (byte 0xe9); save the file as UTF-8",
         "wide.yaml": "wide.yaml:1:1: not UTF-8 text",
         "big.yaml": "big.yaml: is larger than 1 MiB",
-        "list.yaml": "list.yaml:1:1: a spec is a mapping of keys to values, found a list",
+        "list.yaml": "list.yaml:1:1: a spec is a mapping of keys to values, got a list",
     }.items():
         with pytest.raises(SpecError) as error:
             source.read(name)
@@ -106,7 +106,10 @@ def test_a_byte_order_mark_is_skipped(here: Path) -> None:
 
 def test_extends_and_set_keep_the_positions_of_all_they_bring(here: Path) -> None:
     Path("sub").mkdir()
-    Path("sub/base.yaml").write_text("extends: plain\nset: {dim: 16}\nblocks: [{kind: a, n: 1}]\n")
+    Path("sub/root.yaml").write_text("extends: plain")
+    Path("sub/base.yaml").write_text(
+        "extends: root.yaml\nset: {dim: 16}\nblocks: [{kind: a, n: 1}]\n"
+    )
     Path("kid.yaml").write_text("extends: sub/base.yaml\nset:\n  blocks.0.n: {x: 2}\ntop: 1\n")
     tree = source.read("kid.yaml")
     assert tree.value == {
@@ -135,12 +138,13 @@ def test_extends_says_where_it_went_wrong(here: Path) -> None:
         Path(f"c{i}.yaml").write_text(f"extends: c{i + 1}.yaml" if i < 17 else "x: 1")
     assert source.read("c1.yaml").value == {"x": 1}  # sixteen levels
     for text, complaint in {
+        "extends: a.yaml": "a.yaml:1:10: extends: goes round in a circle: a.yaml -> a.yaml",
         "extends: b.yaml": "circle: a.yaml -> b.yaml -> a.yaml",
         "extends: c0.yaml": "c15.yaml:1:10: extends: more than 16 levels of extends",
-        "x: 1\nextends: [b]": "a.yaml:2:10: extends: must be the name of one spec file, found",
+        "x: 1\nextends: [b]": "a.yaml:2:10: extends: must be the name of one spec file, got",
         "extends: plan": "a.yaml:1:10: extends: plan: no such file (did you mean 'plain'?)",
         "extends: shipped": "a.yaml:1:10: extends: shipped: is a directory",
-        "set: [1]": "a.yaml:1:6: set: must map paths to values, as in {blocks.0.repeat: 2}; found",
+        "set: [1]": "a.yaml:1:6: set: must map paths to values, as in {blocks.0.repeat: 2}; got",
         "x: [1]\nset: {x.1: 2, y.z: 3}": "a.yaml:2:20: y.z: the spec has no key 'y'",
     }.items():
         Path("a.yaml").write_text(text)
@@ -278,7 +282,7 @@ def test_sizes_read_as_people_write_them(size: object, number: int) -> None:
     ],
 )
 def test_sizes_that_are_not_whole_or_not_sizes_are_refused(size: object) -> None:
-    with pytest.raises(ValueError, match=r"must be a whole number, plain or as in 162M.*; found "):
+    with pytest.raises(ValueError, match=r"must be a whole number, plain or as in 162M.*; got "):
         source.parse_size(size)
 
 
