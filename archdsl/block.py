@@ -60,12 +60,14 @@ class Context:
     """What a block may know besides the stream.
 
     ``pos_BT``: each token's place in the sequence, which survives routing; None: 0, 1, 2, ...
+    ``index_BT``: each token's index in the stream that the last router selected it from.
     ``first``: keys and values of the first pass by attention module, where a loop shares them;
     ``reads_first``: whether this pass reads them or writes them.
     ``shares``: collects the share of tokens that each routed step selected.
     """
 
     pos_BT: Tensor | None = None
+    index_BT: Tensor | None = None
     first: dict[nn.Module, KeysValues] | None = None
     reads_first: bool = False
     shares: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Context:
     def at(self, index_BK: Tensor) -> Context:
         """The context of selected tokens."""
         pos_BK = index_BK if self.pos_BT is None else self.pos_BT.gather(1, index_BK)
-        return replace(self, pos_BT=pos_BK, tables={})
+        return replace(self, pos_BT=pos_BK, index_BT=index_BK, tables={})
 
     def rope(self, x_BHTE: Tensor, theta: float) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles, shaped to multiply x_BHTE; computed once a pass."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.blocks.norm import EPS
 from archdsl.cost import Cost, Scope
-from archdsl.spec import BlockSpec, Path, Size
+from archdsl.spec import BlockSpec, Path, Size, Sizes
 
 
 class AttentionSpec(BlockSpec):
@@ -58,6 +58,19 @@ class AttentionSpec(BlockSpec):
 
     def canonical(self, dim: int) -> AttentionSpec:
         return self.model_copy(update={"heads": self.head_count(dim)})
+
+    def resized(self, old: Sizes, new: Sizes) -> AttentionSpec:
+        heads = max(1, round(self.head_count(old.dim) * self.head_size / old.dim * new.dim / new.head_size))
+        per_kv = min(self.queries_per_kv, heads)
+        window = self.window and max(1, round(self.window * new.context / old.context))
+        return self.model_copy(
+            update={
+                "head_size": new.head_size,
+                "heads": -(-heads // per_kv) * per_kv,
+                "queries_per_kv": per_kv,
+                "window": window,
+            }
+        )
 
     def build(self, dim: int) -> Attention:
         return Attention(self, dim)
@@ -124,17 +137,21 @@ class Attention(Block):
         return kv
 
     def _mask(self, ctx: Context, kv: KeysValues, x_BTD: Tensor) -> Tensor | None:
-        """Which keys a query sees, [B, 1, T, S]; None where that is plain causal order."""
-        if ctx.pos_BT is kv.pos_BT and self.window is None:
-            return None  # the stream is in sequence order, also after routing
-        pos_BT, pos_BS = (
-            torch.arange(n, device=x_BTD.device).unsqueeze(0) if pos is None else pos
-            for pos, n in ((ctx.pos_BT, x_BTD.size(1)), (kv.pos_BT, kv.k_BHTE.size(2)))
-        )
-        back_BTS = pos_BT.unsqueeze(2) - pos_BS.unsqueeze(1)
-        seen_BTS = back_BTS >= 0
+        """Which keys a query sees, [B, 1, T, S]; None where that is plain causal order.
+
+        By order, not by place: what fills up a selection stands last, and nobody may look at it.
+        """
+        own = ctx.pos_BT is kv.pos_BT
+        if own and self.window is None:
+            return None
+        order_BS = torch.arange(kv.k_BHTE.size(2), device=x_BTD.device).unsqueeze(0)
+        order_BT = order_BS if own or ctx.index_BT is None else ctx.index_BT
+        seen_BTS = order_BT.unsqueeze(2) >= order_BS.unsqueeze(1)
         if self.window is not None:
-            seen_BTS &= back_BTS < self.window
+            pos_BT = order_BT if ctx.pos_BT is None else ctx.pos_BT
+            pos_BS = order_BS if kv.pos_BT is None else kv.pos_BT
+            near_BTS = pos_BT.unsqueeze(2) - pos_BS.unsqueeze(1) < self.window
+            seen_BTS = seen_BTS & near_BTS
         return seen_BTS.unsqueeze(1)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
