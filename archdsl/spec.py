@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -65,6 +65,16 @@ def _misfits(problems: list[tuple[Path, str]]) -> ValidationError:
     )
 
 
+class Sizes(NamedTuple):
+    """What a proxy changes of a model."""
+
+    dim: int
+    context: int
+    vocab_size: int
+    head_size: int
+    repeat: int  # copies of a stack's body, at most
+
+
 class Part(Strict):
     """A node of the tree: one ``kind`` of its family. Subclasses register by being defined."""
 
@@ -99,6 +109,17 @@ class Part(Strict):
                     parts[name] = tuple(part.canonical(dim) for part in several)
         return self.model_copy(update=parts)
 
+    def resized(self, old: Sizes, new: Sizes) -> Part:
+        """The same structure in a model of other sizes, for a proxy."""
+        parts: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            match getattr(self, name):
+                case Part() as part:
+                    parts[name] = part.resized(old, new)
+                case tuple() as several if several and isinstance(several[0], Part):
+                    parts[name] = tuple(part.resized(old, new) for part in several)
+        return self.model_copy(update=parts)
+
 
 class BlockSpec(Part):
     """A block maps a stream to a stream of the same shape."""
@@ -125,8 +146,8 @@ def slot(family: str, default: str | None = None) -> Any:
     """Marks a field that takes any kind of ``family``; a bare word stands for its kind."""
 
     def by_kind(value: Any) -> Any:
-        if isinstance(value, Part):
-            return value
+        if value is None or isinstance(value, Part):
+            return value  # whether a slot may be empty is said by its type
         if isinstance(value, str):
             value = {"kind": value}
         known = FAMILIES.get(family, {})
@@ -140,7 +161,7 @@ def slot(family: str, default: str | None = None) -> Any:
                 },
             )
         kind = value.get("kind", default)
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             found = "no kind" if kind is None else f"unknown kind {kind!r:.60}"
             hint = did_you_mean(str(kind), known)
             raise _misfits(
@@ -244,6 +265,14 @@ class ModelSpec(Strict):
         """Equal for specs that mean the same model, whatever they are called (64 hex digits)."""
         data = self.canonical().model_dump(mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def resized(self, new: Sizes) -> ModelSpec:
+        """The same structure at other sizes, such as a proxy that trains in seconds."""
+        old = Sizes(self.dim, self.context, self.vocab_size, new.head_size, new.repeat)
+        sizes = {"dim": new.dim, "context": new.context, "vocab_size": new.vocab_size}
+        blocks = tuple(block.resized(old, new) for block in self.blocks)
+        resized = self.model_copy(update={**sizes, "blocks": blocks, "budget": None})
+        return parse_spec(source.from_value(to_tree(resized), f"proxy of {self.name}"))
 
     def to_yaml(self) -> str:
         """As a YAML text that reads back to an equal spec; what is at its default is left out."""
