@@ -88,8 +88,8 @@ class LoopSpec(BlockSpec):
 
     @property
     def is_body(self) -> bool:
-        """One full pass: nothing to choose, to join or to tell apart."""
-        return self.steps == 1 and self.full_steps >= 1
+        """One pass of every token: nothing to choose, to join or to tell apart."""
+        return self.rows() == [None]
 
     def rows(self) -> list[int | None]:
         """For each pass, which step of the router selects its tokens; None: every token."""
