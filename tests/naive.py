@@ -243,13 +243,13 @@ def chosen(
     return [(t, squash(scores[t])) for t in picked]
 
 
-def top_k(scores: Sequence[Tensor | float], capacity: float, left: set[int]) -> list[int]:
+def top_k(scores: Sequence[Tensor], capacity: float, left: set[int]) -> list[int]:
     """The best share of the sequence, among those that are left."""
-    best = sorted(left, key=lambda t: float(scores[t]), reverse=True)
+    best = sorted(left, key=lambda t: scores[t].item(), reverse=True)
     return sorted(best[: rounded(capacity * len(scores))])
 
 
-def prefix(scores: Sequence[Tensor | float], capacity: float, left: set[int]) -> list[int]:
+def prefix(scores: Sequence[Tensor], capacity: float, left: set[int]) -> list[int]:
     """What a decoder does: it sees one score after the other, keeps them sorted, and counts.
 
     Equal scores: the later token is taken to rank above the earlier one.
@@ -259,7 +259,7 @@ def prefix(scores: Sequence[Tensor | float], capacity: float, left: set[int]) ->
     for t, score in enumerate(scores):
         if t not in left:
             continue  # a token that was left out ranks below everything
-        value = float(score)
+        value = score.item()
         better = len(ranked) - bisect.bisect_right(ranked, value)
         bisect.insort(ranked, value)
         budget = rounded(capacity * (t + 1))

@@ -39,7 +39,9 @@ def test_prefix_selects_what_a_decoder_with_a_sorted_list_selects(
     left = data.draw(st.sets(st.integers(0, len(values) - 1)))
     score_BT = torch.tensor([values]).double()
     score_BT[0, [t for t in range(len(values)) if t not in left]] = -math.inf
-    assert selected(*prefix_share(score_BT, capacity)) == [naive.prefix(values, capacity, left)]
+    assert selected(*prefix_share(score_BT, capacity)) == [
+        naive.prefix(list(torch.tensor(values).double()), capacity, left)
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 256])
@@ -82,7 +84,9 @@ def test_top_k_selects_what_sorting_selects(values: list[float], capacity: float
     router = TopKSpec(capacity=(capacity,)).build(D, [0])
     index_BK, keep_BK = router.select(torch.tensor([distinct]), capacity)
     assert keep_BK is None
-    assert index_BK.tolist() == [naive.top_k(distinct, capacity, set(range(len(values))))]
+    assert index_BK.tolist() == [
+        naive.top_k(list(torch.tensor(distinct)), capacity, set(range(len(values))))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_random_selects_every_place_about_equally_often() -> None:
         counts[selected_by(built(RandomSpec(capacity=(0.5,), seed=seed)), x_BTD)[0]] += 1 / 200
     # the budget makes the first places uneven: the first token always takes it, the second never
     assert counts[:2].round().tolist() == [1, 0]
-    assert 0.25 < counts[8:].min()
+    assert counts[8:].min() > 0.25
     assert counts[8:].max() < 0.65
 
 

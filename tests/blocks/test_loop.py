@@ -1,0 +1,223 @@
+"""Loops against their definition, token by token and step by step, any kind in any slot."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from archdsl.block import Context
+from archdsl.blocks.loop import Loop, LoopSpec
+from archdsl.spec import FAMILIES
+from tests import naive
+
+D = 6
+LAYER = {"kind": "layer", "attention": {"head_size": 2}, "ffn": {"hidden": 3}}
+WINDOW = LAYER | {"attention": {"head_size": 2, "queries_per_kv": 3, "window": 3, "qk_norm": True}}
+STACK = {"kind": "stack", "repeat": 2, "body": [LAYER]}
+ROUTED = {
+    "kind": "loop",
+    "steps": 2,
+    "router": {"kind": "prefix", "capacity": 0.5},
+    "residual": "delta",
+    "body": LAYER,
+}
+LITERAL = {"kind": "thinking", "unselected": "literal"}
+
+
+def spec(**fields: Any) -> LoopSpec:
+    return LoopSpec.model_validate({"steps": 3, "body": LAYER} | fields)
+
+
+def router(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "capacity": [0.7, 0.4]} | fields
+
+
+@pytest.mark.parametrize("residual", ["overwrite", "delta", "thinking", LITERAL], ids=str)
+@pytest.mark.parametrize("encoding", [None, "scale", "add"])
+@pytest.mark.parametrize("kind", [None, "top_k", "prefix", "random"])
+def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: str | None) -> None:
+    given_router = router(kind) if kind else None
+    naive.agrees(spec(residual=residual, encoding=encoding, router=given_router), D)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv": "shared"},
+        {"kv": "shared", "router": router("prefix")},
+        {"kv": "shared", "router": router("top_k"), "body": STACK},
+        {"kv": "shared", "router": router("prefix"), "body": WINDOW},
+        {"kv": "shared", "full_steps": 2, "router": router("random")},
+        {"router": router("prefix"), "body": WINDOW},
+        {"router": router("top_k"), "body": WINDOW},
+        {"router": router("random"), "body": WINDOW},
+        {"router": router("prefix", nested=True)},
+        {"router": router("top_k", nested=True), "full_steps": 1},
+        {"router": router("random", nested=True)},
+        {"router": router("prefix", capacity=0.5, nested=True), "steps": 5},
+        {"router": router("prefix", capacity=[1.0, 0.6]), "residual": "thinking"},
+        {"router": router("top_k", capacity=[0.6, 1.0, 0.3], alpha=[1.0, 2.0, 3.0]), "steps": 4},
+        {"router": router("prefix", alpha=2.5), "residual": "thinking"},
+        {"router": router("prefix", gate="tanh"), "residual": "delta"},
+        {"router": "all", "encoding": "scale"},
+        {"injection": "add"},
+        {"injection": "linear"},
+        {"injection": "add", "router": router("prefix"), "residual": "delta", "encoding": "add"},
+        {"injection": "linear", "router": router("prefix"), "steps": 2, "full_steps": 0},
+        {"parameters": "per_step", "router": router("prefix")},
+        {"parameters": "per_step", "full_steps": 3, "encoding": "scale"},
+        {"full_steps": 0, "steps": 2, "router": router("top_k"), "residual": "delta"},
+        {"full_steps": 2, "router": router("prefix"), "residual": LITERAL, "encoding": "scale"},
+        {"full_steps": 9, "router": router("prefix")},
+        {"steps": 1, "encoding": "scale"},
+        {"steps": 1, "full_steps": 0, "router": router("top_k", capacity=0.3)},
+        {"body": ROUTED},
+        {"body": ROUTED, "router": router("prefix")},
+        {"body": ROUTED | {"body": WINDOW}, "router": router("top_k"), "residual": "thinking"},
+        {"body": ROUTED | {"kv": "shared"}, "router": router("random"), "encoding": "add"},
+        {"body": ROUTED | {"kv": "shared", "body": WINDOW}, "router": router("prefix")},
+        {"body": ROUTED | {"router": {"kind": "random"}}, "router": router("random")},
+    ],
+    ids=str,
+)
+def test_agrees_with_the_definition_with(fields: dict[str, Any]) -> None:
+    naive.agrees(spec(**fields), D, tokens=10)
+
+
+shares = st.sampled_from([0.01, 0.3, 0.6000000000000001, 0.9, 1.0])
+
+
+@st.composite
+def loops(draw: st.DrawFn, inner: bool = True) -> dict[str, Any]:
+    capacity = draw(st.lists(shares, min_size=4, max_size=4))
+    nested = draw(st.booleans())
+    routers = st.fixed_dictionaries(
+        {
+            "kind": st.sampled_from(["top_k", "prefix", "random"]),
+            "capacity": st.just(sorted(capacity, reverse=True) if nested else capacity),
+            "alpha": st.sampled_from([1.0, 0.5]),
+            "nested": st.just(nested),
+        }
+    )
+    body = draw(st.sampled_from([LAYER, WINDOW, STACK]))
+    if inner and draw(st.booleans()):
+        body = draw(loops(inner=False))
+    own = {"kv": "own", "parameters": draw(st.sampled_from(["shared", "per_step"]))}
+    kv = own if body["kind"] == "loop" else draw(st.sampled_from([own, {"kv": "shared"}]))
+    return {
+        "kind": "loop",
+        "steps": draw(st.integers(1, 4)),
+        "full_steps": draw(st.integers(1 if kv["kv"] == "shared" else 0, 2)),
+        "router": draw(st.none() | routers),
+        "residual": draw(st.sampled_from(["overwrite", "delta", "thinking", LITERAL])),
+        "encoding": draw(st.sampled_from([None, "scale", "add"])),
+        "injection": draw(st.sampled_from([None, "add", "linear"])),
+        "body": body,
+    } | kv
+
+
+@settings(max_examples=15)
+@given(loops(), st.integers(1, 9), st.integers(0, 99))
+def test_any_combination_agrees_with_the_definition(
+    fields: dict[str, Any], tokens: int, seed: int
+) -> None:
+    agrees_as_part_of_a_model(fields, tokens, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(loops(), st.integers(1, 9), st.integers(0, 99))
+def test_any_of_many_combinations_agrees_with_the_definition(
+    fields: dict[str, Any], tokens: int, seed: int
+) -> None:
+    agrees_as_part_of_a_model(fields, tokens, seed)
+
+
+def agrees_as_part_of_a_model(fields: dict[str, Any], tokens: int, seed: int) -> None:
+    naive.agrees(LoopSpec.model_validate(fields), D, tokens, seed=seed)
+
+
+def test_the_slots_of_the_tests_are_all_there_are() -> None:
+    assert set(FAMILIES["router"]) == {"top_k", "prefix", "random", "all"}
+    assert set(FAMILIES["residual"]) == {"thinking", "overwrite", "delta"}
+    assert set(FAMILIES["encoding"]) == {"scale", "add"}
+
+
+def test_nested_choices_are_subsets_of_the_ones_before() -> None:
+    falling = [0.9, 0.6, 0.4, 0.2]
+    module = built(steps=5, router=router("prefix", capacity=falling, nested=True))
+    assert module.router is not None
+    masks = []
+    select = module.router.forward
+
+    def noting(*args: Any) -> Any:
+        choice = select(*args)
+        masks.append(choice.mask(13))
+        return choice
+
+    module.router.forward = noting  # type: ignore[method-assign]
+    module(naive.stream(5, 13, D), Context())
+    assert len(masks) == 4
+    for before, after in pairwise(masks):
+        assert not (after & ~before).any()
+        assert after.sum() < before.sum()
+
+
+def test_reports_the_share_that_each_step_selected() -> None:
+    ctx = Context()
+    built(router=router("top_k", capacity=[0.7, 0.3]))(naive.stream(2, 10, D), ctx)
+    shares = {name: round(share.item(), 6) for name, share in ctx.shares.items()}
+    assert shares == {"loop.0": 0.7, "loop.1": 0.3}
+
+
+def test_a_linear_injection_starts_as_none_at_all() -> None:
+    torch.manual_seed(0)
+    plain, injected = spec().build(D), spec(injection="linear").build(D)
+    injected.load_state_dict(plain.state_dict(), strict=False)
+    injected.reset(torch.Generator(), 1)
+    x_BTD = torch.randn(2, 7, D)
+    torch.testing.assert_close(injected(x_BTD, Context()), plain(x_BTD, Context()))
+
+
+@pytest.mark.parametrize("fields", [{"steps": 1}, {"steps": 1, "full_steps": 0}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"encoding": "scale"}, {"router": "all"}], ids=str)
+def test_one_step_for_every_token_is_the_body(fields: dict[str, Any], more: dict[str, Any]) -> None:
+    loop = spec(**fields, **more)
+    assert type(loop.build(D)) is type(loop.body.build(D))
+    assert loop.canonical(D) == loop.body.canonical(D)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"steps": 4, "router": router("prefix", capacity=[0.7, 0.9])}, "one for each of the 3"),
+        ({"steps": 4, "router": router("prefix", alpha=[1.0, 2.0])}, "one for each of the 3"),
+        ({"router": router("prefix", capacity=[0.5, 0.9], nested=True)}, "must not rise"),
+        ({"kv": "shared", "full_steps": 0}, "full_steps of at least 1"),
+        ({"kv": "shared", "parameters": "per_step"}, "parameters: shared"),
+        ({"kv": "shared", "body": ROUTED}, "not defined for a loop inside"),
+        ({"kv": "shared", "body": {"kind": "stack", "body": [ROUTED]}}, "not defined for a loop"),
+    ],
+    ids=str,
+)
+def test_refuses_what_does_not_go_together(fields: dict[str, Any], says: str) -> None:
+    from archdsl.spec import ModelSpec
+
+    block = {"kind": "loop", "steps": 3, "body": LAYER} | fields
+    with pytest.raises(ValidationError, match=says):
+        ModelSpec.model_validate(
+            {"name": "x", "vocab_size": 8, "context": 8, "dim": D, "blocks": [block]}
+        )
+
+
+def built(**fields: Any) -> Loop:
+    module = spec(**fields).build(D)
+    assert isinstance(module, Loop)
+    naive.randomise(module)
+    return module
