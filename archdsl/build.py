@@ -57,4 +57,6 @@ def _refuse_what_cannot_fit(spec: ModelSpec, dtype: torch.dtype) -> None:
         )
 
 
+build_model = build
+
 verbs.callable_by_name(__name__)

@@ -309,10 +309,11 @@ def walk(part: Strict) -> Iterator[tuple[Path, Part]]:
 
 
 def to_tree(part: Strict) -> dict[str, Any]:
-    """Plain data in the order of the fields; values at their default are left out."""
+    """Plain data, the kind first; values at their default are left out."""
     tree: dict[str, Any] = {}
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
+    fields = type(part).model_fields
+    for name in sorted(fields, key="kind".__ne__):
+        value, field = getattr(part, name), fields[name]
         if name == "kind" or field.is_required() or value != field.get_default():
             tree[name] = _plain(value)
     return tree

@@ -60,7 +60,9 @@ class AttentionSpec(BlockSpec):
         return self.model_copy(update={"heads": self.head_count(dim)})
 
     def resized(self, old: Sizes, new: Sizes) -> AttentionSpec:
-        heads = max(1, round(self.head_count(old.dim) * self.head_size / old.dim * new.dim / new.head_size))
+        heads = max(
+            1, round(self.head_count(old.dim) * self.head_size / old.dim * new.dim / new.head_size)
+        )
         per_kv = min(self.queries_per_kv, heads)
         window = self.window and max(1, round(self.window * new.context / old.context))
         return self.model_copy(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archdsl.block import Block, Context, into_stream_
 from archdsl.cost import Cost, Scope, linear
-from archdsl.spec import BlockSpec, Path, Size
+from archdsl.spec import BlockSpec, Path, Size, Sizes
 
 MULTIPLE = 32  # a hidden size from a ratio is rounded up to this, for the kernels' sake
 
@@ -47,6 +47,10 @@ class FeedForwardSpec(BlockSpec):
 
     def canonical(self, dim: int) -> FeedForwardSpec:
         return self.model_copy(update={"hidden": self.hidden_size(dim), "ratio": None})
+
+    def resized(self, old: Sizes, new: Sizes) -> FeedForwardSpec:
+        hidden = max(1, round(self.hidden_size(old.dim) * new.dim / old.dim))
+        return self.model_copy(update={"hidden": hidden, "ratio": None})
 
     def build(self, dim: int) -> FeedForward:
         return FeedForward(self, dim)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from archdsl.block import Block, Context
 from archdsl.cost import Cost, Scope
-from archdsl.spec import Blocks, BlockSpec
+from archdsl.spec import Blocks, BlockSpec, Sizes
 
 
 class StackSpec(BlockSpec):
@@ -37,6 +37,10 @@ class StackSpec(BlockSpec):
         assert isinstance(stack, StackSpec)
         blocks = stack.unrolled()
         return blocks[0] if len(blocks) == 1 else StackSpec(body=blocks)
+
+    def resized(self, old: Sizes, new: Sizes) -> StackSpec:
+        stack = super().resized(old, new)
+        return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
 
     def build(self, dim: int) -> Stack:
         return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])
