@@ -10,6 +10,7 @@ import torch
 
 from archdsl.block import Context
 from archdsl.blocks.attention import Attention, AttentionSpec
+from archdsl.cost import Scope
 from tests import naive
 
 D = 12
@@ -95,8 +96,6 @@ def test_rotary_positions_stay_apart_in_half_precision() -> None:
 
 
 def test_what_a_window_no_longer_sees_is_not_kept() -> None:
-    from archdsl.cost import Scope
-
     assert spec(window=5).cost(Scope(D, 9, 9)).kv == 2 * 5 * D
     assert spec(window=5).cost(Scope(D, 3, 3)).kv == 2 * 3 * D
     assert spec(queries_per_kv=3).cost(Scope(D, 9, 9)).kv == 2 * 9 * D // 3

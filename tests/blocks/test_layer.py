@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from archdsl.blocks.layer import LayerSpec
+from archdsl.blocks.norm import NormSpec
 from tests import naive
 
 ATTENTION = {"head_size": 2}
@@ -29,4 +30,4 @@ def test_agrees_with_the_definition(fields: dict[str, Any]) -> None:
 
 
 def test_a_word_stands_for_a_kind() -> None:
-    assert LayerSpec.model_validate({"attention": "norm"}).attention.kind == "norm"
+    assert LayerSpec.model_validate({"attention": "norm"}).attention == NormSpec()

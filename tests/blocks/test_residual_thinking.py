@@ -11,6 +11,7 @@ from torch import Tensor
 from archdsl.block import Context
 from archdsl.blocks.loop import Loop, LoopSpec
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
+from archdsl.blocks.step_encoding import Scale
 from tests import naive
 
 x, y, phi, gate = (torch.tensor([[[v]]]) for v in (2.0, 5.0, 0.5, 3.0))
@@ -37,9 +38,9 @@ def test_is_its_equation(spec: ResidualSpec, selected: float, not_selected: floa
 def test_thinking_with_every_token_is_the_sum_of_all_steps() -> None:
     """x(t) = sum over i of f(x(i-1)) * phi(i): residual thinking connections, equation of RTC."""
     loop = built(residual="thinking", encoding="scale")
+    assert isinstance(loop.encoding, Scale)
     x_BTD = naive.stream(2, 7, 4)
-    state = loop.bodies[0](x_BTD, Context()) * loop.encoding.phi_SD[0]
-    summed = state
+    summed = loop.bodies[0](x_BTD, Context()) * loop.encoding.phi_SD[0]
     for step in (1, 2):
         summed = summed + loop.bodies[0](summed, Context()) * loop.encoding.phi_SD[step]
     torch.testing.assert_close(loop(x_BTD, Context()), summed)

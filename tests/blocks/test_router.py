@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from archdsl.blocks.router import (
     Router,
     RouterSpec,
     TopKSpec,
+    prefix_rank,
     prefix_share,
     share_of,
 )
@@ -46,8 +46,6 @@ def test_prefix_selects_what_a_decoder_with_a_sorted_list_selects(
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 256])
 def test_ranks_do_not_depend_on_how_they_are_sliced(rows: int) -> None:
-    from archdsl.blocks.router import prefix_rank
-
     score_BT = torch.randn(3, 13).round(decimals=1)
     want = [
         [1 + sum(a > s for a in row[:t]) for t, s in enumerate(row)] for row in score_BT.tolist()
@@ -131,9 +129,10 @@ def test_only_tokens_that_are_left_are_selected(kind: type[RouterSpec]) -> None:
 
 def test_a_gate_is_alpha_times_the_squashed_score() -> None:
     x_BTD = naive.stream(1, 5, D)
-    squashes: dict[str, Any] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    squashes = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
     for gate, squash in squashes.items():
-        spec = PrefixSpec(capacity=(0.5, 0.999), alpha=(1.0, 3.0), gate=gate)
+        fields = {"capacity": [0.5, 0.999], "alpha": [1.0, 3.0], "gate": gate}
+        spec = PrefixSpec.model_validate(fields)
         router = built(spec, steps=[0, 1])
         (weight_RD,) = router.parameters()
         choice = router(x_BTD, 1, Context(), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from archdsl.blocks.feed_forward import FeedForwardSpec
+from archdsl.blocks.layer import LayerSpec
+from archdsl.blocks.norm import NormSpec
 from archdsl.blocks.stack import StackSpec
-from archdsl.spec import BlockSpec
 from tests import naive
 
 MIXED = [
@@ -29,7 +31,6 @@ def test_copies_share_nothing() -> None:
 
 
 def test_means_its_blocks_one_after_the_other() -> None:
-    flat: list[BlockSpec] = []
-    for block in spec(repeat=2).unrolled():
-        flat.append(block)
-    assert [block.kind for block in flat] == ["layer", "norm", *["feed_forward"] * 2] * 2  # type: ignore[attr-defined]
+    norm, ffn = NormSpec(type="layer"), FeedForwardSpec(hidden=2)
+    layer = LayerSpec.model_validate(MIXED[0])
+    assert spec(repeat=2).unrolled() == (layer, norm, ffn, ffn) * 2
