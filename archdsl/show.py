@@ -1,0 +1,218 @@
+"""What the commands print: receipts, comparisons and the catalogue, as rich's tables or as data."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.text import Text
+
+from archdsl.cost import Receipt, cost, paper_flops
+from archdsl.load import ratios
+from archdsl.outline import Node, outline
+from archdsl.spec import Budget, ModelSpec
+
+Convention = Literal["node", "paper"]
+
+COUNTED = {
+    "node": "node by node: a multiply-add is 2 FLOPs; matrix products only, attention as the full "
+    "square of queries and keys; a step costs as often as it runs, looking up an embedding nothing",
+    "paper": "as Chen et al. 2025 (arXiv 2502.13842) do: parameters in matrices; 2 x parameters x "
+    "tokens plus attention, times the mean passes per layer, embedding and head included although "
+    "they run once",
+}
+LEAKS = "(leaks)"
+LEAK = (
+    "sees later tokens: good for training figures, not for decoding; router.kind=prefix is causal"
+)
+
+
+def short(number: float) -> str:
+    """Three digits or four and a unit; exact below a thousand.
+
+    >>> short(162_051_072), short(0.5), short(3.853e12)
+    ('162.1M', '0.5', '3.85T')
+    """
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{1 if scaled >= 10 else 2}f}{unit}"
+    return f"{number:g}"
+
+
+def quantity(number: float, unit: str) -> str:
+    """``3.85 TFLOPs``, ``648.2 MB``."""
+    text = short(number)
+    prefix = text[-1] if text[-1].isalpha() else ""
+    return f"{text.removesuffix(prefix)} {prefix}{unit}"
+
+
+def parameters(number: float) -> str:
+    """``162.1M``, ``1.20B``: as models are named."""
+    return short(number).replace("G", "B")
+
+
+def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None) -> dict[str, Any]:
+    """The receipt for programs: FLOPs of nodes are of one whole context."""
+    root = outline(spec)
+    return {
+        "name": spec.name,
+        "fingerprint": spec.fingerprint(),
+        "convention": convention,
+        "counted": COUNTED[convention],
+        "receipt": asdict(cost(spec)),
+        "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
+        "leaks": [node.path for node in root.walk() if node.leaks],
+        "budget": budget and {"limits": _limits(budget), "over": ratios(spec, budget)},
+        "tree": _node_data(root),
+    }
+
+
+def _limits(budget: Budget) -> dict[str, int]:
+    return budget.model_dump(exclude_none=True)
+
+
+def _node_data(node: Node) -> dict[str, Any]:
+    return {
+        "path": node.path,
+        "label": node.label,
+        "params": node.cost.params,
+        "flops_per_context": node.cost.flops,
+        "leaks": node.leaks,
+        "below": [_node_data(child) for child in node.below],
+    }
+
+
+def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
+    """The tree, and below it the totals."""
+    root, total = outline(spec), cost(spec)
+    facts = _paper(spec, root) if convention == "paper" else _node_by_node(total)
+    facts += [("counted", COUNTED[convention])]
+    facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
+    facts += [("budget", line) for line in _kept(spec, budget)] if budget else []
+    head = (
+        f"{spec.name}: {parameters(total.matrices)} parameters in matrices, {total.params:,} in all"
+    )
+    tree = Tree(root, spec.context, convention)
+    return Group(Text(head, "bold"), "", tree, "", Facts(facts))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Nodes, indented, with their figures; a label that is too long goes on below itself."""
+
+    root: Node
+    context: int
+    convention: Convention
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        figures = {"parameters": 13, "FLOPs/token": 11, "share": 6}
+        if self.convention == "paper":
+            figures = {"parameters": 13}
+        room = options.max_width - sum(figures.values()) - 2 * len(figures)
+        lines = [
+            (line, node if first else None)
+            for node, lead, rest in _branches(self.root)
+            for first, line in _wrapped(node, lead, rest, room)
+        ]
+        width = max(len(line) for line, _ in lines)
+        yield Text(" " * width + _figures(figures, figures), "dim")
+        for line, node in lines:
+            text = Text(line if node is None else line.ljust(width), end="")
+            text.highlight_words([LEAKS], "bold red")
+            yield text
+            yield Text("" if node is None else _figures(self._of(node), figures))
+
+    def _of(self, node: Node) -> list[str]:
+        flops = node.cost.flops
+        share = f"{flops / self.root.cost.flops:.1%}"
+        return [f"{node.cost.params:,}", short(flops / self.context), share]
+
+
+def _figures(values: Iterable[str], widths: Mapping[str, int]) -> str:
+    return "".join(
+        f"  {value:>{width}}" for value, width in zip(values, widths.values(), strict=False)
+    )
+
+
+def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node, str, str]]:
+    """Each node with what stands left of it, and of the lines below it."""
+    yield node, lead, rest + ("│  " if node.below else "   ")
+    for child in node.below:
+        branch, under = ("└─ ", "   ") if child is node.below[-1] else ("├─ ", "│  ")
+        yield from _branches(child, rest + branch, rest + under)
+
+
+def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
+    label = f"{node.label} {LEAKS}" if node.leaks else node.label
+    room = max(20, room - len(rest))
+    for i, line in enumerate(textwrap.wrap(label, room, break_on_hyphens=False)):
+        yield i == 0, (rest if i else lead) + line
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and sentences in two columns."""
+
+    facts: Sequence[tuple[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indent = max((len(name) for name, _ in self.facts), default=0) + 2
+        room = max(20, options.max_width - indent)
+        for name, fact in self.facts:
+            for i, line in enumerate(textwrap.wrap(fact, room, break_on_hyphens=False)):
+                yield Text.assemble(((name if i == 0 else "").ljust(indent), "dim"), line)
+
+
+def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
+    memory = total.weight_bytes + total.gradient_bytes + total.optimizer_bytes
+    return [
+        (
+            "parameters",
+            f"{total.params:,} ({parameters(total.params)}); {parameters(total.matrices)} in "
+            f"matrices, which is what papers count; {parameters(total.non_embedding)} "
+            "without embedding and head",
+        ),
+        ("forward", _forward(total)),
+        (
+            "",
+            f"{quantity(total.flops_per_context, 'FLOPs')} per context of {total.context:,} tokens",
+        ),
+        ("training", f"{short(total.train_flops_per_token)} FLOPs/token"),
+        ("KV cache", f"{quantity(total.kv_bytes_per_token, 'B')} per token in bfloat16"),
+        (
+            "memory",
+            f"weights {quantity(total.weight_bytes, 'B')}, gradients "
+            f"{quantity(total.gradient_bytes, 'B')}, AdamW {quantity(total.optimizer_bytes, 'B')}: "
+            f"{quantity(memory, 'B')} in float32, activations not counted",
+        ),
+    ]
+
+
+def _forward(total: Receipt) -> str:
+    if total.lightest == total.heaviest:
+        return f"{short(total.expected)} FLOPs/token"
+    return (
+        f"{short(total.expected)} FLOPs/token at the routers' capacities; "
+        f"{short(total.lightest)} for a token that no router selects, "
+        f"{short(total.heaviest)} for one that every router selects"
+    )
+
+
+def _paper(spec: ModelSpec, root: Node) -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{parameters(root.cost.matrices)} in matrices"),
+        ("forward", f"{quantity(paper_flops(spec), 'FLOPs')} per {spec.context:,} tokens"),
+    ]
+
+
+def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
+    total, words = cost(spec), {"params": "parameters", "flops": "FLOPs/token"}
+    spent = {"params": total.params, "flops": total.expected}
+    for name, ratio in ratios(spec, budget).items():
+        verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
+        limit = _limits(budget)[name]
+        yield f"{verdict}: {spent[name]:,.0f} of {limit:,} {words[name]}"
