@@ -277,7 +277,7 @@ def _assign(tree: Tree, path: Path, new: Tree) -> None:
     if not isinstance(parent, dict) or last in parent:
         for place in _paths(parent[last], path):
             tree.marks.pop(place, None)
-    parent[last] = _plain(new.value)
+    parent[last] = new.value
     tree.marks.update({(*path, *place): mark for place, mark in new.marks.items()})
 
 

@@ -158,7 +158,7 @@ def test_all_wrong_leaves_are_named_at_once_also_inside_wrong_ones() -> None:
             "a: {search: {choices: {x: {search: {low: 1}}}, default: y}}\n"
             "b: {fit: {multiple_of: 64, default: 64}}\n"
             "c: {fit: {multiple_of: 64, default: 64}}\n"
-            "d: {search: {choices: [1, 2], default: 1, name: n}}\n"
+            "d: {search: {choices: [1, 2], default: 2, name: n}}\n"
             "e: {search: {choices: [true, 2], default: 2, name: n}}\n"
         )
     )
