@@ -111,7 +111,7 @@ def _node_changes(first: Node, second: Node, contexts: tuple[int, int]) -> Itera
     for path in dict.fromkeys([*one, *other]):
         if path in one and path in other:
             yield from _node_changes(one[path], other[path], contexts)
-        else:
+        elif any((one | other)[path].cost[:3]):
             yield NodeChange(path, one.get(path), other.get(path))
 
 

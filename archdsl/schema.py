@@ -127,9 +127,11 @@ def _tidy(schema: Schema, inner: Mapping[str, Schema]) -> Schema:
     """References resolved, titles and defaults away, limits in the schema's own words."""
     match schema:
         case {"x-family": family, **rest}:
-            kinds = [{"$ref": f"#/$defs/{family}"}]
+            kinds: list[Schema] = [{"$ref": f"#/$defs/{family}"}]
             if default := rest.get("x-default"):
                 kinds.append({"$ref": f"#/$defs/{family}.{default}"})  # without naming its kind
+            if "default" in rest and rest["default"] is None:
+                kinds.append({"type": "null"})
             return {"anyOf": kinds}
         case {"$ref": path}:
             return _tidy(inner[path.rpartition("/")[2]], inner)
