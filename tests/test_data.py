@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,12 @@ def test_splits_that_files_tell_are_kept(tmp_path: Path) -> None:
     assert [documents(data.tokens[split]) for split in SPLITS] == [[document(s)] for s in (1, 2, 3)]
 
 
+def test_a_lone_file_called_test_is_divided_like_any_other(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", [document(seed) for seed in range(40)])
+    data = load_text(tmp_path / "test.jsonl", tmp_path / "cache")
+    assert [len(documents(data.tokens[split])) for split in SPLITS] == [36, 2, 2]
+
+
 def test_only_the_missing_split_is_taken_from_training(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set" / "train.jsonl", [document(seed) for seed in range(40)])
     write_jsonl(tmp_path / "set" / "dev.jsonl", [document(99)])
@@ -233,13 +241,26 @@ def test_a_hub_dataset_keeps_its_splits(
     def hub(path: str, config: str | None, cache_dir: str) -> datasets.DatasetDict:
         if (path, config) != found_at:
             raise datasets.exceptions.DatasetNotFoundError(path)
-        names = {"train": 1, "validation": 2, "test": 3}
-        rows = {k: datasets.Dataset.from_dict({"text": [document(i)]}) for k, i in names.items()}
+        texts = {"train": first, "validation": document(2), "test": document(3)}
+        rows = {name: datasets.Dataset.from_dict({"text": [t]}) for name, t in texts.items()}
         return datasets.DatasetDict(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    data = load_text(name, tmp_path)
-    assert [documents(data.tokens[split]) for split in SPLITS] == [[document(s)] for s in (1, 2, 3)]
+    monkeypatch.chdir(tmp_path)
+    first, held = document(0), [[document(2)], [document(3)]]
+    for text in (first, document(1)):
+        data = load_text(name, tmp_path)
+        assert [documents(data.tokens[split]) for split in SPLITS] == [[text], *held]
+        first = document(1)  # the dataset has changed
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "wikitext" / "a.jsonl", [document(0)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="a local file or folder 'wikitext' is in the way"):
+        load_data("hf:wikitext", cache=tmp_path)
 
 
 # tokenizers
@@ -296,6 +317,14 @@ def test_a_foreign_tokenizer_is_given_an_end_and_a_large_one_wider_tokens(corpus
     assert data.tokenizer.token_to_id("<|endoftext|>") == found[0] == found[-1]
 
 
+def test_a_word_that_looks_like_an_end_is_a_word(corpus: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "</s>": 1, "[SEP]": 2}, unk_token="?"))
+    tokenizer.add_special_tokens(["[SEP]"])
+    path = corpus.parent / "words.json"
+    tokenizer.save(str(path))
+    assert load_text(corpus, corpus.parent, str(path)).tokens["train"][0] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -331,12 +360,15 @@ def test_a_batch_is_a_pure_function_of_its_number_and_the_seed(
 
 
 def test_text_is_read_once_an_epoch_in_an_order_of_its_own(corpus: Path) -> None:
-    data, context = load_text(corpus, corpus.parent), 16
+    whole, context = load_text(corpus, corpus.parent), 16
+    # the last window ends with the last token
+    data = replace(whole, tokens={"train": whole.tokens["train"][: 50 * context + 1]})
     windows = (len(data.tokens["train"]) - 1) // context
     epoch = [data.batch(i, windows, context, seed=0).tokens_BT for i in range(2)]
     inputs = torch.from_numpy(data.tokens["train"][: windows * context].astype(np.int64))
     for tokens_BT in epoch:
         assert sorted(tokens_BT.tolist()) == sorted(inputs.view(windows, context).tolist())
+    assert windows == 50
     assert not torch.equal(*epoch)
 
 
@@ -446,8 +478,26 @@ def test_a_cache_is_used_and_changed_text_is_not_taken_from_it(corpus: Path) -> 
     shutil.rmtree(cache / "datasets")
     assert load_text(corpus, cache).fingerprint == before.fingerprint
     assert not (cache / "datasets").exists()
+    assert load_text(corpus, cache, "bpe:300").vocab_size == 300
+    times = corpus.stat()
     write_jsonl(corpus, [document(seed) for seed in range(61)])
-    assert load_text(corpus, cache).fingerprint != before.fingerprint
+    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = load_text(corpus, cache)
+    assert after.fingerprint != before.fingerprint
+    assert document(60) in text_of(after)
+
+
+def test_an_interrupted_build_leaves_no_half_written_file(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator[object]:
+        yield np.array([1, 2, 3]), 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.data.encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_data(str(corpus), cache=corpus.parent / "cache")
+    assert not list((corpus.parent / "cache" / "tokens").iterdir())
 
 
 @pytest.mark.slow
@@ -492,10 +542,10 @@ def test_the_cache_is_where_the_environment_says(
 def test_loading_is_silent_and_leaves_the_bars_of_datasets_as_they_were(
     corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bars = datasets.is_progress_bar_enabled()
+    datasets.enable_progress_bars()
     load_data(str(corpus), cache=corpus.parent)
     assert capfd.readouterr() == ("", "")
-    assert datasets.is_progress_bar_enabled() == bars
+    assert datasets.is_progress_bar_enabled()
 
 
 def test_a_cached_corpus_loads_without_the_libraries_that_made_it(
