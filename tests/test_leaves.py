@@ -106,6 +106,7 @@ def test_a_choice_takes_only_its_own_and_tells_true_from_one(value: Any, taken: 
 WRONG = {
     "search: {low: 1, high: 2}": "13: a.search.default: is required: the value to take without",
     "search: {low: 1, default: 2}": "13: a.search.high: is required",
+    "search: {high: 1, default: 2}": "13: a.search.low: is required",
     "search: {default: 2}": "13: a.search.choices: is required",
     "search: {low: 2, high: 2, default: 2}": "13: a.search: low 2 must be below high 2",
     "search: {low: 1, high: 3, default: 4}": "13: a.search: 4 lies outside of 1 to 3",

@@ -83,6 +83,15 @@ def test_positions_point_at_the_text_of_each_scalar(value: Any) -> None:
             assert line[mark.column - 1 :].startswith(dump_inline(item))
 
 
+@given(st.text("[]{}:,-&*!|>'\"\\#%@`?~<= \n\tab01.\u2028\x00", max_size=40) | st.text())
+def test_any_text_is_a_tree_or_a_spec_error(text: str) -> None:
+    try:
+        value = parse(text).value
+    except SpecError as error:
+        value = [problem.mark.file for problem in error.problems if problem.mark]
+    assert repr(parse(dump(value)).value) == repr(value)
+
+
 def test_a_dump_keeps_short_things_on_one_line() -> None:
     text = """\
 name: on the fly
