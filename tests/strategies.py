@@ -1,0 +1,146 @@
+"""Random valid specs: every kind in every slot, loops in loops, lists per step, odd sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+import archdsl.blocks  # noqa: F401  registers every kind
+from archdsl.spec import ModelSpec
+
+Tree = dict[str, Any]
+
+HEADS, HEAD_SIZE = 6, 2
+DIM = HEADS * HEAD_SIZE
+SHARES = st.sampled_from([0.01, 0.25, 1 / 3, 0.5, 0.6000000000000001, 0.9, 1, 1.0])
+
+
+def trees(kind: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Tree]:
+    """Mappings of this kind in which any of the fields may be left to its default."""
+    return st.fixed_dictionaries({"kind": st.just(kind)}, optional=fields)
+
+
+def attentions() -> st.SearchStrategy[Tree]:
+    def sized(tree: Tree) -> Tree:
+        return {"head_size": HEAD_SIZE} | tree
+
+    return trees(
+        "attention",
+        heads=st.just(HEADS),
+        queries_per_kv=st.sampled_from([1, 2, 3, 6]),
+        window=st.none() | st.integers(1, 20),
+        qk_norm=st.booleans(),
+        rope_theta=st.sampled_from([None, 100, 10_000.0, 5e5]),
+    ).map(sized)
+
+
+def feed_forwards() -> st.SearchStrategy[Tree]:
+    size = st.fixed_dictionaries({}, optional={"hidden": st.integers(1, 9)}) | st.builds(
+        lambda ratio: {"ratio": ratio}, st.sampled_from([0.01, 1, 2.5, 4])
+    )
+    kinds = trees("feed_forward", activation=st.sampled_from(["swiglu", "gelu"]))
+    return st.builds(lambda one, other: one | other, kinds, size)
+
+
+def norms() -> st.SearchStrategy[Tree]:
+    return trees("norm", type=st.sampled_from(["rms", "layer"]))
+
+
+def layers() -> st.SearchStrategy[Tree]:
+    parts = attentions() | feed_forwards()
+    layer = st.fixed_dictionaries(
+        {"kind": st.just("layer"), "attention": attentions()},
+        optional={"ffn": parts, "norm": st.sampled_from(["rms", "layer"])},
+    )
+    return layer | st.builds(lambda one, other: one | {"attention": other}, layer, parts)
+
+
+def routers(further: int, nested: bool) -> st.SearchStrategy[Any]:
+    """Words and mappings; values per step are numbers or lists that are long enough."""
+
+    def per_step(values: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
+        return values | st.lists(values, min_size=max(1, further), max_size=further + 2)
+
+    def falling(capacity: Any) -> Any:
+        return sorted(capacity, reverse=True) if isinstance(capacity, list) and nested else capacity
+
+    capacity, alpha = per_step(SHARES).map(falling), per_step(st.sampled_from([0.5, 1, 2.0]))
+    more = {"nested": st.just(nested), "capacity": capacity, "alpha": alpha}
+    learned = more | {"gate": st.sampled_from(["sigmoid", "tanh"])}
+    return st.one_of(
+        st.sampled_from(["prefix", "top_k", "random", "all"]),
+        trees("prefix", **learned),
+        trees("top_k", **learned),
+        trees("random", **more, seed=st.integers(0, 9)),
+    )
+
+
+RESIDUALS = st.sampled_from(["thinking", "overwrite", "delta"]) | trees(
+    "thinking", unselected=st.sampled_from(["bypass", "literal"])
+)
+ENCODINGS = st.none() | st.sampled_from(["scale", "add"]) | trees("scale", init=st.just(0.25))
+
+
+@st.composite
+def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
+    body = draw(bodies)
+    sharing = draw(st.booleans()) and not has_loop(body)
+    steps, full_steps = draw(st.integers(1, 4)), draw(st.integers(int(sharing), 3))
+    tree: Tree = {"kind": "loop", "steps": steps, "full_steps": full_steps, "body": body}
+    slots = {
+        "router": st.none() | routers(max(0, steps - full_steps), draw(st.booleans())),
+        "residual": RESIDUALS,
+        "encoding": ENCODINGS,
+        "injection": st.sampled_from([None, "add", "linear"]),
+    }
+    tree |= draw(st.fixed_dictionaries({}, optional=slots))
+    if sharing:
+        return tree | {"kv": "shared"}
+    return tree | draw(
+        st.fixed_dictionaries({}, optional={"parameters": st.sampled_from(["shared", "per_step"])})
+    )
+
+
+def has_loop(tree: Any) -> bool:
+    if isinstance(tree, Mapping):
+        return tree.get("kind") == "loop" or any(has_loop(value) for value in tree.values())
+    return isinstance(tree, list) and any(has_loop(value) for value in tree)
+
+
+def stacks(bodies: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+    return st.fixed_dictionaries(
+        {"kind": st.just("stack"), "body": st.lists(bodies, min_size=1, max_size=2)},
+        optional={"repeat": st.integers(1, 3)},
+    )
+
+
+def blocks() -> st.SearchStrategy[Tree]:
+    leaves = layers() | attentions() | feed_forwards() | norms()
+    inner = leaves | stacks(leaves) | loops(leaves)
+    outer = loops(inner) | stacks(inner)
+    return leaves | loops(leaves) | outer | loops(outer)
+
+
+@st.composite
+def spec_trees(draw: st.DrawFn) -> Tree:
+    """The plain data of a spec, as a YAML file would hold it."""
+    required = {
+        "name": "random",
+        "vocab_size": draw(st.integers(2, 19)),
+        "context": draw(st.integers(1, 13)),
+        "dim": DIM,
+        "blocks": draw(st.lists(blocks(), min_size=1, max_size=3)),
+    }
+    optional = {
+        "description": st.sampled_from(["", 'two "lines":\n  # of text', "yes"]),
+        "tie_embeddings": st.booleans(),
+        "norm": st.sampled_from(["rms", "layer"]),
+        "budget": st.just({"params": "1.5M"}),
+    }
+    return required | draw(st.fixed_dictionaries({}, optional=optional))
+
+
+def specs() -> st.SearchStrategy[ModelSpec]:
+    return spec_trees().map(ModelSpec.model_validate)
