@@ -14,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,11 +46,6 @@ TENSORS, TRAINING = "training.safetensors", "training.json"
 MAX_JSON = 2**24  # bytes
 
 State = Mapping[str, Any]  # tensors, and whatever JSON can hold
-
-
-@runtime_checkable
-class HasTokenizer(Protocol):
-    def save_tokenizer(self, path: Path) -> None: ...
 
 
 class CheckpointError(ArchdslError):
@@ -100,7 +96,7 @@ def save_checkpoint(
 def _write(folder: Path, model: LanguageModel, data: Data | None, training: State | None) -> None:
     save_model(model, str(folder / WEIGHTS))
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
-    if isinstance(data, HasTokenizer):  # skills have none
+    if data is not None:
         data.save_tokenizer(folder / TOKENIZER)
     if training is not None:
         tensors = {key: value for key, value in training.items() if isinstance(value, Tensor)}
@@ -152,7 +148,8 @@ def load_training(path: Path) -> dict[str, Any]:
     _verified(path, TRAINING, TENSORS)
     if not (path / TRAINING).exists():
         raise CheckpointError(f"{path} holds a model, but not where its training stood")
-    tensors: dict[str, Any] = load_file(path / TENSORS)
+    with _refusing_nonsense(path / TENSORS):
+        tensors: dict[str, Any] = load_file(path / TENSORS)
     return _read_json(path / TRAINING) | tensors
 
 
@@ -205,9 +202,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def _refusing_nonsense(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+
+
 def _check_shapes(path: Path, model: LanguageModel) -> None:
     """Compares the names and shapes of the stored tensors with those of the model."""
-    with safe_open(path / WEIGHTS, framework="pt") as file:
+    with _refusing_nonsense(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in wanted.items():

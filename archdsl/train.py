@@ -22,7 +22,7 @@ from archdsl.model import LanguageModel
 from archdsl.progress import TrainProgress
 from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
-from archdsl.trainer import RunMismatchError, Step, Trainer, TrainingDivergedError
+from archdsl.trainer import RunMismatchError, Step, Trainer, TrainingDiverged
 
 __all__ = [
     "RunMismatchError",
@@ -30,7 +30,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
-    "TrainingDivergedError",
+    "TrainingDiverged",
     "last_checkpoint",
     "train",
 ]
@@ -57,7 +57,7 @@ def train(
 
     Fills ``out`` with metrics.jsonl, checkpoints/step-*/ and, at the end, final/. The same call
     goes on after a crash. Ctrl-C finishes and saves the step first, a second one does not. Raises
-    TrainingDivergedError, RunMismatchError or CheckpointError.
+    TrainingDiverged, RunMismatchError or CheckpointError.
     """
     built = build(model, seed=config.seed) if isinstance(model, ModelSpec) else model
     trainer = Trainer(built, data, config)
@@ -108,7 +108,7 @@ def _run(trainer: Trainer, recorder: Recorder) -> Evaluation:
     try:
         trainer.run(on_step=recorder.after_step)
         return recorder.finish()
-    except TrainingDivergedError as error:
+    except TrainingDiverged as error:
         recorder.give_up(error)
     finally:
         recorder.close()
@@ -180,10 +180,10 @@ class Recorder:
         last = last_checkpoint(self.out)
         return f"the same command goes on from {last}" if last else "no checkpoint was due yet"
 
-    def give_up(self, error: TrainingDivergedError) -> NoReturn:
+    def give_up(self, error: TrainingDiverged) -> NoReturn:
         last = last_checkpoint(self.out) if self.out else None
         rest = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
-        raise TrainingDivergedError(f"{error}; {rest}") from None
+        raise TrainingDiverged(f"{error}; {rest}") from None
 
     def close(self) -> None:
         if self.log is not None:

@@ -30,7 +30,7 @@ PATIENCE = 50  # steps in a row that a loss may be absurd before the run is give
 ONLY_WATCHING = {"eval_every", "eval_tokens", "checkpoint_every", "keep_last", "log_every"}
 
 
-class TrainingDivergedError(ArchdslError):
+class TrainingDiverged(ArchdslError):  # noqa: N818  it says what happened
     """The loss or its gradient is no number any more, or far above what it was."""
 
 
@@ -82,7 +82,7 @@ class Trainer:
         """Trains up to and including ``until_step`` (default: the last of the config).
 
         ``on_step`` may raise to stop: the trainer then stands after that step. Raises
-        TrainingDivergedError, with the weights as they were before the step that failed.
+        TrainingDiverged, with the weights as they were before the step that failed.
         """
         last = self.config.steps if until_step is None else min(until_step, self.config.steps)
         self.model.train()
@@ -147,14 +147,14 @@ class Trainer:
         self.lowest_loss = min(loss, self.lowest_loss)
 
     def _give_up(self, what: str) -> NoReturn:
-        raise TrainingDivergedError(
+        raise TrainingDiverged(
             f"step {self.step + 1}: {what}; "
             f"try a lower lr (now {self.config.lr:g}) "
             f"or more warmup_steps (now {self.config.warmup})"
         )
 
     def evaluate(self) -> Evaluation:
-        """On the validation split. Raises TrainingDivergedError if the loss is no finite number."""
+        """On the validation split. Raises TrainingDiverged if the loss is no finite number."""
         config = self.config
         with self.autocast():
             evaluation = evaluate(
