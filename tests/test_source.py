@@ -138,7 +138,7 @@ def test_extends_says_where_it_went_wrong(here: Path) -> None:
         Path(f"c{i}.yaml").write_text(f"extends: c{i + 1}.yaml" if i < 17 else "x: 1")
     assert source.read("c1.yaml").value == {"x": 1}  # sixteen levels
     for text, complaint in {
-        "extends: a.yaml": "a.yaml:1:10: extends: goes round in a circle: a.yaml -> a.yaml",
+        "extends: a.yaml": "a.yaml:1:10: extends: goes round in a circle: a.yaml -> a.yaml.",
         "extends: b.yaml": "circle: a.yaml -> b.yaml -> a.yaml",
         "extends: c0.yaml": "c15.yaml:1:10: extends: more than 16 levels of extends",
         "x: 1\nextends: [b]": "a.yaml:2:10: extends: must be the name of one spec file, got",
@@ -150,7 +150,7 @@ def test_extends_says_where_it_went_wrong(here: Path) -> None:
         Path("a.yaml").write_text(text)
         with pytest.raises(SpecError) as error:
             source.read("a.yaml")
-        assert complaint in str(error.value)
+        assert complaint in f"{error.value}."
 
 
 @given(MAPPINGS, MAPPINGS)
