@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from archdsl import source
-from archdsl.errors import Problem, SpecError, did_you_mean
+from archdsl.errors import Problem, SpecError, described, did_you_mean
 from archdsl.explain import explain
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 Path = tuple[str | int, ...]
 
-MAX_NODES = 10_000  # blocks of one model, repeats unrolled
+MAX_NODES = 10_000  # blocks that one pass runs, every repeat and step counted
 FAMILIES: dict[str, dict[str, type[Part]]] = {}  # filled as archdsl.blocks is imported
 
 
 class Strict(BaseModel):
     """Immutable data; an unknown key is an error that names the known ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -47,7 +47,15 @@ class Strict(BaseModel):
             return handler(value)
         except ValidationError as error:
             # `from None`: the rewritten error says all that the first one did
-            raise _misfits(explain(error, cls.model_fields)) from None
+            problems = explain(error, cls.model_fields)
+            raise _misfits([(_as_written(path, value), why) for path, why in problems]) from None
+
+
+def _as_written(path: Path, value: Any) -> Path:
+    """The path without the place in a list that was given as one value for every step."""
+    if not isinstance(value, Mapping) or len(path) < 2 or path[1] != 0:
+        return path
+    return path if isinstance(value.get(path[0]), list | tuple) else path[:1] + path[2:]
 
 
 def _misfits(problems: list[tuple[Path, str]]) -> ValidationError:
@@ -100,24 +108,21 @@ class Part(Strict):
 
     def canonical(self, dim: int) -> Part | None:
         """The same meaning in one way of saying it; None where it means nothing at all."""
-        parts: dict[str, Any] = {}
-        for name in type(self).model_fields:
-            match getattr(self, name):
-                case Part() as part:
-                    parts[name] = part.canonical(dim)
-                case tuple() as several if several and isinstance(several[0], Part):
-                    parts[name] = tuple(part.canonical(dim) for part in several)
-        return self.model_copy(update=parts)
+        return self.with_each(lambda part: part.canonical(dim))
 
     def resized(self, old: Sizes, new: Sizes) -> Part:
         """The same structure in a model of other sizes, for a proxy."""
+        return self.with_each(lambda part: part.resized(old, new))
+
+    def with_each(self, change: Callable[[Part], Part | None]) -> Self:
+        """A copy in which every part directly inside is changed."""
         parts: dict[str, Any] = {}
         for name in type(self).model_fields:
             match getattr(self, name):
                 case Part() as part:
-                    parts[name] = part.resized(old, new)
+                    parts[name] = change(part)
                 case tuple() as several if several and isinstance(several[0], Part):
-                    parts[name] = tuple(part.resized(old, new) for part in several)
+                    parts[name] = tuple(change(part) for part in several)
         return self.model_copy(update=parts)
 
 
@@ -138,7 +143,7 @@ class BlockSpec(Part):
 
     @property
     def nodes(self) -> int:
-        """How many blocks are built for this one."""
+        """How many blocks one pass runs for this one; no more are built."""
         return 1 + sum(p.nodes for _, p in children(self) if isinstance(p, BlockSpec))
 
 
@@ -157,7 +162,7 @@ def slot(family: str, default: str | None = None) -> Any:
                 "{message}",
                 {
                     "message": f"must be a mapping that names a kind of {family} "
-                    f"({', '.join(sorted(known))}), got {value!r:.60}"
+                    f"({', '.join(sorted(known))}), got {described(value)}"
                 },
             )
         kind = value.get("kind", default)
@@ -187,7 +192,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _size(value: Any) -> Any:
-    return source.parse_size(value) if isinstance(value, str) else value
+    return source.parse_size(value) if isinstance(value, str | float) else value
 
 
 Size = Annotated[int, BeforeValidator(_size)]
@@ -240,7 +245,8 @@ class ModelSpec(Strict):
     def _fits_together(self) -> Self:
         total = sum(block.nodes for block in self.blocks)
         if total > MAX_NODES:
-            raise _misfits([(("blocks",), f"{total:,} blocks; at most {MAX_NODES:,} are built")])
+            found = f"{min(total, 10**18):,} with every repeat and step counted"
+            raise _misfits([(("blocks",), f"must run at most {MAX_NODES:,} blocks, got {found}")])
         problems = [
             (path + inner, message)
             for path, part in walk(self)
@@ -285,7 +291,7 @@ class ModelSpec(Strict):
         >>> archdsl.load("tiny").patch("dim", 128).dim
         128
         """
-        tree = source.from_value(to_tree(self), self.name)
+        tree = source.from_value(to_tree(self, path.split(".")), self.name)
         return parse_spec(source.override(tree, [f"{path}={source.dump_inline(value)}"]))
 
 
@@ -308,25 +314,31 @@ def walk(part: Strict) -> Iterator[tuple[Path, Part]]:
         yield from ((path + inner, below) for inner, below in walk(child))
 
 
-def to_tree(part: Strict) -> dict[str, Any]:
-    """Plain data, the kind first; values at their default are left out."""
+def to_tree(part: Strict, along: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain data in the order of the fields; values at their default are left out.
+
+    ``along``: a path whose fields are kept even so.
+    """
     tree: dict[str, Any] = {}
-    fields = type(part).model_fields
-    for name in sorted(fields, key="kind".__ne__):
-        value, field = getattr(part, name), fields[name]
-        if name == "kind" or field.is_required() or value != field.get_default():
-            tree[name] = _plain(value)
+    for name, field in type(part).model_fields.items():
+        value, inside = getattr(part, name), along[1:] if along[:1] == [name] else None
+        default = not field.is_required() and value == field.get_default()
+        if name == "kind" or not default or inside:
+            tree[name] = _plain(value, inside or ())
     return tree
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, along: Sequence[str] = ()) -> Any:
     match value:
         case Strict():
-            return to_tree(value)
+            return to_tree(value, along)
         case (int() | float() as same,):  # a per-step value that never changes
             return same
         case tuple():
-            return [_plain(item) for item in value]
+            return [
+                _plain(item, along[1:] if along[:1] == [str(i)] else ())
+                for i, item in enumerate(value)
+            ]
         case _:
             return value
 

@@ -1,0 +1,218 @@
+"""What a search found: the table, the winner as a file, the controls, the sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import archdsl
+from archdsl.cost import Receipt, cost
+from archdsl.files import write_text
+from archdsl.search.compare import Difference, kendall_tau, paired
+from archdsl.search.proxy import Proxy, Score, objective
+from archdsl.search.study import Finished
+from archdsl.spec import Budget, ModelSpec
+
+WINNER = "winner"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The winner or one of its controls: full-size spec and cost, proxy scores by task and seed."""
+
+    name: str
+    spec: ModelSpec
+    receipt: Receipt
+    scores: dict[str, list[Score]]
+
+    def losses(self, task: str) -> list[float]:
+        return [math.inf if s.loss is None else s.loss for s in self.scores[task]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a search; everything in it also lies in ``folder``."""
+
+    folder: Path
+    winner: ModelSpec
+    trials: list[Finished]
+    outcomes: dict[str, int]
+    entries: list[Entry]
+    tasks: list[str]
+    seconds: float
+    budget: Budget
+    interrupted: bool
+    proxy: str
+
+    @property
+    def best(self) -> list[Finished]:
+        """Trials that reached the last rung, best first."""
+        return best(self.trials)
+
+    def differences(self) -> dict[str, dict[str, Difference]]:
+        """For each control and task, how much higher its loss is than the winner's."""
+        by_name = {entry.name: entry for entry in self.entries}
+        if WINNER not in by_name:
+            return {}
+        own = by_name.pop(WINNER)
+        return {
+            name: {task: paired(entry.losses(task), own.losses(task)) for task in self.tasks}
+            for name, entry in by_name.items()
+        }
+
+    def sentences(self) -> list[str]:
+        """Whether the winner beats its controls, in words."""
+        if self.interrupted or not self.entries:
+            return ["Stopped before the winner was compared with its controls: nothing is shown yet."]
+        found = self.differences()
+        if not found:
+            return ["The winner is the plain model itself: nothing that thinks did better here."]
+        return [_sentence(name, by_task) for name, by_task in found.items()]
+
+    def rung_correlation(self) -> tuple[float | None, int]:
+        """Kendall's tau between the first and the last rung's objective, and over how many."""
+        pairs = [
+            (first, trial.value)
+            for trial in self.best
+            if (first := _total(trial.rungs[0])) is not None and trial.value is not None
+        ]
+        return kendall_tau(pairs), len(pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "winner": str(self.folder / "winner.yaml"),
+            "verdict": self.sentences(),
+            "best": [_row(trial) for trial in self.best[:10]],
+            "controls": {
+                entry.name: {
+                    "params": entry.receipt.params,
+                    "flops_per_token": entry.receipt.expected,
+                    "losses": {task: entry.losses(task) for task in self.tasks},
+                }
+                for entry in self.entries
+            },
+            "differences": {
+                name: {
+                    task: {"mean": d.mean, "half_width": d.half_width, "pairs": d.pairs}
+                    for task, d in by_task.items()
+                }
+                for name, by_task in self.differences().items()
+            },
+            "outcomes": self.outcomes,
+            "rung_correlation": self.rung_correlation()[0],
+            "seconds": round(self.seconds, 1),
+            "budget": self.budget.model_dump(mode="json"),
+            "proxy": self.proxy,
+            "interrupted": self.interrupted,
+            "versions": _versions(),
+        }
+
+
+def best(trials: Sequence[Finished]) -> list[Finished]:
+    done = [trial for trial in trials if trial.value is not None]
+    return sorted(done, key=lambda trial: (trial.value, trial.number))
+
+
+def _total(scores: dict[str, Score]) -> float | None:
+    losses = [score.loss for score in scores.values()]
+    return None if None in losses else sum(loss for loss in losses if loss is not None)
+
+
+def _sentence(control: str, by_task: dict[str, Difference]) -> str:
+    said = {
+        "lower": "is ahead of",
+        "higher": "falls behind",
+        "cannot tell": "cannot be told from",
+    }
+    parts = [
+        f"{said[difference.verdict]} it on {task} ({difference} nats)"
+        for task, difference in by_task.items()
+    ]
+    pairs = min(difference.pairs for difference in by_task.values())
+    return f"Against {control}, over {pairs} seeds: the winner " + " and ".join(parts) + "."
+
+
+def write_report(
+    folder: Path,
+    trials: list[Finished],
+    outcomes: dict[str, int],
+    entries: list[Entry],
+    proxy: Proxy,
+    seconds: float,
+    budget: Budget,
+    interrupted: bool,
+) -> Report:
+    """Fills the folder with winner.yaml, trials.jsonl, result.json and, with matplotlib, a plot."""
+    top = best(trials)[0]
+    winner = top.spec.model_copy(
+        update={"name": f"{top.spec.name}-winner", "description": _about(top, proxy)}
+    )
+    report = Report(
+        folder=folder,
+        winner=winner,
+        trials=trials,
+        outcomes=outcomes,
+        entries=entries,
+        tasks=list(proxy.tasks),
+        seconds=seconds,
+        budget=budget,
+        interrupted=interrupted,
+        proxy=describe(proxy),
+    )
+    write_text(folder / "winner.yaml", winner.to_yaml())
+    lines = [json.dumps(_row(trial), sort_keys=True) for trial in trials]
+    write_text(folder / "trials.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(folder / "result.json", json.dumps(report.as_json(), indent=1))
+    return report
+
+
+def _about(top: Finished, proxy: Proxy) -> str:
+    return (
+        f"Best of a search by proxies ({describe(proxy)}): trial {top.number}, "
+        f"objective {top.value:.4f} nats. The figures beside it are in result.json."
+    )
+
+
+def describe(proxy: Proxy) -> str:
+    """The proxy in a line, for a reader who wants to know how far to trust it."""
+    if proxy.dim is None:
+        sizes = "the real size"
+    else:
+        repeat = "" if proxy.repeat is None else f", stacks repeated at most {proxy.repeat} times"
+        sizes = f"width {proxy.dim}{repeat}"
+    tasks = [
+        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} tokens of "
+        f"{task.data or 'the embedded corpus'}"
+        for name, task in proxy.tasks.items()
+    ]
+    return f"{sizes}; {'; '.join(tasks)}"
+
+
+def _row(trial: Finished) -> dict[str, Any]:
+    receipt = cost(trial.spec)
+    return {
+        "trial": trial.number,
+        "outcome": trial.outcome,
+        "objective": trial.value,
+        "params": receipt.params,
+        "flops_per_token": receipt.expected,
+        "kv_bytes_per_token": receipt.kv_bytes_per_token,
+        "rungs": [
+            {task: score.model_dump(mode="json") for task, score in rung.items()}
+            for rung in trial.rungs
+        ],
+        "choices": trial.params,
+        "fingerprint": trial.fingerprint,
+        "spec": trial.spec.to_yaml(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "optuna", "pydantic", "numpy")
+    return {"archdsl": archdsl.__version__} | {name: version(name) for name in names}
