@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
@@ -14,6 +14,9 @@ from archdsl.cost import Receipt, cost, paper_flops
 from archdsl.load import ratios
 from archdsl.outline import Node, outline
 from archdsl.spec import Budget, ModelSpec
+
+if TYPE_CHECKING:
+    from archdsl.evaluate import Evaluation
 
 Convention = Literal["node", "paper"]
 
@@ -216,3 +219,28 @@ def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
         verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
         limit = _limits(budget)[name]
         yield f"{verdict}: {spent[name]:,.0f} of {limit:,} {words[name]}"
+
+
+def evaluation(found: Evaluation, chance: float | None) -> RenderableType:
+    """Held-out quality; of a leaking model both ways."""
+    if found.causal is None:
+        return Facts(_quality(found, chance))
+    return Group(
+        Text("with sight of later tokens (the router leaks; no decoder can do this)", "bold red"),
+        Facts(_quality(found, chance)),
+        Text("causally, selecting by the same scores", "bold"),
+        Facts(_quality(found.causal, chance)),
+    )
+
+
+def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
+    spread = "" if found.standard_error is None else f" +- {1.96 * found.standard_error:.4f} (95%)"
+    guessed = "" if chance is None else f"; guessing gets {chance:.1%}"
+    facts = [
+        ("loss", f"{found.loss:.4f}{spread} nats per token, {found.tokens:,} tokens"),
+        ("perplexity", f"{found.perplexity:,.2f}"),
+        ("accuracy", f"{found.accuracy:.1%}{guessed}"),
+    ]
+    if found.bits_per_byte is not None:
+        facts.insert(2, ("bits per byte", f"{found.bits_per_byte:.4f}"))
+    return facts

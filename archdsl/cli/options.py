@@ -1,0 +1,161 @@
+"""What commands share: options, options made from the fields of a config, printing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from archdsl.errors import Problem, SpecError
+from archdsl.explain import explain
+from archdsl.source import dump_inline, parse, parse_size
+from archdsl.spec import Budget
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Config = TypeVar("Config", bound=BaseModel)
+Command = Callable[..., None]
+
+
+def size(text: str) -> int:
+    """``162M`` as a number above zero."""
+    try:
+        number = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if number < 1:
+        raise typer.BadParameter(f"must be at least 1, got {text}")
+    return number
+
+
+Spec = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec such as itt.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one place; may be repeated."),
+]
+Params = Annotated[
+    int | None,
+    typer.Option("--budget", parser=size, metavar="SIZE", help="Most parameters, such as 162M."),
+]
+Flops = Annotated[
+    int | None,
+    typer.Option(parser=size, metavar="SIZE", help="Most forward FLOPs per token, such as 0.8G."),
+]
+Json = Annotated[bool, typer.Option("--json", help="The same facts as JSON, and nothing else.")]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="A text, JSONL or parquet file or folder, hf:DATASET/CONFIG or skill:NAME; "
+        "default: the embedded corpus.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHOICE",
+        help="bytes, bpe:SIZE or a tokenizer.json; default: what fills the vocabulary.",
+    ),
+]
+
+
+def budget(params: int | None, flops: int | None) -> Budget | None:
+    """What stands on the command line takes the place of what stands in the file."""
+    return Budget(params=params, flops=flops) if params or flops else None
+
+
+def with_options_of(config: type[BaseModel], parameter: str) -> Callable[[Command], Command]:
+    """Gives a command an option for each field of ``config`` and hands it over as ``parameter``.
+
+    Values are YAML: ``--lr 1e-3``, ``--clip null``, ``--betas '[0.9, 0.99]'``.
+    """
+
+    def decorate(command: Command) -> Command:
+        def with_options(**given: Any) -> None:
+            texts = {name: given.pop(name) for name in config.model_fields}
+            command(**given, **{parameter: _read(config, texts)})
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [p for p in own if p.name != parameter]
+        options = [_option(name, field) for name, field in config.model_fields.items()]
+        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+        with_options.__annotations__ = {}
+        with_options.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    is_flag = field.annotation is bool
+    words = [field.description or name.replace("_", " ")]
+    if not is_flag and "default:" not in words[0]:
+        words.append(f"default: {dump_inline(field.get_default())}")
+    help_text = "; ".join(words)
+    option = typer.Option(
+        _flag(name),
+        metavar=None if is_flag else _metavar(field),
+        help=f"{help_text[0].upper()}{help_text[1:]}.",
+        show_default=False,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[bool | None if is_flag else str | None, option],
+    )
+
+
+def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
+    return "VALUE"
+
+
+def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Config:
+    """The config that the options ask for; raises SpecError with all that is wrong."""
+    given: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for name, text in texts.items():
+        try:
+            given |= {} if text is None else {name: _value(text)}
+        except SpecError as error:
+            problems += [Problem(_flag(name), problem.message) for problem in error.problems]
+    try:
+        whole = config.model_validate(given)
+    except ValidationError as error:
+        problems += [
+            Problem(_flag(str(loc[0])) if loc else "", message)
+            for loc, message in explain(error, config.model_fields)
+        ]
+    if problems:
+        raise SpecError(problems)
+    return whole
+
+
+def _value(text: str | bool) -> Any:
+    return parse(text, "").value if isinstance(text, str) else text
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def print_parts(*parts: RenderableType) -> None:
+    """To stdout: styled in a terminal, plain anywhere else."""
+    from rich.console import Console
+
+    Console(highlight=False, emoji=False, markup=False).print(*parts, sep="\n")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))

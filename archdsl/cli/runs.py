@@ -1,0 +1,152 @@
+"""Commands that run models: train, eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from archdsl.cli.options import (
+    Json,
+    Overrides,
+    Source,
+    Spec,
+    Tokenizer,
+    print_json,
+    print_parts,
+    size,
+    with_options_of,
+)
+from archdsl.errors import ArchdslError
+from archdsl.schedule import TrainConfig
+
+if TYPE_CHECKING:
+    from archdsl.batch import Data
+    from archdsl.checkpoint import Checkpoint
+    from archdsl.spec import ModelSpec
+
+
+@with_options_of(TrainConfig, "config")
+def train(
+    spec: Spec,
+    config: TrainConfig,
+    overrides: Overrides = None,
+    source: Source = None,
+    tokenizer: Tokenizer = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/ and the spec's name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a spec; the same command goes on after a crash or Ctrl-C.
+
+    Examples:
+
+      archdsl train tiny --steps 300
+
+      archdsl train tiny --data skill:p-hop --context 64 --lr 2e-3
+    """
+    from archdsl import show
+    from archdsl.load import load
+    from archdsl.train import train
+
+    model = load(spec, overrides=overrides or ())
+    data = data_for(model, source, tokenizer)
+    folder = out or Path("runs") / model.name
+    print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
+    result = train(model, data, config, folder, progress=True)
+    if result.resumed_from == result.steps:
+        print("it was trained already, nothing was left to do", file=sys.stderr)
+    if as_json:
+        found = result.validation.model_dump(mode="json")
+        print_json(
+            {
+                "checkpoint": str(folder / "final"),
+                "steps": result.steps,
+                "resumed_from": result.resumed_from,
+                "validation": found,
+            }
+        )
+    else:
+        print_parts(show.evaluation(result.validation, data.chance))
+        print(f"checkpoint: {folder / 'final'}")
+
+
+def eval_(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
+    source: Source = None,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="Which held-out text.")
+    ] = "validation",
+    tokens: Annotated[
+        int | None, typer.Option(parser=size, metavar="SIZE", help="Of the text; default: all.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(parser=size, metavar="SIZE", help="Tokens at a time; default: the spec's."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Score a checkpoint on held-out text.
+
+    Loss, perplexity and bits per byte; without --data, on the data that it was trained on. A
+    router that sees later tokens is scored both ways, with that sight and causally. Example:
+
+      archdsl eval runs/tiny/final --split test
+    """
+    import torch
+
+    from archdsl import show
+    from archdsl.checkpoint import load_checkpoint
+    from archdsl.evaluate import evaluate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = load_checkpoint(checkpoint, device=device)
+    data = _data_of(found, source)
+    result = evaluate(
+        found.model,
+        data,
+        split=split,
+        batch_size=batch_size,
+        context=context,
+        limit_tokens=tokens,
+    )
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "data": data.name} | result.model_dump())
+    else:
+        print(f"{found.spec.name} on the {split} split of {data.name}")
+        print_parts(show.evaluation(result, data.chance))
+
+
+def _data_of(checkpoint: Checkpoint, source: str | None) -> Data:
+    trained_on = checkpoint.provenance.get("data", {}).get("name")
+    tokenizer = str(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    return data_for(checkpoint.spec, source or trained_on, tokenizer)
+
+
+def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data:
+    """The data, in tokens that the vocabulary has room for."""
+    from archdsl.data import load_data
+
+    choice = tokenizer or _filling(spec.vocab_size)
+    data = load_data(source, tokenizer=choice)
+    if data.vocab_size > spec.vocab_size:
+        fixes = [f"--set vocab_size={data.vocab_size}"]
+        if data.chance is None and spec.vocab_size >= BYTES:
+            fixes.append(f"--tokenizer {_filling(spec.vocab_size)}")
+        raise ArchdslError(
+            f"{data.name} has {data.vocab_size:,} different tokens and {spec.name} only a "
+            f"vocab_size of {spec.vocab_size:,}: {' or '.join(fixes)}"
+        )
+    return data
+
+
+BYTES = 257  # and the end of a document
+
+
+def _filling(vocab_size: int) -> str:
+    """The tokenizer that makes the most of a vocabulary."""
+    return f"bpe:{vocab_size}" if vocab_size >= 2 * BYTES else "bytes"
