@@ -23,12 +23,15 @@ RULES = {
     "finite_number": "must be finite",
     "bool_type": "must be true or false",
     "string_type": "must be a word or a text",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
     "string_pattern_mismatch": "must match {pattern}",
     "literal_error": "must be {expected}",
     "tuple_type": "must be a list",
     "model_type": "must be a mapping",
     "too_short": "needs at least {min_length} entries",
+    "too_long": "takes at most {max_length} entries",
 }
 
 
@@ -37,7 +40,12 @@ def explain(
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """(path, message) for each error of a model with these ``fields``."""
     found = error.errors(include_url=False)
-    return [(e["loc"], _message(e, fields)) for e in found]
+    return [(e["loc"], _message(e, fields)) for e in found if not _follows(e)]
+
+
+def _follows(error: ErrorDetails) -> bool:
+    """Whether a list is only too short because what is in it is wrong."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
 def _message(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
@@ -51,10 +59,14 @@ def _message(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
         case "value_error":
             return str(error["ctx"]["error"])
         case kind if kind in RULES:
-            rule = RULES[kind].format(**error.get("ctx", {}))
-            return f"{rule}, got {_shown(error['input'])}"
+            bounds = {name: _number(bound) for name, bound in error.get("ctx", {}).items()}
+            return f"{RULES[kind].format(**bounds)}, got {_shown(error['input'])}"
         case _:
             return error["msg"]
+
+
+def _number(bound: Any) -> Any:
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _shown(value: Any) -> str:

@@ -84,7 +84,7 @@ class LoopSpec(BlockSpec):
 
     @property
     def nodes(self) -> int:
-        return 1 + self.body.nodes * (self.steps if self.parameters == "per_step" else 1)
+        return 1 + self.body.nodes * self.steps
 
     @property
     def is_body(self) -> bool:
