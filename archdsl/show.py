@@ -28,6 +28,7 @@ COUNTED = {
     "they run once",
 }
 LEAKS = "(leaks)"
+ASCII = str.maketrans("├└│─", "|`|-")
 LEAK = (
     "sees later tokens: good for training figures, not for decoding; router.kind=prefix is causal"
 )
@@ -123,6 +124,8 @@ class Tree:
         ]
         width = max(len(line) for line, _ in lines)
         yield Text(" " * width + _figures(figures, figures), "dim")
+        if options.ascii_only:
+            lines = [(line.translate(ASCII), node) for line, node in lines]
         for line, node in lines:
             text = Text(line if node is None else line.ljust(width), end="")
             text.highlight_words([LEAKS], "bold red")
@@ -151,7 +154,7 @@ def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node
 
 def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
     label = f"{node.label} {LEAKS}" if node.leaks else node.label
-    room = max(20, room - len(rest))
+    room = max(12, room - len(rest))
     for i, line in enumerate(textwrap.wrap(label, room, break_on_hyphens=False)):
         yield i == 0, (rest if i else lead) + line
 

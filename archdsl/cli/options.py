@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -151,10 +152,14 @@ def _flag(name: str) -> str:
 
 
 def print_parts(*parts: RenderableType) -> None:
-    """To stdout: styled in a terminal, plain anywhere else."""
+    """To stdout: styled in a terminal, plain in a pipe and where NO_COLOR is set."""
     from rich.console import Console
 
-    Console(highlight=False, emoji=False, markup=False).print(*parts, sep="\n")
+    plain = bool(os.environ.get("NO_COLOR"))
+    console = Console(
+        color_system=None if plain else "auto", highlight=False, emoji=False, markup=False
+    )
+    console.print(*parts, sep="\n")
 
 
 def print_json(value: Any) -> None:
