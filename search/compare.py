@@ -54,3 +54,8 @@ def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
         for c, d in pairs[:i]
     ]
     return fmean(agree)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Middle and half of the range."""
+    return (min(values) + max(values)) / 2, (max(values) - min(values)) / 2

@@ -6,7 +6,6 @@ that is killed and run again loses at most the rung that was being climbed.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -15,10 +14,17 @@ from pathlib import Path
 from pydantic import Field
 
 from archdsl.data import Data, load_data
+from archdsl.errors import ArchdslError
 from archdsl.evaluate import Evaluation
 from archdsl.files import remove_folder, write_text
 from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec, Sizes, Strict
+
+
+class ProxyError(ArchdslError):
+    """A proxy that was asked for in words that mean nothing."""
+
+    exit_status = 2
 
 
 class Task(Strict):
@@ -35,6 +41,11 @@ class Task(Strict):
 
     def load(self) -> Data:
         return _load(self.data, self.tokenizer)
+
+    def up_to(self, steps: int) -> Task:
+        """The same rungs in proportion, ending at ``steps``."""
+        rungs = tuple(max(1, steps * rung // self.rungs[-1]) for rung in self.rungs)
+        return self.model_copy(update={"rungs": rungs})
 
     def config(self, seed: int) -> TrainConfig:
         """A constant rate, so that a rung does not depend on how many are above it."""
@@ -63,6 +74,30 @@ class Proxy(Strict):
     head_size: int = Field(16, ge=2)
     repeat: int | None = Field(1, ge=1, description="copies of a stack's body, at most")
     tasks: dict[str, Task]
+
+    @classmethod
+    def parse(cls, text: str | None, data: str | None = None, tokenizer: str = "bytes") -> Proxy:
+        """``none`` or ``dim=64,repeat=2``; ``data`` takes the place of the default tasks."""
+        tasks = default_tasks()
+        if data is not None:
+            task = tasks["skill" if data.startswith("skill:") else "text"]
+            tasks = {"data": task.model_copy(update={"data": data, "tokenizer": tokenizer})}
+        if text in (None, ""):
+            return cls(tasks=tasks)
+        if text == "none":
+            return cls(dim=None, tasks=tasks)
+        given = {}
+        for part in str(text).split(","):
+            name, _, value = part.partition("=")
+            if name not in ("dim", "head_size", "repeat", "steps") or not value.isdigit():
+                raise ProxyError(
+                    f"--proxy {text}: {part!r} is not understood; write none, or some of "
+                    "dim=32,head_size=16,repeat=1,steps=600"
+                )
+            given[name] = int(value)
+        if steps := given.pop("steps", None):
+            tasks = {name: task.up_to(steps) for name, task in tasks.items()}
+        return cls(**given, tasks=tasks)
 
     @property
     def rungs(self) -> int:

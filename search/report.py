@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import archdsl
 from archdsl.cost import Receipt, cost
 from archdsl.files import write_text
 from archdsl.search.compare import Difference, kendall_tau, paired
-from archdsl.search.proxy import Proxy, Score, objective
+from archdsl.search.proxy import Proxy, Score
 from archdsl.search.study import Finished
 from archdsl.spec import Budget, ModelSpec
 
@@ -47,6 +47,7 @@ class Report:
     budget: Budget
     interrupted: bool
     proxy: str
+    plotted: bool = False
 
     @property
     def best(self) -> list[Finished]:
@@ -67,7 +68,9 @@ class Report:
     def sentences(self) -> list[str]:
         """Whether the winner beats its controls, in words."""
         if self.interrupted or not self.entries:
-            return ["Stopped before the winner was compared with its controls: nothing is shown yet."]
+            return [
+                "Stopped before the winner was compared with its controls: nothing is shown yet."
+            ]
         found = self.differences()
         if not found:
             return ["The winner is the plain model itself: nothing that thinks did better here."]
@@ -91,13 +94,13 @@ class Report:
                 entry.name: {
                     "params": entry.receipt.params,
                     "flops_per_token": entry.receipt.expected,
-                    "losses": {task: entry.losses(task) for task in self.tasks},
+                    "losses": {t: [s.loss for s in entry.scores[t]] for t in self.tasks},
                 }
                 for entry in self.entries
             },
             "differences": {
                 name: {
-                    task: {"mean": d.mean, "half_width": d.half_width, "pairs": d.pairs}
+                    task: {"mean": _finite(d.mean), "half_width": _finite(d.half_width)}
                     for task, d in by_task.items()
                 }
                 for name, by_task in self.differences().items()
@@ -163,11 +166,26 @@ def write_report(
         interrupted=interrupted,
         proxy=describe(proxy),
     )
+    report = replace(report, plotted=_plotted(report))
     write_text(folder / "winner.yaml", winner.to_yaml())
     lines = [json.dumps(_row(trial), sort_keys=True) for trial in trials]
     write_text(folder / "trials.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(folder / "result.json", json.dumps(report.as_json(), indent=1))
     return report
+
+
+def _plotted(report: Report) -> bool:
+    from archdsl.search.plot import plot
+
+    try:
+        plot(report, report.folder / "front.png")
+    except ImportError:
+        return False  # the report says how to get one
+    return True
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _about(top: Finished, proxy: Proxy) -> str:

@@ -192,8 +192,14 @@ class Search:
                 raise KeyboardInterrupt("no trial was finished; the same command goes on")
             raise NothingFitsError(self._why_nothing(finished))
         return write_report(
-            self.folder, finished, self.study.outcomes(), entries, self.proxy, self.clock.spent,
-            self.study.budget, interrupted,
+            self.folder,
+            finished,
+            self.study.outcomes(),
+            entries,
+            self.proxy,
+            self.clock.spent,
+            self.study.budget,
+            interrupted,
         )
 
     def _why_nothing(self, finished: list[Finished]) -> str:

@@ -45,7 +45,9 @@ def _point(tree: Tree, label: str | None) -> dict[str, Any]:
     picked: dict[str, Any] = {}
 
     def pick(name: str, leaf: Leaf) -> Any:
-        takes = isinstance(leaf, Choice) and isinstance(leaf.choices, dict) and label in leaf.choices
+        takes = (
+            isinstance(leaf, Choice) and isinstance(leaf.choices, dict) and label in leaf.choices
+        )
         picked[name] = label if takes else leaf.default
         return picked[name]
 

@@ -1,4 +1,4 @@
-"""The study: what has been drawn and scored, in Optuna's journal. The only file that asks Optuna."""
+"""The study: what was drawn and how it scored, in Optuna's journal; nothing else asks Optuna."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.sampler = optuna.samplers.TPESampler(
-                seed=self.seed * 1_000_003 + number, n_startup_trials=8, multivariate=True, group=True
+                seed=self.seed * 1_000_003 + number,
+                n_startup_trials=8,
+                multivariate=True,
+                group=True,
             )
         ask = self.study.ask()
         try:
@@ -105,7 +108,9 @@ class Study:
         return self._unless_known(trial)
 
     def _unless_known(self, trial: Trial) -> Trial | None:
-        same = [old for old in self._stored() if old.user_attrs.get("fingerprint") == trial.fingerprint]
+        same = [
+            old for old in self._stored() if old.user_attrs.get("fingerprint") == trial.fingerprint
+        ]
         same = [old for old in same if old.number != trial.number]
         done = [old for old in same if old.user_attrs.get("outcome") in ("complete", "pruned")]
         if done:
