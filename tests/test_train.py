@@ -173,7 +173,7 @@ def test_training_learns_a_skill() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
 def test_a_compiled_model_trains_alike_and_saves_under_the_same_names() -> None:
     plain, compiled = trainer(steps=2), trainer(steps=2, compile=True)
     plain.run()
@@ -219,22 +219,30 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 class Noise(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
     def forward(self, x_BTD: Tensor, ctx: object) -> Tensor:
-        return x_BTD + torch.randn_like(x_BTD)
+        noise_BTD = torch.randn_like(x_BTD)
+        self.drawn.append(float(noise_BTD[0, 0, 0]))
+        return x_BTD + noise_BTD
 
 
-def test_random_numbers_in_the_model_are_resumed_too(tmp_path: Path) -> None:
+def test_random_numbers_in_the_model_are_resumed_too() -> None:
     whole, first, second = trainer(), trainer(), trainer()
-    for run in (whole, first, second):
-        run.model.blocks.append(Noise())
-    seen: list[Step] = []
-    whole.run(on_step=seen.append)
+    noises = [Noise(), Noise(), Noise()]
+    for run, noise in zip((whole, first, second), noises, strict=True):
+        run.model.blocks.append(noise)
+    whole.run()
     first.run(5)
     second.model.load_state_dict(first.model.state_dict())
     second.restore(first.state())
     torch.manual_seed(99)
     second.run()
     assert same(whole.model, second.model)
+    assert noises[1].drawn + noises[2].drawn == noises[0].drawn
+    assert len(set(noises[0].drawn)) == 12
 
 
 @pytest.mark.parametrize("at", [3, 5, 7, 11])
