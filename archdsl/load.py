@@ -12,6 +12,14 @@ from archdsl.errors import Problem, SpecError
 from archdsl.spec import Budget, ModelSpec, parse_spec
 
 
+class NoFitError(SpecError):
+    """Even the least size breaks the budget, by ``ratio`` of it."""
+
+    def __init__(self, problem: Problem, ratio: float) -> None:
+        super().__init__(problem)
+        self.ratio = ratio
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -57,14 +65,10 @@ def fitted(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:
     )
     best = _largest(sizes, lambda size: over(at(size), budget) <= 0)
     if best is None:
-        least = sizes[0]
-        raise SpecError(
-            Problem(
-                ".".join(map(str, path)),
-                f"no size fits: {least} is the least and {exceeds(at(least), budget)}",
-                tree.mark(path),
-            )
-        )
+        least = at(sizes[0])
+        message = f"no size fits: {sizes[0]} is the least and {exceeds(least, budget)}"
+        where = ".".join(map(str, path))
+        raise NoFitError(Problem(where, message, tree.mark(path)), over(least, budget))
     return parse_spec(leaves.replace(tree, path, best)).model_copy(update={"budget": budget})
 
 

@@ -30,6 +30,8 @@ class Difference:
         return "lower" if self.mean > 0 else "higher"
 
     def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "diverged"
         width = f" ± {self.half_width:.3f}" if math.isfinite(self.half_width) else ", one seed"
         return f"{self.mean:+.3f}{width}"
 
@@ -38,6 +40,8 @@ def paired(control: Sequence[float], winner: Sequence[float]) -> Difference:
     """``control`` - ``winner``, seed by seed."""
     gaps = [c - w for c, w in zip(control, winner, strict=True)]
     n = len(gaps)
+    if not all(math.isfinite(gap) for gap in gaps):  # a run diverged
+        return Difference(math.inf, math.inf, n)
     if n < 2:
         return Difference(fmean(gaps), math.inf, n)
     quantile = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]

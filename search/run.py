@@ -190,7 +190,7 @@ class Search:
         if not any(trial.value is not None for trial in finished):
             if interrupted:
                 raise KeyboardInterrupt("no trial was finished; the same command goes on")
-            raise NothingFitsError(self._why_nothing(finished))
+            raise NothingFitsError(self._why_nothing())
         return write_report(
             self.folder,
             finished,
@@ -202,9 +202,12 @@ class Search:
             interrupted,
         )
 
-    def _why_nothing(self, finished: list[Finished]) -> str:
+    def _why_nothing(self) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self.study.outcomes().items())
-        return f"no trial reached the last rung ({counts or 'none was drawn'}); see {self.folder}"
+        reason = self.study.closest_miss()
+        return f"no trial reached the last rung ({counts or 'none was drawn'})" + (
+            f"; the closest draw: {reason}" if reason else f"; see {self.folder}"
+        )
 
     # climbing
 
@@ -225,12 +228,11 @@ class Search:
                 self.clock.save()
 
     def _may_draw(self, pool: Pool) -> bool:
-        open_jobs = sum(not job.done() for climb in self.climbing for job in climb.jobs.values())
-        trained = [n for what, n in self.study.outcomes().items() if what in TRAINED]
+        trained = sum(n for what, n in self.study.outcomes().items() if what in TRAINED)
         return (
-            open_jobs < pool.workers
+            len(self.climbing) < pool.workers
             and self.known_in_a_row < DUPLICATES
-            and (self.trials is None or sum(trained) + len(self.climbing) < self.trials)
+            and (self.trials is None or trained + len(self.climbing) < self.trials)
             and self.clock.left > self._time_still_needed(pool.workers)
         )
 

@@ -12,9 +12,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from archdsl.errors import SpecError
 from archdsl.leaves import fill
-from archdsl.load import fitted, ratios
+from archdsl.load import NoFitError, exceeds, fitted, over, ratios
 from archdsl.search.proxy import Score
 from archdsl.search.space import starting_points, suggest
 from archdsl.source import Tree, parse
@@ -94,7 +93,9 @@ class Study:
         try:
             tree = fill(self.tree, lambda name, leaf: suggest(ask, name, leaf))
             spec = fitted(tree, self.budget)
-        except SpecError as error:
+        except NoFitError as error:
+            ask.set_user_attr("excess", error.ratio)
+            ask.set_constraint("fit", error.ratio)
             self._close(ask, "infeasible", error=str(error))
             return None
         trial = Trial(ask.number, spec, spec.fingerprint(), ask)
@@ -102,8 +103,9 @@ class Study:
             ask.set_constraint(name, ratio)
         ask.set_user_attr("spec", spec.to_yaml())
         ask.set_user_attr("fingerprint", trial.fingerprint)
-        if any(ratio > 0 for ratio in ratios(spec, self.budget).values()):
-            self._close(ask, "infeasible")
+        if (excess := over(spec, self.budget)) > 0:
+            ask.set_user_attr("excess", excess)
+            self._close(ask, "infeasible", error=exceeds(spec, self.budget))
             return None
         return self._unless_known(trial)
 
@@ -165,6 +167,12 @@ class Study:
             if not known and {"outcome", "spec"} <= trial.user_attrs.keys():
                 self._finished[trial.number] = _finished(trial)
         return [self._finished[number] for number in sorted(self._finished)]
+
+    def closest_miss(self) -> str:
+        """Of the draws that break the budget, what the one that breaks it least said."""
+        missed = [t.user_attrs for t in self._stored() if "excess" in t.user_attrs]
+        least = min(missed, key=lambda attrs: float(attrs["excess"]), default=None)
+        return str(least["error"]) if least else ""
 
     def outcomes(self) -> dict[str, int]:
         """How many draws ended how."""
