@@ -40,6 +40,7 @@ class StackSpec(BlockSpec):
 
     def resized(self, old: Sizes, new: Sizes) -> StackSpec:
         stack = super().resized(old, new)
+        assert isinstance(stack, StackSpec)
         return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
 
     def build(self, dim: int) -> Stack:
