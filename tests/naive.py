@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def feed_forward(module: FeedForward, x_D: Tensor) -> Tensor:
         hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
     else:
         gate = module.gate.weight @ x_D
-        hidden = gate / (1 + torch.exp(-gate)) * up
+        hidden = gate * torch.sigmoid(gate) * up
     return module.down.weight @ hidden
 
 
@@ -122,7 +122,8 @@ def read(head: int, query_HE: Tensor, near: list[tuple[Tensor, Tensor]]) -> Tens
     queries_per_kv = len(query_HE) // len(near[0][0])
     g, E = head // queries_per_kv, query_HE.size(1)
     scores = torch.stack([query_HE[head] @ keys[g] / math.sqrt(E) for keys, _ in near])
-    weights = torch.exp(scores) / torch.exp(scores).sum()
+    weights = torch.exp(scores - scores.max())
+    weights = weights / weights.sum()
     return torch.stack([w * values[g] for w, (_, values) in zip(weights, near, strict=True)]).sum(0)
 
 
@@ -230,9 +231,7 @@ def chosen(
     assert isinstance(router, Primitive)
     weight_D = next(router.parameters())[row]
     scores = [weight_D @ x for x in xs]
-    squash: Callable[[Tensor], Tensor] = torch.tanh
-    if spec.gate == "sigmoid":
-        squash = lambda s: 1 / (1 + torch.exp(-s))  # noqa: E731
+    squash = torch.sigmoid if spec.gate == "sigmoid" else torch.tanh
     match spec:
         case TopKSpec():
             picked = top_k(scores, capacity, left)
