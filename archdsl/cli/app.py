@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
-from archdsl.cli import runs, specs
+from archdsl.cli import runs, search, specs
 from archdsl.errors import ArchdslError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 for command in (
     specs.build,
+    search.search,
     runs.train,
     runs.eval_,
     specs.diff,
