@@ -68,9 +68,7 @@ class Report:
     def sentences(self) -> list[str]:
         """Whether the winner beats its controls, in words."""
         if self.interrupted or not self.entries:
-            return [
-                "Stopped before the winner was compared with its controls: nothing is shown yet."
-            ]
+            return ["Stopped before the winner met its controls; the same command goes on."]
         found = self.differences()
         if not found:
             return ["The winner is the plain model itself: nothing that thinks did better here."]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -237,17 +237,17 @@ class Search:
         )
 
     def _time_still_needed(self, workers: int) -> float:
-        """For another trial, those under way, and the controls; guessed from what was trained."""
+        """For another trial, those under way, and the controls."""
+        runs = len(self.climbing) + 1 + self.seeds * CONTESTANTS
+        return 1.1 * self._seconds_per_trial() * runs / workers
+
+    def _seconds_per_trial(self) -> float:
+        """Of one worker, up the last rung; guessed from those that got there."""
         whole = [
             sum(score.seconds for rung in trial.rungs for score in rung.values())
-            for trial in self.study.finished()
-            if trial.value is not None
+            for trial in best(self.study.finished())
         ]
-        if not whole:
-            return 0.0
-        one = sum(whole) / len(whole)
-        runs = len(self.climbing) + 1 + self.seeds * CONTESTANTS
-        return 1.1 * one * runs / workers
+        return sum(whole) / len(whole) if whole else 0.0
 
     def _next_rung(self, pool: Pool, trial: Trial) -> Climb:
         rung = len(trial.rungs)
@@ -296,26 +296,36 @@ class Search:
             return []
         winner = ranked[0].spec
         full_size = {WINNER: winner} | controls(winner)
-        jobs: dict[tuple[str, int, str], Future[Score]] = {}
+        scores: dict[str, dict[str, list[Score]]] = {}
+        for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
+            if self.clock.left < self._seconds_per_trial() * len(full_size) / pool.workers:
+                break  # what is left undone is done when the command is run with more time
+            for (name, task), score in self._train_all(pool, winner, full_size, seed).items():
+                scores.setdefault(name, {}).setdefault(task, []).append(score)
+        return [
+            Entry(name, spec, cost(spec), scores[name])
+            for name, spec in full_size.items()
+            if name in scores
+        ]
+
+    def _train_all(
+        self, pool: Pool, winner: ModelSpec, names: Collection[str], seed: int
+    ) -> dict[tuple[str, str], Score]:
+        """The winner and its controls with one seed, by name and task."""
+        jobs: dict[tuple[str, str], Future[Score]] = {}
         for task, trained in self.proxy.tasks.items():
             # the controls of the proxy: equal in parameters or FLOPs where they are trained
             small = self.proxy.shrink(winner, trained)
-            contestants = {WINNER: small} | controls(small)
-            for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
-                for name in contestants.keys() & full_size.keys():
-                    spec = contestants[name]
-                    jobs[name, seed, task] = self._submit(pool, spec, task, seed, -1)
-        self._await(list(jobs.values()))
-        return [
-            Entry(name, spec, cost(spec), by_task)
-            for name, spec in full_size.items()
-            if (by_task := _by_task(jobs, name))
-        ]
+            for name, spec in ({WINNER: small} | controls(small)).items():
+                if name in names:
+                    jobs[name, task] = self._submit(pool, spec, task, seed, -1)
+        self._await(list(jobs.values()), f"seed {seed}")
+        return {key: job.result() for key, job in jobs.items()}
 
-    def _await(self, jobs: list[Future[Score]]) -> None:
+    def _await(self, jobs: list[Future[Score]], what: str) -> None:
         while waiting := {job for job in jobs if not job.done()}:
             first_done(waiting, seconds=1.0)
-            self.said = f"{sum(job.done() for job in jobs)} of {len(jobs)} runs"
+            self.said = f"{what}: {sum(job.done() for job in jobs)} of {len(jobs)} runs"
             self._tell("comparing the winner with its controls")
 
     def _tell(self, phase: str) -> None:
@@ -331,15 +341,6 @@ class Search:
                 self.said,
             )
         )
-
-
-def _by_task(jobs: dict[tuple[str, int, str], Future[Score]], name: str) -> dict[str, list[Score]]:
-    """The scores of one contestant, by task, in the order of the seeds."""
-    found: dict[str, list[Score]] = {}
-    for (other, _, task), job in jobs.items():
-        if other == name:
-            found.setdefault(task, []).append(job.result())
-    return found
 
 
 def _pool(workers: int) -> AbstractContextManager[Pool]:
