@@ -19,15 +19,17 @@ def _as_tuple(value: Any) -> Any:
 class TrainConfig(Strict):
     """Everything that decides a training run besides model and data.
 
-    The defaults suit 1-10M parameters on a few CPU cores: minutes, not hours. Small models stand
-    a high rate (1e-3, as nanoGPT's 10M character model); betas, clipping and decay are GPT-3's.
+    The defaults suit 0.1-10M parameters on a few CPU cores: minutes, not hours. Betas, clipping
+    and decay are GPT-3's; small models stand a far higher rate. Measured on the embedded corpus,
+    bytes, validation loss at 1e-3 / 3e-3 / 1e-2: 0.13M parameters after 0.5M tokens 2.25 / 1.99 /
+    1.79, 1M after 0.25M tokens 2.11 / 1.94 / 2.02. Beyond 100M 3e-4 is usual.
     """
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
     context: int | None = Field(None, ge=1, description="tokens per sequence; default: the spec's")
     accumulate: int = Field(1, ge=1, description="parts a batch is cut into to save memory")
-    lr: Finite = Field(1e-3, gt=0, description="highest learning rate")
+    lr: Finite = Field(3e-3, gt=0, description="highest learning rate")
     min_lr_ratio: Finite = Field(0.1, ge=0, le=1, description="last learning rate / highest")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int | None = Field(
