@@ -77,9 +77,9 @@ def test_a_single_step_trains_at_the_full_rate() -> None:
     ("settings", "complaint"),
     [
         ({"batch_size": 10, "accumulate": 4}, "accumulate must divide batch_size, got 4 and 10"),
-        ({"lr": 0}, "lr\n  must be above 0.0, got 0"),
+        ({"lr": 0}, r"lr\n  must be above 0(\.0)?, got 0"),
         ({"lr": math.nan}, "finite"),
-        ({"betas": (0.9, 1.0)}, "must be below 1.0, got 1.0"),
+        ({"betas": (0.9, 1.0)}, r"must be below 1(\.0)?, got 1\.0"),
         ({"device": "cdua"}, "device"),
         ({"learning_rate": 0.1}, "learning_rate"),
     ],

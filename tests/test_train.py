@@ -265,7 +265,7 @@ def test_a_line_cut_short_and_a_half_written_checkpoint_are_passed_over(tmp_path
         train(spec(), Meddling(SKILL.skill, 7, kill), CONFIG, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    half = tmp_path / "checkpoints" / ".step-000010.tmp"
+    half = tmp_path / "checkpoints" / ".step-000007.tmp"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     assert train(spec(), SKILL, CONFIG, tmp_path).resumed_from == 5
@@ -331,7 +331,9 @@ def test_ctrl_c_finishes_and_saves_the_step_and_says_how_to_go_on(tmp_path: Path
 
 
 def test_a_finished_run_is_read_back_and_not_trained_again(tmp_path: Path) -> None:
+    usual = signal.getsignal(signal.SIGINT)
     first = train(spec(), SKILL, CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is usual
     again = train(spec(), Meddling(SKILL.skill, 0, kill), CONFIG, tmp_path)
     assert (again.resumed_from, again.validation) == (12, first.validation)
     assert same(first.model, again.model)
@@ -363,7 +365,7 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
         with pytest.raises(RunMismatchError, match=difference):
             train(model, data, settings, tmp_path)
     renamed = spec("name=other")
-    watched = config(log_every=3, keep_last=9, eval_every=0, checkpoint_every=1)
+    watched = config(log_every=3, keep_last=9, eval_every=0, checkpoint_every=1, device="cpu")
     assert train(renamed, SKILL, watched, tmp_path).resumed_from == (12 if killed_at is None else 5)
 
 
