@@ -39,7 +39,7 @@ class Scope(NamedTuple):
     def routed(self, tokens: int, shared: bool) -> Scope:
         """The same block on ``tokens`` of these tokens."""
         keys = self.keys if shared else tokens
-        return self._replace(tokens=tokens, keys=keys, projects=not shared)
+        return Scope(self.dim, tokens, keys, not shared, self.routing, self.detailed)
 
     def together(self, parts: Mapping[str, Cost]) -> Cost:
         """Nodes run one after the other, each with its own weights."""
@@ -90,11 +90,15 @@ class Cost(NamedTuple):
         """``n`` runs with one set of weights."""
         if n == 1:
             return self
-        return self._replace(
-            flops=n * self.flops,
-            kv=n * self.kv,
-            passes=n * self.passes,
-            parts=self._each(lambda _, part: part.runs(n)),
+        return Cost(
+            self.params,
+            self.matrices,
+            n * self.flops,
+            n * self.kv,
+            self.layers,
+            n * self.passes,
+            self.scores,
+            self._each(lambda _, part: part.runs(n)),
         )
 
     def copies(self, n: int) -> Cost:
@@ -113,7 +117,9 @@ class Cost(NamedTuple):
         )
 
     def _each(self, change: Callable[[str, Cost], Cost]) -> Mapping[str, Cost]:
-        return {name: change(name, part) for name, part in self.parts.items()} or NO_PARTS
+        if not self.parts:  # most often: costs are asked for thousands of times in a search
+            return NO_PARTS
+        return {name: change(name, part) for name, part in self.parts.items()}
 
 
 def linear(tokens: int, *sizes: tuple[int, int]) -> Cost:

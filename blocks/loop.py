@@ -15,7 +15,6 @@ Shapes: B batch, T tokens, K selected tokens, D width.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
@@ -152,37 +151,36 @@ class LoopSpec(BlockSpec):
         full = self.body.cost(scope)
         if self.is_body:
             return full
+        rows = self.rows()
+        runs = [self._scope(scope, step, row) for step, row in enumerate(rows)]
         body = full.runs(0)
-        for at, n in Counter(self._scopes(scope)).items():
-            body = body.plus((full if at == scope else self.body.cost(at)).runs(n))
+        for at in dict.fromkeys(runs):
+            body = body.plus((full if at == scope else self.body.cost(at)).runs(runs.count(at)))
         if self.parameters == "per_step":
             body = body.weights(self.steps)
-        return scope.together({"body": body} | self._slots(scope))
+        return scope.together({"body": body} | self._slots(scope, rows, runs))
 
-    def _scopes(self, scope: Scope) -> Iterator[Scope]:
-        """What each pass runs on."""
-        for step, row in enumerate(self.rows()):
-            shared = self.kv == "shared" and step > 0
-            if row is None:
-                yield scope._replace(projects=False) if shared else scope
-            else:
-                yield scope.routed(self._tokens(scope, row), shared)
+    def _scope(self, scope: Scope, step: int, row: int | None) -> Scope:
+        """What a pass runs on."""
+        shared = self.kv == "shared" and step > 0
+        if row is None:
+            return scope._replace(projects=False) if shared else scope
+        return scope.routed(self._tokens(scope, row), shared)
 
     def _tokens(self, scope: Scope, row: int) -> int:
         assert self.router is not None
         expected = self.router.tokens(scope.tokens, row)
         return {"none": 0, "expected": expected, "all": scope.tokens}[scope.routing]
 
-    def _slots(self, scope: Scope) -> dict[str, Cost]:
+    def _slots(self, scope: Scope, rows: list[int | None], runs: list[Scope]) -> dict[str, Cost]:
         slots: dict[str, Cost] = {}
-        rows = self.rows()
-        if self.router is not None and any(row is not None for row in rows):
-            choices = sum(row is not None for row in rows)
+        choices = sum(row is not None for row in rows)
+        if self.router is not None and choices:
             slots["router"] = self.router.cost(scope.dim, scope.tokens, choices)
         if self.encoding is not None:
             slots["encoding"] = self.encoding.cost(scope.dim, self.steps)
         if self.injection == "linear":
-            tokens = sum(at.tokens for step, at in enumerate(self._scopes(scope)) if step > 0)
+            tokens = sum(at.tokens for at in runs[1:])
             slots["injection"] = linear(tokens, (2 * scope.dim, scope.dim))
         return slots
 
