@@ -123,6 +123,13 @@ def test_is_causal_or_is_caught_leaking(spec: ModelSpec) -> None:
         assert model.leaks == says_so
 
 
+def test_a_decoder_that_starts_over_for_each_token_agrees_with_one_pass(spec: ModelSpec) -> None:
+    model, tokens_BT = built(spec), some_tokens()
+    with model.causal_routing():
+        last = [model(tokens_BT[:, :length])[:, -1] for length in range(1, T + 1)]
+        torch.testing.assert_close(model(tokens_BT), torch.stack(last, 1), rtol=1e-9, atol=1e-9)
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours(spec: ModelSpec) -> None:
     model, tokens_BT = built(spec), some_tokens(3)
     alone = torch.cat([model(row_T.unsqueeze(0)) for row_T in tokens_BT])
