@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -118,6 +118,24 @@ def _node_changes(first: Node, second: Node, contexts: tuple[int, int]) -> Itera
 def _figures(node: Node | None, context: int) -> tuple[int, float]:
     """Parameters and FLOPs per token."""
     return (node.cost.params, node.cost.flops / context) if node else (0, 0.0)
+
+
+def comparison_data(both: Comparison) -> dict[str, Any]:
+    """The same for programs; FLOPs of nodes are per token."""
+    return {
+        "names": both.names,
+        "same_model": both.same_model,
+        "changes": [asdict(change) for change in both.changes],
+        "receipts": [asdict(receipt) for receipt in both.receipts],
+        "nodes": [
+            {
+                "path": node.path,
+                "first": node.first and _figures(node.first, both.contexts[0]),
+                "second": node.second and _figures(node.second, both.contexts[1]),
+            }
+            for node in both.nodes
+        ],
+    }
 
 
 def comparison(both: Comparison) -> RenderableType:

@@ -154,9 +154,12 @@ def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node
 
 def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
     label = f"{node.label} {LEAKS}" if node.leaks else node.label
-    room = max(12, room - len(rest))
-    for i, line in enumerate(textwrap.wrap(label, room, break_on_hyphens=False)):
-        yield i == 0, (rest if i else lead) + line
+    room = max(room, len(rest) + 8)
+    lines = textwrap.wrap(
+        label, room, initial_indent=lead, subsequent_indent=rest, break_on_hyphens=False
+    )
+    for i, line in enumerate(lines):
+        yield i == 0, line
 
 
 @dataclass(frozen=True)

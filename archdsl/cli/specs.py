@@ -102,12 +102,12 @@ def diff(
 
       archdsl diff itt itt --set blocks.0.repeat=2
     """
-    from archdsl.compare import compare, comparison
+    from archdsl.compare import compare, comparison, comparison_data
     from archdsl.load import load
 
     both = compare(load(first), load(second, overrides=overrides or ()))
     if as_json:
-        print_json(asdict(both))
+        print_json(comparison_data(both))
     else:
         print_parts(comparison(both))
 
