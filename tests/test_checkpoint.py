@@ -72,6 +72,11 @@ def test_shared_weights_are_stored_once_and_come_back_shared(tmp_path: Path) -> 
     stored = load_file(tmp_path / "tied" / "model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
 
+    stored["head.weight"] = stored.pop("embedding.weight")  # the other name is as good
+    save_file(stored, tmp_path / "renamed")
+    forge(tmp_path / "tied", "model.safetensors", (tmp_path / "renamed").read_bytes())
+    assert torch.equal(load_checkpoint(tmp_path / "tied").model(TOKENS), model(TOKENS))
+
 
 def test_a_skill_leaves_no_tokenizer_and_a_mere_model_no_training(tmp_path: Path) -> None:
     skill = load_data("skill:p-hop")
@@ -79,6 +84,9 @@ def test_a_skill_leaves_no_tokenizer_and_a_mere_model_no_training(tmp_path: Path
     assert load_checkpoint(tmp_path / "new").tokenizer is None
     with pytest.raises(CheckpointError, match="holds a model, but not where its training stood"):
         load_training(tmp_path / "new")
+    (tmp_path / "new" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not belong to this checkpoint"):
+        load_checkpoint(tmp_path / "new")
 
 
 FILES = ["model.safetensors", "spec.yaml", "tokenizer.json", "training.json"]
@@ -114,6 +122,7 @@ def test_a_damaged_file_is_refused_by_name(
         (b"{", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
+        (b" " * (2**24 + 1), "longer than 16,777,216 bytes"),
         (b"[1]", "an object was expected, got a list"),
         (b'{"format": 99}', "has checkpoint format 99; this version reads 1"),
         (b'{"format": 1}', "does not say which files belong to it"),
