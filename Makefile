@@ -12,7 +12,7 @@ test: .venv/installed-dev
 # constraints.txt pins every package, torch above all
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e ".[plots]"
 	touch $@
 
 .venv/installed-dev: .venv/installed

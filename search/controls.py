@@ -10,9 +10,9 @@ from archdsl.blocks.stack import StackSpec
 from archdsl.cost import sequence_cost
 from archdsl.spec import BlockSpec, ModelSpec, Part
 
-PARAMS_TWIN = "plain, equal parameters"
-FLOPS_TWIN = "plain, equal FLOPs"
-RANDOM_TWIN = "random routing"
+PARAMS_TWIN = "equal-parameters plain"
+FLOPS_TWIN = "equal-FLOPs plain"
+RANDOM_TWIN = "random-routing"
 
 
 def controls(winner: ModelSpec) -> dict[str, ModelSpec]:

@@ -18,6 +18,7 @@ from archdsl.search.study import Finished
 from archdsl.spec import Budget, ModelSpec
 
 WINNER = "winner"
+OBJECTIVE = "objective"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Report:
     outcomes: dict[str, int]
     entries: list[Entry]
     tasks: list[str]
+    weights: list[float]
     seconds: float
     budget: Budget
     interrupted: bool
@@ -55,38 +57,65 @@ class Report:
         return best(self.trials)
 
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """For each control and task, how much higher its loss is than the winner's."""
+        """For each control, how much higher its loss is than the winner's: in the objective
+        (the first key) and by task."""
         by_name = {entry.name: entry for entry in self.entries}
         if WINNER not in by_name:
             return {}
         own = by_name.pop(WINNER)
-        return {
-            name: {task: paired(entry.losses(task), own.losses(task)) for task in self.tasks}
-            for name, entry in by_name.items()
-        }
+        return {name: self._differences(entry, own) for name, entry in by_name.items()}
 
-    def sentences(self) -> list[str]:
-        """Whether the winner beats its controls, in words."""
-        if self.interrupted or not self.entries:
-            return ["Stopped before the winner met its controls; the same command goes on."]
-        found = self.differences()
+    def _differences(self, control: Entry, own: Entry) -> dict[str, Difference]:
+        by_task = {task: paired(control.losses(task), own.losses(task)) for task in self.tasks}
+        return {OBJECTIVE: paired(self._objectives(control), self._objectives(own))} | by_task
+
+    def _objectives(self, entry: Entry) -> list[float]:
+        by_seed = zip(*(entry.losses(task) for task in self.tasks), strict=True)
+        return [
+            sum(w * loss for w, loss in zip(self.weights, losses, strict=True))
+            for losses in by_seed
+        ]
+
+    def verdict(self) -> str:
+        """In one sentence, whether the winner beats its controls."""
+        if not self.entries:
+            return "Stopped before the winner met its controls; the same command goes on."
+        found = {name: by_task[OBJECTIVE] for name, by_task in self.differences().items()}
         if not found:
-            return ["The winner is the plain model itself: nothing that thinks did better here."]
-        return [_sentence(name, by_task) for name, by_task in found.items()]
+            return "The winner is the plain model itself: nothing that thinks did better here."
+        said = {
+            "lower": "beats",
+            "higher": "loses to",
+            "cannot tell": "cannot be told, the interval being too wide, from",
+        }
+        parts = [
+            f"{words} {_listed([n for n, d in found.items() if d.verdict == verdict])}"
+            for verdict, words in said.items()
+            if any(d.verdict == verdict for d in found.values())
+        ]
+        pairs = next(iter(found.values())).pairs
+        return f"Over {pairs} seeds that chose nothing, the winner {'; it '.join(parts)}."
 
     def rung_correlation(self) -> tuple[float | None, int]:
         """Kendall's tau between the first and the last rung's objective, and over how many."""
         pairs = [
             (first, trial.value)
             for trial in self.best
-            if (first := _total(trial.rungs[0])) is not None and trial.value is not None
+            if (first := self._total(trial.rungs[0])) is not None and trial.value is not None
         ]
         return kendall_tau(pairs), len(pairs)
+
+    def _total(self, scores: dict[str, Score]) -> float | None:
+        losses = [scores[task].loss for task in self.tasks]
+        weighted = [
+            w * loss for w, loss in zip(self.weights, losses, strict=True) if loss is not None
+        ]
+        return sum(weighted) if len(weighted) == len(losses) else None
 
     def as_json(self) -> dict[str, Any]:
         return {
             "winner": str(self.folder / "winner.yaml"),
-            "verdict": self.sentences(),
+            "verdict": self.verdict(),
             "best": [_row(trial) for trial in self.best[:10]],
             "controls": {
                 entry.name: {
@@ -118,23 +147,8 @@ def best(trials: Sequence[Finished]) -> list[Finished]:
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def _total(scores: dict[str, Score]) -> float | None:
-    losses = [score.loss for score in scores.values()]
-    return None if None in losses else sum(loss for loss in losses if loss is not None)
-
-
-def _sentence(control: str, by_task: dict[str, Difference]) -> str:
-    said = {
-        "lower": "is ahead of",
-        "higher": "falls behind",
-        "cannot tell": "cannot be told from",
-    }
-    parts = [
-        f"{said[difference.verdict]} it on {task} ({difference} nats)"
-        for task, difference in by_task.items()
-    ]
-    pairs = min(difference.pairs for difference in by_task.values())
-    return f"Against {control}, over {pairs} seeds: the winner " + " and ".join(parts) + "."
+def _listed(names: list[str]) -> str:
+    return " and ".join(f"the {name} twin" for name in names)
 
 
 def write_report(
@@ -159,6 +173,7 @@ def write_report(
         outcomes=outcomes,
         entries=entries,
         tasks=list(proxy.tasks),
+        weights=[task.weight for task in proxy.tasks.values()],
         seconds=seconds,
         budget=budget,
         interrupted=interrupted,

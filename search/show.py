@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import cost
+from archdsl.search.words import in_words
 from archdsl.show import Facts, parameters, short
-from archdsl.spec import ModelSpec
 
 if TYPE_CHECKING:
     from archdsl.search.report import Report
@@ -60,51 +60,41 @@ def _line(progress: Progress) -> str:
 def _live(progress: Progress) -> RenderableType:
     bar = ProgressBar(total=progress.seconds or None, completed=progress.elapsed, width=40)
     counts = ", ".join(f"{n} {what}" for what, n in progress.outcomes.items())
-    return Group(Text(_line(progress)), bar, Text(counts, "dim"), candidates(progress.best))
+    head = Text(_line(progress))
+    best = [candidates(progress.best), models(progress.best)] if progress.best else []
+    return Group(head, bar, Text(counts, "dim"), *best)
 
 
 def candidates(trials: list[Finished]) -> Table:
     """Best first: proxy scores, and what the model costs at full size."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("trial", "objective"):
-        table.add_column(title, justify="right")
     tasks = list(trials[0].rungs[-1]) if trials else []
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for title in ("params", "FLOPs/token"):
-        table.add_column(title, justify="right")
-    table.add_column("model", overflow="fold")
+    table = _table("trial", "objective", *tasks, "params", "FLOPs/token")
     for trial in trials:
         receipt = cost(trial.spec)
-        scores = [
-            _score(trial.rungs[-1][task].loss, trial.rungs[-1][task].accuracy) for task in tasks
-        ]
+        last = trial.rungs[-1]
         table.add_row(
             str(trial.number),
             f"{trial.value:.3f}",
-            *scores,
+            *(_score(last[task].loss, last[task].accuracy) for task in tasks),
             parameters(receipt.params),
             short(receipt.expected),
-            in_short(trial.spec),
         )
     return table
+
+
+def models(trials: list[Finished]) -> RenderableType:
+    """Which trial is which model."""
+    return Facts([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
 
 
 def _score(loss: float | None, accuracy: float | None) -> str:
     return "diverged" if loss is None else f"{loss:.3f} ({accuracy or 0:.0%})"
 
 
-def in_short(spec: ModelSpec) -> str:
-    """The blocks in a few words: ``2x(layer + loop x4 prefix .7/.7/.5) + ...``."""
-    from archdsl.search.words import words
-
-    return " + ".join(words(block) for block in spec.blocks)
-
-
 def result(report: Report) -> RenderableType:
     """What a search ends with."""
     tau, pairs = report.rung_correlation()
-    facts = [("verdict", sentence) for sentence in report.sentences()]
+    facts = [("verdict", report.verdict())]
     counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
     facts += [
         ("trials", f"{counts}; {report.seconds:.0f} s"),
@@ -116,9 +106,17 @@ def result(report: Report) -> RenderableType:
     ]
     if not report.plotted:
         facts.append(("plot", "none: pip install 'archdsl[plots]' and run this again"))
-    parts: list[RenderableType] = [Text("Best candidates", "bold"), candidates(report.best[:5]), ""]
+    top = report.best[:5]
+    parts: list[RenderableType] = [
+        Text("Best candidates", "bold"),
+        candidates(top),
+        models(top),
+        "",
+    ]
     if report.entries:
         parts += [Text("The winner and its controls", "bold"), contestants(report), ""]
+    if report.differences():
+        parts += [Text("How far above the winner's loss", "bold"), gaps(report), ""]
     return Group(*parts, Facts(facts))
 
 
@@ -131,19 +129,30 @@ def _trust(tau: float | None, pairs: int) -> str:
 
 
 def contestants(report: Report) -> Table:
-    """Means over the seeds, and how much higher than the winner's, with the 95% interval."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for title in ("params", "FLOPs/token"):
-        table.add_column(title, justify="right")
-    differences = report.differences()
-    for task in report.tasks:
-        table.add_column(task, justify="right")
-        table.add_column("to the winner", justify="right")
+    """The winner and its controls: means over the seeds."""
+    table = _table("", "params", "FLOPs/token", *report.tasks)
     for entry in report.entries:
-        cells = [parameters(entry.receipt.params), short(entry.receipt.expected)]
-        for task in report.tasks:
-            gap = differences.get(entry.name, {}).get(task)
-            cells += [f"{fmean(entry.losses(task)):.3f}", "" if gap is None else str(gap)]
-        table.add_row(entry.name, *cells)
+        table.add_row(
+            entry.name,
+            parameters(entry.receipt.params),
+            short(entry.receipt.expected),
+            *(f"{fmean(entry.losses(task)):.3f}" for task in report.tasks),
+        )
+    return table
+
+
+def gaps(report: Report) -> Table:
+    """By how many nats each control's loss is above the winner's, with the 95% interval."""
+    found = report.differences()
+    table = _table("", *next(iter(found.values())))
+    for name, by_task in found.items():
+        table.add_row(name, *(str(gap) for gap in by_task.values()))
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
     return table

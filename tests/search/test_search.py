@@ -65,7 +65,7 @@ def test_a_search_ends_with_a_winner_under_budget_that_builds(space: Path, tmp_p
     lines = (tmp_path / "run" / "trials.jsonl").read_text().splitlines()
     assert [json.loads(line)["trial"] for line in lines] == list(range(len(lines)))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["verdict"] == report.sentences()
+    assert result["verdict"] == report.verdict()
     assert (tmp_path / "run" / "front.png").stat().st_size > 10_000
 
 
@@ -90,7 +90,7 @@ def test_running_it_again_trains_nothing(space: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     files = sorted(tmp_path.rglob("step-*.json"))
     again = go(space, tmp_path / "run", trials=3)
-    assert again.sentences() == first.sentences()
+    assert again.verdict() == first.verdict()
     assert sorted(tmp_path.rglob("step-*.json")) == files
     assert all(f.stat().st_mtime < time.time() - (time.monotonic() - started) for f in files)
 
