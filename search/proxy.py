@@ -114,12 +114,12 @@ class Proxy(Strict):
 def default_tasks() -> dict[str, Task]:
     """Real text, and a skill that needs depth; docs/LOG.md has the measurements behind both."""
     return {
-        "text": Task(context=128, batch_size=16, rungs=(100, 300)),
+        "text": Task(context=128, batch_size=16, rungs=(100, 250)),
         "skill": Task(
             data="skill:p-hop,hops=3,length=32,alphabet=4",
             context=32,
             batch_size=32,
-            rungs=(200, 600),
+            rungs=(150, 350),
             eval_tokens=32_768,
         ),
     }

@@ -109,6 +109,7 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(corpus: Path) -> Non
 def test_the_cache_is_where_the_environment_says(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ARCHDSL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(corpus.parent / "xdg"))
     load_data(str(corpus))
     assert (corpus.parent / "xdg/archdsl/tokens").is_dir()
