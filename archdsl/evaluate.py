@@ -120,7 +120,7 @@ def _score(model: LanguageModel, batch: Batch) -> Tensor:
     logits_BTV = model(batch.tokens_BT.to(device))
     loss_BT = cross_entropy(logits_BTV, targets_BT)
     asked_BT = targets_BT != IGNORE
-    right_BT = asked_BT & (logits_BTV.argmax(-1) == targets_BT)
+    right_BT = logits_BTV.argmax(-1) == targets_BT  # IGNORE is no token
     # double: float32 stops counting single tokens at 16M
     return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, asked_BT, right_BT)])
 

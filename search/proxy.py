@@ -76,25 +76,15 @@ class Proxy(Strict):
     tasks: dict[str, Task]
 
     @classmethod
-    def parse(cls, text: str | None, data: str | None = None, tokenizer: str = "bytes") -> Proxy:
-        """``none`` or ``dim=64,repeat=2``; ``data`` takes the place of the default tasks."""
+    def parse(cls, text: str | None = None, data: str | None = None) -> Proxy:
+        """``none`` or ``dim=64,repeat=2,steps=1000``; ``data`` takes the place of both tasks."""
         tasks = default_tasks()
         if data is not None:
             task = tasks["skill" if data.startswith("skill:") else "text"]
-            tasks = {"data": task.model_copy(update={"data": data, "tokenizer": tokenizer})}
-        if text in (None, ""):
-            return cls(tasks=tasks)
+            tasks = {"data": task.model_copy(update={"data": data})}
         if text == "none":
             return cls(dim=None, tasks=tasks)
-        given = {}
-        for part in str(text).split(","):
-            name, _, value = part.partition("=")
-            if name not in ("dim", "head_size", "repeat", "steps") or not value.isdigit():
-                raise ProxyError(
-                    f"--proxy {text}: {part!r} is not understood; write none, or some of "
-                    "dim=32,head_size=16,repeat=1,steps=600"
-                )
-            given[name] = int(value)
+        given = dict(_sizes(part, text) for part in text.split(",")) if text else {}
         if steps := given.pop("steps", None):
             tasks = {name: task.up_to(steps) for name, task in tasks.items()}
         return cls(**given, tasks=tasks)
@@ -109,6 +99,16 @@ class Proxy(Strict):
             return spec
         vocab_size, repeat = task.load().vocab_size, self.repeat or 1024
         return spec.resized(Sizes(self.dim, task.context, vocab_size, self.head_size, repeat))
+
+
+def _sizes(part: str, text: str) -> tuple[str, int]:
+    name, _, value = part.partition("=")
+    if name not in ("dim", "head_size", "repeat", "steps") or not re.fullmatch(r"\d{1,6}", value):
+        raise ProxyError(
+            f"--proxy {text}: {part!r} is not understood; write none, or some of "
+            "dim=32,head_size=16,repeat=1,steps=350"
+        )
+    return name, int(value)
 
 
 def default_tasks() -> dict[str, Task]:

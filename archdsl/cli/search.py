@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ from archdsl.cli.options import (
     print_parts,
 )
 
-if TYPE_CHECKING:
-    from archdsl.search.proxy import Proxy
-
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -31,15 +28,6 @@ def duration(text: str) -> float:
     if found is None or not (seconds := float(found[1]) * UNITS[found[2]]):
         raise typer.BadParameter(f"must be a time such as 90s, 10m or 1.5h, got {text!r}")
     return seconds
-
-
-def width(text: str) -> int:
-    """The proxy's width; 0 for no proxy."""
-    if text == "none":
-        return 0
-    if not re.fullmatch(r"[1-9]\d{0,4}", text):
-        raise typer.BadParameter(f"must be a width such as 32, or none, got {text!r}")
-    return int(text)
 
 
 def search(
@@ -55,11 +43,11 @@ def search(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many trained.")] = None,
     proxy: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            parser=width,
-            metavar="WIDTH|none",
-            help="Width of what is trained in the model's place; none: the model itself.",
+            metavar="SIZES|none",
+            help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=350; "
+            "none: the model itself.",
         ),
     ] = None,
     source: Source = None,
@@ -85,6 +73,7 @@ def search(
       archdsl search my-space.yaml --flops 0.8G --time 1h
     """
     from archdsl.search import search
+    from archdsl.search.proxy import Proxy
     from archdsl.search.run import SECONDS
     from archdsl.search.show import result, watching
 
@@ -93,7 +82,7 @@ def search(
             space,
             budget=budget(params, flops),
             overrides=overrides or (),
-            proxy=_proxy(proxy, source),
+            proxy=Proxy.parse(proxy, source),
             seconds=time or SECONDS,
             trials=trials,
             workers=workers,
@@ -106,15 +95,3 @@ def search(
         print_json(report.as_json())
     else:
         print_parts(result(report))
-
-
-def _proxy(proxy: int | None, source: str | None) -> Proxy | None:
-    """The default one but for what is given."""
-    if proxy is None and source is None:
-        return None
-    from archdsl.search.proxy import Proxy, default_tasks
-
-    tasks = default_tasks()
-    if source is not None:
-        tasks["text"] = tasks["text"].model_copy(update={"data": source})
-    return Proxy(tasks=tasks) if proxy is None else Proxy(tasks=tasks, dim=proxy or None)
