@@ -6,6 +6,7 @@ that is killed and run again loses at most the rung that was being climbed.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
