@@ -99,7 +99,7 @@ def result(report: Report) -> RenderableType:
     facts += [
         ("trials", f"{counts}; {report.seconds:.0f} s"),
         ("proxy", report.proxy),
-        ("loss", "held-out nats per prediction, (accuracy); the objective is their sum"),
+        ("loss", f"held-out nats per prediction (accuracy); objective = {_sum(report)}"),
         ("trust", _trust(tau, pairs)),
         ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
         ("also", f"trials.jsonl, result.json{', front.png' if report.plotted else ''} beside it"),
@@ -118,6 +118,11 @@ def result(report: Report) -> RenderableType:
     if report.differences():
         parts += [Text("How far above the winner's loss", "bold"), gaps(report), ""]
     return Group(*parts, Facts(facts))
+
+
+def _sum(report: Report) -> str:
+    pairs = zip(report.weights, report.tasks, strict=True)
+    return " + ".join(task if weight == 1 else f"{weight:g} x {task}" for weight, task in pairs)
 
 
 def _trust(tau: float | None, pairs: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -13,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
 
 import archdsl
 from archdsl import load as load_module
 from archdsl.cli.app import app
 from archdsl.outline import Node, outline
 from archdsl.schedule import TrainConfig
+from archdsl.search.run import search
 from archdsl.source import shipped_specs
+from archdsl.spec import Budget, ModelSpec
+from tests.strategies import specs
 
 HEAVY = ["torch", "transformers", "datasets", "optuna", "numpy"]
 SKILL = "skill:p-hop,hops=1,length=8,alphabet=3"
@@ -157,14 +162,20 @@ def test_no_figure_is_cut_off(
 
 @pytest.mark.parametrize("name", shipped_specs())
 def test_nodes_add_up(name: str) -> None:
-    def check(node: Node) -> None:
-        if node.below:
-            assert sum(child.cost.params for child in node.below) == node.cost.params
-            assert sum(child.cost.flops for child in node.below) == node.cost.flops
-        for child in node.below:
-            check(child)
+    adds_up(outline(archdsl.load(name)))
 
-    check(outline(archdsl.load(name)))
+
+@given(specs())
+def test_nodes_of_any_spec_add_up(spec: ModelSpec) -> None:
+    adds_up(outline(spec))
+
+
+def adds_up(node: Node) -> None:
+    if node.below:
+        assert sum(child.cost.params for child in node.below) == node.cost.params
+        assert sum(child.cost.flops for child in node.below) == node.cost.flops
+    for child in node.below:
+        adds_up(child)
 
 
 def test_a_repeat_a_slot_and_a_residual_stand_in_the_tree(cli: Cli) -> None:
@@ -215,6 +226,12 @@ def test_a_budget_holds_or_fails(cli: Cli, limit: list[str], status: int, said: 
     assert found.status == status
     assert said in found.out
     assert ("exceed the budget" in found.err) == bool(status)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "1.5", "162 monkeys"])
+def test_a_limit_is_a_number_above_zero(cli: Cli, limit: str) -> None:
+    found = cli("build", "itt", "--budget", limit)
+    assert (found.status, found.out) == (2, "")
 
 
 def test_a_budget_of_the_spec_counts_too(cli: Cli) -> None:
@@ -331,6 +348,13 @@ def test_diff_shows_values_totals_and_nodes(cli: Cli) -> None:
     assert "blocks.0.body.0" not in out
 
 
+def test_diff_shows_no_node_that_costs_nothing(cli: Cli) -> None:
+    change = ["--set", "blocks.1.residual=overwrite"]
+    found = cli("diff", "tiny", "tiny", *change, "--json").json
+    assert [change["path"] for change in found["changes"]] == ["blocks.1.residual"]
+    assert found["nodes"] == []
+
+
 def test_diff_knows_one_model_said_in_two_ways(cli: Cli) -> None:
     change = "blocks.0.body.0={kind: loop, steps: 1, body: {kind: layer, ffn: {hidden: 2560}}}"
     found = cli("diff", "itt", "itt", "--set", change)
@@ -408,6 +432,21 @@ def test_a_vocabulary_too_small_for_the_data_is_told_the_fix(cli: Cli) -> None:
     assert cli("train", "tiny", *fixed).status == 0
 
 
+@pytest.mark.parametrize(("vocabulary", "choice"), [(257, "bytes"), (4096, "bpe:4096")])
+def test_the_tokenizer_fills_the_vocabulary(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, vocabulary: int, choice: str
+) -> None:
+    asked: list[str] = []
+
+    def load_data(source: str | None, *, tokenizer: str) -> None:
+        asked.append(tokenizer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.data.load_data", load_data)
+    cli("train", "tiny", "--set", f"vocab_size={vocabulary}")
+    assert asked == [choice]
+
+
 def test_every_field_of_the_training_is_an_option(cli: Cli) -> None:
     text = cli("train", "--help").out
     for name in TrainConfig.model_fields:
@@ -427,6 +466,56 @@ def test_options_are_read_as_yaml(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> 
     options = ["--lr", "1e-4", "--clip", "null", "--betas", "[0.8, 0.9]", "--compile"]
     cli("train", "tiny", "--data", SKILL, *options)
     assert seen == [TrainConfig(lr=1e-4, clip=None, betas=(0.8, 0.9), compile=True)]
+
+
+# search
+
+
+def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """What the command asks of the search."""
+    seen: dict[str, Any] = {}
+
+    def note(space: str, **options: Any) -> None:
+        seen.update(options, space=space)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.search.run.search", note)
+    assert cli("search", *options).status == 130
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)]
+)
+def test_a_time_has_a_unit(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int
+) -> None:
+    assert asked(cli, monkeypatch, "--time", text)["seconds"] == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "3x", "m", "1e999", "ten minutes"])
+def test_a_time_without_sense_is_refused(cli: Cli, text: str) -> None:
+    found = cli("search", "--time", text)
+    assert (found.status, found.out) == (2, "")
+    assert "--time" in found.err
+
+
+def test_a_search_takes_its_own_defaults(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
+    seen = asked(cli, monkeypatch)
+    assert seen.pop("watch") is not None
+    assert seen == {name: default for name, default in defaults.items() if name != "watch"}
+
+
+def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["mine.yaml", "--budget", "20M", "--flops", "0.1G", "--proxy", "48", "--data", SKILL]
+    seen = asked(cli, monkeypatch, *options, "--trials", "3", "--out", "there")
+    assert seen["space"] == "mine.yaml"
+    assert seen["budget"] == Budget(params=20_000_000, flops=100_000_000)
+    assert (seen["trials"], seen["out"]) == (3, Path("there"))
+    assert seen["proxy"].dim == 48
+    assert seen["proxy"].tasks["text"].data == SKILL
+    assert asked(cli, monkeypatch, "--proxy", "none")["proxy"].dim is None
 
 
 # as processes

@@ -93,6 +93,7 @@ def test_what_extends_may_leave_out_what_it_takes_over() -> None:
         ({"dim": "[64]"}, ["dim"]),
         ({"dim": "0"}, ["dim"]),
         ({"dim": "64Q"}, ["dim"]),
+        ({"blocks": "[{kind: layer, attention: {heads: 0}}]"}, ["blocks"]),
         ({"norm": "rmsnorm"}, ["norm"]),
         ({"blocks": "[]"}, ["blocks"]),
         ({"blocks": "[lair]"}, ["blocks"]),

@@ -46,7 +46,7 @@ def search(
         str | None,
         typer.Option(
             metavar="SIZES|none",
-            help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=350; "
+            help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=300; "
             "none: the model itself.",
         ),
     ] = None,
