@@ -1,0 +1,167 @@
+"""All commands: help, mistakes, how output looks, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import archdsl
+from archdsl import load as load_module
+from tests.cli.command import SKILL, Cli
+
+HEAVY = ["torch", "transformers", "datasets", "optuna", "numpy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["build", "--help"], 0),
+        (["search", "--help"], 0),
+        (["train", "--help"], 0),
+        (["buidl"], 2),
+        (["build", "itt", "--bugdet", "162M"], 2),
+        (["search", "--budget", "162Q"], 2),
+        (["train", "tiny", "--lr", "fast"], 2),
+    ],
+)
+def test_answers_without_importing_what_is_heavy(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys, time\n"
+        "from archdsl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: status = end.code\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "print('FACTS', status or 0, round(time.process_time(), 2), heavy)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    said, seconds, heavy = done.stdout.splitlines()[-1].removeprefix("FACTS ").split(" ", 2)
+    assert (int(said), heavy) == (status, "[]")
+    assert float(seconds) < 0.8  # of the processor; importing torch alone takes twice that
+
+
+@pytest.mark.parametrize(
+    "command", ["build", "search", "train", "eval", "diff", "blocks", "schema"]
+)
+def test_every_help_has_an_example(cli: Cli, command: str) -> None:
+    found = cli(command, "--help")
+    assert found.status == 0
+    assert f"    archdsl {command}" in found.out
+
+
+def test_a_mistyped_option_is_met_with_the_right_one(cli: Cli) -> None:
+    found = cli("build", "itt", "--bugdet", "162M")
+    assert (found.status, found.out) == (2, "")
+    assert "--budget" in found.err
+
+
+def test_all_that_is_wrong_with_a_spec_comes_at_once_and_plainly(cli: Cli) -> None:
+    Path("bad.yaml").write_text(
+        "name: bad\nvocab_size: 10\ncontext: 8\ndim: 8\nblocks:\n"
+        "  - {kind: lair}\n  - {kind: loop, stepz: 2, body: layer}\n"
+    )
+    found = cli("build", "bad.yaml")
+    assert (found.status, found.out) == (2, "")
+    first, second = found.err.splitlines()
+    assert first.startswith("bad.yaml:6:12: blocks.0.kind: unknown kind 'lair'")
+    assert second.startswith("bad.yaml:7:")
+    assert "(did you mean 'steps'?)" in second
+
+
+def test_mistaken_options_come_at_once_and_in_the_words_of_the_command(cli: Cli) -> None:
+    found = cli("train", "tiny", "--lr", "1e999", "--batch-size", "0", "--betas", "3")
+    assert (found.status, found.out) == (2, "")
+    assert [line.partition(":")[0] for line in found.err.splitlines()] == [
+        "--batch-size",
+        "--betas",
+        "--lr",
+    ]
+
+
+def test_an_interrupt_says_so_in_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt("the same command goes on")
+
+    monkeypatch.setattr(load_module, "load", interrupt)
+    found = cli("build", "tiny")
+    assert (found.status, found.out) == (130, "")
+    assert found.err == "interrupted: the same command goes on\n"
+
+
+@pytest.mark.parametrize("command", [["build", "itt"], ["diff", "loop", "itt"], ["blocks", "loop"]])
+def test_a_pipe_gets_plain_text(cli: Cli, command: list[str]) -> None:
+    out = cli(*command).out
+    assert "\x1b" not in out
+    assert not [line for line in out.splitlines() if line.endswith(" ")]
+
+
+def test_colours_can_be_had_and_declined(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" in cli("build", "itt").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in cli("build", "itt").out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["build", "hybrid"], ["diff", "loop", "itt"], ["blocks"], ["blocks", "loop"], ["schema"]],
+)
+def test_json_is_all_that_it_prints(cli: Cli, command: list[str]) -> None:
+    found = cli(*command, *([] if command == ["schema"] else ["--json"]))
+    assert found.json
+    assert found.err == ""
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    # src is found wherever the process stands
+    root = Path(archdsl.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "archdsl", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_so_and_goes_on(tmp_path: Path) -> None:
+    command = ["train", "tiny", "--data", SKILL, "--context", "8", "--steps", "100000"]
+    process = start(*command, "--out", "run", cwd=tmp_path)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1].startswith("interrupted: stopped after step ")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["schema"], ["build", "hybrid"], ["--help"]])
+def test_a_reader_that_leaves_is_no_fault(command: list[str], tmp_path: Path) -> None:
+    process = start(*command, cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(timeout=60)
+    process.stderr.close()

@@ -1,0 +1,92 @@
+"""train, eval."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from archdsl.schedule import TrainConfig
+from tests.cli.command import SKILL, Cli
+
+ROUTER = "blocks.1.router.kind"
+
+
+def test_trains_goes_on_and_evaluates(cli: Cli) -> None:
+    train = ["train", "tiny", "--data", SKILL, "--context", "8", "--batch-size", "2"]
+    trained = cli(*train, "--steps", "2", "--out", "run", "--json")
+    assert trained.status == 0, trained.err
+    assert trained.json["checkpoint"] == "run/final"
+    again = cli(*train, "--steps", "2", "--out", "run", "--json")
+    assert again.json["validation"] == trained.json["validation"]
+    assert "trained already" in again.err
+    assert cli(*train, "--steps", "3", "--out", "run").status == 2
+
+    # the data is that of the training unless said otherwise
+    found = cli("eval", "run/final", "--context", "8", "--tokens", "64", "--json").json
+    assert found["data"].startswith("skill:p-hop")
+    assert "guessing gets 33.3%" in cli("eval", "run/final", "--context", "8").out
+
+
+def test_a_leaking_model_is_scored_both_ways(cli: Cli) -> None:
+    cli("build", "tiny", "--set", f"{ROUTER}=top_k", "--out", "made")
+    found = cli("eval", "made", "--data", SKILL, "--context", "8")
+    assert found.status == 0, found.err
+    assert "with sight of later tokens" in found.out
+    assert "causally" in found.out
+    both = cli("eval", "made", "--data", SKILL, "--context", "8", "--json").json
+    assert both["leaks"] is True
+    assert both["causal"]["leaks"] is False
+
+
+def test_a_run_is_not_a_checkpoint_but_knows_where_one_is(cli: Cli) -> None:
+    cli("build", "tiny", "--out", "run/final")
+    found = cli("eval", "run")
+    assert found.status == 1
+    assert "did you mean run/final?" in found.err
+
+
+def test_a_vocabulary_too_small_for_the_data_is_told_the_fix(cli: Cli) -> None:
+    found = cli("train", "tiny", "--set", "vocab_size=2", "--data", SKILL)
+    assert found.status == 1
+    assert re.search(r"and tiny only a vocab_size of 2: --set vocab_size=\d+\n", found.err)
+    wanted = re.findall(r"--set (vocab_size=\d+)", found.err)[0]
+    fixed = ["--set", wanted, "--data", SKILL, "--context", "8", "--steps", "1"]
+    assert cli("train", "tiny", *fixed).status == 0
+
+
+@pytest.mark.parametrize(("vocabulary", "choice"), [(257, "bytes"), (4096, "bpe:4096")])
+def test_the_tokenizer_fills_the_vocabulary(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, vocabulary: int, choice: str
+) -> None:
+    asked: list[str] = []
+
+    def load_data(source: str | None, *, tokenizer: str) -> None:
+        asked.append(tokenizer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.data.load_data", load_data)
+    cli("train", "tiny", "--set", f"vocab_size={vocabulary}")
+    assert asked == [choice]
+
+
+def test_every_field_of_the_training_is_an_option(cli: Cli) -> None:
+    text = cli("train", "--help").out
+    for name in TrainConfig.model_fields:
+        assert f"  --{name.replace('_', '-')}" in text
+
+
+def test_options_are_read_as_yaml(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    seen: list[TrainConfig] = []
+
+    def train(model: Any, data: Any, config: TrainConfig, *_: Any, **__: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    from archdsl import train as train_module
+
+    monkeypatch.setattr(train_module, "train", train)
+    options = ["--lr", "1e-4", "--clip", "null", "--betas", "[0.8, 0.9]", "--compile"]
+    cli("train", "tiny", "--data", SKILL, *options)
+    assert seen == [TrainConfig(lr=1e-4, clip=None, betas=(0.8, 0.9), compile=True)]

@@ -1,0 +1,72 @@
+"""search."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archdsl.search.proxy import Proxy
+from archdsl.search.run import search
+from archdsl.spec import Budget
+from tests.cli.command import SKILL, Cli
+
+
+def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """What the command asks of the search."""
+    seen: dict[str, Any] = {}
+
+    def note(space: str, **options: Any) -> None:
+        seen.update(options, space=space)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.search.run.search", note)
+    assert cli("search", *options).status == 130
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)]
+)
+def test_a_time_has_a_unit(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int
+) -> None:
+    assert asked(cli, monkeypatch, "--time", text)["seconds"] == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "3x", "m", "1e999", "ten minutes"])
+def test_a_time_without_sense_is_refused(cli: Cli, text: str) -> None:
+    found = cli("search", "--time", text)
+    assert (found.status, found.out) == (2, "")
+    assert "--time" in found.err
+
+
+def test_a_search_takes_its_own_defaults(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
+    seen = asked(cli, monkeypatch)
+    assert seen.pop("watch") is not None
+    assert seen.pop("proxy") == Proxy.parse(None, None)
+    assert seen == {name: defaults[name] for name in seen}
+
+
+def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        "mine.yaml",
+        "--budget",
+        "20M",
+        "--flops",
+        "0.1G",
+        "--proxy",
+        "dim=48",
+        "--data",
+        SKILL,
+    ]
+    seen = asked(cli, monkeypatch, *options, "--trials", "3", "--out", "there")
+    assert seen["space"] == "mine.yaml"
+    assert seen["budget"] == Budget(params=20_000_000, flops=100_000_000)
+    assert (seen["trials"], seen["out"]) == (3, Path("there"))
+    assert seen["proxy"].dim == 48
+    assert seen["proxy"].tasks["data"].data == SKILL
+    assert asked(cli, monkeypatch, "--proxy", "none")["proxy"].dim is None
