@@ -115,7 +115,7 @@ def _sizes(part: str, text: str) -> tuple[str, int]:
 def default_tasks() -> dict[str, Task]:
     """Real text, and a skill that needs depth; docs/LOG.md has the measurements behind both."""
     return {
-        "text": Task(context=128, batch_size=16, rungs=(100, 300)),
+        "text": Task(context=128, batch_size=16, rungs=(50, 100)),
         "skill": Task(
             data="skill:p-hop,hops=3,length=32,alphabet=4",
             context=32,

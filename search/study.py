@@ -68,6 +68,8 @@ class Study:
             for point in starting_points(tree):
                 self.study.enqueue_trial(point)
         self._finished: dict[int, Finished] = {}
+        self._trials: list[FrozenTrial] = []
+        self._changed = True
         self._take_up_lost_trials()
 
     def _take_up_lost_trials(self) -> None:
@@ -80,7 +82,7 @@ class Study:
     def draw(self) -> Trial | None:
         """A model to train; None where the draw was told at once, being known or infeasible."""
         # every draw has its own stream, so that a resumed study does not repeat its first draws
-        number = len(self.study.get_trials(deepcopy=False))
+        number = len(self._stored())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.sampler = optuna.samplers.TPESampler(
@@ -90,6 +92,7 @@ class Study:
                 group=True,
             )
         ask = self.study.ask()
+        self._changed = True
         try:
             tree = fill(self.tree, lambda name, leaf: suggest(ask, name, leaf))
             spec = fitted(tree, self.budget)
@@ -148,6 +151,7 @@ class Study:
         self, ask: optuna.Trial, outcome: str, *, value: float | None = None, error: str = ""
     ) -> None:
         ask.set_user_attr("outcome", outcome)
+        self._changed = True
         if error:
             ask.set_user_attr("error", error)
         if value is not None:
@@ -158,7 +162,10 @@ class Study:
             self.study.tell(ask, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
     def _stored(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+        """Read again only after a change: nobody else writes, and the journal is a file."""
+        if self._changed:
+            self._trials, self._changed = self.study.get_trials(deepcopy=False), False
+        return self._trials
 
     def finished(self) -> list[Finished]:
         """Every trial that was told and had a spec, in the order of asking."""
