@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -75,6 +75,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def first_done(futures: set[Future[Score]], seconds: float) -> set[Future[Score]]:
-    """Those that are done, once any is or the time is over."""
-    return wait(futures, timeout=seconds, return_when=FIRST_COMPLETED).done
+def first_done(jobs: Iterable[Future[Score]], seconds: float) -> None:
+    """Waits until another of the jobs is done, or the time is over."""
+    wait([job for job in jobs if not job.done()], seconds, return_when=FIRST_COMPLETED)

@@ -221,8 +221,7 @@ class Search:
             if not self.climbing:
                 return
             self._tell("searching")
-            waiting = {job for climb in self.climbing for job in climb.jobs.values()}
-            first_done(waiting, seconds=1.0)
+            first_done({job for climb in self.climbing for job in climb.jobs.values()}, seconds=1.0)
             for climb in [c for c in self.climbing if all(j.done() for j in c.jobs.values())]:
                 self._finish_rung(pool, climb)
                 self.clock.save()
@@ -323,8 +322,8 @@ class Search:
         return {key: job.result() for key, job in jobs.items()}
 
     def _await(self, jobs: list[Future[Score]], what: str) -> None:
-        while waiting := {job for job in jobs if not job.done()}:
-            first_done(waiting, seconds=1.0)
+        while not all(job.done() for job in jobs):
+            first_done(jobs, seconds=1.0)
             self.said = f"{what}: {sum(job.done() for job in jobs)} of {len(jobs)} runs"
             self._tell("comparing the winner with its controls")
 
