@@ -82,7 +82,8 @@ def save_checkpoint(
     ``training`` maps names to tensors or JSON values. Raises CheckpointError if the folder holds
     something else, or if it cannot be written.
     """
-    if path.exists() and not (path / PROVENANCE).is_file():
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not (path / PROVENANCE).is_file():
         raise CheckpointError(f"{path} exists and is no checkpoint; it is left as it is")
     try:
         with whole_folder(path) as folder:

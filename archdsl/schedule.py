@@ -31,7 +31,9 @@ class TrainConfig(Strict):
     accumulate: int = Field(1, ge=1, description="parts a batch is cut into to save memory")
     lr: Finite = Field(3e-3, gt=0, description="highest learning rate")
     min_lr_ratio: Finite = Field(0.1, ge=0, le=1, description="last learning rate / highest")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="of the learning rate; wsd: constant, then down in a line"
+    )
     warmup_steps: int | None = Field(
         None, ge=0, description="default: a tenth of the steps, at most 100"
     )
@@ -43,15 +45,19 @@ class TrainConfig(Strict):
             Annotated[Finite, Field(ge=0, lt=1)],
         ],
         BeforeValidator(_as_tuple),
-    ] = (0.9, 0.95)
+    ] = Field((0.9, 0.95), description="of AdamW's two moments")
     clip: Finite | None = Field(1.0, gt=0, description="highest norm of the gradient")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of the data")
     eval_every: int = Field(200, ge=0, description="steps between validations; 0: only the last")
     eval_tokens: int | None = Field(32_768, ge=1, description="of a validation; null: all")
     checkpoint_every: int = Field(200, ge=1, description="steps that a crash can cost at most")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
-    log_every: int = Field(10, ge=1)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto: cuda if there is one, else cpu",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the arithmetic; auto: bfloat16 on cuda, else float32"
     )

@@ -203,6 +203,12 @@ def test_a_checkpoint_is_written_whole_or_the_old_one_stays(saved: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "saved", "text"]
 
 
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    save_checkpoint(tmp_path / "made", tiny(), tokenizer_from=None, provenance={})
+    assert torch.equal(load_checkpoint(tmp_path / "made").model(TOKENS), tiny()(TOKENS))
+
+
 def test_an_older_checkpoint_is_replaced_but_nothing_else_is(saved: Path, tmp_path: Path) -> None:
     save_checkpoint(saved, tiny(seed=1), tokenizer_from=None, provenance={})
     assert torch.equal(load_checkpoint(saved).model(TOKENS), tiny(seed=1)(TOKENS))
