@@ -27,7 +27,7 @@ from archdsl.spec import Budget, ModelSpec
 SECONDS = 540.0  # by default: with starting up, under ten minutes
 DUPLICATES = 40  # draws in a row that are known already: the space is used up
 FAILURES = 5  # in a row: something is wrong with more than a trial
-CONTESTANTS = 4  # the winner and its controls, at most
+CONTESTANTS = 4  # a winner and its controls, before there is one
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,9 @@ class Search:
 
     def _time_still_needed(self, workers: int) -> float:
         """For another trial, those under way, and the controls."""
-        runs = len(self.climbing) + 1 + self.seeds * CONTESTANTS
+        ranked = best(self.study.finished())
+        contestants = 1 + len(controls(ranked[0].spec)) if ranked else CONTESTANTS
+        runs = len(self.climbing) + 1 + self.seeds * contestants
         return 1.1 * self._seconds_per_trial() * runs / workers
 
     def _seconds_per_trial(self) -> float:
