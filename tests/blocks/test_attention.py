@@ -10,6 +10,7 @@ import torch
 
 from archdsl.block import Context
 from archdsl.blocks.attention import Attention, AttentionSpec
+from archdsl.blocks.stack import StackSpec
 from archdsl.cost import Scope
 from tests import naive
 
@@ -85,6 +86,11 @@ def test_a_later_pass_reads_the_keys_and_values_of_the_first(fields: dict[str, A
             yield torch.stack(naive.run(module, list(later_KD), pos, memory, True))
 
     naive.agree(got, torch.stack(list(rows())), [x_BTD, later_BKD, *module.parameters()])
+
+
+def test_attentions_of_one_model_may_turn_at_different_speeds() -> None:
+    body = [spec(rope_theta=theta) for theta in (17.0, 10_000.0)]
+    naive.agrees(StackSpec(body=tuple(body)), D)
 
 
 def test_rotary_positions_stay_apart_in_half_precision() -> None:
