@@ -57,6 +57,4 @@ def _refuse_what_cannot_fit(spec: ModelSpec, dtype: torch.dtype) -> None:
         )
 
 
-build_model = build
-
 verbs.callable_by_name(__name__)

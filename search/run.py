@@ -8,18 +8,22 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from archdsl.cost import cost
 from archdsl.errors import ArchdslError
 from archdsl.files import write_text
-from archdsl.load import read
+from archdsl.leaves import Leaf, fill
+from archdsl.load import NoFitError, fitted, read
 from archdsl.search.controls import controls
 from archdsl.search.pool import InProcess, Pool, first_done, processes
 from archdsl.search.proxy import Job, Proxy, Score, default_tasks, objective
 from archdsl.search.report import WINNER, Entry, Report, best, write_report
+from archdsl.search.space import starting_points
 from archdsl.search.study import TRAINED, Finished, Scores, Study, Trial
 from archdsl.source import Tree
 from archdsl.spec import Budget, ModelSpec
@@ -80,6 +84,7 @@ def search(
     >>> report = archdsl.search("search", trials=1, seconds=60)  # doctest: +SKIP
     """
     tree = read(space, overrides)
+    _refuse_mistakes(tree, budget)
     proxy = proxy or Proxy(tasks=default_tasks())
     limits = budget or _own_budget(tree)
     folder = out or Path("runs") / _run_name(tree, limits, proxy, seed)
@@ -89,6 +94,17 @@ def search(
     workers = workers or min(8, os.cpu_count() or 1)
     hunt = Search(folder, study, proxy, clock, trials, seed, seeds, watch or (lambda _: None))
     return hunt.run(workers)
+
+
+def _refuse_mistakes(tree: Tree, budget: Budget | None) -> None:
+    """A mistake in the space is said before anything is drawn; its pure models show it."""
+    for point in starting_points(tree):
+        with suppress(NoFitError):  # another draw may fit
+            fitted(fill(tree, partial(_value, point)), budget)
+
+
+def _value(point: dict[str, Any], name: str, leaf: Leaf) -> Any:
+    return point[name]
 
 
 def _own_budget(tree: Tree) -> Budget:

@@ -12,6 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from archdsl.errors import SpecError
 from archdsl.leaves import fill
 from archdsl.load import NoFitError, exceeds, fitted, over, ratios
 from archdsl.search.proxy import Score
@@ -100,6 +101,9 @@ class Study:
             ask.set_user_attr("excess", error.ratio)
             ask.set_constraint("fit", error.ratio)
             self._close(ask, "infeasible", error=str(error))
+            return None
+        except SpecError as error:  # choices that do not go together
+            self._close(ask, "invalid", error=str(error))
             return None
         trial = Trial(ask.number, spec, spec.fingerprint(), ask)
         for name, ratio in ratios(spec, self.budget).items():

@@ -76,7 +76,7 @@ def build(
 def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force: bool) -> None:
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
-    from archdsl.build import build_model
+    from archdsl.build import build as build_model
     from archdsl.checkpoint import save_checkpoint
     from archdsl.cli.runs import data_for
 

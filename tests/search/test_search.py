@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import archdsl
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, SpecError
 from archdsl.load import load
 from archdsl.search.proxy import Job, Proxy, Task, objective, run
 from archdsl.search.report import Report
@@ -104,6 +104,22 @@ def test_other_settings_do_not_touch_a_run(space: Path, tmp_path: Path) -> None:
 def test_a_budget_nothing_fits_is_said_before_training(space: Path, tmp_path: Path) -> None:
     with pytest.raises(NothingFitsError, match="exceed the budget of 1,000"):
         go(space, tmp_path / "run", budget=Budget(params=1000))
+
+
+def test_a_mistake_in_the_space_leaves_nothing_behind(space: Path, tmp_path: Path) -> None:
+    space.write_text(SPACE.replace("kind: thinking", "kind: thinkin"))
+    with pytest.raises(SpecError, match=r"small.yaml:16:\d+: .*did you mean 'thinking'"):
+        go(space, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_choices_that_do_not_go_together_are_drawn_past(space: Path, tmp_path: Path) -> None:
+    choice = "kv: {search: {choices: [own, shared], default: own}}"
+    rest = "full_steps: {search: {choices: [0, 1], default: 1}}"
+    router = "residual: {kind: thinking}"
+    space.write_text(SPACE.replace(router, f"{router}\n          {choice}\n          {rest}"))
+    report = go(space, tmp_path / "run", trials=6, seed=1)
+    assert report.outcomes["invalid"] >= 1  # shared keys need a first full step
 
 
 def test_ctrl_c_ends_with_the_result_so_far(space: Path, tmp_path: Path) -> None:
