@@ -246,6 +246,7 @@ OTHER = [
     ("steps: 3", "steps: 4"),
     ("capacity: 0.7", "capacity: 0.6"),
     ("capacity: 0.7", "capacity: [0.7, 0.6]"),
+    ("capacity: 0.7", "capacity: [1, 0.5]"),
     ("capacity: 0.7", "capacity: 0.7, gate: tanh"),
     ("kind: prefix", "kind: top_k"),
     ("kind: prefix, capacity: 0.7", "kind: all"),
