@@ -43,7 +43,7 @@ class FeedForwardSpec(BlockSpec):
         if self.hidden:
             return self.hidden
         share = (self.ratio or 8 / 3) * dim / MULTIPLE
-        return max(1, math.ceil(share - 1e-9)) * MULTIPLE  # 2.2 * 160 is a bit more than 352
+        return max(1, math.ceil(share - 1e-9)) * MULTIPLE  # 1.1 * 1600 is a bit more than 1760
 
     def canonical(self, dim: int) -> FeedForwardSpec:
         return self.model_copy(update={"hidden": self.hidden_size(dim), "ratio": None})

@@ -27,7 +27,7 @@ def test_agrees_with_the_definition(activation: Literal["swiglu", "gelu"], hidde
         ({"ratio": 4.1}, 8, 64),
         ({"ratio": 4.01}, 8, 64),  # 32.08 is above 32
         ({"ratio": 2.7}, 1000, 2720),  # 2.7 * 1000 is 2700.0000000000005
-        ({"ratio": 2.2}, 160, 352),  # 352.00000000000006
+        ({"ratio": 1.1}, 1600, 1760),  # 55.00000000000001 times 32
         ({"ratio": 0.01}, 8, 32),
         ({"ratio": 1e-12}, 8, 32),
     ],
