@@ -95,9 +95,7 @@ def _are_parts(value: Any) -> bool:
 
 def _as_written(value: Any) -> str:
     if isinstance(value, Strict):
-        tree = to_tree(value)
-        first = {key: tree[key] for key in ("kind",) if key in tree}
-        return dump_inline(first | tree)
+        return dump_inline(to_tree(value))
     return dump_inline(value[0] if isinstance(value, tuple) and len(value) == 1 else value)
 
 

@@ -315,12 +315,12 @@ def walk(part: Strict) -> Iterator[tuple[Path, Part]]:
 
 
 def to_tree(part: Strict, along: Sequence[str] = ()) -> dict[str, Any]:
-    """Plain data in the order of the fields; values at their default are left out.
+    """Plain data, the kind first; values at their default are left out.
 
     ``along``: a path whose fields are kept even so.
     """
     tree: dict[str, Any] = {}
-    for name, field in type(part).model_fields.items():
+    for name, field in sorted(type(part).model_fields.items(), key=lambda item: item[0] != "kind"):
         value, inside = getattr(part, name), along[1:] if along[:1] == [name] else None
         default = not field.is_required() and value == field.get_default()
         if name == "kind" or not default or inside:

@@ -281,3 +281,7 @@ def test_a_loop_of_every_token_means_the_same_however_it_is_said() -> None:
         for text in every
     }
     assert len(prints) == 1
+
+
+def test_yaml_names_the_kind_first() -> None:
+    assert "router: {kind: top_k, capacity: 0.7}" in archdsl.load("itt").to_yaml()
