@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import archdsl
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.errors import SpecError
 from archdsl.source import dump, parse
