@@ -10,9 +10,8 @@ from typer.core import TyperGroup
 
 import archdsl
 from archdsl.cli import runs, search, specs
+from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Group(TyperGroup):

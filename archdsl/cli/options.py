@@ -20,6 +20,8 @@ from archdsl.spec import Budget
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 Config = TypeVar("Config", bound=BaseModel)
 Command = Callable[..., None]
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from archdsl.cli.options import (
+    INTERRUPTED,
     Flops,
     Json,
     Overrides,
@@ -95,3 +96,5 @@ def search(
         print_json(report.as_json())
     else:
         print_parts(result(report))
+    if report.interrupted:
+        raise typer.Exit(INTERRUPTED)

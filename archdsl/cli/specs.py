@@ -78,12 +78,13 @@ def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force:
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
     from archdsl.build import build as build_model
     from archdsl.checkpoint import save_checkpoint
-    from archdsl.cli.runs import data_for
+    from archdsl.cli.runs import BYTES, data_for
 
+    has_room = model.vocab_size >= BYTES  # a model of a skill's few tokens has no tokenizer
     save_checkpoint(
         out,
         build_model(model, seed=seed),
-        tokenizer_from=data_for(model, None, tokenizer) if tokenizer else None,
+        tokenizer_from=data_for(model, None, tokenizer) if tokenizer or has_room else None,
         provenance={"seed": seed, "step": 0},
     )
 

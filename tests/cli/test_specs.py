@@ -138,7 +138,7 @@ def test_a_budget_of_the_spec_counts_too(cli: Cli) -> None:
 def test_writes_a_checkpoint_that_loads(cli: Cli) -> None:
     from archdsl.checkpoint import load_checkpoint
 
-    assert cli("build", "tiny", "--out", "made", "--seed", "3", "--tokenizer", "bytes").status == 0
+    assert cli("build", "tiny", "--out", "made", "--seed", "3").status == 0
     made = load_checkpoint(Path("made"))
     expected = archdsl.build(archdsl.load("tiny"), seed=3)
     assert made.spec == archdsl.load("tiny")

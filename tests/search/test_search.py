@@ -16,7 +16,7 @@ from archdsl.errors import ArchdslError, SpecError
 from archdsl.load import load
 from archdsl.search.proxy import Job, Proxy, Task, objective, run
 from archdsl.search.report import Report
-from archdsl.search.run import NothingFitsError, Progress, search
+from archdsl.search.run import NothingFitsError, Progress
 from archdsl.spec import Budget
 
 SPACE = """
@@ -52,7 +52,7 @@ def space(tmp_path: Path) -> Path:
 
 def go(space: Path, out: Path, **given: object) -> Report:
     settings = {"budget": Budget(params=60_000), "proxy": PROXY, "workers": 1, "seeds": 2}
-    return search(space, out=out, **(settings | given))  # type: ignore[arg-type]
+    return archdsl.search(space, out=out, **(settings | given))  # type: ignore[arg-type]
 
 
 def test_a_search_ends_with_a_winner_under_budget_that_builds(space: Path, tmp_path: Path) -> None:
