@@ -137,6 +137,11 @@ class Job:
     seed: int
     steps: int
 
+    @property
+    def result(self) -> Path:
+        """The file that holds the score once there is one."""
+        return self.folder / f"step-{self.steps:06d}.json"
+
 
 class Score(Strict):
     """Held-out quality of a proxy after ``steps``; causal, also where training leaks."""
@@ -155,9 +160,8 @@ def run(job: Job) -> Score:
     from archdsl.build import build
     from archdsl.trainer import Trainer, TrainingDiverged
 
-    result = job.folder / f"step-{job.steps:06d}.json"
-    if result.exists():
-        return Score.model_validate_json(result.read_text())
+    if job.result.exists():
+        return Score.model_validate_json(job.result.read_text())
     started = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
     model = build(job.spec, seed=job.seed)
@@ -180,7 +184,7 @@ def run(job: Job) -> Score:
         trainer.save(state)
     elif state.exists():
         remove_folder(state)
-    write_text(result, score.model_dump_json())
+    write_text(job.result, score.model_dump_json())
     return score
 
 

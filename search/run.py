@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -16,10 +13,10 @@ from typing import Any
 
 from archdsl.cost import cost
 from archdsl.errors import ArchdslError
-from archdsl.files import write_text
 from archdsl.leaves import Leaf, fill
 from archdsl.load import NoFitError, fitted, read
 from archdsl.search.controls import controls
+from archdsl.search.folder import Clock, claim, run_name, settings
 from archdsl.search.pool import InProcess, Pool, first_done, processes
 from archdsl.search.proxy import Job, Proxy, Score, default_tasks, objective
 from archdsl.search.report import WINNER, Entry, Report, best, write_report
@@ -87,8 +84,8 @@ def search(
     _refuse_mistakes(tree, budget)
     proxy = proxy or Proxy(tasks=default_tasks())
     limits = budget or _own_budget(tree)
-    folder = out or Path("runs") / _run_name(tree, limits, proxy, seed)
-    _claim(folder, _settings(tree, limits, proxy, seed))
+    folder = out or Path("runs") / run_name(tree, limits, proxy, seed)
+    claim(folder, settings(tree, limits, proxy, seed))
     study = Study(folder, tree, limits, seed)
     clock = Clock(folder / "spent.json", seconds)
     workers = workers or min(8, os.cpu_count() or 1)
@@ -110,56 +107,6 @@ def _value(point: dict[str, Any], name: str, leaf: Leaf) -> Any:
 def _own_budget(tree: Tree) -> Budget:
     written = tree.value.get("budget") if isinstance(tree.value, dict) else None
     return Budget.model_validate(written or {})
-
-
-def _settings(tree: Tree, budget: Budget, proxy: Proxy, seed: int) -> str:
-    value = {
-        "space": tree.value,
-        "budget": budget.model_dump(mode="json"),
-        "proxy": proxy.model_dump(mode="json"),
-        "data": {name: task.load().fingerprint for name, task in proxy.tasks.items()},
-        "seed": seed,
-    }
-    return json.dumps(value, indent=1, sort_keys=True)
-
-
-def _run_name(tree: Tree, budget: Budget, proxy: Proxy, seed: int) -> str:
-    digest = hashlib.sha256(_settings(tree, budget, proxy, seed).encode()).hexdigest()
-    name = tree.value.get("name", "search") if isinstance(tree.value, dict) else "search"
-    return f"{name}-{digest[:8]}"
-
-
-def _claim(folder: Path, settings: str) -> None:
-    """Takes the folder for these settings, which are those it was made for if it exists."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    if not file.exists():
-        write_text(file, settings)
-    elif file.read_text() != settings:
-        raise ArchdslError(
-            f"{folder} holds a search with other settings (see {file}); "
-            "choose another --out, or delete it"
-        )
-
-
-class Clock:
-    """Time spent on a search by all the processes that ever ran it."""
-
-    def __init__(self, file: Path, limit: float | None) -> None:
-        self.file, self.limit = file, limit
-        self.before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
-        self.started = time.monotonic()
-
-    @property
-    def spent(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    @property
-    def left(self) -> float:
-        return float("inf") if self.limit is None else self.limit - self.spent
-
-    def save(self) -> None:
-        write_text(self.file, json.dumps({"seconds": round(self.spent, 1)}))
 
 
 @dataclass
@@ -269,17 +216,15 @@ class Search:
     def _next_rung(self, pool: Pool, trial: Trial) -> Climb:
         rung = len(trial.rungs)
         jobs = {
-            name: self._submit(pool, self.proxy.shrink(trial.spec, task), name, self.seed, rung)
+            name: pool.submit(self._job(self.proxy.shrink(trial.spec, task), name, self.seed, rung))
             for name, task in self.proxy.tasks.items()
         }
         return Climb(trial, jobs)
 
-    def _submit(
-        self, pool: Pool, small: ModelSpec, task: str, seed: int, rung: int
-    ) -> Future[Score]:
+    def _job(self, small: ModelSpec, task: str, seed: int, rung: int) -> Job:
         home = self.folder / "proxies" / f"{small.fingerprint()[:16]}-s{seed}" / task
         trained = self.proxy.tasks[task]
-        return pool.submit(Job(home, small, trained, seed, trained.rungs[rung]))
+        return Job(home, small, trained, seed, trained.rungs[rung])
 
     def _finish_rung(self, pool: Pool, climb: Climb) -> None:
         self.climbing.remove(climb)
@@ -315,9 +260,11 @@ class Search:
         full_size = {WINNER: winner} | controls(winner)
         scores: dict[str, dict[str, list[Score]]] = {}
         for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
-            if self.clock.left < self._seconds_per_trial() * len(full_size) / pool.workers:
+            jobs = self._contest(winner, full_size, seed)
+            needed = self._seconds_per_trial() * len(full_size) / pool.workers
+            if self.clock.left < needed and not all(job.result.exists() for job in jobs.values()):
                 break  # what is left undone is done when the command is run with more time
-            for (name, task), score in self._train_all(pool, winner, full_size, seed).items():
+            for (name, task), score in self._train(pool, jobs, f"seed {seed}").items():
                 scores.setdefault(name, {}).setdefault(task, []).append(score)
         return [
             Entry(name, spec, cost(spec), scores[name])
@@ -325,25 +272,29 @@ class Search:
             if name in scores
         ]
 
-    def _train_all(
-        self, pool: Pool, winner: ModelSpec, names: Collection[str], seed: int
-    ) -> dict[tuple[str, str], Score]:
+    def _contest(
+        self, winner: ModelSpec, names: Collection[str], seed: int
+    ) -> dict[tuple[str, str], Job]:
         """The winner and its controls with one seed, by name and task."""
-        jobs: dict[tuple[str, str], Future[Score]] = {}
+        jobs: dict[tuple[str, str], Job] = {}
         for task, trained in self.proxy.tasks.items():
             # the controls of the proxy: equal in parameters or FLOPs where they are trained
             small = self.proxy.shrink(winner, trained)
             for name, spec in ({WINNER: small} | controls(small)).items():
                 if name in names:
-                    jobs[name, task] = self._submit(pool, spec, task, seed, -1)
-        self._await(list(jobs.values()), f"seed {seed}")
-        return {key: job.result() for key, job in jobs.items()}
+                    jobs[name, task] = self._job(spec, task, seed, -1)
+        return jobs
 
-    def _await(self, jobs: list[Future[Score]], what: str) -> None:
-        while not all(job.done() for job in jobs):
-            first_done(jobs, seconds=1.0)
-            self.said = f"{what}: {sum(job.done() for job in jobs)} of {len(jobs)} runs"
+    def _train(
+        self, pool: Pool, jobs: dict[tuple[str, str], Job], what: str
+    ) -> dict[tuple[str, str], Score]:
+        futures = {key: pool.submit(job) for key, job in jobs.items()}
+        while not all(future.done() for future in futures.values()):
+            first_done(futures.values(), seconds=1.0)
+            done = sum(future.done() for future in futures.values())
+            self.said = f"{what}: {done} of {len(jobs)} runs"
             self._tell("comparing the winner with its controls")
+        return {key: future.result() for key, future in futures.items()}
 
     def _tell(self, phase: str) -> None:
         running = sum(not job.done() for climb in self.climbing for job in climb.jobs.values())
