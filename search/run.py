@@ -181,6 +181,8 @@ class Search:
                 self.known_in_a_row = 0 if trial else self.known_in_a_row + 1
                 if trial:
                     self.climbing.append(self._next_rung(pool, trial))
+                elif self.study.met_its_like:
+                    break
             if not self.climbing:
                 return
             self._tell("searching")

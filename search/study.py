@@ -23,6 +23,7 @@ from archdsl.spec import Budget, ModelSpec, parse_spec
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Scores = dict[str, Score]  # by task
+IN_TRAINING = "in training"  # the outcome of a draw that is being trained already
 TRAINED = ("complete", "pruned", "diverged", "failed")  # outcomes of draws that cost training
 
 
@@ -53,8 +54,8 @@ class Finished:
 class Study:
     """Draws specs from a space and remembers what became of them, across processes and crashes.
 
-    ``trained`` counts draws that were trained, ``reused`` those whose model had been trained
-    before, ``infeasible`` those over the budget after fitting.
+    ``met_its_like``: the last draw was a model that is being trained; to draw on at once would
+    only meet it again.
     """
 
     def __init__(self, folder: Path, tree: Tree, budget: Budget, seed: int) -> None:
@@ -70,7 +71,7 @@ class Study:
                 self.study.enqueue_trial(point)
         self._finished: dict[int, Finished] = {}
         self._trials: list[FrozenTrial] = []
-        self._changed = True
+        self._changed, self.met_its_like = True, False
         self._take_up_lost_trials()
 
     def _take_up_lost_trials(self) -> None:
@@ -127,7 +128,7 @@ class Study:
             self._close(trial.ask, "reused", value=done[0].value)
             return None
         if any(old.state == TrialState.RUNNING for old in same):
-            self._close(trial.ask, "in training")
+            self._close(trial.ask, IN_TRAINING)
             return None
         return trial
 
@@ -155,14 +156,14 @@ class Study:
         self, ask: optuna.Trial, outcome: str, *, value: float | None = None, error: str = ""
     ) -> None:
         ask.set_user_attr("outcome", outcome)
-        self._changed = True
+        self._changed, self.met_its_like = True, outcome == IN_TRAINING
         if error:
             ask.set_user_attr("error", error)
         if value is not None:
             self.study.tell(ask, value)
         else:
             # pruned, not failed: Optuna's sampler learns nothing from failures
-            failed = outcome in ("failed", "in training")
+            failed = outcome in ("failed", IN_TRAINING)
             self.study.tell(ask, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
     def _stored(self) -> list[FrozenTrial]:

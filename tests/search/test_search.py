@@ -179,3 +179,13 @@ def test_kill_9_loses_nothing_that_was_told(space: Path, tmp_path: Path) -> None
     assert {f: f.read_text() for f in scored} == scored
     told = [trial.fingerprint for trial in report.trials if trial.outcome in ("complete", "pruned")]
     assert len(told) == len(set(told))
+
+
+@pytest.mark.slow
+def test_two_workers_wait_for_a_model_rather_than_draw_it_again(
+    space: Path, tmp_path: Path
+) -> None:
+    space.write_text(SPACE.replace("steps: {search: {low: 1, high: 3, default: 2}}", "steps: 2"))
+    report = go(space, tmp_path / "run", workers=2)
+    assert report.outcomes.get("in training", 0) < 20
+    assert len({trial.fingerprint for trial in report.best}) == 3 - report.outcomes.get("pruned", 0)
