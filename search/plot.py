@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from archdsl.cost import cost
 from archdsl.search.compare import spread
-from archdsl.search.report import WINNER
+from archdsl.search.report import WINNER, describe
 
 if TYPE_CHECKING:
     from archdsl.search.report import Report
@@ -52,7 +52,7 @@ def plot(report: Report, path: Path) -> None:
             ylabel="proxy validation loss, nats",
         )
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Bars: range over seeds. {report.proxy}", fontsize=7, wrap=True)
+    figure.suptitle(f"Bars: range over seeds. {describe(report.proxy)}", fontsize=7, wrap=True)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130, format="png")

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from pydantic import Field
 
+from archdsl.build import build
 from archdsl.data import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.evaluate import Evaluation
 from archdsl.files import remove_folder, write_text
 from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec, Sizes, Strict
+from archdsl.trainer import Trainer, TrainingDiverged
 
 
 class ProxyError(ArchdslError):
@@ -69,11 +71,11 @@ def _load(data: str | None, tokenizer: str) -> Data:
 
 
 class Proxy(Strict):
-    """Sizes that a spec is brought down to (null: left as they are), and its tasks."""
+    """Sizes that a spec is brought down to, and the tasks that it is then trained on."""
 
-    dim: int | None = Field(32, ge=1, description="width")
+    dim: int | None = Field(32, ge=1, description="width; null: the spec stays as it is")
     head_size: int = Field(16, ge=2)
-    repeat: int | None = Field(1, ge=1, description="copies of a stack's body, at most")
+    repeat: int = Field(1, ge=1, description="copies of a stack's body, at most")
     tasks: dict[str, Task]
 
     @classmethod
@@ -98,8 +100,8 @@ class Proxy(Strict):
         """The spec as it is trained on a task; without ``dim`` the spec itself."""
         if self.dim is None:
             return spec
-        vocab_size, repeat = task.load().vocab_size, self.repeat or 1024
-        return spec.resized(Sizes(self.dim, task.context, vocab_size, self.head_size, repeat))
+        vocab_size = task.load().vocab_size
+        return spec.resized(Sizes(self.dim, task.context, vocab_size, self.head_size, self.repeat))
 
 
 def _sizes(part: str, text: str) -> tuple[str, int]:
@@ -156,10 +158,6 @@ class Score(Strict):
 
 def run(job: Job) -> Score:
     """Climbs to the rung, from the last checkpoint on; what was scored before is read back."""
-    # one thread for each worker; imported here so that the parent needs no torch to dispatch
-    from archdsl.build import build
-    from archdsl.trainer import Trainer, TrainingDiverged
-
     if job.result.exists():
         return Score.model_validate_json(job.result.read_text())
     started = time.perf_counter()

@@ -13,7 +13,7 @@ import archdsl
 from archdsl.cost import Receipt, cost
 from archdsl.files import write_text
 from archdsl.search.compare import Difference, kendall_tau, paired
-from archdsl.search.proxy import Proxy, Score
+from archdsl.search.proxy import Proxy, Score, objective
 from archdsl.search.study import Finished
 from archdsl.spec import Budget, ModelSpec
 
@@ -43,13 +43,15 @@ class Report:
     trials: list[Finished]
     outcomes: dict[str, int]
     entries: list[Entry]
-    tasks: list[str]
-    weights: list[float]
+    proxy: Proxy
     seconds: float
     budget: Budget
     interrupted: bool
-    proxy: str
     plotted: bool = False
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.proxy.tasks)
 
     @property
     def best(self) -> list[Finished]:
@@ -70,16 +72,19 @@ class Report:
         return {OBJECTIVE: paired(self._objectives(control), self._objectives(own))} | by_task
 
     def _objectives(self, entry: Entry) -> list[float]:
-        by_seed = zip(*(entry.losses(task) for task in self.tasks), strict=True)
-        return [
-            sum(w * loss for w, loss in zip(self.weights, losses, strict=True))
-            for losses in by_seed
+        by_seed = zip(*(entry.scores[task] for task in self.tasks), strict=True)
+        totals = [
+            objective(dict(zip(self.tasks, scores, strict=True)), self.proxy) for scores in by_seed
         ]
+        return [math.inf if total is None else total for total in totals]
 
     def verdict(self) -> str:
         """In one sentence, whether the winner beats its controls."""
         if not self.entries:
-            return "Stopped before the winner met its controls; the same command goes on."
+            return (
+                "Stopped before the winner met its controls; the same command goes on, "
+                "with more --time if that was used up."
+            )
         found = {name: by_task[OBJECTIVE] for name, by_task in self.differences().items()}
         if not found:
             return "The winner is the plain model itself: nothing that thinks did better here."
@@ -101,16 +106,10 @@ class Report:
         pairs = [
             (first, trial.value)
             for trial in self.best
-            if (first := self._total(trial.rungs[0])) is not None and trial.value is not None
+            if (first := objective(trial.rungs[0], self.proxy)) is not None
+            and trial.value is not None
         ]
         return kendall_tau(pairs), len(pairs)
-
-    def _total(self, scores: dict[str, Score]) -> float | None:
-        losses = [scores[task].loss for task in self.tasks]
-        weighted = [
-            w * loss for w, loss in zip(self.weights, losses, strict=True) if loss is not None
-        ]
-        return sum(weighted) if len(weighted) == len(losses) else None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -136,7 +135,7 @@ class Report:
             "rung_correlation": self.rung_correlation()[0],
             "seconds": round(self.seconds, 1),
             "budget": self.budget.model_dump(mode="json"),
-            "proxy": self.proxy,
+            "proxy": describe(self.proxy),
             "interrupted": self.interrupted,
             "versions": _versions(),
         }
@@ -172,12 +171,10 @@ def write_report(
         trials=trials,
         outcomes=outcomes,
         entries=entries,
-        tasks=list(proxy.tasks),
-        weights=[task.weight for task in proxy.tasks.values()],
+        proxy=proxy,
         seconds=seconds,
         budget=budget,
         interrupted=interrupted,
-        proxy=describe(proxy),
     )
     report = replace(report, plotted=_plotted(report))
     write_text(folder / "winner.yaml", winner.to_yaml())
@@ -213,8 +210,7 @@ def describe(proxy: Proxy) -> str:
     if proxy.dim is None:
         sizes = "the real size"
     else:
-        repeat = "" if proxy.repeat is None else f", stacks repeated at most {proxy.repeat} times"
-        sizes = f"width {proxy.dim}{repeat}"
+        sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
     tasks = [
         f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} tokens of "
         f"{task.data or 'the embedded corpus'}"

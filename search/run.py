@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from archdsl.search.pool import InProcess, Pool, first_done, processes
 from archdsl.search.proxy import Job, Proxy, Score, default_tasks, objective
 from archdsl.search.report import WINNER, Entry, Report, best, write_report
 from archdsl.search.space import starting_points
-from archdsl.search.study import TRAINED, Finished, Scores, Study, Trial
+from archdsl.search.study import TRAINED, Finished, Study, Trial
 from archdsl.source import Tree
 from archdsl.spec import Budget, ModelSpec
 
@@ -76,9 +76,6 @@ def search(
     draws and trains; the winner and its controls are trained with ``seeds`` further ones. ``out``
     (default: runs/ and a name made of the settings) holds everything and is gone on from if it
     exists. On Ctrl-C what was found so far is returned. Raises SpecError, NothingFitsError.
-
-    >>> import archdsl
-    >>> report = archdsl.search("search", trials=1, seconds=60)  # doctest: +SKIP
     """
     tree = read(space, overrides)
     _refuse_mistakes(tree, budget)
@@ -115,7 +112,6 @@ class Climb:
 
     trial: Trial
     jobs: dict[str, Future[Score]]
-    scores: Scores = field(default_factory=dict)
 
 
 class Search:
@@ -149,7 +145,7 @@ class Search:
             interrupted = True
         finally:
             self.clock.save()
-        finished = list(self.study.finished())
+        finished = self.study.finished()
         if not any(trial.value is not None for trial in finished):
             if interrupted:
                 raise KeyboardInterrupt("no trial was finished; the same command goes on")

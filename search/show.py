@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import cost
+from archdsl.search.report import describe
 from archdsl.search.words import in_words
 from archdsl.show import Facts, parameters, short
 
@@ -98,7 +99,7 @@ def result(report: Report) -> RenderableType:
     counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
     facts += [
         ("trials", f"{counts}; {report.seconds:.0f} s"),
-        ("proxy", report.proxy),
+        ("proxy", describe(report.proxy)),
         ("loss", f"held-out nats per prediction (accuracy); objective = {_sum(report)}"),
         ("trust", _trust(tau, pairs)),
         ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
@@ -121,8 +122,8 @@ def result(report: Report) -> RenderableType:
 
 
 def _sum(report: Report) -> str:
-    pairs = zip(report.weights, report.tasks, strict=True)
-    return " + ".join(task if weight == 1 else f"{weight:g} x {task}" for weight, task in pairs)
+    weights = {name: task.weight for name, task in report.proxy.tasks.items()}
+    return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
 def _trust(tau: float | None, pairs: int) -> str:

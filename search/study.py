@@ -24,6 +24,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Scores = dict[str, Score]  # by task
 IN_TRAINING = "in training"  # the outcome of a draw that is being trained already
+FAILED = ("failed", IN_TRAINING)
 TRAINED = ("complete", "pruned", "diverged", "failed")  # outcomes of draws that cost training
 
 
@@ -122,7 +123,7 @@ class Study:
             old for old in self._stored() if old.user_attrs.get("fingerprint") == trial.fingerprint
         ]
         same = [old for old in same if old.number != trial.number]
-        done = [old for old in same if old.user_attrs.get("outcome") in ("complete", "pruned")]
+        done = [old for old in same if _outcome(old) in ("complete", "pruned")]
         if done:
             trial.ask.set_user_attr("same_as", done[0].number)
             self._close(trial.ask, "reused", value=done[0].value)
@@ -163,8 +164,8 @@ class Study:
             self.study.tell(ask, value)
         else:
             # pruned, not failed: Optuna's sampler learns nothing from failures
-            failed = outcome in ("failed", IN_TRAINING)
-            self.study.tell(ask, state=TrialState.FAIL if failed else TrialState.PRUNED)
+            state = TrialState.FAIL if outcome in FAILED else TrialState.PRUNED
+            self.study.tell(ask, state=state)
 
     def _stored(self) -> list[FrozenTrial]:
         """Read again only after a change: nobody else writes, and the journal is a file."""
@@ -176,7 +177,7 @@ class Study:
         """Every trial that was told and had a spec, in the order of asking."""
         for trial in self._stored():
             known = trial.number in self._finished
-            if not known and {"outcome", "spec"} <= trial.user_attrs.keys():
+            if not known and _outcome(trial) and "spec" in trial.user_attrs:
                 self._finished[trial.number] = _finished(trial)
         return [self._finished[number] for number in sorted(self._finished)]
 
@@ -190,9 +191,16 @@ class Study:
         """How many draws ended how."""
         counts: dict[str, int] = {}
         for trial in self._stored():
-            if outcome := trial.user_attrs.get("outcome"):
+            if outcome := _outcome(trial):
                 counts[outcome] = counts.get(outcome, 0) + 1
         return counts
+
+
+def _outcome(trial: FrozenTrial) -> str | None:
+    """None until it was told: who is killed between writing and telling has told nothing."""
+    outcome = trial.user_attrs.get("outcome")
+    untold = trial.state == TrialState.FAIL and outcome not in FAILED
+    return outcome if trial.state.is_finished() and not untold else None
 
 
 def _finished(trial: FrozenTrial) -> Finished:

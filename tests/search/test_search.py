@@ -13,10 +13,11 @@ import torch
 
 import archdsl
 from archdsl.errors import ArchdslError, SpecError
-from archdsl.load import load
+from archdsl.load import load, read
 from archdsl.search.proxy import Job, Proxy, Task, objective, run
 from archdsl.search.report import Report
 from archdsl.search.run import NothingFitsError, Progress
+from archdsl.search.study import Study
 from archdsl.spec import Budget
 
 SPACE = """
@@ -93,6 +94,17 @@ def test_running_it_again_trains_nothing(space: Path, tmp_path: Path) -> None:
     assert again.verdict() == first.verdict()
     assert sorted(tmp_path.rglob("step-*.json")) == files
     assert all(f.stat().st_mtime < time.time() - (time.monotonic() - started) for f in files)
+
+
+def test_a_trial_killed_while_it_was_told_is_drawn_again(space: Path, tmp_path: Path) -> None:
+    tree, budget = read(space), Budget(params=60_000)
+    trial = Study(tmp_path, tree, budget, seed=0).draw()
+    assert trial is not None
+    trial.ask.set_user_attr("outcome", "complete")  # and here the process ends
+    again = Study(tmp_path, tree, budget, seed=0)
+    assert again.finished() == []
+    drawn = [again.draw() for _ in range(3)]
+    assert trial.fingerprint in [other.fingerprint for other in drawn if other]
 
 
 def test_other_settings_do_not_touch_a_run(space: Path, tmp_path: Path) -> None:
