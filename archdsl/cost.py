@@ -173,7 +173,6 @@ class Receipt:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    convention: str = "node by node"
 
 
 KV_BYTES = 2  # bfloat16, what caches are kept in
