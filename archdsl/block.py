@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from archdsl.rope import RopeScalingSpec, inverse_frequencies
+
 
 class Primitive(nn.Module):
     """A module that draws the initial values of the parameters it holds itself."""
@@ -78,21 +80,25 @@ class Context:
         pos_BK = index_BK if self.pos_BT is None else self.pos_BT.gather(1, index_BK)
         return replace(self, pos_BT=pos_BK, index_BT=index_BK, tables={})
 
-    def rope(self, x_BHTE: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    def rope(
+        self, x_BHTE: Tensor, theta: float, scaling: RopeScalingSpec | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles, shaped to multiply x_BHTE; computed once a pass."""
         T, E = x_BHTE.shape[-2:]
-        key = (theta, T, E, x_BHTE.dtype)
+        key = (theta, scaling, T, E, x_BHTE.dtype)
         if key not in self.tables:
-            self.tables[key] = self._angles(x_BHTE, theta)
+            self.tables[key] = self._angles(x_BHTE, theta, scaling)
         return self.tables[key]
 
-    def _angles(self, x_BHTE: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    def _angles(
+        self, x_BHTE: Tensor, theta: float, scaling: RopeScalingSpec | None
+    ) -> tuple[Tensor, Tensor]:
         T, E = x_BHTE.shape[-2:]
         # half precision cannot tell neighbouring positions apart after a few thousand tokens
         precise = torch.float64 if x_BHTE.dtype == torch.float64 else torch.float32
         pos = self.pos_BT if self.pos_BT is not None else torch.arange(T, device=x_BHTE.device)
-        exponent = torch.arange(0, E, 2, device=x_BHTE.device, dtype=precise) / E
-        angle = pos.to(precise).unsqueeze(-1) * theta**-exponent
+        freq = inverse_frequencies(theta, E, scaling, dtype=precise, device=x_BHTE.device)
+        angle = pos.to(precise).unsqueeze(-1) * freq
         angle = torch.cat((angle, angle), -1)
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # heads

@@ -35,7 +35,7 @@ class LanguageModel(Primitive):
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
-        self.norm = make_norm(spec.norm, spec.dim)
+        self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
         self._shares: dict[str, Tensor] = {}
         self._tie()

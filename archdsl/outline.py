@@ -62,7 +62,7 @@ def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> 
         costs = {"body": cost}
     parts = {".".join(map(str, place)): child for place, child in children(part)}
     # a slot that is filled may cost nothing: a residual, a router that selects every token
-    filled = [name for name, value in to_tree(part).items() if isinstance(value, dict)]
+    filled = [name for name, value in to_tree(part).items() if costs and isinstance(value, dict)]
     below = tuple(
         _node(
             parts[name],

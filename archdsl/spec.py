@@ -238,6 +238,7 @@ class ModelSpec(Strict):
     dim: Size = Field(ge=1, le=2**16, description="width of the stream")
     tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
     norm: Literal["rms", "layer"] = Field("rms", description="the norm before the head")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in that norm")
     blocks: Blocks
     budget: Budget | None = Field(None, description="what `fit` and `search` keep to")
 

@@ -9,18 +9,19 @@ Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, WithJsonSchema
 from torch import Tensor, nn
 
 from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.blocks.norm import EPS
 from archdsl.cost import Cost, Scope
-from archdsl.spec import BlockSpec, Path, Size, Sizes
+from archdsl.rope import RopeScalingSpec
+from archdsl.spec import BlockSpec, Path, Size, Sizes, slot
 
 
 class AttentionSpec(BlockSpec):
@@ -43,6 +44,11 @@ class AttentionSpec(BlockSpec):
     rope_theta: float | None = Field(
         10_000.0, gt=1, description="base of the rotary angles; null: no positions"
     )
+    rope_scaling: Annotated[
+        SerializeAsAny[RopeScalingSpec] | None,
+        slot("rope_scaling"),
+        WithJsonSchema({"x-family": "rope_scaling"}),
+    ] = Field(None, description="slower rotary angles for a longer context; default: none")
 
     def head_count(self, dim: int) -> int:
         return self.heads or dim // self.head_size
@@ -55,6 +61,8 @@ class AttentionSpec(BlockSpec):
                 ("queries_per_kv",),
                 f"must divide the {self.head_count(dim)} heads, got {self.queries_per_kv}",
             )
+        if self.rope_scaling is not None and self.rope_theta is None:
+            yield ("rope_scaling",), "needs a rope_theta: null means that nothing is rotated"
 
     def canonical(self, dim: int) -> AttentionSpec:
         return self.model_copy(update={"heads": self.head_count(dim)})
@@ -97,7 +105,8 @@ class AttentionSpec(BlockSpec):
 class Attention(Block):
     def __init__(self, spec: AttentionSpec, dim: int) -> None:
         super().__init__()
-        self.head_size, self.window, self.theta = spec.head_size, spec.window, spec.rope_theta
+        self.head_size, self.window = spec.head_size, spec.window
+        self.theta, self.scaling = spec.rope_theta, spec.rope_scaling
         q_size = spec.head_count(dim) * spec.head_size
         kv_size = q_size // spec.queries_per_kv
         self.grouped = spec.queries_per_kv > 1
@@ -160,4 +169,6 @@ class Attention(Block):
         return rearrange(x_BTD, "b t (h e) -> b h t e", e=self.head_size)
 
     def _turn(self, x_BHTE: Tensor, ctx: Context) -> Tensor:
-        return x_BHTE if self.theta is None else rotate(x_BHTE, ctx.rope(x_BHTE, self.theta))
+        if self.theta is None:
+            return x_BHTE
+        return rotate(x_BHTE, ctx.rope(x_BHTE, self.theta, self.scaling))

@@ -14,7 +14,7 @@ from torch import Tensor
 from archdsl.block import Block, Context
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
-from archdsl.blocks.norm import NormType, make_norm, norm_cost
+from archdsl.blocks.norm import EPS, NormType, make_norm, norm_cost
 from archdsl.cost import Cost, Scope
 from archdsl.spec import BlockSpec, slot
 
@@ -36,6 +36,7 @@ class LayerSpec(BlockSpec):
         WithJsonSchema({"x-family": "block", "x-default": "feed_forward"}),
     ] = Field(FeedForwardSpec(), description="what each token does by itself")
     norm: NormType = Field("rms", description="the norm before each of the two")
+    norm_eps: float = Field(EPS, gt=0, lt=1, description="added to the variance in both norms")
 
     def build(self, dim: int) -> Layer:
         return Layer(self, dim)
@@ -55,9 +56,9 @@ class LayerSpec(BlockSpec):
 class Layer(Block):
     def __init__(self, spec: LayerSpec, dim: int) -> None:
         super().__init__()
-        self.attention_norm = make_norm(spec.norm, dim)
+        self.attention_norm = make_norm(spec.norm, dim, spec.norm_eps)
         self.attention = spec.attention.build(dim)
-        self.ffn_norm = make_norm(spec.norm, dim)
+        self.ffn_norm = make_norm(spec.norm, dim, spec.norm_eps)
         self.ffn = spec.ffn.build(dim)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:

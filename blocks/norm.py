@@ -26,6 +26,7 @@ class NormSpec(BlockSpec):
 
     kind: Literal["norm"] = "norm"
     type: NormType = Field("rms", description="rms: no centring, no bias; layer: both")
+    eps: float = Field(EPS, gt=0, lt=1, description="added to the variance, against tiny inputs")
 
     def build(self, dim: int) -> Norm:
         return Norm(self, dim)
@@ -37,7 +38,7 @@ class NormSpec(BlockSpec):
 class Norm(Block):
     def __init__(self, spec: NormSpec, dim: int) -> None:
         super().__init__()
-        self.norm = make_norm(spec.type, dim)
+        self.norm = make_norm(spec.type, dim, spec.eps)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         self.norm.reset_parameters()
@@ -46,8 +47,8 @@ class Norm(Block):
         return self.norm(x_BTD)
 
 
-def make_norm(type: NormType, dim: int) -> nn.RMSNorm | nn.LayerNorm:
-    return (nn.RMSNorm if type == "rms" else nn.LayerNorm)(dim, eps=EPS)
+def make_norm(type: NormType, dim: int, eps: float) -> nn.RMSNorm | nn.LayerNorm:
+    return (nn.RMSNorm if type == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
 def norm_cost(type: NormType, dim: int) -> Cost:

@@ -20,12 +20,13 @@ from archdsl.blocks.attention import Attention
 from archdsl.blocks.feed_forward import FeedForward
 from archdsl.blocks.layer import Layer
 from archdsl.blocks.loop import Loop
-from archdsl.blocks.norm import EPS, Norm
+from archdsl.blocks.norm import Norm
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
 from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, Random, RandomSpec, TopKSpec
 from archdsl.blocks.stack import Stack
 from archdsl.blocks.step_encoding import Add, Scale
 from archdsl.model import LanguageModel
+from archdsl.rope import LinearSpec, Llama3Spec, RopeScalingSpec
 from archdsl.spec import BlockSpec
 
 Stream = list[Tensor]
@@ -78,9 +79,11 @@ def model(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
 
 def norm(module: nn.RMSNorm | nn.LayerNorm, x_D: Tensor) -> Tensor:
     if isinstance(module, nn.RMSNorm):
-        return x_D / ((x_D**2).sum() / len(x_D) + EPS).sqrt() * module.weight
+        assert module.eps is not None
+        return x_D / ((x_D**2).sum() / len(x_D) + module.eps).sqrt() * module.weight
     centred = x_D - x_D.sum() / len(x_D)
-    return centred / ((centred**2).sum() / len(x_D) + EPS).sqrt() * module.weight + module.bias
+    variance = (centred**2).sum() / len(x_D)
+    return centred / (variance + module.eps).sqrt() * module.weight + module.bias
 
 
 def feed_forward(module: FeedForward, x_D: Tensor) -> Tensor:
@@ -141,10 +144,28 @@ def turned(module: Attention, qk_norm: nn.Module, matrix: nn.Linear, x_D: Tensor
     half = module.head_size // 2
     low, high = [], []
     for i in range(half):
-        angle = p * module.theta ** (-2 * i / module.head_size)
+        angle = p * slowed(module.theta ** (-2 * i / module.head_size), module.scaling)
         low.append(x_HE[:, i] * math.cos(angle) - x_HE[:, i + half] * math.sin(angle))
         high.append(x_HE[:, i + half] * math.cos(angle) + x_HE[:, i] * math.sin(angle))
     return torch.stack(low + high, 1)
+
+
+def slowed(freq: float, scaling: RopeScalingSpec | None) -> float:
+    """The angle from one token to the next, in a model whose context was extended."""
+    match scaling:
+        case None:
+            return freq
+        case LinearSpec():
+            return freq / scaling.factor
+        case Llama3Spec(low_freq_factor=low, high_freq_factor=high):
+            turns = scaling.original_context * freq / (2 * math.pi)
+            if turns >= high:
+                return freq
+            if turns <= low:
+                return freq / scaling.factor
+            kept = (turns - low) / (high - low)
+            return (1 - kept) * freq / scaling.factor + kept * freq
+    raise NotImplementedError(f"state the definition of {type(scaling).__name__} here")
 
 
 def loop(module: Loop, xs: Stream, pos: list[int]) -> Stream:

@@ -14,6 +14,7 @@ Tree = dict[str, Any]
 
 HEADS, HEAD_SIZE = 6, 2
 DIM = HEADS * HEAD_SIZE
+EPSILONS = st.sampled_from([1e-6, 0.25])
 SHARES = st.sampled_from([0.01, 0.25, 1 / 3, 0.5, 0.6000000000000001, 0.9, 1, 1.0])
 
 
@@ -24,7 +25,9 @@ def trees(kind: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Tree
 
 def attentions() -> st.SearchStrategy[Tree]:
     def sized(tree: Tree) -> Tree:
-        return {"head_size": HEAD_SIZE} | tree
+        tree = {"head_size": HEAD_SIZE} | tree
+        # without positions there is nothing to scale
+        return tree | ({"rope_scaling": None} if tree.get("rope_theta", 100) is None else {})
 
     return trees(
         "attention",
@@ -33,7 +36,16 @@ def attentions() -> st.SearchStrategy[Tree]:
         window=st.none() | st.integers(1, 20),
         qk_norm=st.booleans(),
         rope_theta=st.sampled_from([None, 100, 10_000.0, 5e5]),
+        rope_scaling=st.none() | rope_scalings(),
     ).map(sized)
+
+
+def rope_scalings() -> st.SearchStrategy[Tree]:
+    factors, contexts = st.sampled_from([1, 2.5, 8.0]), st.sampled_from([5, 13, 8192])
+    linear = {"kind": st.just("linear"), "factor": factors}
+    llama3 = {"kind": st.just("llama3"), "factor": factors, "original_context": contexts}
+    turns = {"low_freq_factor": st.just(0.5), "high_freq_factor": st.sampled_from([2.0, 9])}
+    return st.fixed_dictionaries(linear) | st.fixed_dictionaries(llama3, optional=turns)
 
 
 def feed_forwards() -> st.SearchStrategy[Tree]:
@@ -45,14 +57,14 @@ def feed_forwards() -> st.SearchStrategy[Tree]:
 
 
 def norms() -> st.SearchStrategy[Tree]:
-    return trees("norm", type=st.sampled_from(["rms", "layer"]))
+    return trees("norm", type=st.sampled_from(["rms", "layer"]), eps=EPSILONS)
 
 
 def layers() -> st.SearchStrategy[Tree]:
     parts = attentions() | feed_forwards()
     layer = st.fixed_dictionaries(
         {"kind": st.just("layer"), "attention": attentions()},
-        optional={"ffn": parts, "norm": st.sampled_from(["rms", "layer"])},
+        optional={"ffn": parts, "norm": st.sampled_from(["rms", "layer"]), "norm_eps": EPSILONS},
     )
     return layer | st.builds(lambda one, other: one | {"attention": other}, layer, parts)
 
@@ -137,6 +149,7 @@ def spec_trees(draw: st.DrawFn) -> Tree:
         "description": st.sampled_from(["", 'two "lines":\n  # of text', "yes"]),
         "tie_embeddings": st.booleans(),
         "norm": st.sampled_from(["rms", "layer"]),
+        "norm_eps": EPSILONS,
         "budget": st.just({"params": "1.5M"}),
     }
     return required | draw(st.fixed_dictionaries({}, optional=optional))
