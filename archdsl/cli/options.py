@@ -37,6 +37,15 @@ def size(text: str) -> int:
     return number
 
 
+def shares(text: str) -> float | list[float]:
+    """``0.5``, or ``0.9,0.9,0`` as a list."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"must be numbers such as 0.9,0.9,0, got {text!r}") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 Spec = Annotated[
     str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec such as itt.")
 ]
@@ -68,6 +77,19 @@ Tokenizer = Annotated[
         metavar="CHOICE",
         help="bytes, bpe:SIZE or a tokenizer.json; default: what fills the vocabulary.",
     ),
+]
+Capacity = Annotated[
+    float | None,  # or a list of them: an option of that type would take several values
+    typer.Option(
+        parser=shares,
+        metavar="SHARE[,SHARE...]",
+        help="Turn the dial: share of the tokens that thinks, for all further steps or for each, "
+        "such as 0.9,0.9,0; default: as trained.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Turn the dial: steps of each loop; default: as trained."),
 ]
 
 
