@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,19 +69,36 @@ class Checkpoint:
         path = self.path / TOKENIZER
         return path if path.exists() else None
 
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the file of weights."""
+        return str(self.provenance["files"][WEIGHTS])
+
+    @property
+    def new_parameters(self) -> frozenset[str]:
+        """What ``archdsl retrofit`` added; raises CheckpointError where it is not in the model."""
+        retrofit = self.provenance.get("retrofit", {})
+        names = retrofit.get("new", []) if isinstance(retrofit, dict) else None
+        known = dict(self.model.named_parameters())
+        if not isinstance(names, list) or not all(str(name) in known for name in names):
+            raise CheckpointError(
+                f"{self.path / PROVENANCE} does not name its new parameters as the model does"
+            )
+        return frozenset(map(str, names))
+
 
 def save_checkpoint(
     path: Path,
     model: LanguageModel,
     *,
-    tokenizer_from: Data | None,
+    tokenizer_from: Data | Path | None,
     provenance: Mapping[str, Any],
     training: State | None = None,
 ) -> None:
     """Writes the folder ``path``, in place of an older checkpoint of that name.
 
-    ``training`` maps names to tensors or JSON values. Raises CheckpointError if the folder holds
-    something else, or if it cannot be written.
+    ``tokenizer_from``: data, or a tokenizer.json. ``training`` maps names to tensors or JSON
+    values. Raises CheckpointError if the folder holds something else, or if it cannot be written.
     """
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not (path / PROVENANCE).is_file():
@@ -94,11 +112,15 @@ def save_checkpoint(
         raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
-def _write(folder: Path, model: LanguageModel, data: Data | None, training: State | None) -> None:
+def _write(
+    folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
+) -> None:
     save_model(model, str(folder / WEIGHTS))
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
-    if data is not None:
-        data.save_tokenizer(folder / TOKENIZER)
+    if isinstance(tokenizer, Path):
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    elif tokenizer is not None:
+        tokenizer.save_tokenizer(folder / TOKENIZER)
     if training is not None:
         tensors = {key: value for key, value in training.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / TENSORS)

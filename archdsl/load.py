@@ -41,7 +41,14 @@ def load(
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> source.Tree:
     """The tree in a file, inheritance and overrides applied, search leaves in place."""
-    return source.override(source.read(source.resolve(path)), overrides)
+    tree = source.override(source.read(source.resolve(path)), overrides)
+    if "loop" in tree.value and "blocks" not in tree.value:
+        message = (
+            "is an overlay for a trained model, no model of its own: "
+            f"archdsl retrofit CHECKPOINT {path} --out FOLDER"
+        )
+        raise SpecError(Problem("", message, tree.mark(())))
+    return tree
 
 
 def fitted(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:

@@ -47,6 +47,9 @@ class TrainConfig(Strict):
         BeforeValidator(_as_tuple),
     ] = Field((0.9, 0.95), description="of AdamW's two moments")
     clip: Finite | None = Field(1.0, gt=0, description="highest norm of the gradient")
+    only: Literal["all", "new"] = Field(
+        "all", description="which parameters; new: those that a retrofit added"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of the data")
     eval_every: int = Field(200, ge=0, description="steps between validations; 0: only the last")
     eval_tokens: int | None = Field(32_768, ge=1, description="of a validation; null: all")

@@ -51,6 +51,7 @@ SPECS = pathlib.Path(__file__).parent / "specs"
 MAX_LEVELS = 16
 MAX_NAME = 300
 MISSING = "no such file"
+OVERLAY = "-overlay"  # ends the name of a file that changes a trained model
 LEAVES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
 INDEX = re.compile("0|[1-9][0-9]{0,5}")
@@ -61,6 +62,11 @@ SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNOR
 
 def shipped_specs() -> dict[str, pathlib.Path]:
     """The specs that come with archdsl: name without ``.yaml`` -> file."""
+    return {name: file for name, file in _shipped().items() if not name.endswith(OVERLAY)}
+
+
+def _shipped() -> dict[str, pathlib.Path]:
+    """Beside the specs, the overlays that ``archdsl retrofit`` takes."""
     return {file.stem: file for file in sorted(SPECS.glob("*.yaml"))}
 
 
@@ -73,13 +79,13 @@ def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
     # a folder does not hide the spec of that name: search/ stands beside specs/search.yaml
     if (trouble := _trouble(path)) is None:
         return path
-    shipped = shipped_specs()
+    shipped = _shipped()
     short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short]
     if trouble == MISSING:
         hint = did_you_mean(short, shipped)
-        trouble += f"{hint}; the specs that come with archdsl are {', '.join(shipped)}"
+        trouble += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
     raise _fail(path, trouble)
 
 

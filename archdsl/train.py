@@ -15,7 +15,7 @@ from typing import NoReturn
 from archdsl import verbs
 from archdsl.batch import Data
 from archdsl.build import build
-from archdsl.checkpoint import CheckpointError, load_training, load_weights
+from archdsl.checkpoint import Checkpoint, CheckpointError, load_training, load_weights
 from archdsl.evaluate import Evaluation
 from archdsl.files import JsonLines, remove_folder, remove_leftovers
 from archdsl.model import LanguageModel
@@ -47,7 +47,7 @@ class TrainResult:
 
 
 def train(
-    model: LanguageModel | ModelSpec,
+    model: LanguageModel | ModelSpec | Checkpoint,
     data: Data,
     config: TrainConfig,
     out: Path | None = None,
@@ -55,18 +55,25 @@ def train(
 ) -> TrainResult:
     """Trains to the last step of the config and validates.
 
-    Fills ``out`` with metrics.jsonl, checkpoints/step-*/ and, at the end, final/. The same call
-    goes on after a crash. Ctrl-C finishes and saves the step first, a second one does not. Raises
-    TrainingDiverged, RunMismatchError or CheckpointError.
+    The weights of a checkpoint are where a new run starts. Fills ``out`` with metrics.jsonl,
+    checkpoints/step-*/ and, at the end, final/. The same call goes on after a crash. Ctrl-C
+    finishes and saves the step first, a second one does not. Raises TrainingDiverged,
+    RunMismatchError or CheckpointError.
     """
-    built = build(model, seed=config.seed) if isinstance(model, ModelSpec) else model
-    trainer = Trainer(built, data, config)
+    start = model if isinstance(model, Checkpoint) else None
+    trainer = Trainer(_built(model, config.seed), data, config, start)
     validation = _resume(trainer, out) if out else None
-    start = trainer.step
+    resumed_from = trainer.step
     if validation is None:
         with TrainProgress(config.steps, progress) as display, _interrupts() as asked:
             validation = _run(trainer, Recorder(trainer, out, display, asked))
-    return TrainResult(trainer.model, trainer.step, validation, start)
+    return TrainResult(trainer.model, trainer.step, validation, resumed_from)
+
+
+def _built(model: LanguageModel | ModelSpec | Checkpoint, seed: int) -> LanguageModel:
+    if isinstance(model, Checkpoint):
+        return model.model
+    return build(model, seed=seed) if isinstance(model, ModelSpec) else model
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from archdsl.batch import IGNORE, Batch, Data
-from archdsl.checkpoint import load_training, load_weights, save_checkpoint
+from archdsl.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
 from archdsl.errors import ArchdslError
 from archdsl.evaluate import Evaluation, check_fit, cross_entropy, evaluate
 from archdsl.model import LanguageModel
@@ -57,15 +57,25 @@ class Trainer:
 
     Every step draws its data and its random numbers from the seed and its own number. So a run
     can be stopped, interleaved with others and resumed without a change in any bit (on a CPU).
+    ``start``: the checkpoint that ``model`` comes from, if any.
     """
 
-    def __init__(self, model: LanguageModel, data: Data, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        data: Data,
+        config: TrainConfig,
+        start: Checkpoint | None = None,
+    ) -> None:
         self.device = _device(config.device)
         self.context = config.context or model.spec.context
         check_fit(model.spec, data, self.context)
         self.model = model.to(self.device)
         self.data = data
         self.config = config
+        self.start = start
+        if config.only == "new":
+            _freeze_the_rest(model, start)
         self.optimizer = _optimizer(model, config)
         self.step = 0
         self.tokens = 0
@@ -214,6 +224,7 @@ class Trainer:
             "config": config | {"device": self.device.type},
             "spec": self.model.spec.canonical().model_dump(mode="json"),
             "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            **({"start": self.start.weights_digest} if self.start else {}),
         }
 
     def check_same_run(self, state: Mapping[str, Any], path: Path) -> None:
@@ -247,9 +258,16 @@ class Trainer:
                 "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
                 "seed": self.config.seed,
                 "step": self.step,
+                **self._origin(),
             },
             training=state,
         )
+
+    def _origin(self) -> dict[str, Any]:
+        if self.start is None:
+            return {}
+        grown = self.start.provenance.get("retrofit")  # its new parameters stay new
+        return {"start": self.start.weights_digest} | ({"retrofit": grown} if grown else {})
 
     def load(self, path: Path) -> None:
         """Goes on where ``save`` stood. Raises CheckpointError or RunMismatchError."""
@@ -285,12 +303,25 @@ def _mix(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest())
 
 
+def _freeze_the_rest(model: LanguageModel, start: Checkpoint | None) -> None:
+    new = start.new_parameters if start else frozenset()
+    if not new:
+        found = f"{start.path} has none" if start else "the model starts from no checkpoint"
+        raise ArchdslError(
+            f"only: new trains what `archdsl retrofit` added to a checkpoint, and {found}; "
+            "only: all trains everything"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in new)
+
+
 def _optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW that decays the matrices of the blocks and the head, nothing else."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    others = [p for p in model.parameters() if id(p) not in matrices]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if id(p) in matrices]
+    others = [p for p in trained if id(p) not in matrices]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},

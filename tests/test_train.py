@@ -20,12 +20,14 @@ from torch import Tensor
 
 from archdsl.batch import IGNORE, Batch
 from archdsl.build import build
-from archdsl.checkpoint import CheckpointError, load_checkpoint
+from archdsl.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from archdsl.data import SkillData, load_data
 from archdsl.errors import ArchdslError
 from archdsl.load import load
 from archdsl.model import LanguageModel
+from archdsl.retrofit import parse_overlay, retrofit
 from archdsl.skills import parse_skill
+from archdsl.source import from_value
 from archdsl.spec import ModelSpec
 from archdsl.train import (
     RunMismatchError,
@@ -367,6 +369,95 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     renamed = spec("name=other")
     watched = config(log_every=3, keep_last=9, eval_every=0, checkpoint_every=1, device="cpu")
     assert train(renamed, SKILL, watched, tmp_path).resumed_from == (12 if killed_at is None else 5)
+
+
+# Starting from a checkpoint
+
+OVERLAY = {
+    "name": "itt",
+    "layers": [0],
+    "loop": {
+        "steps": 3,
+        "router": {"kind": "prefix"},
+        "residual": "thinking",
+        "encoding": {"kind": "scale", "init": 0},
+        "parameters": "per_step",  # so that there are matrices among the new parameters
+    },
+}
+
+
+def grown(path: Path, seed: int = 0) -> Checkpoint:
+    """A checkpoint with new parts, of a model drawn from the seed."""
+    save_checkpoint(path / "base", build(spec(), seed=seed), tokenizer_from=None, provenance={})
+    overlay = parse_overlay(from_value(OVERLAY, "overlay"))
+    made = retrofit(load_checkpoint(path / "base"), overlay)
+    save_checkpoint(path / "grown", made.model, tokenizer_from=None, provenance=made.provenance)
+    return load_checkpoint(path / "grown")
+
+
+@pytest.mark.parametrize("only", ["new", "all"])
+def test_a_checkpoint_is_trained_further_in_its_new_parts_or_in_all(
+    tmp_path: Path, only: str
+) -> None:
+    start = grown(tmp_path)
+    before = weights(start.model)
+    after = weights(train(start, SKILL, config(only=only), tmp_path / "run").model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set(start.new_parameters) if only == "new" else set(before))
+
+    # what is new stays known as such
+    final = load_checkpoint(tmp_path / "run" / "final")
+    assert final.new_parameters == start.new_parameters
+    assert final.provenance["start"] == start.weights_digest
+
+
+def test_training_starts_from_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    start = grown(tmp_path, seed=5)
+    run = Trainer(start.model, SKILL, config(only="new"), start)
+    batch = SKILL.batch(0, 4, 16, seed=0)
+    expected = Trainer(build(spec(), seed=5), SKILL, CONFIG).backward(batch)
+    assert run.backward(batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_optimizer_knows_the_new_parts_alone_and_decays_their_matrices(tmp_path: Path) -> None:
+    start = grown(tmp_path)
+    run = Trainer(start.model, SKILL, config(only="new"), start)
+    run.run(2)
+    moments = {key.split("/")[1] for key in run.state() if key.startswith("optimizer/")}
+    assert moments == start.new_parameters
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in run.optimizer.param_groups)
+    assert all("bodies" in name and "norm" not in name for name in decayed)
+    assert decayed
+    assert {name for name in others if "bodies" not in name} == {
+        name for name in start.new_parameters if "encoding" in name or "router" in name
+    }
+    assert all(p.grad is None for p in run.model.parameters() if names[id(p)] not in moments)
+
+
+def test_a_run_from_a_checkpoint_goes_on_and_from_another_one_it_does_not(tmp_path: Path) -> None:
+    only_new = config(only="new")
+    whole = train(grown(tmp_path / "a"), SKILL, only_new, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(grown(tmp_path / "a"), Meddling(SKILL.skill, 7, kill), only_new, tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=r"start: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+        train(grown(tmp_path / "b", seed=1), SKILL, only_new, tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=r"config.only: 'new' there, 'all' now"):
+        train(grown(tmp_path / "a"), SKILL, CONFIG, tmp_path / "run")
+    again = train(grown(tmp_path / "a"), SKILL, only_new, tmp_path / "run")
+    assert again.resumed_from == 5
+    assert same(whole.model, again.model)
+
+
+def test_where_nothing_is_new_that_alone_cannot_be_trained(tmp_path: Path) -> None:
+    grown(tmp_path)
+    with pytest.raises(ArchdslError, match=r"only: new trains what .*starts from no checkpoint"):
+        train(spec(), SKILL, config(only="new"))
+    with pytest.raises(ArchdslError, match=rf"and {tmp_path}/base has none; only: all"):
+        train(load_checkpoint(tmp_path / "base"), SKILL, config(only="new"))
+    forged = replace(load_checkpoint(tmp_path / "base"), provenance={"retrofit": {"new": ["no"]}})
+    with pytest.raises(CheckpointError, match="does not name its new parameters as the model does"):
+        train(forged, SKILL, config(only="new"))
 
 
 # What goes wrong

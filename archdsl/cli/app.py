@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
-from archdsl.cli import runs, search, specs
+from archdsl.cli import generate, retrofit, runs, search, specs
 from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
 
@@ -35,8 +35,10 @@ app = typer.Typer(
 for command in (
     specs.build,
     search.search,
+    retrofit.retrofit,
     runs.train,
     runs.eval_,
+    generate.generate,
     specs.diff,
     specs.blocks,
     specs.schema,

@@ -40,23 +40,26 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a spec; the same command goes on after a crash or Ctrl-C.
+    """Train a spec, or a checkpoint further; the same command goes on after a crash or Ctrl-C.
 
-    Examples:
+    In place of SPEC may stand a checkpoint's folder. Examples:
 
       archdsl train tiny --steps 300
 
       archdsl train tiny --data skill:p-hop --context 64 --lr 2e-3
+
+      archdsl train runs/grafted --only new --out runs/thinking
     """
     from archdsl import show
     from archdsl.load import load
     from archdsl.train import train
 
-    model = load(spec, overrides=overrides or ())
-    data = data_for(model, source, tokenizer)
+    start = _checkpoint_at(spec, overrides, tokenizer)
+    model = start.spec if start else load(spec, overrides=overrides or ())
+    data = _data_of(start, source) if start else data_for(model, source, tokenizer)
     folder = out or Path("runs") / model.name
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
-    result = train(model, data, config, folder, progress=True)
+    result = train(start or model, data, config, folder, progress=True)
     if result.resumed_from == result.steps:
         print("it was trained already, nothing was left to do", file=sys.stderr)
     if as_json:
@@ -72,6 +75,22 @@ def train(
     else:
         print_parts(show.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
+
+
+def _checkpoint_at(
+    spec: str, overrides: list[str] | None, tokenizer: str | None
+) -> Checkpoint | None:
+    """The checkpoint, if that is what stands in the place of a spec."""
+    from archdsl.checkpoint import PROVENANCE, load_checkpoint
+
+    if not (Path(spec) / PROVENANCE).is_file():
+        return None
+    for option, given in (("--set", overrides), ("--tokenizer", tokenizer)):
+        if given:
+            raise ArchdslError(
+                f"{spec} is a checkpoint, which {option} cannot change: leave it out"
+            )
+    return load_checkpoint(Path(spec))
 
 
 def eval_(
