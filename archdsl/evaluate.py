@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -66,20 +66,18 @@ def evaluate(
     context = context or model.spec.context
     check_fit(model.spec, data, context)
 
-    def score(leaks: bool) -> Evaluation:
+    def evaluated(leaks: bool) -> Evaluation:
         batches = data.held_out(split, batch_size, context, limit_tokens)
-        with _undisturbed(model):
-            scores = [torch.empty(3, 0), *(_score(model, batch) for batch in batches)]
-        score_3W = torch.cat(scores, dim=1)
-        if not score_3W[1].any():
-            raise ArchdslError(f"the {split} split of {data.name} asks for no prediction")
+        with undisturbed(model):
+            scores = [score(model, batch) for batch in batches]
+        score_3W = asking(scores, data, split)
         return _summary(score_3W, split, data.bytes_per_token(split), leaks)
 
     if not model.leaks:
-        return score(leaks=False)
+        return evaluated(leaks=False)
     with model.causal_routing():
-        causal = score(leaks=False)
-    return score(leaks=True).model_copy(update={"causal": causal})
+        causal = evaluated(leaks=False)
+    return evaluated(leaks=True).model_copy(update={"causal": causal})
 
 
 def check_fit(spec: ModelSpec, data: Data, context: int) -> None:
@@ -97,7 +95,7 @@ def check_fit(spec: ModelSpec, data: Data, context: int) -> None:
 
 
 @contextmanager
-def _undisturbed(model: LanguageModel) -> Iterator[None]:
+def undisturbed(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode and its own random numbers, the same every time; both undone at the end."""
     training = model.training
     device = next(model.parameters()).device
@@ -110,7 +108,7 @@ def _undisturbed(model: LanguageModel) -> Iterator[None]:
             model.train(training)
 
 
-def _score(model: LanguageModel, batch: Batch) -> Tensor:
+def score(model: LanguageModel, batch: Batch) -> Tensor:
     """Loss (a sum, in nats), predictions asked and right answers of each window: [3, B].
 
     A function of its own, so that the logits are gone before the next batch makes new ones.
@@ -125,23 +123,42 @@ def _score(model: LanguageModel, batch: Batch) -> Tensor:
     return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, asked_BT, right_BT)])
 
 
+def asking(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:
+    """The scores of those windows that ask something, [3, W]; raises ArchdslError without any."""
+    score_3W = torch.cat([torch.empty(3, 0), *scores], dim=1)
+    if not score_3W[1].any():
+        raise ArchdslError(f"the {split} split of {data.name} asks for no prediction")
+    return score_3W[:, score_3W[1] > 0]
+
+
+def ratio(sum_W: Tensor, asked_W: Tensor) -> tuple[float, float | None]:
+    """The mean over all that was asked, and its standard error over windows.
+
+    Of a ratio of sums, as windows may ask differently often (Cochran, Sampling Techniques, 6.4).
+    """
+    asked, windows = float(asked_W.sum()), len(asked_W)
+    mean = float(sum_W.sum()) / asked
+    spread = float((sum_W - mean * asked_W).square().sum())
+    return mean, math.sqrt(spread * windows / (windows - 1)) / asked if windows > 1 else None
+
+
+def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    return bytes_per_token and loss / math.log(2) / bytes_per_token
+
+
 def _summary(
     score_3W: Tensor, split: HeldOut, bytes_per_token: float | None, leaks: bool
 ) -> Evaluation:
-    loss_W, asked_W, right_W = score_3W[:, score_3W[1] > 0]
-    tokens, windows = float(asked_W.sum()), len(asked_W)
-    loss = float(loss_W.sum()) / tokens
-    # of a ratio of sums, as windows may ask differently often (Cochran, Sampling Techniques, 6.4)
-    spread = float((loss_W - loss * asked_W).square().sum())
-    error = math.sqrt(spread * windows / (windows - 1)) / tokens if windows > 1 else None
+    loss_W, asked_W, right_W = score_3W
+    loss, error = ratio(loss_W, asked_W)
     return Evaluation(
         split=split,
-        tokens=int(tokens),
+        tokens=int(asked_W.sum()),
         loss=loss,
         standard_error=error,
         perplexity=math.exp(min(loss, 700.0)),  # beyond, a float is infinite
-        bits_per_byte=bytes_per_token and loss / math.log(2) / bytes_per_token,
-        accuracy=float(right_W.sum()) / tokens,
+        bits_per_byte=bits_per_byte(loss, bytes_per_token),
+        accuracy=float(right_W.sum() / asked_W.sum()),
         leaks=leaks,
     )
 
