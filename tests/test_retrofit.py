@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.loop import Loop, LoopSpec
 from archdsl.blocks.stack import StackSpec
@@ -255,3 +256,5 @@ def test_a_repetition_becomes_one_stack() -> None:
     assert compact([one] * 30) == (StackSpec(repeat=30, body=(one,)),)
     assert compact([one, other] * 15) == (StackSpec(repeat=15, body=(one, other)),)
     assert compact([one, one, one, other]) == (StackSpec(repeat=3, body=(one,)), other)
+    unlike = tuple(LayerSpec(ffn=FeedForwardSpec(hidden=n)) for n in range(1, 7))
+    assert compact([one, one, *unlike]) == (StackSpec(repeat=2, body=(one,)), *unlike)

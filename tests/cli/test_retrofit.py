@@ -83,3 +83,18 @@ def test_a_checkpoint_keeps_its_spec_and_its_tokenizer(made: Cli) -> None:
         found = made("train", "base", option, value)
         assert found.status == 1
         assert f"base is a checkpoint, which {option} cannot change: leave it out" in found.err
+
+
+def test_a_text_is_read_with_the_tokenizer_of_the_checkpoint(
+    made: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str | None, str]] = []
+
+    def load_data(source: str | None, *, tokenizer: str) -> None:
+        asked.append((source, tokenizer))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.data.load_data", load_data)
+    made("train", "base")
+    made("train", "base", "--data", "other.txt")
+    assert asked == [(None, "base/tokenizer.json"), ("other.txt", "base/tokenizer.json")]
