@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from archdsl.cache import Cache, Memory, Stream, column
 from archdsl.rope import RopeScalingSpec, inverse_frequencies
 
 
@@ -50,35 +51,76 @@ def into_stream_(weight: Tensor, fan_in: int, rng: torch.Generator, depth: int) 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of a first pass over all tokens, for later passes to attend to."""
+    """What queries attend to. ``order_BS``: which token of its stream each is; None: 0, 1, ..."""
 
-    k_BHTE: Tensor
-    v_BHTE: Tensor
-    pos_BT: Tensor | None
+    k_BGSE: Tensor
+    v_BGSE: Tensor
+    pos_BS: Tensor | None
+    order_BS: Tensor | None = None
+
+
+@dataclass
+class Trace:
+    """What a pass did, by loop and routed step.
+
+    ``shares``: of the tokens, those selected. ``losses``: the routers' own, to be added to the
+    model's; ``accuracies``: of predictors. ``steps_BT``: how many steps each token took in loops,
+    their first full ones not counted.
+    """
+
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    accuracies: dict[str, Tensor] = field(default_factory=dict)
+    steps_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Context:
     """What a block may know besides the stream.
 
+    ``stream``: how much went before, and how much of this chunk is real.
     ``pos_BT``: each token's place in the sequence, which survives routing; None: 0, 1, 2, ...
-    ``index_BT``: each token's index in the stream that the last router selected it from.
+    ``place_BT``: each token's index in the model's chunk; None: 0, 1, 2, ...
+    ``order_BT``: each token's place in the stream that the last router selected it from.
     ``first``: keys and values of the first pass by attention module, where a loop shares them;
     ``reads_first``: whether this pass reads them or writes them.
-    ``shares``: collects the share of tokens that each routed step selected.
+    ``cache``: what is kept of the tokens before, under the steps of the loops around (``path``).
     """
 
+    stream: Stream = Stream()  # noqa: RUF009  frozen
     pos_BT: Tensor | None = None
-    index_BT: Tensor | None = None
+    place_BT: Tensor | None = None
+    order_BT: Tensor | None = None
     first: dict[nn.Module, KeysValues] | None = None
     reads_first: bool = False
-    shares: dict[str, Tensor] = field(default_factory=dict)
+    cache: Cache | None = None
+    path: tuple[int, ...] = ()
+    trace: Trace = field(default_factory=Trace)
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def at(self, index_BK: Tensor) -> Context:
-        """The context of selected tokens."""
-        pos_BK = index_BK if self.pos_BT is None else self.pos_BT.gather(1, index_BK)
-        return replace(self, pos_BT=pos_BK, index_BT=index_BK, tables={})
+    def at(self, index_BK: Tensor, stream: Stream) -> Context:
+        """The context of selected tokens, a chunk of ``stream``."""
+        return replace(
+            self,
+            stream=stream,
+            pos_BT=_picked(self.pos_BT, index_BK),
+            place_BT=_picked(self.place_BT, index_BK),
+            order_BT=index_BK + column(self.stream.past),
+            tables={},
+        )
+
+    def memory(self, module: nn.Module) -> Memory | None:
+        """What ``module`` keeps for this step; None where nothing is kept."""
+        return None if self.cache is None else self.cache.memory((module, self.path))
+
+    def count_step(self, x_BTD: Tensor) -> None:
+        """Notes that the real ones of these tokens take a further step."""
+        if self.trace.steps_BT is None:
+            return
+        real_BT = self.stream.real(x_BTD)
+        real_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool) if real_BT is None else real_BT
+        place_BT = Stream().order(x_BTD) if self.place_BT is None else self.place_BT
+        self.trace.steps_BT.scatter_add_(1, place_BT.expand_as(real_BT), real_BT.long())
 
     def rope(
         self, x_BHTE: Tensor, theta: float, scaling: RopeScalingSpec | None = None
@@ -103,6 +145,12 @@ class Context:
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # heads
         return angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
+
+
+def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
+    if numbers_BT is None:
+        return index_BK
+    return numbers_BT.expand(len(index_BK), -1).gather(1, index_BK)
 
 
 def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

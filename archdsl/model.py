@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from archdsl.block import Context, Primitive, normal_
+from archdsl.block import Context, Primitive, Trace, normal_
 from archdsl.blocks.attention import Attention
-from archdsl.blocks.loop import Loop
+from archdsl.blocks.loop import DialError, Loop, take
 from archdsl.blocks.norm import make_norm
-from archdsl.blocks.router import TopK
+from archdsl.blocks.router import Router, TopK
+from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
 
 
@@ -37,38 +38,113 @@ class LanguageModel(Primitive):
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
         self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
-        self._shares: dict[str, Tensor] = {}
+        self.trace = Trace()  # of the last pass
         self._tie()
         self._name_loops()
 
     if TYPE_CHECKING:
 
-        def __call__(self, tokens_BT: Tensor) -> Tensor: ...
+        def __call__(
+            self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
+        ) -> Tensor: ...
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V]; raises ValueError past the context the spec was made for."""
-        T = tokens_BT.size(1)
-        if self.spec.context < T:
-            raise ValueError(f"{T} tokens exceed the context of {self.spec.context}")
-        ctx = Context()
-        x_BTD = self.embedding(tokens_BT)
+    def forward(
+        self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits [B, T, V].
+
+        ``mask_BT``: False where a token only pads its row, on whatever side; no other token's
+        logits depend on it. ``cache``: the tokens go on from those that it holds, and join them;
+        routers that leak then choose causally. Raises ContextFullError past the context.
+        """
+        return self.head(self.norm(self.hidden(self.embedding(tokens_BT), mask_BT, cache)))
+
+    def hidden(
+        self,
+        x_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        each: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The stream after the blocks, before the norm; ``each`` collects it after each block."""
+        if self.training:
+            self.commit()
+        index_BT, length_B = _real_first(mask_BT)
+        if index_BT is not None:
+            x_BTD = take(x_BTD, index_BT)
+        ctx = self._context(x_BTD, length_B, cache)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x_BTD = checkpoint(block, x_BTD, ctx, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, ctx)
-        self._shares = ctx.shares
-        return self.head(self.norm(x_BTD))
+            if each is not None:
+                each.append(_as_before(x_BTD, index_BT))
+        if cache is not None:
+            cache.length = ctx.stream.after(x_BTD.size(1))
+        self.trace = ctx.trace
+        if self.trace.steps_BT is not None and index_BT is not None:
+            self.trace.steps_BT = self.trace.steps_BT.gather(1, index_BT.argsort(1))
+        return _as_before(x_BTD, index_BT)
+
+    def _context(self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None) -> Context:
+        B, T, _ = x_BTD.shape
+        trace = Trace()
+        if not torch.is_grad_enabled():
+            trace.steps_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTD.device)
+        if cache is None:
+            if self.spec.context < T:
+                raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
+            return Context(Stream(length_B=length_B), trace=trace)
+        settings = [loop.passes for loop in self._loops()]
+        if cache.settings not in (None, settings):
+            raise DialError("the dial was turned while a cache was in use; begin with a new one")
+        cache.settings = settings
+        stream = cache.stream(T, length_B)
+        pos_BT = None if stream.begins else stream.order(x_BTD)
+        return Context(stream, pos_BT, cache=cache, trace=trace)
+
+    def new_cache(self, max_length: int | None = None) -> Cache:
+        """An empty cache for ``max_length`` tokens (default: the context) of each row."""
+        context = self.spec.context
+        if max_length is not None and max_length > context:
+            raise ContextFullError(f"{max_length:,} tokens exceed the context of {context:,}")
+        return Cache(max_length or context)
+
+    def dial(
+        self,
+        capacity: Sequence[float] | float | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Another capacity of all routed steps, or one for each; another number of steps.
+
+        0 skips a step, 1 takes every token; steps beyond the trained ones use what the last of
+        them learned. Without arguments: as trained. Raises DialError, with all as it was, where
+        a loop cannot be run so.
+        """
+        loops = self._loops()
+        if not loops and not (capacity is None and steps is None):
+            raise DialError(f"{self.spec.name} has no loops: there is nothing to dial")
+        if capacity is not None and all(loop.router is None for loop in loops):
+            raise DialError(f"{self.spec.name} has no routers, so there is no capacity to dial")
+        before = [loop.passes for loop in loops]
+        try:
+            for loop in loops:
+                loop.dial(capacity, steps)
+        except DialError:
+            for loop, passes in zip(loops, before, strict=True):
+                loop.passes = passes
+            raise
 
     @property
     def leaks(self) -> bool:
         """Whether a router looks at later tokens."""
-        return any(not router.causal for router in self._leaking())
+        return any(router.leaks for router in self._routers())
 
     @contextmanager
     def causal_routing(self) -> Iterator[None]:
-        """Meanwhile leaking routers select causally, by the same scores."""
-        routers = self._leaking()
+        """Meanwhile leaking routers select causally, as they do when they decode."""
+        routers = [router for router in self._routers() if isinstance(router, TopK)]
         before = [router.causal for router in routers]
         for router in routers:
             router.causal = True
@@ -80,7 +156,13 @@ class LanguageModel(Primitive):
 
     def router_shares(self) -> dict[str, float]:
         """Share of tokens that each routed step selected in the last pass, by loop and step."""
-        return {name: share.item() for name, share in self._shares.items()}
+        return {name: share.item() for name, share in self.trace.shares.items()}
+
+    def commit(self) -> None:
+        """Takes up what the last training pass taught the routers besides gradients; the next
+        training pass begins with it, too."""
+        for router in self._routers():
+            router.commit()
 
     def initialise(self, seed: int) -> None:
         """Draw all parameters.
@@ -114,9 +196,25 @@ class LanguageModel(Primitive):
         for name, module in self.named_modules():
             if isinstance(module, Loop):
                 module.label = name
+                module.dial()
                 if module.router is not None:
                     module.router.salt = routers
                     routers += 1
 
-    def _leaking(self) -> list[TopK]:
-        return [module for module in self.modules() if isinstance(module, TopK)]
+    def _loops(self) -> list[Loop]:
+        return [module for module in self.modules() if isinstance(module, Loop)]
+
+    def _routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+
+def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Indices that put padding last in each row, and how many tokens are real; None: all are."""
+    if mask_BT is None:
+        return None, None
+    mask_BT = mask_BT.bool()
+    return (~mask_BT).to(torch.int8).sort(dim=1, stable=True).indices, mask_BT.sum(1)
+
+
+def _as_before(x_BTD: Tensor, index_BT: Tensor | None) -> Tensor:
+    return x_BTD if index_BT is None else take(x_BTD, index_BT.argsort(1))

@@ -15,9 +15,9 @@ Shapes: B batch, T tokens, K selected tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, SerializeAsAny, WithJsonSchema
@@ -30,9 +30,10 @@ from archdsl.blocks.residual_thinking import (
     ResidualSpec,
     ThinkingSpec,
 )
-from archdsl.blocks.router import Choice, RouterSpec
+from archdsl.blocks.router import Choice, RouterSpec, Step
 from archdsl.blocks.step_encoding import Encoding, EncodingSpec
 from archdsl.cost import Cost, Scope, linear
+from archdsl.errors import ArchdslError
 from archdsl.spec import AnyBlock, BlockSpec, Path, slot, walk
 
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
@@ -191,6 +192,20 @@ def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:
     return values[:1] if len(set(values)) == 1 else values
 
 
+class DialError(ArchdslError):
+    """A number of steps or a capacity that a model cannot be run at."""
+
+    exit_status = 2
+
+
+class Pass(NamedTuple):
+    """One pass through the body, with what step ``like`` of the training learned for it."""
+
+    step: int
+    like: int
+    routed: Step | None  # None: every token takes it
+
+
 class Loop(Block):
     def __init__(self, spec: LoopSpec, dim: int) -> None:
         super().__init__()
@@ -207,64 +222,137 @@ class Loop(Block):
             else Encoding()
         )
         self.inject = nn.Linear(2 * dim, dim, bias=False) if spec.injection == "linear" else None
+        self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         if self.inject is not None:  # starts as no injection at all
             nn.init.eye_(self.inject.weight)
 
+    def dial(
+        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+    ) -> None:
+        """Other capacities for the routed passes, another number of passes; None: as trained.
+
+        Passes beyond the trained ones use what the last of those learned. Raises DialError.
+        """
+        count = self.spec.steps if steps is None else steps
+        if count < 1:
+            raise DialError(f"{self.label}: needs at least one step, got {count}")
+        if count > self.spec.steps and len(self.bodies) > 1:
+            raise DialError(
+                f"{self.label}: has weights for {self.spec.steps} steps, each its own; got {count}"
+            )
+        shares = self._shares(capacity, count - self.spec.full_steps)
+        passes: list[Pass] = []
+        among, routed = 1.0, 0
+        for step in range(count):
+            like = min(step, self.spec.steps - 1)
+            row, at = self.rows[like], None
+            if row is not None:
+                share = shares[step - self.spec.full_steps]
+                at = Step(f"{self.label}.{routed}", row, share, among)
+                among, routed = share if self.spec.router.nested else 1.0, routed + 1  # type: ignore[union-attr]
+            passes.append(Pass(step, like, at))
+        self.passes = passes
+
+    def _shares(self, capacity: Sequence[float] | float | None, further: int) -> list[float]:
+        """The capacity of each pass after the full ones."""
+        trained = [1.0] * max(0, further)
+        if self.spec.router is None or further < 1:
+            return trained
+        given = self.spec.router.capacity
+        trained = [given[min(i, len(given) - 1)] for i in range(further)]
+        learned = [
+            self.rows[min(i + self.spec.full_steps, self.spec.steps - 1)] is not None
+            for i in range(further)
+        ]
+        if capacity is None:
+            return trained
+        if isinstance(capacity, float | int):
+            shares = [capacity if has else 1.0 for has in learned]
+        else:
+            shares = list(capacity)
+        self._check(shares, learned)
+        return shares
+
+    def _check(self, shares: list[float], learned: list[bool]) -> None:
+        if len(shares) != len(learned):
+            raise DialError(
+                f"{self.label}: {len(learned)} passes are routed, "
+                f"so one capacity or {len(learned)} are needed; got {len(shares)}"
+            )
+        for i, (share, has) in enumerate(zip(shares, learned, strict=True)):
+            if not 0 <= share <= 1:
+                raise DialError(f"{self.label}: a capacity is between 0 and 1, got {share:g}")
+            if share < 1 and not has:
+                raise DialError(
+                    f"{self.label}: routed pass {i + 1} was trained on every token and has no "
+                    f"router, so its capacity is 1; got {share:g}"
+                )
+        if self.spec.router and self.spec.router.nested and shares != sorted(shares, reverse=True):
+            raise DialError(f"{self.label}: is nested, so capacities must not rise; got {shares}")
+
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         start_BTD, chosen = x_BTD, None
         first = {} if self.spec.kv == "shared" else ctx.first
-        for step, row in enumerate(self.rows):
-            reads = step > 0 if self.spec.kv == "shared" else ctx.reads_first
-            now = replace(ctx, first=first, reads_first=reads)
-            if row is None:
-                x_BTD = self._full(x_BTD, start_BTD, step, now)
+        for one in self.passes:
+            reads = one.step > 0 if self.spec.kv == "shared" else ctx.reads_first
+            now = replace(
+                ctx, first=first, reads_first=reads, order_BT=None, path=(*ctx.path, one.step)
+            )
+            if one.routed is None:
+                x_BTD = self._full(x_BTD, start_BTD, one, now)
+            elif one.routed.capacity == 0:
+                x_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
             else:
-                chosen = self._choose(x_BTD, row, now, chosen)
-                x_BTD = self._routed(x_BTD, start_BTD, step, now, chosen)
+                chosen = self._choose(x_BTD, one.routed, now, chosen)
+                x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
         return x_BTD
 
-    def _full(self, x_BTD: Tensor, start_BTD: Tensor, step: int, ctx: Context) -> Tensor:
-        y_BTD = self._body(x_BTD, start_BTD, step, ctx)
-        if step == 0:
+    def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
+        y_BTD = self._body(x_BTD, start_BTD, one, ctx)
+        if one.step == 0:
             return self.encoding.after(y_BTD, 0)
-        return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(step))
+        ctx.count_step(x_BTD)
+        return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
 
     def _routed(
-        self, x_BTD: Tensor, start_BTD: Tensor, step: int, ctx: Context, chosen: Choice
+        self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Choice
     ) -> Tensor:
-        scale, index_BK = self._scale(step), chosen.index_BK
+        scale, index_BK = self._scale(one), chosen.index_BK
+        rest_BTD = self.spec.residual.rest(x_BTD, scale)
+        if index_BK.size(1) == 0:  # while decoding, often nobody is selected
+            return rest_BTD
+        inner = ctx.at(index_BK, chosen.stream)
         x_BKD = take(x_BTD, index_BK)
+        inner.count_step(x_BKD)
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
-        y_BKD = self._body(x_BKD, start_BKD, step, ctx.at(index_BK))
+        y_BKD = self._body(x_BKD, start_BKD, one, inner)
 
         new_BKD = self.spec.residual.join(x_BKD, y_BKD, chosen.gate_BK, scale)
-        rest_BTD = self.spec.residual.rest(x_BTD, scale)
         if chosen.keep_BK is not None:
             rest_BKD = take(rest_BTD, index_BK)
             new_BKD = torch.where(chosen.keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
         return put(rest_BTD, index_BK, new_BKD)
 
-    def _body(self, x: Tensor, start: Tensor, step: int, ctx: Context) -> Tensor:
-        if step > 0 and self.spec.injection == "add":
+    def _body(self, x: Tensor, start: Tensor, one: Pass, ctx: Context) -> Tensor:
+        if one.step > 0 and self.spec.injection == "add":
             x = x + start
-        elif step > 0 and self.inject is not None:
+        elif one.step > 0 and self.inject is not None:
             x = self.inject(torch.cat((x, start), -1))
-        body = self.bodies[step if len(self.bodies) > 1 else 0]
-        return body(self.encoding.before(x, step), ctx)
+        body = self.bodies[one.like if len(self.bodies) > 1 else 0]
+        return body(self.encoding.before(x, one.like), ctx)
 
-    def _choose(self, x_BTD: Tensor, row: int, ctx: Context, before: Choice | None) -> Choice:
+    def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Choice | None) -> Choice:
         assert self.router is not None
         assert self.spec.router is not None
-        T = x_BTD.size(1)
-        active_BT = before.mask(T) if self.spec.router.nested and before else None
-        chosen = self.router(x_BTD, row, ctx, active_BT)
-        ctx.shares[f"{self.label}.{row}"] = chosen.mask(T).float().mean()
+        active_BT = before.mask(x_BTD.size(1)) if self.spec.router.nested and before else None
+        chosen = self.router(x_BTD, at, ctx, active_BT)
+        ctx.trace.shares[at.name] = chosen.stream.tokens(chosen.index_BK) / ctx.stream.tokens(x_BTD)
         return chosen
 
-    def _scale(self, step: int) -> Callable[[Tensor], Tensor]:
-        return lambda y: self.encoding.after(y, step)
+    def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
+        return lambda y: self.encoding.after(y, one.like)
 
 
 def take(x_BTD: Tensor, index_BK: Tensor) -> Tensor:

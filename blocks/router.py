@@ -3,20 +3,28 @@
 Chen et al. 2502.13842, section 3.2: ``w = sigmoid(R(Y))`` with one linear router per step; a
 selected token's new value is weighted by ``alpha * w``, which is how the router learns.
 
-``top_k`` is the paper's choice over the whole sequence. It sees the future: a token's selection
-depends on later tokens. `prefix` is causal: a token is selected when its score ranks in the top
-share of the scores up to it, and while no more than that share of the tokens so far has been
-selected. The second rule makes the capacity a hard bound at every prefix, and shapes static.
+    top_k      the best of the whole sequence, as in the paper. Sees the future: a token's
+               selection depends on later tokens. Decodes by threshold
+    prefix     its score ranks in the top share of the scores up to it
+    threshold  its score is above what the wanted share of scores was above in training
+    predictor  trains as top_k; a second matrix learns to predict that choice from the token alone
+               (Raposo et al. 2404.02258, section 3.5), and makes it from then on
+    random     a pseudo-random share of the positions: the control
 
-Shapes: B batch, T tokens, K selected tokens, D width, R routed steps.
+All but the first are causal, and keep within a running budget: no more than the share of the
+tokens so far is ever selected. So the capacity is a hard bound at every prefix, on FLOPs and on the
+cache, and shapes are static in training.
+
+Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width, R routed steps,
+Q quantiles.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +32,26 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from archdsl.block import Context, Primitive, normal_
+from archdsl.cache import Count, Kept, Stream, column
 from archdsl.cost import Cost
 from archdsl.spec import Part, Path, PerStep, at_step
 
 Positive = Annotated[float, Field(gt=0, le=100)]
+QUANTILES = 257  # of the scores, kept for each routed step
+MOMENTUM = 0.02  # the least share of a new pass in them
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Selected tokens: distinct, in sequence order, filled up to K with unselected ones."""
+    """Selected tokens: distinct, in sequence order, filled up to K with unselected ones.
+
+    ``stream``: what they are a chunk of, the tokens that the step selected before included.
+    """
 
     index_BK: Tensor
     gate_BK: Tensor
-    keep_BK: Tensor | None = None  # False where the entry only fills up; None: all are selected
+    keep_BK: Tensor | None  # False where the entry only fills up; None: all are selected
+    stream: Stream
 
     def mask(self, tokens: int) -> Tensor:
         """True where a token is selected, [B, T]."""
@@ -49,12 +64,25 @@ class Choice:
         return empty.scatter(1, self.index_BK, keep)
 
 
+class Step(NamedTuple):
+    """One routed pass of a loop: ``row`` of the router's weights, at a share of all tokens.
+
+    ``among``: the share of the tokens that it may choose from.
+    """
+
+    name: str
+    row: int
+    capacity: float
+    among: float
+
+
 class RouterSpec(Part):
     """A choice of tokens for every step of a loop after the full ones."""
 
     family: ClassVar[str] = "router"
-    leaks: ClassVar[bool] = False  # whether a choice depends on later tokens
+    leaks: ClassVar[bool] = False  # whether a choice depends on later tokens, outside training
     learned: ClassVar[bool] = True
+    ranks: ClassVar[bool] = False  # whether decoding needs the scores of all tokens so far
 
     capacity: PerStep[Annotated[float, Field(gt=0, le=1)]] = Field(
         (0.5,), min_length=1, max_length=64, description="share of the tokens selected, per step"
@@ -80,7 +108,8 @@ class RouterSpec(Part):
     def cost(self, dim: int, tokens: int, steps: int) -> Cost:
         """``steps`` choices among ``tokens`` tokens each."""
         weights = steps * dim if self.learned else 0
-        return Cost(params=weights, matrices=weights, flops=2 * tokens * weights)
+        kept = steps * tokens if self.ranks else 0
+        return Cost(params=weights, matrices=weights, flops=2 * tokens * weights, kv=kept)
 
     def build(self, dim: int, steps: list[int]) -> Router:
         raise NotImplementedError
@@ -105,6 +134,7 @@ class TopKSpec(LearnedSpec):
 class PrefixSpec(LearnedSpec):
     """The best-scored share of the tokens so far. Causal."""
 
+    ranks: ClassVar[bool] = True
     example: ClassVar = {"kind": "prefix", "capacity": 0.7}
 
     kind: Literal["prefix"] = "prefix"
@@ -113,10 +143,40 @@ class PrefixSpec(LearnedSpec):
         return Prefix(self, dim, steps)
 
 
+class ThresholdSpec(LearnedSpec):
+    """Scores above a threshold that follows the wanted share in training. Causal."""
+
+    example: ClassVar = {"kind": "threshold", "capacity": 0.7}
+
+    kind: Literal["threshold"] = "threshold"
+
+    def build(self, dim: int, steps: list[int]) -> Threshold:
+        return Threshold(self, dim, steps)
+
+
+class PredictorSpec(LearnedSpec):
+    """Trained as top_k; from then on a predictor of that choice chooses. Causal after training."""
+
+    example: ClassVar = {"kind": "predictor", "capacity": 0.7}
+
+    kind: Literal["predictor"] = "predictor"
+    weight: float = Field(
+        0.01, gt=0, le=100, description="of the predictor's own loss beside the model's"
+    )
+
+    def cost(self, dim: int, tokens: int, steps: int) -> Cost:
+        router = super().cost(dim, tokens, steps)
+        return router.plus(router).weights(2)._replace(params=2 * steps * dim + steps)
+
+    def build(self, dim: int, steps: list[int]) -> Predictor:
+        return Predictor(self, dim, steps)
+
+
 class RandomSpec(RouterSpec):
     """A fixed pseudo-random share by position, the control for a learned choice. Causal."""
 
     learned: ClassVar[bool] = False
+    ranks: ClassVar[bool] = True
     example: ClassVar = {"kind": "random", "capacity": 0.5}
 
     kind: Literal["random"] = "random"
@@ -138,7 +198,7 @@ class AllSpec(RouterSpec):
 
 def share_of(capacity: float, tokens: int) -> int:
     """``capacity`` of ``tokens``, rounded, at least one: grids yield 0.6000000000000001."""
-    return max(1, math.floor(capacity * tokens + 0.5))
+    return max(1, math.floor(capacity * tokens + 0.5)) if capacity > 0 else 0
 
 
 class Router(Primitive):
@@ -146,7 +206,6 @@ class Router(Primitive):
 
     def __init__(self, spec: RouterSpec, steps: list[int]) -> None:
         super().__init__()
-        self.capacity = [at_step(spec.capacity, step) for step in steps]
         self.alpha = [at_step(spec.alpha, step) for step in steps]
         self.salt = 0  # which router of the model this is
 
@@ -156,18 +215,58 @@ class Router(Primitive):
     def gate(self, score_BK: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x_BTD: Tensor, row: int, ctx: Context, active_BT: Tensor | None) -> Choice:
-        """The tokens of step ``row``; only among ``active_BT``, if given."""
-        score_BT = self.scores(x_BTD, row, ctx)
-        ranked_BT = score_BT.detach()
-        if active_BT is not None:
-            ranked_BT = ranked_BT.masked_fill(~active_BT, -math.inf)
-        index_BK, keep_BK = self.select(ranked_BT, self.capacity[row])
-        gate_BK = self.alpha[row] * self.gate(score_BT.gather(1, index_BK))
-        return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK)
+    def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Choice:
+        """The tokens of a step; only among ``active_BT``, if given."""
+        score_BT = self.scores(x_BTD, at.row, ctx)
+        ranked_BT = without_noise(score_BT.detach())
+        for allowed_BT in (active_BT, ctx.stream.real(x_BTD)):
+            if allowed_BT is not None:
+                ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
+        index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
+        gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
+        return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
 
-    def select(self, score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor | None]:
-        return prefix_share(score_BT, capacity)
+    def select(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        memory = ctx.memory(self)
+        taken = memory.taken if memory else 0
+        if at.capacity == 1:
+            wanted_BT = score_BT > -math.inf
+        else:
+            wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & (score_BT > -math.inf)
+        selected_BT = within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
+        length_B = selected_BT.sum(1)
+        stream = Stream(taken, length_B, share_of(at.capacity, ctx.stream.limit))
+        if memory is None:
+            K = share_of(at.capacity, x_BTD.size(1))
+        else:  # while decoding, nothing that can be left out is computed
+            K = int(length_B.max())
+            memory.taken = stream.after(K)
+            if bool((length_B == K).all()):
+                stream = replace(stream, length_B=None)
+        order_BT = (~selected_BT).to(torch.int8).sort(dim=1, stable=True).indices
+        index_BK = order_BT[:, :K]
+        keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
+        return index_BK, keep_BK, stream
+
+    def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        """Which tokens should be selected as far as the budget goes, [B, T]."""
+        rank_BT = prefix_rank(score_BT)
+        memory = ctx.memory(self)
+        if memory is not None:
+            kept = memory.named("scores", score_BT.unsqueeze(-1), ctx.stream.limit)
+            rank_BT = rank_BT + _ranked_above(kept, score_BT, ctx.stream)
+            kept.write(score_BT.unsqueeze(-1), ctx.stream)
+        return rank_BT <= budgets(at.capacity, ctx.stream.order(score_BT))
+
+    @property
+    def leaks(self) -> bool:
+        """Whether it looks at later tokens, outside training."""
+        return False
+
+    def commit(self) -> None:
+        """Takes up what the last training pass taught besides gradients."""
 
 
 class Learned(Router):
@@ -190,14 +289,146 @@ class Prefix(Learned):
     pass
 
 
-class TopK(Learned):
-    causal = False  # selects as `prefix` does while this is set: the honest way to score it
+class Threshold(Learned):
+    """Keeps the quantiles of its scores, so that it knows a threshold for every capacity."""
 
-    def select(self, score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor | None]:
-        if self.causal:
-            return prefix_share(score_BT, capacity)
-        kept = share_of(capacity, score_BT.size(1))
-        return score_BT.topk(kept, dim=1).indices.sort(dim=1).values, None
+    quantiles_RQ: Tensor
+    seen_R: Tensor
+
+    def __init__(self, spec: LearnedSpec, dim: int, steps: list[int]) -> None:
+        super().__init__(spec, dim, steps)
+        self.register_buffer("quantiles_RQ", torch.empty(len(steps), QUANTILES))
+        self.register_buffer("seen_R", torch.empty(len(steps)))
+        self.pending: dict[int, Tensor] = {}
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        levels_Q = torch.linspace(0, 1, QUANTILES + 2)[1:-1]
+        self.quantiles_RQ.copy_(torch.special.ndtri(levels_Q))  # what untrained scores look like
+        self.seen_R.zero_()
+
+    def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        if self.training:
+            self.note(score_BT, at.row)
+        return score_BT >= self.threshold(at)
+
+    def threshold(self, at: Step) -> Tensor:
+        """What the wanted share of the scores was above; among those a nested choice has left."""
+        place = (1 - at.capacity / at.among) * (QUANTILES - 1)
+        low, high = math.floor(place), math.ceil(place)
+        return torch.lerp(
+            self.quantiles_RQ[at.row, low], self.quantiles_RQ[at.row, high], place - low
+        )
+
+    def note(self, score_BT: Tensor, row: int) -> None:
+        """Remembers the quantiles of a training pass; the table stays as it is until `commit`."""
+        score = score_BT.float().masked_fill(score_BT == -math.inf, math.nan).flatten()
+        score = score[:: -(-score.numel() // 2**20)]
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
+        self.pending[row] = torch.nanquantile(score, levels_Q)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        for row, new_Q in self.pending.items():
+            known = new_Q.isfinite().all()
+            self.seen_R[row] += known
+            share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
+            moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
+            self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
+        self.pending.clear()
+
+
+class TopK(Threshold):
+    causal = False  # selects by threshold while this is set: the honest way to score it
+
+    @property
+    def leaks(self) -> bool:
+        return not self.causal
+
+    def select(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        if self.causal or ctx.cache is not None or at.capacity == 1:
+            return super().select(x_BTD, score_BT, at, ctx)
+        if self.training:
+            self.note(score_BT, at.row)
+        return self.best(score_BT, at, ctx)
+
+    def best(
+        self, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The best of each sequence, of which there are as many as it has real tokens for."""
+        order_BT = score_BT.sort(dim=1, descending=True, stable=True).indices
+        best_BK = order_BT[:, : share_of(at.capacity, score_BT.size(1))]
+        if ctx.stream.length_B is None:
+            return best_BK.sort(dim=1).values, None, Stream()
+        share_B = (at.capacity * ctx.stream.length_B.double() + 0.5).floor().clamp(min=1).long()
+        length_B = torch.minimum(share_B, ctx.stream.length_B)
+        stream = Stream(0, length_B)
+        keep_BK = stream.real(best_BK)
+        assert keep_BK is not None
+        last_first_BK = best_BK + score_BT.size(1) * ~keep_BK
+        return last_first_BK.sort(dim=1).values % score_BT.size(1), keep_BK, stream
+
+
+class Predictor(TopK):
+    """Has learned what top_k would choose; its quantiles are those of its own scores."""
+
+    def __init__(self, spec: PredictorSpec, dim: int, steps: list[int]) -> None:
+        super().__init__(spec, dim, steps)
+        self.loss_weight = spec.weight
+        self.trained = [at_step(spec.capacity, step) for step in steps]
+        self.predict_RD = nn.Parameter(torch.empty(len(steps), dim))
+        self.bias_R = nn.Parameter(torch.empty(len(steps)))
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        normal_(self.predict_RD, self.predict_RD.size(1) ** -0.5, rng)
+        nn.init.zeros_(self.bias_R)
+
+    @property
+    def leaks(self) -> bool:
+        return False
+
+    def select(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        if not self.training or self.causal or ctx.cache is not None:
+            return Router.select(self, x_BTD, score_BT, at, ctx)
+        chosen = self.best(score_BT, at, ctx)
+        self.learn(x_BTD, score_BT, chosen, at, ctx)
+        return chosen
+
+    def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        likely_BT = self.likely(x_BTD, at.row)
+        if at.capacity == self.trained[at.row]:
+            return likely_BT > 0
+        return likely_BT >= self.threshold(at)
+
+    def likely(self, x_BTD: Tensor, row: int) -> Tensor:
+        """The log-odds that a token is chosen; the stream does not learn from it."""
+        rows = slice(row, row + 1)
+        return F.linear(x_BTD.detach(), self.predict_RD[rows], self.bias_R[rows]).squeeze(-1)
+
+    def learn(
+        self,
+        x_BTD: Tensor,
+        score_BT: Tensor,
+        chosen: tuple[Tensor, Tensor | None, Stream],
+        at: Step,
+        ctx: Context,
+    ) -> None:
+        index_BK, keep_BK, _ = chosen
+        keep_BK = torch.ones_like(index_BK, dtype=torch.bool) if keep_BK is None else keep_BK
+        target_BT = torch.zeros_like(score_BT, dtype=torch.bool).scatter(1, index_BK, keep_BK)
+        likely_BT = self.likely(x_BTD, at.row).float()
+        asked_BT = (score_BT > -math.inf).float()
+        loss_BT = F.binary_cross_entropy_with_logits(likely_BT, target_BT.float(), reduction="none")
+        asked = asked_BT.sum().clamp(min=1)
+        right_BT = ((likely_BT > 0) == target_BT).float()
+        ctx.trace.losses[at.name] = self.loss_weight * (loss_BT * asked_BT).sum() / asked
+        ctx.trace.accuracies[at.name] = ((right_BT * asked_BT).sum() / asked).detach()
+        self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)
 
 
 class Random(Router):
@@ -206,11 +437,9 @@ class Random(Router):
         self.seed = spec.seed
 
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
-        B, T, _ = x_BTD.shape
-        pos = (
-            torch.arange(T, device=x_BTD.device).expand(B, T) if ctx.pos_BT is None else ctx.pos_BT
-        )
-        return _hash(pos, (self.seed * 31 + self.salt) * 64 + row)
+        pos_BT = ctx.stream.order(x_BTD) if ctx.pos_BT is None else ctx.pos_BT
+        score_BT = _hash(pos_BT, (self.seed * 31 + self.salt) * 64 + row)
+        return score_BT.expand(x_BTD.shape[:2])
 
     def gate(self, score_BK: Tensor) -> Tensor:
         return torch.ones_like(score_BK)
@@ -225,25 +454,31 @@ def _hash(pos_BT: Tensor, stream: int) -> Tensor:
     return ((h ^ (h >> 16)) & 0xFFFFFF).float() / 2**24
 
 
-def prefix_share(score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
-    """Token i is selected when its score ranks in the top ``capacity`` of scores 0..i and the
-    tokens selected so far stay within ``capacity`` of i + 1. Tokens at -inf are never selected.
+def without_noise(score_BT: Tensor) -> Tensor:
+    """Scores without their last bits, which differ between one pass and another: equal tokens
+    shall tie in all of them. (Veltkamp's splitting of a number; half of the bits are kept.)"""
+    score_BT = score_BT.to(torch.promote_types(score_BT.dtype, torch.float32))
+    bits = 29 if score_BT.dtype == torch.float64 else 10
+    large_BT = score_BT * (2**bits + 1)
+    return large_BT - (large_BT - score_BT)
 
-    Returns K = share_of(capacity, T) indices, selected ones first, and which are selected.
+
+def budgets(capacity: float, order_BT: Tensor) -> Tensor:
+    """How many tokens may have been selected when each of them has been decided."""
+    least = 1 if capacity > 0 else 0
+    return (capacity * (order_BT + 1).double() + 0.5).floor().clamp(min=least).long()
+
+
+def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: Count = 0) -> Tensor:
+    """Which of the wanted tokens are selected: each while the selected ones so far stay within
+    ``capacity`` of all so far, ``taken`` of them before this chunk.
+
+    taken(i) = min(taken(i-1) + wanted(i), budget(i)), unrolled to a running minimum.
     """
-    T = score_BT.size(1)
-    n_T = torch.arange(1, T + 1, device=score_BT.device)
-    budget_T = (capacity * n_T.double() + 0.5).floor().clamp(min=1).long()
-    wanted_BT = (prefix_rank(score_BT) <= budget_T) & (score_BT > -math.inf)
-
-    # taken(i) = min(taken(i-1) + wanted(i), budget(i)), unrolled to a running minimum
-    sum_BT = wanted_BT.long().cumsum(1)
-    taken_BT = sum_BT + (budget_T - sum_BT).cummin(1).values.clamp(max=0)
-    selected_BT = taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1])) > 0
-
-    order_BT = (~selected_BT).to(torch.int8).sort(dim=1, stable=True).indices
-    index_BK = order_BT[:, : share_of(capacity, T)]
-    return index_BK, selected_BT.gather(1, index_BK)
+    sum_BT = wanted_BT.long().cumsum(1) + column(taken)
+    spare_BT = budgets(capacity, order_BT) - sum_BT
+    taken_BT = sum_BT + spare_BT.cummin(1).values.clamp(max=0)
+    return taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1]) + column(taken)) > 0
 
 
 def prefix_rank(score_BT: Tensor, rows: int = 256) -> Tensor:
@@ -255,3 +490,14 @@ def prefix_rank(score_BT: Tensor, rows: int = 256) -> Tensor:
         above = score_BT[:, None, :stop] > score_BT[:, start:stop, None]
         ranks.append(above.tril(start - 1).sum(-1) + 1)
     return torch.cat(ranks, 1)
+
+
+def _ranked_above(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
+    """How many of the scores before this chunk are above each of its own."""
+    stop = stream.past if isinstance(stream.past, int) else int(stream.past.max())
+    score_BS = kept.read(stop)[..., 0]
+    if not isinstance(stream.past, int):
+        none_BS = torch.arange(stop, device=score_BS.device) >= stream.past.unsqueeze(1)
+        score_BS = score_BS.masked_fill(none_BS, -math.inf)
+    parts = score_BT.split(256, dim=1)
+    return torch.cat([(score_BS.unsqueeze(1) > part.unsqueeze(2)).sum(-1) for part in parts], 1)

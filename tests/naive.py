@@ -10,19 +10,32 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context, Primitive
+from archdsl.block import Block, Context
 from archdsl.blocks.attention import Attention
 from archdsl.blocks.feed_forward import FeedForward
 from archdsl.blocks.layer import Layer
 from archdsl.blocks.loop import Loop
 from archdsl.blocks.norm import Norm
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
-from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, Random, RandomSpec, TopKSpec
+from archdsl.blocks.router import (
+    AllSpec,
+    Learned,
+    LearnedSpec,
+    Predictor,
+    PredictorSpec,
+    PrefixSpec,
+    Random,
+    RandomSpec,
+    Threshold,
+    ThresholdSpec,
+    TopKSpec,
+)
 from archdsl.blocks.stack import Stack
 from archdsl.blocks.step_encoding import Add, Scale
 from archdsl.model import LanguageModel
@@ -174,6 +187,7 @@ def loop(module: Loop, xs: Stream, pos: list[int]) -> Stream:
     first: Memory | None = {} if spec.kv == "shared" else None
     left = set(range(len(xs)))  # who may still be selected, where the router is nested
     learned = 0  # routed steps that select, so far
+    among = 1.0  # the share of the tokens that a nested router has left
     for step in range(spec.steps):
         capacity, alpha = 1.0, 1.0
         if spec.router is not None and step >= spec.full_steps:
@@ -182,11 +196,12 @@ def loop(module: Loop, xs: Stream, pos: list[int]) -> Stream:
         gates: dict[int, Tensor | None] = dict.fromkeys(range(len(xs)))
         if capacity < 1:
             gates = {
-                t: alpha * gate for t, gate in chosen(module, xs, pos, capacity, learned, left)
+                t: alpha * gate
+                for t, gate in chosen(module, xs, pos, (capacity, among), learned, left)
             }
             learned += 1
             if spec.router is not None and spec.router.nested:
-                left = set(gates)
+                left, among = set(gates), capacity
         into = [body_input(module, xs[t], start[t], step) for t in gates]
         body = module.bodies[step if spec.parameters == "per_step" else 0]
         ys = dict(
@@ -237,30 +252,47 @@ def joined(module: Loop, x: Tensor, y: Tensor | None, gate: Tensor | None, step:
 
 
 def chosen(
-    module: Loop, xs: Stream, pos: list[int], capacity: float, row: int, left: set[int]
+    module: Loop,
+    xs: Stream,
+    pos: list[int],
+    share: tuple[float, float],
+    row: int,
+    left: set[int],
 ) -> list[tuple[int, Tensor]]:
     """The selected tokens, first to last, with their weights."""
-    spec, router = module.spec.router, module.router
+    spec, router, capacity = module.spec.router, module.router, share[0]
     if isinstance(spec, RandomSpec):
         assert isinstance(router, Random)
         scores = [
-            router.scores(x.view(1, 1, -1), row, Context(torch.tensor([[p]])))[0, 0]
+            router.scores(x.view(1, 1, -1), row, Context(pos_BT=torch.tensor([[p]])))[0, 0]
             for x, p in zip(xs, pos, strict=True)
         ]
-        return [(t, torch.ones_like(scores[t])) for t in prefix(scores, capacity, left)]
+        picked = within_budget(prefix(scores, capacity, left), capacity, len(xs))
+        return [(t, torch.ones_like(scores[t])) for t in picked]
     assert isinstance(spec, LearnedSpec)
-    assert isinstance(router, Primitive)
-    weight_D = next(router.parameters())[row]
-    scores = [weight_D @ x for x in xs]
+    assert isinstance(router, Learned)
+    scores = [router.weight_RD[row] @ x for x in xs]
     squash = torch.sigmoid if spec.gate == "sigmoid" else torch.tanh
     match spec:
-        case TopKSpec():
+        case TopKSpec() if router.leaks:
             picked = top_k(scores, capacity, left)
         case PrefixSpec():
-            picked = prefix(scores, capacity, left)
+            picked = within_budget(prefix(scores, capacity, left), capacity, len(xs))
+        case PredictorSpec():
+            assert isinstance(router, Predictor)
+            odds = [router.predict_RD[row] @ x + router.bias_R[row] for x in xs]
+            picked = within_budget([t for t in left if odds[t] > 0], capacity, len(xs))
+        case ThresholdSpec() | TopKSpec():
+            assert isinstance(router, Threshold)
+            least = quantile(router.quantiles_RQ[row], 1 - capacity / share[1])
+            picked = within_budget([t for t in left if scores[t] >= least], capacity, len(xs))
         case AllSpec() | _:
             raise NotImplementedError(f"state the definition of {type(spec).__name__} here")
     return [(t, squash(scores[t])) for t in picked]
+
+
+def quantile(table_Q: Tensor, level: float) -> float:
+    return float(np.interp(level, np.linspace(0, 1, len(table_Q)), table_Q.numpy()))
 
 
 def top_k(scores: Sequence[Tensor], capacity: float, left: set[int]) -> list[int]:
@@ -270,20 +302,28 @@ def top_k(scores: Sequence[Tensor], capacity: float, left: set[int]) -> list[int
 
 
 def prefix(scores: Sequence[Tensor], capacity: float, left: set[int]) -> list[int]:
-    """What a decoder does: it sees one score after the other, keeps them sorted, and counts.
+    """What a decoder does: it sees one score after the other and keeps them sorted.
 
     Equal scores: the later token is taken to rank above the earlier one.
     """
     ranked: list[float] = []
-    taken: list[int] = []
+    wanted: list[int] = []
     for t, score in enumerate(scores):
         if t not in left:
             continue  # a token that was left out ranks below everything
         value = score.item()
         better = len(ranked) - bisect.bisect_right(ranked, value)
         bisect.insort(ranked, value)
-        budget = rounded(capacity * (t + 1))
-        if better < budget and len(taken) < budget:
+        if better < rounded(capacity * (t + 1)):
+            wanted.append(t)
+    return wanted
+
+
+def within_budget(wanted: Collection[int], capacity: float, tokens: int) -> list[int]:
+    """Those of the wanted for which there was room when their turn came."""
+    taken: list[int] = []
+    for t in range(tokens):
+        if t in wanted and len(taken) < rounded(capacity * (t + 1)):
             taken.append(t)
     return taken
 
@@ -304,13 +344,13 @@ def agree(got: Tensor, want: Tensor, inputs: Sequence[Tensor], *, tolerance: flo
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
 
 
-def randomise(module: nn.Module, seed: int = 0) -> None:
+def randomise(module: nn.Module, seed: int = 0, std: float = 0.7) -> None:
     """Values in float64 that no initial value has, so that nothing hides behind a one or zero."""
     module.double()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in module.parameters():
-            weight.normal_(0, 0.7, generator=rng)
+            weight.normal_(0, std, generator=rng)
 
 
 def stream(batch: int, tokens: int, dim: int, seed: int = 0) -> Tensor:

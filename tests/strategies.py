@@ -82,9 +82,8 @@ def routers(further: int, nested: bool) -> st.SearchStrategy[Any]:
     more = {"nested": st.just(nested), "capacity": capacity, "alpha": alpha}
     learned = more | {"gate": st.sampled_from(["sigmoid", "tanh"])}
     return st.one_of(
-        st.sampled_from(["prefix", "top_k", "random", "all"]),
-        trees("prefix", **learned),
-        trees("top_k", **learned),
+        st.sampled_from(["prefix", "top_k", "threshold", "predictor", "random", "all"]),
+        *(trees(kind, **learned) for kind in ("prefix", "top_k", "threshold", "predictor")),
         trees("random", **more, seed=st.integers(0, 9)),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import archdsl
 from archdsl.build import TooLargeError, meta_model
+from archdsl.cache import ContextFullError
 from archdsl.model import LanguageModel
 from archdsl.spec import ModelSpec
 from tests import naive
@@ -153,7 +154,7 @@ def test_tied_embeddings_stay_tied(dtype: torch.dtype) -> None:
 def test_more_tokens_than_the_context_are_refused() -> None:
     model = archdsl.build(spec(LAYER))
     assert model(TOKENS).shape == (2, 10, 11)
-    with pytest.raises(ValueError, match="11 tokens exceed the context of 10"):
+    with pytest.raises(ContextFullError, match="11 tokens exceed the context of 10"):
         model(torch.zeros(1, 11, dtype=torch.long))
 
 

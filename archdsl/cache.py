@@ -1,0 +1,177 @@
+"""What a model keeps of the tokens so far, so that the next ones need no second look at them.
+
+There is one entry for every module that looks back and every step that runs it, which holds only
+what that step computed. An entry has memory for all that can still come from the start: a routed
+step's is as much smaller as its capacity says.
+
+Rows of a batch may have got unequally far. Their real tokens stand first, what fills up a chunk
+stands last and is never kept.
+
+Shapes: B batch, T tokens of a chunk, S tokens kept, G heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from archdsl.errors import ArchdslError
+
+Count = int | Tensor  # the same for every row, or one for each, [B]
+
+
+class ContextFullError(ArchdslError):
+    """More tokens than the model was made for, or than the cache was asked to hold."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A chunk of tokens in its sequence: ``past`` tokens went before it.
+
+    ``length_B``: how many of the chunk's tokens are real; None: all. ``limit``: how many the
+    sequence can ever have; 0 where nothing is kept.
+    """
+
+    past: Count = 0
+    length_B: Tensor | None = None
+    limit: int = 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing went before in any row."""
+        return isinstance(self.past, int) and self.past == 0
+
+    def order(self, x_BT: Tensor) -> Tensor:
+        """The place of each token among those of its sequence, [1 or B, T]."""
+        place_1T = torch.arange(x_BT.size(1), device=x_BT.device).unsqueeze(0)
+        return place_1T + column(self.past)
+
+    def real(self, x_BT: Tensor) -> Tensor | None:
+        """Which tokens do not just fill up the chunk, [B, T]; None: all."""
+        if self.length_B is None:
+            return None
+        place_T = torch.arange(x_BT.size(1), device=x_BT.device)
+        return place_T < self.length_B.unsqueeze(1)
+
+    def tokens(self, x_BT: Tensor) -> Tensor:
+        """How many real ones the chunk has in all rows together."""
+        if self.length_B is None:
+            return torch.tensor(x_BT.size(0) * x_BT.size(1), device=x_BT.device)
+        return self.length_B.sum()
+
+    def after(self, tokens: int) -> Count:
+        """The past of the next chunk."""
+        return alike(self.past + (tokens if self.length_B is None else self.length_B))
+
+    def reach(self, tokens: int) -> int:
+        """The end of the row that got furthest, with this chunk."""
+        end = self.after(tokens)
+        return end if isinstance(end, int) else int(end.max())
+
+
+def column(count: Count) -> Count:
+    """To be added to a [B, T]."""
+    return count if isinstance(count, int) else count.unsqueeze(1)
+
+
+def alike(count: Count) -> Count:
+    """One number where that of all rows is the same: most chunks need no masks then."""
+    if isinstance(count, int):
+        return count
+    first = int(count[0])
+    return first if bool((count == first).all()) else count
+
+
+class Kept:
+    """Entries of each row, [B, ..., S, E], filled from the left; the oldest make room for new."""
+
+    def __init__(self, like: Tensor, limit: int) -> None:
+        self.data = like.new_zeros(*like.shape[:-2], limit, like.size(-1))
+
+    @property
+    def limit(self) -> int:
+        return self.data.size(-2)
+
+    def write(self, new: Tensor, stream: Stream) -> None:
+        """Adds a chunk, [B, ..., T, E]."""
+        T, past = new.size(-2), stream.past
+        if isinstance(past, int) and stream.length_B is None and past + T <= self.limit:
+            self.data[..., past : past + T, :] = new
+            return
+        new_BT = new.movedim(-2, 1)
+        order_BT = stream.order(new_BT).expand(new_BT.shape[:2])
+        written_BT = order_BT >= column(stream.after(T)) - self.limit
+        real_BT = stream.real(new_BT)
+        if real_BT is not None:
+            written_BT = written_BT & real_BT
+        b, t = written_BT.nonzero(as_tuple=True)
+        self.data.movedim(-2, 1)[b, order_BT[b, t] % self.limit] = new_BT[b, t]
+
+    def read(self, stop: int) -> Tensor:
+        """The first ``stop`` entries of each row, as far as there are so many."""
+        return self.data[..., :stop, :]
+
+    def order(self, past: Count) -> Tensor:
+        """Which token of its sequence each entry is, [1 or B, S]; negative: none yet."""
+        last = torch.as_tensor(past, device=self.data.device).reshape(-1, 1) - 1
+        return last - (last - torch.arange(self.limit, device=self.data.device)) % self.limit
+
+
+@dataclass
+class Memory:
+    """What one module keeps for one step: tensors by name, and how many tokens it has let by."""
+
+    kept: dict[str, Kept] = field(default_factory=dict)
+    taken: Count = 0
+
+    def named(self, name: str, like: Tensor, limit: int) -> Kept:
+        if name not in self.kept:
+            self.kept[name] = Kept(like, limit)
+        return self.kept[name]
+
+
+class Cache:
+    """Everything that is kept of the tokens so far. Use it for one model and one batch."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length: Count = 0  # tokens so far
+        self.settings: object = None  # of the dial, when the first token came
+        self._memories: dict[Hashable, Memory] = {}
+
+    def stream(self, tokens: int, length_B: Tensor | None) -> Stream:
+        """The next chunk's. Raises ContextFullError, with the cache as it was."""
+        stream = Stream(self.length, length_B, self.max_length)
+        if stream.reach(tokens) > self.max_length:
+            raise ContextFullError(
+                f"{stream.reach(tokens):,} tokens exceed the {self.max_length:,} "
+                "that this cache has room for; begin anew with fewer of them"
+            )
+        return stream
+
+    def memory(self, key: Hashable) -> Memory:
+        return self._memories.setdefault(key, Memory())
+
+    def reorder(self, index_B: Tensor) -> None:
+        """Row ``i`` becomes what row ``index_B[i]`` was; rows may be doubled or left out."""
+
+        def rows(count: Count) -> Count:
+            return count if isinstance(count, int) else alike(count[index_B])
+
+        self.length = rows(self.length)
+        for memory in self._memories.values():
+            memory.taken = rows(memory.taken)
+            for kept in memory.kept.values():
+                kept.data = kept.data.index_select(0, index_B)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all entries, those in use or not."""
+        return sum(
+            kept.data.numel() * kept.data.element_size()
+            for memory in self._memories.values()
+            for kept in memory.kept.values()
+        )
