@@ -135,6 +135,7 @@ class LanguageModel(Primitive):
             for loop, passes in zip(loops, before, strict=True):
                 loop.passes = passes
             raise
+        self.trace = Trace()
 
     @property
     def leaks(self) -> bool:
@@ -157,6 +158,10 @@ class LanguageModel(Primitive):
     def router_shares(self) -> dict[str, float]:
         """Share of tokens that each routed step selected in the last pass, by loop and step."""
         return {name: share.item() for name, share in self.trace.shares.items()}
+
+    def predictor_accuracies(self) -> dict[str, float]:
+        """How often predictors were right about the choice, by loop and step."""
+        return {name: share.item() for name, share in self.trace.accuracies.items()}
 
     def commit(self) -> None:
         """Takes up what the last training pass taught the routers besides gradients; the next

@@ -165,6 +165,8 @@ class Recorder:
             "tokens_per_s": round(rate, 1),
             "router_shares": self.shares,
         }
+        if accuracies := self.trainer.model.predictor_accuracies():
+            record["predictor_accuracies"] = accuracies
         if validate:
             self.validation = self.trainer.evaluate()
             record["validation"] = self.validation.model_dump(mode="json")

@@ -115,6 +115,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.model.commit()
         self.step += 1
         self.tokens += batch.tokens_BT.numel()
         seconds = time.perf_counter() - started
@@ -137,7 +138,8 @@ class Trainer:
         with self.autocast():
             logits_BTV = self.model(tokens_BT.to(self.device))
         loss = cross_entropy(logits_BTV, targets_BT.to(self.device)).sum() / asked
-        loss.backward()
+        of_routers = sum(self.model.trace.losses.values()) / self.config.accumulate
+        (loss + of_routers).backward()
         return float(loss.detach())
 
     def autocast(self) -> torch.autocast:
