@@ -1,6 +1,6 @@
 """Language models that think with dynamic depth: written as data, costed, trained and searched.
 
-Six verbs, imported when first used:
+Verbs, imported when first used:
 
 >>> import archdsl
 >>> spec = archdsl.load("tiny")
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from archdsl.cost import cost
     from archdsl.data import load_data
     from archdsl.evaluate import evaluate
+    from archdsl.generate import generate
     from archdsl.load import load
     from archdsl.search import search
     from archdsl.train import train
 
 __version__ = "0.1.0"
-__all__ = ["build", "cost", "evaluate", "load", "load_data", "search", "train"]
+__all__ = ["build", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,254 @@
+"""The command that writes text: generate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archdsl.cli.options import Capacity, Json, Steps, print_json, with_options_of
+from archdsl.errors import ArchdslError
+from archdsl.files import write_text
+from archdsl.sampling import Sampling
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from tokenizers import Tokenizer
+
+    from archdsl.checkpoint import Checkpoint
+    from archdsl.generate import Generation, Pace, Run
+
+# a text may hold what would steer a terminal
+SHOWN = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
+SHOWN |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+@with_options_of(Sampling, "sampling")
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
+    sampling: Sampling,
+    prompt: Annotated[
+        str, typer.Argument(help="Text to go on from; - reads stdin; default: a new document.")
+    ] = "",
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Many prompts: one per line, or a .jsonl with a key prompt; prints JSON lines.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of --prompts: write the JSON lines here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of --prompts: how many at a time.")] = 8,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Stop before this; may be repeated."),
+    ] = None,
+    capacity: Capacity = None,
+    steps: Steps = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--think-map", metavar="FILE", help="An HTML page: tokens coloured by thinking steps."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, and say how fast it went and how much was thought.
+
+    The text goes to stdout while it is made, the figures to stderr. Examples:
+
+      archdsl generate runs/tiny/final "My fellow citizens" --temperature 0
+
+      archdsl generate runs/tiny/final --capacity 0.9,0 --think-map map.html
+
+      archdsl generate runs/tiny/final --prompts prompts.txt --out texts.jsonl
+    """
+    _check(prompt, file, out, map_file, as_json)
+    from archdsl.prompts import read_prompts
+
+    prompts = read_prompts(file) if file else [_from_stdin() if prompt == "-" else prompt]
+    found, tokenizer = _loaded(checkpoint)
+    found.model.dial(capacity=capacity, steps=steps)
+    from archdsl.generate import runs
+
+    done = runs(
+        found.model,
+        prompts,
+        sampling,
+        tokenizer=tokenizer,
+        stop=stop or (),
+        batch_size=batch_size,
+    )
+    if file is None:
+        _stream(done[0], prompts[0], as_json)
+    else:
+        _all(done, prompts, out)
+    if as_json:
+        print_json(({} if file else _facts(done[0].rows[0])) | _paces(done))
+    else:
+        print("\n".join(_said(done)), file=sys.stderr)
+    if map_file:
+        rows = [row for run in done for row in run.rows]
+        from archdsl.think_map import think_map
+
+        setting = _setting(capacity, steps)
+        _write(map_file, think_map(rows, tokenizer, name=found.spec.name, setting=setting))
+
+
+def _check(
+    prompt: str, file: Path | None, out: Path | None, map_file: Path | None, as_json: bool
+) -> None:
+    """Finds what cannot work before the time is spent."""
+    if file and prompt:
+        raise ArchdslError("a prompt and --prompts were given; keep one of them")
+    if out and not file:
+        raise ArchdslError("--out takes the texts of --prompts; a single text goes to stdout")
+    if file and as_json and not out:
+        raise ArchdslError("--prompts prints JSON lines already; --json needs --out beside it")
+    for path in (out, map_file):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ArchdslError(f"{path} cannot be written: its folder must exist, and it be a file")
+
+
+def _from_stdin() -> str:
+    """All of it, without the newline that ends it, as a shell's $(...) would be."""
+    from archdsl.prompts import decoded
+
+    return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+
+
+def _stream(run: Run, prompt: str, quiet: bool) -> None:
+    if not quiet and sys.stdout.isatty():
+        print(prompt.translate(SHOWN), end="")
+    for piece in run:
+        if not quiet:
+            text = piece.text.translate(SHOWN) if sys.stdout.isatty() else piece.text
+            print(text, end="", flush=True)
+    if not quiet:
+        print()
+
+
+def _all(runs: Sequence[Run], prompts: Sequence[str], out: Path | None) -> None:
+    lines = []
+    remaining = iter(prompts)
+    with _bar() as bar:
+        task = bar.add_task("prompts", total=len(prompts))
+        for run in runs:
+            for piece in run:
+                bar.advance(task, run.rows[piece.row].stopped is not None)
+            for row in run.rows:
+                lines.append(_line(next(remaining), row))
+                if out is None:
+                    print(lines[-1], flush=True)
+    if out is not None:
+        _write(out, "".join(f"{line}\n" for line in lines))
+
+
+def _line(prompt: str, row: Generation) -> str:
+    return json.dumps({"prompt": prompt} | _facts(row), allow_nan=False)
+
+
+def _facts(row: Generation) -> dict[str, Any]:
+    return {
+        "text": row.text,
+        "tokens": row.tokens,
+        "stopped": row.stopped,
+        "thinking_steps": row.thinking_steps,
+    }
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
+    import torch
+
+    from archdsl.checkpoint import load_checkpoint
+    from archdsl.tokenizer import read_tokenizer
+
+    found = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    if found.tokenizer is None:
+        raise ArchdslError(f"{path} has no tokenizer, as its data is no text: it cannot write any")
+    found.model.eval()
+    return found, read_tokenizer(found.tokenizer)
+
+
+def _paces(runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        name: {
+            "tokens": pace.tokens,
+            "tokens_per_s": pace.tokens_per_s,
+            "thinking_steps": pace.thinking_steps,
+            "shares": pace.shares,
+        }
+        for name, pace in _summed(runs).items()
+    }
+
+
+def _summed(runs: Sequence[Run]) -> dict[str, Pace]:
+    from archdsl.generate import Pace
+
+    paces = {"prefill": Pace(), "decode": Pace()}
+    for run in runs:
+        paces["prefill"].add(run.prefill)
+        paces["decode"].add(run.decode)
+    return paces
+
+
+def _said(runs: Sequence[Run]) -> Iterator[str]:
+    """The figures in words, a line each."""
+    paces, rows = _summed(runs), [row for run in runs for row in run.rows]
+    yield f"prompt: {paces['prefill'].tokens:,} tokens{_speed(paces['prefill'])}"
+    yield f"text: {sum(len(row.tokens) for row in rows):,} tokens{_speed(paces['decode'])}"
+    counts = Counter(_end(run, row) for run in runs for row in run.rows)
+    for end, count in counts.most_common():
+        yield f"{f'{count:,} texts ' if len(rows) > 1 else ''}stopped {end}"
+
+
+def _speed(pace: Pace) -> str:
+    if not pace.tokens:
+        return ""
+    selected = ", ".join(f"{place} {share:.0%}" for place, share in pace.shares.items())
+    return (
+        f" at {pace.tokens_per_s:,.1f} tokens/s, "
+        f"{pace.thinking_steps:.2f} further thinking steps per token"
+        f"{f' (selected: {selected})' if selected else ''}"
+    )
+
+
+def _end(run: Run, row: Generation) -> str:
+    return {
+        "end": "at the end of the document",
+        "stop": "before a --stop",
+        "length": f"after {len(row.tokens):,} tokens (--max-tokens)",
+        "context": f"at the context limit of {run.model.spec.context:,} tokens",
+    }[row.stopped or "length"]
+
+
+def _setting(capacity: float | list[float] | None, steps: int | None) -> str:
+    given = {"capacity": capacity, "steps": steps}
+    words = [
+        f"{name} {','.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    return ", ".join(words) or "as trained"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ArchdslError(f"{path} could not be written: {error.strerror}") from None
