@@ -9,7 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
-from archdsl.cli import generate, retrofit, runs, search, specs
+from archdsl.cli import eval as evaluation
+from archdsl.cli import generate, hub, retrofit, runs, search, specs
 from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
 
@@ -37,8 +38,10 @@ for command in (
     search.search,
     retrofit.retrofit,
     runs.train,
-    runs.eval_,
+    evaluation.eval_,
     generate.generate,
+    hub.import_,
+    hub.export,
     specs.diff,
     specs.blocks,
     specs.schema,

@@ -1,0 +1,113 @@
+"""Commands that exchange models with other libraries: import, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archdsl.cli.options import Json, print_json, print_parts, size
+from archdsl.errors import ArchdslError
+
+if TYPE_CHECKING:
+    from archdsl.pretrained import Imported
+
+NEEDS_TRANSFORMERS = "this needs transformers: pip install 'archdsl[transformers]'"
+
+
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR_OR_GGUF",
+            help="A folder with config.json, safetensors and tokenizer.json, or a .gguf file.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    name: Annotated[
+        str | None, typer.Option(help="Of the spec; default: that of the folder or file.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(parser=size, metavar="SIZE", help="Shorter than the model's own."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn pretrained LLaMA-family weights into a checkpoint and its spec.
+
+    Its logits are those that transformers computes in float32. Examples:
+
+      archdsl import Llama-3.2-1B --out runs/llama --context 4k
+
+      archdsl import SmolLM2-135M.gguf --out runs/smol
+    """
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
+    from archdsl.pretrained import import_pretrained
+    from archdsl.show import Facts
+
+    facts = _imported(import_pretrained(source, out, name=name, context=context))
+    if as_json:
+        print_json({"checkpoint": str(out)} | facts)
+    else:
+        words = {key: f"{value:,}" for key, value in facts.items() if isinstance(value, int)}
+        words["tokenizer"] = f"{facts['tokenizer']:,} tokens of {facts['vocab_size']:,}"
+        del words["vocab_size"]
+        print(f"{facts['name']}, a pretrained {facts['architecture']}")
+        print_parts(Facts([(f"  {key}", value) for key, value in words.items()]))
+    print(f"wrote {out}; next: archdsl build {out}/spec.yaml", file=sys.stderr)
+
+
+def _imported(imported: Imported) -> dict[str, Any]:
+    from archdsl.cost import cost
+
+    return {
+        "name": imported.spec.name,
+        "architecture": imported.architecture,
+        "parameters": cost(imported.spec).params,
+        "context": imported.spec.context,
+        "vocab_size": imported.spec.vocab_size,
+        "tokenizer": imported.tokens,
+        "files": imported.files,
+    }
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a folder for transformers.
+
+    It needs archdsl no more: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    After `import archdsl.hub` it loads without code of its own. Example:
+
+      archdsl export runs/tiny/final exported
+    """
+    try:
+        from archdsl.export import export
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ArchdslError(NEEDS_TRANSFORMERS) from None
+    from archdsl.checkpoint import load_checkpoint
+
+    done = export(load_checkpoint(checkpoint), out)
+    if as_json:
+        print_json(
+            {
+                "folder": str(done.path),
+                "bytes": done.bytes,
+                "compared_tokens": done.tokens,
+                "largest_difference": done.difference,
+            }
+        )
+    else:
+        print(f"exported to {done.path}: {done.bytes:,} bytes")
+        print(
+            f"loaded by its own code, its logits differ from the checkpoint's by at most "
+            f"{done.difference:.2g} ({done.tokens:,} random tokens)"
+        )

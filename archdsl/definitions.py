@@ -1,0 +1,175 @@
+"""What a source file of the project defines and imports, and which of it a definition names."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+
+class Name(NamedTuple):
+    """What a name stands for: a definition of the project, or what an import gives."""
+
+    module: str
+    attribute: str  # empty: the module itself
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+OWN = "archdsl"
+NODE = Name("archdsl.node", "Node")
+REPLACED = dict.fromkeys([Name("archdsl.spec", "Strict"), Name("archdsl.spec", "Part")], NODE)
+
+
+@dataclass
+class Module:
+    """The top level of a source file, without what is there for type checkers alone."""
+
+    name: str
+    definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    imports: dict[str, Name] = field(default_factory=dict)
+
+
+@cache
+def read(name: str) -> Module:
+    module = Module(name)
+    for node in ast.parse(inspect.getsource(importlib.import_module(name))).body:
+        match node:
+            case ast.ClassDef(name=defined) | ast.FunctionDef(name=defined):
+                module.definitions[defined] = node
+            case ast.Assign() | ast.AnnAssign():
+                module.definitions |= dict.fromkeys(sorted(stored(node)), node)
+            case ast.Import(names=aliases):
+                for alias in aliases:
+                    imported = alias.name if alias.asname else alias.name.partition(".")[0]
+                    module.imports[alias.asname or imported] = Name(imported, "")
+            case ast.ImportFrom(module=str(origin), names=aliases) if origin != "__future__":
+                for alias in aliases:
+                    module.imports[alias.asname or alias.name] = Name(origin, alias.name)
+    return module
+
+
+def resolve(module: str, name: str) -> Name | None:
+    """What a global name of ``module`` stands for; None for a builtin or an unknown name."""
+    source = read(module)
+    if name in source.definitions:
+        found = Name(module, name)
+        return REPLACED.get(found, found)
+    target = source.imports.get(name)
+    if target is not None and target.package == OWN and target.attribute:
+        return resolve(*target)
+    return target
+
+
+def stored(statement: ast.Assign | ast.AnnAssign) -> set[str]:
+    """The names that an assignment gives a value."""
+    assigned = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    return {node.id for one in assigned for node in ast.walk(one) if isinstance(node, ast.Name)}
+
+
+class Scoped(ast.NodeTransformer):
+    """Meets the global names of a definition, one function or method after the other."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.local: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        outer, self.local = self.local, self.local | _bound(node)
+        try:
+            return self.generic_visit(node)
+        finally:
+            self.local = outer
+
+    def meaning(self, node: ast.Name) -> Name | None:
+        return None if node.id in self.local else resolve(self.module, node.id)
+
+
+class Reader(Scoped):
+    """Collects what a definition names; what is only an annotation does not count."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.names: set[Name] = set()
+        self.words: set[str] = set()
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        if meaning := self.meaning(node):
+            self.names.add(meaning)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.words.add(node.attr)
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        if node.value is not None:
+            self.visit(node.value)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        bare = copy.copy(node)
+        bare.returns = None
+        super().visit_FunctionDef(bare)
+        return node
+
+
+class Writer(Scoped):
+    """Gives global names the name they have in the file; drops annotations that name others."""
+
+    def __init__(self, module: str, written: dict[Name, str]) -> None:
+        super().__init__(module)
+        self.written = written
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        meaning = self.meaning(node)
+        if meaning in self.written:
+            node.id = self.written[meaning]
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if node.returns is not None and not self._known(node.returns):
+            node.returns = None
+        return super().visit_FunctionDef(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        if node.annotation is not None and not self._known(node.annotation):
+            node.annotation = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if not self._known(node.annotation):
+            node.annotation = ast.Name("object")
+        return self.generic_visit(node)
+
+    def _known(self, annotation: ast.expr) -> bool:
+        names = [node for node in ast.walk(annotation) if isinstance(node, ast.Name)]
+        return all(
+            self.meaning(name) in self.written or name.id in vars(builtins) for name in names
+        )
+
+
+def _bound(function: ast.FunctionDef) -> set[str]:
+    """The names that are local somewhere in a function."""
+    bound: set[str] = set()
+    for node in ast.walk(function):
+        match node:
+            case ast.Name(id=str(name), ctx=ast.Store()) | ast.arg(arg=str(name)):
+                bound.add(name)
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                bound.add(name)
+            case ast.ExceptHandler(name=str(name)) | ast.MatchMapping(rest=str(name)):
+                bound.add(name)
+            case ast.FunctionDef(name=str(name)) if node is not function:
+                bound.add(name)
+    return bound

@@ -1,0 +1,337 @@
+"""Exported models: in transformers they are what they are here, and behave as its own do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import archdsl.export
+from archdsl.batch import Data
+from archdsl.build import build
+from archdsl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from archdsl.cli.app import app
+from archdsl.data import load_data
+from archdsl.export import ExportError, export, loaded
+from archdsl.hub import ArchdslForCausalLM
+from archdsl.load import load
+from archdsl.tokenizer import encode, read_tokenizer
+
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251 + 1
+NEW: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+LEAKING = ["blocks.1.router=top_k", "blocks.1.kv=shared", "tie_embeddings=true"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("text")
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+    return load_data(str(folder), cache=tmp_path_factory.mktemp("cache"))
+
+
+def saved(path: Path, text: Data | None, *overrides: str) -> Checkpoint:
+    model = build(load("tiny", overrides=["dim=32", *overrides]), seed=1)
+    save_checkpoint(path, model, tokenizer_from=text, provenance={})
+    return load_checkpoint(path)
+
+
+@pytest.fixture(scope="module", params=["causal", "leaking"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text: Data
+) -> Iterator[tuple[Checkpoint, Any, Path]]:
+    """A checkpoint, the model its export loads by its own code, and the export."""
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = LEAKING if request.param == "leaking" else []
+    checkpoint = saved(folder / "checkpoint", text, *overrides)
+    export(checkpoint, folder / "exported")
+    with loaded(folder / "exported") as hub:
+        assert not isinstance(hub, ArchdslForCausalLM)
+        yield checkpoint, hub, folder / "exported"
+
+
+@pytest.fixture
+def here(pair: tuple[Checkpoint, Any, Path]) -> Checkpoint:
+    return pair[0]
+
+
+@pytest.fixture
+def there(pair: tuple[Checkpoint, Any, Path]) -> Any:
+    return pair[1].eval()
+
+
+@pytest.fixture
+def folder(pair: tuple[Checkpoint, Any, Path]) -> Path:
+    return pair[2]
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    ).eval()
+
+
+def test_the_logits_are_the_same(here: Checkpoint, there: Any) -> None:
+    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    half = TOKENS > 100
+    torch.testing.assert_close(
+        here.model(TOKENS, half)[half], there(TOKENS, attention_mask=half.long()).logits[half]
+    )
+
+
+def test_the_dial_is_the_same(here: Checkpoint, there: Any) -> None:
+    trained = there(TOKENS).logits
+    for model in (here.model, there):
+        model.dial(capacity=0.25, steps=4)
+    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    assert not torch.equal(trained, there(TOKENS).logits)
+    for model in (here.model, there):
+        model.dial()
+    assert torch.equal(trained, there(TOKENS).logits)
+
+
+def greedy(checkpoint: Checkpoint, tokens: Tensor, steps: int) -> Tensor:
+    cache, new = checkpoint.model.new_cache(), tokens
+    with torch.no_grad():
+        for _ in range(steps):
+            new = checkpoint.model(new, None, cache)[:, -1:].argmax(-1)
+            tokens = torch.cat((tokens, new), 1)
+    return tokens
+
+
+def test_greedy_generation_is_that_of_the_checkpoint(here: Checkpoint, there: Any) -> None:
+    assert torch.equal(there.generate(TOKENS, **NEW), greedy(here, TOKENS, 10))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+    ],
+    ids=["greedy", "sampling", "beams", "sampled beams"],
+)
+def test_every_cache_generates_what_none_does(there: Any, how: dict[str, Any]) -> None:
+    def generated(**cache: Any) -> Tensor:
+        torch.manual_seed(0)
+        return there.generate(TOKENS, **NEW, **how, **cache)
+
+    without = generated(use_cache=False)
+    assert torch.equal(generated(), without)
+    assert torch.equal(generated(cache_implementation="static"), without)
+    assert torch.equal(generated(prefill_chunk_size=5), without)
+    assert len(torch.unique(without[:, 12:])) > 2
+
+
+def test_padding_changes_no_real_token(there: Any) -> None:
+    for mask in (torch.arange(12) >= 5, torch.arange(12) < 7):
+        batch = there(TOKENS, attention_mask=torch.stack((mask, mask | True)).long()).logits
+        assert torch.isfinite(batch).all()
+        torch.testing.assert_close(batch[:1, mask], there(TOKENS[:1, mask]).logits)
+        torch.testing.assert_close(batch[1:], there(TOKENS[1:]).logits)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_a_left_padded_batch_generates_what_each_row_does(there: Any, how: Any) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    batch = there.generate(TOKENS, attention_mask=mask, **NEW, **how)
+    alone = there.generate(TOKENS[:1, 5:], **NEW, **how)
+    assert torch.equal(batch[:1, 5:], alone)
+    assert torch.equal(batch[1:], there.generate(TOKENS[1:], **NEW, **how))
+
+
+def test_chunks_with_a_cache_are_one_pass(there: Any) -> None:
+    first = there(TOKENS[:, :7], use_cache=True)
+    assert first.past_key_values.get_seq_length() == 7
+    second = there(TOKENS[:, 7:], past_key_values=first.past_key_values)
+    assert second.past_key_values.get_seq_length() == 12
+    with there.model.causal_routing():
+        whole = there(TOKENS).logits
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole)
+
+
+def test_outputs_have_the_shapes_of_llamas(there: Any) -> None:
+    wanted: dict[str, Any] = {"output_hidden_states": True, "labels": TOKENS, "use_cache": True}
+    ours, theirs = there(TOKENS, **wanted), llama()(TOKENS, **wanted)
+    assert list(ours) == list(theirs)
+    shapes = [state.shape for state in ours.hidden_states]
+    assert shapes == [state.shape for state in theirs.hidden_states]
+    assert torch.equal(there.get_output_embeddings()(ours.hidden_states[-1]), ours.logits)
+    assert torch.equal(there.get_input_embeddings()(TOKENS), ours.hidden_states[0])
+    assert isinstance(there(TOKENS, return_dict=False), tuple)
+    assert there(TOKENS).hidden_states is None
+
+
+def test_the_loss_is_llamas(there: Any) -> None:
+    labels = TOKENS.masked_fill(TOKENS % 3 == 0, -100)
+    found = there(TOKENS, labels=labels)
+    theirs = llama().loss_function(found.logits, labels, 257)
+    torch.testing.assert_close(found.loss, theirs, rtol=0, atol=0)
+    by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, by_hand)
+
+
+def test_embeddings_may_come_in_and_few_logits_go_out(there: Any) -> None:
+    embeds = there.get_input_embeddings()(TOKENS)
+    whole = there(TOKENS).logits
+    assert torch.equal(there(inputs_embeds=embeds).logits, whole)
+    assert torch.equal(there(TOKENS, logits_to_keep=3).logits, whole[:, -3:])
+    some = torch.tensor([0, 5])
+    assert torch.equal(there(TOKENS, logits_to_keep=some).logits, whole[:, some])
+    assert torch.equal(
+        there.generate(inputs_embeds=embeds, **NEW), there.generate(TOKENS, **NEW)[:, 12:]
+    )
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        there(TOKENS, inputs_embeds=embeds)
+
+
+def test_checkpointing_changes_memory_and_no_gradient(there: Any) -> None:
+    def gradients() -> dict[str, Tensor]:
+        there.zero_grad()
+        there.train()(TOKENS, labels=TOKENS).loss.backward()
+        return {name: one.grad.clone() for name, one in there.named_parameters()}
+
+    plain = gradients()
+    there.activation_checkpointing_enable()
+    assert there.is_activation_checkpointing
+    torch.testing.assert_close(gradients(), plain, rtol=0, atol=0)
+    there.activation_checkpointing_disable()
+    assert any(one.abs().max() > 0 for one in plain.values())
+
+
+def test_saved_again_it_is_the_same_with_shared_weights_once(there: Any, tmp_path: Path) -> None:
+    there.save_pretrained(tmp_path)
+    again = type(there).from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, there(TOKENS).logits)
+    stored = load_file(tmp_path / "model.safetensors")
+    held = {tensor.data_ptr(): tensor for tensor in there.state_dict().values()}
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in held.values())
+    tied = there.config.tie_word_embeddings
+    assert (again.model.head.weight is again.model.embedding.weight) == tied
+
+
+def test_half_precision_is_half_precision(here: Checkpoint, there: Any, folder: Path) -> None:
+    half = type(there).from_pretrained(folder, dtype=torch.bfloat16)
+    assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
+    wanted = here.model(TOKENS)
+    assert (half(TOKENS).logits - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
+def test_a_new_model_of_the_config_starts_as_ours_do(here: Checkpoint, there: Any) -> None:
+    new = type(there)(there.config)
+    for name, tensor in build(here.spec).named_parameters():
+        found = new.model.get_parameter(name)
+        torch.testing.assert_close(found.std(), tensor.std(), rtol=0.4, atol=1e-3)
+
+
+def test_the_tokenizer_is_the_checkpoints(here: Checkpoint, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = "some words, täglich\n"
+    assert here.tokenizer is not None
+    ours = next(encode(read_tokenizer(here.tokenizer), [words]))[0].tolist()
+    assert tokenizer(words).input_ids == ours
+    assert tokenizer.decode(ours) == words
+    assert tokenizer.eos_token_id == 256
+    batch = tokenizer(["some words", "some"], padding=True, return_tensors="pt")
+    assert batch.attention_mask[1].tolist() == [0] * 6 + [1] * 4
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 256
+    assert generation["use_cache"]
+
+
+def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, ArchdslForCausalLM)
+    assert model.model.spec == here.spec
+    assert torch.equal(model(TOKENS).logits, here.model(TOKENS))
+
+
+def test_what_cannot_be_is_said_in_one_line(there: Any) -> None:
+    past = llama()(TOKENS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"give it what its new_cache\(\) returns, not a Dynamic"):
+        there(TOKENS, past_key_values=past)
+    with pytest.raises(ValueError, match="generate without an assistant"):
+        there.generate(TOKENS[:1], assistant_model=llama(), **NEW)
+    with pytest.raises(ValueError, match="cannot be quantized"):
+        there.generate(TOKENS, cache_implementation="quantized", **NEW)
+    with pytest.raises(ValueError, match="leave position_ids out"):
+        there(TOKENS, position_ids=torch.arange(12) % 6)
+    with pytest.raises(ValueError, match=r"attention_mask must be .*, got \[2, 1, 12, 12\]"):
+        there(TOKENS, attention_mask=torch.ones(2, 1, 12, 12))
+    with pytest.raises(Exception, match="129 tokens exceed") as error:
+        there.generate(TOKENS, **NEW | {"max_new_tokens": 200})
+    assert type(error.value).__name__ == "ContextFullError"
+    there(TOKENS, position_ids=torch.arange(12).expand(2, -1))  # says what is so anyway
+
+
+def test_the_code_is_the_same_whatever_the_spec_says(folder: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", None, 'description="import os; \\"\\"\\""')
+    export(other, tmp_path / "exported")
+    name = "modeling_archdsl.py"
+    assert (tmp_path / "exported" / name).read_text() == (folder / name).read_text()
+    assert not (tmp_path / "exported" / "tokenizer.json").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ExportError, match="mine exists and is no export; it is left as it is"):
+        export(checkpoint, tmp_path / "mine")
+    with pytest.raises(ExportError, match="is no export"):
+        export(checkpoint, tmp_path / "checkpoint")
+    export(checkpoint, tmp_path / "exported")
+    (tmp_path / "exported" / "old").touch()
+    export(checkpoint, tmp_path / "exported")
+    assert not (tmp_path / "exported" / "old").exists()
+
+
+def test_what_is_not_the_checkpoint_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None)
+    wrong = archdsl.export.code().replace("self.model.norm(hidden_BTD)", "hidden_BTD")
+    monkeypatch.setattr(archdsl.export, "code", lambda: wrong)
+    with pytest.raises(ExportError, match=r"logits differ by .*; nothing was written"):
+        export(checkpoint, tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_command_says_the_difference_it_measured(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoint", None)
+    words = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0
+    facts = json.loads(done.stdout)
+    assert facts["largest_difference"] <= 1e-5
+    assert facts["compared_tokens"] == 256
+    assert "differ from the checkpoint's by at most" in CliRunner().invoke(app, words).stdout
+
+
+def test_without_transformers_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "archdsl.export")
+    done = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "exported")])
+    assert done.exit_code == 1
+    assert done.stderr == "this needs transformers: pip install 'archdsl[transformers]'\n"
