@@ -34,7 +34,7 @@ from archdsl.blocks.router import Choice, RouterSpec, Step
 from archdsl.blocks.step_encoding import Encoding, EncodingSpec
 from archdsl.cost import Cost, Scope, linear
 from archdsl.errors import ArchdslError
-from archdsl.spec import AnyBlock, BlockSpec, Path, slot, walk
+from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
 
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
 
@@ -175,8 +175,10 @@ class LoopSpec(BlockSpec):
 
     def _slots(self, scope: Scope, rows: list[int | None], runs: list[Scope]) -> dict[str, Cost]:
         slots: dict[str, Cost] = {}
-        choices = sum(row is not None for row in rows)
-        if self.router is not None and choices:
+        routed = [row for row in rows if row is not None]
+        if self.router is not None and routed:
+            # a step that the dial skips asks no router
+            choices = sum(at_step(self.router.capacity, row) > 0 for row in routed)
             slots["router"] = self.router.cost(scope.dim, scope.tokens, choices)
         if self.encoding is not None:
             slots["encoding"] = self.encoding.cost(scope.dim, self.steps)

@@ -108,7 +108,8 @@ class RouterSpec(Part):
     def cost(self, dim: int, tokens: int, steps: int) -> Cost:
         """``steps`` choices among ``tokens`` tokens each."""
         weights = steps * dim if self.learned else 0
-        kept = steps * tokens if self.ranks else 0
+        # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
+        kept = 2 * steps * tokens if self.ranks else 0
         return Cost(params=weights, matrices=weights, flops=2 * tokens * weights, kv=kept)
 
     def build(self, dim: int, steps: list[int]) -> Router:

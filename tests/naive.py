@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context
+from archdsl.block import Block, Context, Primitive
 from archdsl.blocks.attention import Attention
 from archdsl.blocks.feed_forward import FeedForward
 from archdsl.blocks.layer import Layer
@@ -353,6 +353,15 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.7) -> None:
             weight.normal_(0, std, generator=rng)
 
 
+def initialised(module: Block) -> Block:
+    """With what `randomise` leaves alone, such as a router's quantiles."""
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, Primitive):
+                part.reset(torch.Generator().manual_seed(0), 1)
+    return module
+
+
 def stream(batch: int, tokens: int, dim: int, seed: int = 0) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     x_BTD = torch.randn(batch, tokens, dim, generator=rng, dtype=torch.float64)
@@ -361,7 +370,7 @@ def stream(batch: int, tokens: int, dim: int, seed: int = 0) -> Tensor:
 
 def agrees(spec: BlockSpec, dim: int, tokens: int = 7, batch: int = 2, seed: int = 0) -> None:
     """The block of ``spec`` does what its definition says, and so do its gradients."""
-    module = spec.build(dim)
+    module = initialised(spec.build(dim)).eval()
     randomise(module, seed)
     x_BTD = stream(batch, tokens, dim, seed + 1)
     agree(module(x_BTD, Context()), block(module, x_BTD), [x_BTD, *module.parameters()])

@@ -11,6 +11,7 @@ import torch
 from archdsl.block import Context
 from archdsl.blocks.attention import Attention, AttentionSpec
 from archdsl.blocks.stack import StackSpec
+from archdsl.cache import Stream
 from archdsl.cost import Scope
 from tests import naive
 
@@ -56,15 +57,15 @@ def test_selected_tokens_keep_their_places_in_the_sequence(fields: dict[str, Any
             for x_TD, pos in zip(x_BTD, POS, strict=True)
         ]
     )
-    got = module(x_BTD, Context(torch.tensor(POS)))
+    got = module(x_BTD, Context(pos_BT=torch.tensor(POS)))
     naive.agree(got, want, [x_BTD, *module.parameters()])
 
 
 def test_a_selection_of_a_selection_keeps_its_places_too() -> None:
-    once = Context().at(torch.tensor([[2, 5, 6, 9]]))
+    once = Context().at(torch.tensor([[2, 5, 6, 9]]), Stream())
     assert once.pos_BT is not None
     assert once.pos_BT.tolist() == [[2, 5, 6, 9]]
-    twice = once.at(torch.tensor([[1, 3]]))
+    twice = once.at(torch.tensor([[1, 3]]), Stream())
     assert twice.pos_BT is not None
     assert twice.pos_BT.tolist() == [[5, 9]]
 
@@ -77,7 +78,7 @@ def test_a_later_pass_reads_the_keys_and_values_of_the_first(fields: dict[str, A
 
     first: dict[Any, Any] = {}
     module(x_BTD, Context(first=first))
-    got = module(later_BKD, Context(first=first, reads_first=True).at(picked))
+    got = module(later_BKD, Context(first=first, reads_first=True).at(picked, Stream()))
 
     def rows() -> Iterator[torch.Tensor]:
         for x_TD, later_KD, pos in zip(x_BTD, later_BKD, picked.tolist(), strict=True):

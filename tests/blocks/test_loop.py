@@ -43,7 +43,7 @@ def router(kind: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("residual", ["overwrite", "delta", "thinking", LITERAL], ids=str)
 @pytest.mark.parametrize("encoding", [None, "scale", "add"])
-@pytest.mark.parametrize("kind", [None, "top_k", "prefix", "random"])
+@pytest.mark.parametrize("kind", [None, "top_k", "prefix", "threshold", "predictor", "random"])
 def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: str | None) -> None:
     given_router = router(kind) if kind else None
     naive.agrees(spec(residual=residual, encoding=encoding, router=given_router), D)
@@ -147,7 +147,8 @@ def agrees_as_part_of_a_model(fields: dict[str, Any], tokens: int, seed: int) ->
 
 
 def test_the_slots_of_the_tests_are_all_there_are() -> None:
-    assert set(FAMILIES["router"]) == {"top_k", "prefix", "random", "all"}
+    learned = {"top_k", "prefix", "threshold", "predictor"}
+    assert set(FAMILIES["router"]) == learned | {"random", "all"}
     assert set(FAMILIES["residual"]) == {"thinking", "overwrite", "delta"}
     assert set(FAMILIES["encoding"]) == {"scale", "add"}
 
@@ -172,7 +173,7 @@ def test_nested_choices_are_subsets_of_the_ones_before() -> None:
 def test_reports_the_share_that_each_step_selected() -> None:
     ctx = Context()
     built(router=router("top_k", capacity=[0.7, 0.3]))(naive.stream(2, 10, D), ctx)
-    shares = {name: round(share.item(), 6) for name, share in ctx.shares.items()}
+    shares = {name: round(share.item(), 6) for name, share in ctx.trace.shares.items()}
     assert shares == {"loop.0": 0.7, "loop.1": 0.3}
 
 

@@ -13,15 +13,22 @@ from torch import Tensor
 
 from archdsl.block import Context
 from archdsl.blocks.router import (
+    MOMENTUM,
+    Predictor,
+    PredictorSpec,
     PrefixSpec,
     RandomSpec,
     Router,
     RouterSpec,
+    Step,
+    Threshold,
+    ThresholdSpec,
+    TopK,
     TopKSpec,
     prefix_rank,
-    prefix_share,
     share_of,
 )
+from archdsl.cache import Stream
 from tests import naive
 
 D = 6
@@ -39,8 +46,9 @@ def test_prefix_selects_what_a_decoder_with_a_sorted_list_selects(
     left = data.draw(st.sets(st.integers(0, len(values) - 1)))
     score_BT = torch.tensor([values]).double()
     score_BT[0, [t for t in range(len(values)) if t not in left]] = -math.inf
+    wanted = naive.prefix(list(torch.tensor(values).double()), capacity, left)
     assert selected(*prefix_share(score_BT, capacity)) == [
-        naive.prefix(list(torch.tensor(values).double()), capacity, left)
+        naive.within_budget(wanted, capacity, len(values))
     ]
 
 
@@ -80,7 +88,7 @@ def test_the_share_that_is_selected_is_close_to_the_capacity(capacity: float) ->
 def test_top_k_selects_what_sorting_selects(values: list[float], capacity: float) -> None:
     distinct = [value + t / 1000 for t, value in enumerate(values)]
     router = TopKSpec(capacity=(capacity,)).build(D, [0])
-    index_BK, keep_BK = router.select(torch.tensor([distinct]), capacity)
+    index_BK, keep_BK, _ = select(router, torch.tensor([distinct]), capacity)
     assert keep_BK is None
     assert index_BK.tolist() == [
         naive.top_k(list(torch.tensor(distinct)), capacity, set(range(len(values))))
@@ -106,23 +114,23 @@ def test_a_share_of_the_tokens_is_rounded_and_never_empty(
     assert prefix_share(torch.randn(1, tokens), capacity)[0].size(1) == kept
 
 
-@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, RandomSpec])
+@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, ThresholdSpec, PredictorSpec, RandomSpec])
 def test_entries_are_distinct_and_the_selected_ones_come_first_and_in_order(
     kind: type[RouterSpec],
 ) -> None:
-    choice = built(kind(capacity=(0.6,)))(naive.stream(5, 13, D), 0, Context(), None)
+    choice = built(kind(capacity=(0.6,)))(naive.stream(5, 13, D), at(0.6), Context(), None)
     rows = selected(choice.index_BK, choice.keep_BK)
     for index, kept in zip(choice.index_BK.tolist(), rows, strict=True):
         assert len(set(index)) == len(index) == 8
         assert index[: len(kept)] == sorted(kept)
 
 
-@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, RandomSpec])
+@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, ThresholdSpec, PredictorSpec, RandomSpec])
 def test_only_tokens_that_are_left_are_selected(kind: type[RouterSpec]) -> None:
     router = built(kind(capacity=(0.6,)))
     active_BT = torch.rand(5, 13) < 0.9
     active_BT[:, :8] = True  # top_k takes for granted that enough are left
-    choice = router(naive.stream(5, 13, D), 0, Context(), active_BT)
+    choice = router(naive.stream(5, 13, D), at(0.6), Context(), active_BT)
     assert not (choice.mask(13) & ~active_BT).any()
     assert choice.mask(13).any()
 
@@ -135,7 +143,7 @@ def test_a_gate_is_alpha_times_the_squashed_score() -> None:
         spec = PrefixSpec.model_validate(fields)
         router = built(spec, steps=[0, 1])
         (weight_RD,) = router.parameters()
-        choice = router(x_BTD, 1, Context(), None)
+        choice = router(x_BTD, at(0.999, row=1), Context(), None)
         want = 3 * squash(x_BTD[0] @ weight_RD[1])[choice.index_BK[0]]
         torch.testing.assert_close(choice.gate_BK[0], want)
 
@@ -148,7 +156,7 @@ def test_random_knows_the_place_and_nothing_else() -> None:
     assert rows[0] == rows[1]
     assert list(router.parameters()) == []
     pos_BT = torch.arange(512).expand(3, 512) + 1000
-    assert selected_by(router, here, Context(pos_BT)) != rows
+    assert selected_by(router, here, Context(pos_BT=pos_BT)) != rows
     # what is computed in half precision selects the same
     assert selected_by(router, here.bfloat16()) == rows
 
@@ -173,12 +181,89 @@ def test_random_selects_every_place_about_equally_often() -> None:
     assert counts[8:].max() < 0.65
 
 
-def test_top_k_chooses_as_prefix_does_when_told_to_be_causal() -> None:
-    top_k, prefix = (built(kind(capacity=(0.5,))) for kind in (TopKSpec, PrefixSpec))
+def test_top_k_chooses_by_threshold_when_told_to_be_causal() -> None:
+    top_k, threshold = built(TopKSpec(capacity=(0.5,))), built(ThresholdSpec(capacity=(0.5,)))
+    assert isinstance(top_k, TopK)
     x_BTD = naive.stream(3, 13, D)
-    assert selected_by(top_k, x_BTD) != selected_by(prefix, x_BTD)
-    top_k.causal = True  # type: ignore[assignment]
-    assert selected_by(top_k, x_BTD) == selected_by(prefix, x_BTD)
+    assert selected_by(top_k, x_BTD) != selected_by(threshold, x_BTD)
+    assert top_k.leaks
+    top_k.causal = True
+    assert not top_k.leaks
+    assert selected_by(top_k, x_BTD) == selected_by(threshold, x_BTD)
+
+
+@pytest.mark.parametrize("spec", [ThresholdSpec, TopKSpec, PredictorSpec])
+def test_a_trained_threshold_selects_any_share_that_is_dialled(
+    spec: type[ThresholdSpec | TopKSpec | PredictorSpec],
+) -> None:
+    router = built(spec(capacity=(0.5,))).train()
+    x_BTD = 3 * naive.stream(8, 512, D) + 1
+    for _ in range(3):
+        router(x_BTD, at(0.5), Context(), None)
+        router.commit()
+    router.eval()
+    router.causal = True  # type: ignore[assignment]
+    for capacity in (0.05, 0.3, 0.8, 0.97):
+        # the running budget takes off what chance brings too much
+        share = router(x_BTD, at(capacity), Context(), None).stream.length_B.double().mean() / 512
+        assert share == pytest.approx(capacity, abs=0.03)
+        assert share <= capacity
+
+
+def test_a_threshold_follows_the_scores_and_forgets_slowly() -> None:
+    router = built(ThresholdSpec(capacity=(0.25,))).train()
+    assert isinstance(router, Threshold)
+    before = router.quantiles_RQ.clone()
+    router.note(torch.linspace(0, 1, 401).double().unsqueeze(0), 0)
+    assert router.quantiles_RQ.equal(before)  # what is being trained on must not choose
+    router.commit()
+    levels_Q = torch.linspace(0, 1, 257, dtype=torch.float64)
+    torch.testing.assert_close(router.quantiles_RQ[0], levels_Q, rtol=0, atol=1e-6)
+    for _ in range(200):
+        router.note(torch.full((1, 4), 2.0).double(), 0)
+        router.commit()
+    # each counts 1/n at first, then MOMENTUM
+    first = 1 / 50 * (1 - MOMENTUM) ** 151
+    want_Q = 2 + first * (levels_Q - 2)
+    torch.testing.assert_close(router.quantiles_RQ[0], want_Q, rtol=0, atol=1e-6)
+
+
+def test_padding_and_scores_that_are_no_numbers_teach_a_threshold_nothing() -> None:
+    router = built(ThresholdSpec(capacity=(0.5,)))
+    assert isinstance(router, Threshold)
+    before = router.quantiles_RQ.clone()
+    for nothing in (-math.inf, math.nan):
+        router.note(torch.full((1, 3), nothing), 0)
+        router.commit()
+        assert router.quantiles_RQ.equal(before)
+    router.note(torch.tensor([[1.0, -math.inf, 3.0, -math.inf]]), 0)
+    router.commit()
+    assert router.quantiles_RQ[0, [0, -1]].tolist() == [1, 3]
+
+
+def test_a_predictor_learns_the_choice_and_the_stream_does_not_learn_from_it() -> None:
+    router = built(PredictorSpec(capacity=(0.5,))).train()
+    assert isinstance(router, Predictor)
+    x_BTD = naive.stream(4, 256, D)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    accuracies = []
+    for _ in range(60):
+        ctx = Context()
+        choice = router(x_BTD, at(0.5), ctx, None)
+        assert choice.keep_BK is None  # in training the choice is that of top_k
+        optimizer.zero_grad()
+        (loss,) = ctx.trace.losses.values()
+        loss.backward()
+        optimizer.step()
+        accuracies.append(ctx.trace.accuracies["loop.0"].item())
+    assert x_BTD.grad is None
+    assert router.weight_RD.grad is None
+    assert accuracies[-1] > 0.95 > accuracies[0]
+    router.eval()
+    ctx = Context()
+    share = router(x_BTD, at(0.5), ctx, None).mask(256).double().mean()
+    assert share == pytest.approx(0.5, abs=0.05)
+    assert ctx.trace.losses == {}
 
 
 @pytest.mark.parametrize("capacity", [(0.0,), (1.1,), (), (float("nan"),), (0.5,) * 65])
@@ -189,6 +274,8 @@ def test_rejects_a_capacity_that_is_no_share(capacity: tuple[float, ...]) -> Non
 
 def built(spec: RouterSpec, steps: list[int] | None = None) -> Router:
     router = spec.build(D, steps or [0])
+    with torch.no_grad():
+        router.reset(torch.Generator(), 1)
     naive.randomise(router)
     return router
 
@@ -201,5 +288,21 @@ def selected(index_BK: Tensor, keep_BK: Tensor | None) -> list[list[int]]:
 def selected_by(
     router: Router, x_BTD: Tensor, ctx: Context | None = None, row: int = 0
 ) -> list[list[int]]:
-    choice = router(x_BTD, row, ctx or Context(), None)
+    choice = router(x_BTD, at(0.5, row), ctx or Context(), None)
     return selected(choice.index_BK, choice.keep_BK)
+
+
+def at(capacity: float, row: int = 0) -> Step:
+    return Step("loop.0", row, capacity, among=1.0)
+
+
+def select(
+    router: Router, score_BT: Tensor, capacity: float
+) -> tuple[Tensor, Tensor | None, Stream]:
+    return router.select(score_BT.unsqueeze(-1), score_BT, at(capacity), Context())
+
+
+def prefix_share(score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
+    index_BK, keep_BK, _ = select(built(PrefixSpec()), score_BT, capacity)
+    assert keep_BK is not None
+    return index_BK, keep_BK
