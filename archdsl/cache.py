@@ -140,7 +140,7 @@ class Cache:
         self.max_length = max_length
         self.length: Count = 0  # tokens so far
         self.settings: object = None  # of the dial, when the first token came
-        self._memories: dict[Hashable, Memory] = {}
+        self._memories: dict[tuple[Hashable, tuple[int, ...]], Memory] = {}  # module and step
 
     def stream(self, tokens: int, length_B: Tensor | None) -> Stream:
         """The next chunk's. Raises ContextFullError, with the cache as it was."""
@@ -152,7 +152,7 @@ class Cache:
             )
         return stream
 
-    def memory(self, key: Hashable) -> Memory:
+    def memory(self, key: tuple[Hashable, tuple[int, ...]]) -> Memory:
         return self._memories.setdefault(key, Memory())
 
     def reorder(self, index_B: Tensor) -> None:

@@ -23,6 +23,8 @@ from archdsl.blocks.router import Router, TopK
 from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
 
+__all__ = ["DialError", "LanguageModel"]
+
 
 class LanguageModel(Primitive):
     """Tokens to the logits of their successors.

@@ -159,9 +159,14 @@ def test_more_tokens_than_the_context_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kv", ["own", "shared"])
-def test_activation_checkpointing_changes_memory_and_nothing_else(kv: str) -> None:
-    model = archdsl.build(spec(LAYER, LOOP | {"kv": kv}))
+@pytest.mark.parametrize("router", ["prefix", "threshold", "predictor"])
+def test_activation_checkpointing_changes_memory_and_nothing_else(kv: str, router: str) -> None:
+    kind = {"kind": router, "capacity": [0.6, 0.3]}
+    model = archdsl.build(spec(LAYER, LOOP | {"kv": kv, "router": kind}))
     naive.randomise(model)
+    model(TOKENS)
+    model.commit()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     kept: list[int] = []
     grads = []
     for model.checkpoint_activations in (False, True):
@@ -172,8 +177,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(kv: str) -> No
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            loss = model(TOKENS).square().sum()
+            loss = model(TOKENS).square().sum() + sum(model.trace.losses.values())
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        model.load_state_dict(before, strict=False)
         assert model.router_shares().keys() == {"blocks.1.0", "blocks.1.1"}
     torch.testing.assert_close(*grads, rtol=0, atol=0)
     assert kept[1] < kept[0] / 2

@@ -62,7 +62,8 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def same(left: LanguageModel, right: LanguageModel) -> bool:
-    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    """With all buffers, such as the quantiles that routers choose by."""
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -231,6 +232,17 @@ class Noise(torch.nn.Module):
         return x_BTD + noise_BTD
 
 
+def test_a_predictor_is_trained_and_its_accuracy_logged(tmp_path: Path) -> None:
+    model = spec("blocks.1.router.kind=predictor")
+    before = weights(build(model, seed=CONFIG.seed))
+    after = weights(train(model, SKILL, CONFIG, tmp_path).model)
+    for name in ("predict_RD", "bias_R", "weight_RD", "quantiles_RQ"):
+        assert not after[f"blocks.1.router.{name}"].equal(before[f"blocks.1.router.{name}"]), name
+    for line in metrics(tmp_path):
+        assert line["predictor_accuracies"].keys() == line["router_shares"].keys()
+        assert all(0 <= share <= 1 for share in line["predictor_accuracies"].values())
+
+
 def test_random_numbers_in_the_model_are_resumed_too() -> None:
     whole, first, second = trainer(), trainer(), trainer()
     noises = [Noise(), Noise(), Noise()]
@@ -247,14 +259,17 @@ def test_random_numbers_in_the_model_are_resumed_too() -> None:
     assert len(set(noises[0].drawn)) == 12
 
 
-@pytest.mark.parametrize("at", [3, 5, 7, 11])
+@pytest.mark.parametrize(
+    ("at", "router"), [(3, "prefix"), (5, "top_k"), (7, "threshold"), (11, "predictor")]
+)
 def test_a_killed_run_loses_at_most_one_interval_and_ends_as_if_nothing_had_been(
-    tmp_path: Path, at: int
+    tmp_path: Path, at: int, router: str
 ) -> None:
-    whole = train(spec(), SKILL, CONFIG, tmp_path / "whole")
+    model = spec(f"blocks.1.router.kind={router}")
+    whole = train(model, SKILL, CONFIG, tmp_path / "whole")
     with pytest.raises(Killed):
-        train(spec(), Meddling(SKILL.skill, at, kill), CONFIG, tmp_path / "killed")
-    again = train(spec(), SKILL, CONFIG, tmp_path / "killed")
+        train(model, Meddling(SKILL.skill, at, kill), CONFIG, tmp_path / "killed")
+    again = train(model, SKILL, CONFIG, tmp_path / "killed")
     assert again.resumed_from == at // 5 * 5
     assert same(whole.model, again.model)
     assert again.validation == whole.validation
