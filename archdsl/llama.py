@@ -67,7 +67,8 @@ class LlamaConfig(BaseModel):
 
     @property
     def rope(self) -> dict[str, Any]:
-        return {"rope_theta": self.rope_theta} | (self.rope_scaling or self.rope_parameters or {})
+        own = {"rope_theta": self.rope_theta}
+        return own | (self.rope_scaling or {}) | (self.rope_parameters or {})
 
     @property
     def rope_type(self) -> Any:

@@ -103,7 +103,7 @@ def _open(path: Path) -> Source:
 
 
 def _name(path: Path) -> str:
-    stem = path.resolve().name.removesuffix(".gguf")
+    stem = path.absolute().name.removesuffix(".gguf")
     return re.sub(r"[^\w.+-]+", "-", stem)[:100] or "imported"
 
 

@@ -160,6 +160,10 @@ def test_both_spellings_of_rotary_parameters_are_read(tmp_path: Path) -> None:
         scaling = {k: v for k, v in scaling.items() if not k.endswith("type")} | {key: "llama3"}
         change(tmp_path / "model", lambda _: config | {"rope_scaling": scaling})  # noqa: B023
         assert import_pretrained(tmp_path / "model", tmp_path / "old").spec == new
+    # some files repeat what they said before
+    change(tmp_path / "model", lambda c: c | {"rope_parameters": {"rope_theta": 5e5, **scaling}})
+    change(tmp_path / "model", lambda c: c | {"rope_theta": None})
+    assert import_pretrained(tmp_path / "model", tmp_path / "old").spec == new
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
