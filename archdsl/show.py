@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import Receipt, cost, paper_flops
@@ -17,6 +18,8 @@ from archdsl.spec import Budget, ModelSpec
 
 if TYPE_CHECKING:
     from archdsl.evaluate import Evaluation
+    from archdsl.harness import TaskScores
+    from archdsl.sweep import Point, Setting
 
 Convention = Literal["node", "paper"]
 
@@ -250,3 +253,75 @@ def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
     if found.bits_per_byte is not None:
         facts.insert(2, ("bits per byte", f"{found.bits_per_byte:.4f}"))
     return facts
+
+
+def dial(points: Sequence[Point]) -> RenderableType:
+    """A table of settings; of a leaking model one for each way to route."""
+    from archdsl.sweep import LABELS
+
+    parts: list[RenderableType] = []
+    for routing in dict.fromkeys(point.routing for point in points):
+        parts += [Text(LABELS[routing], "bold red" if routing == "leaking" else "bold")]
+        parts += [_settings([point for point in points if point.routing == routing]), ""]
+    legend = [
+        (
+            "setting",
+            "capacity of the routed steps in percent; 0 skips a step, 100 takes each token",
+        ),
+        ("FLOPs/token", "forward, executed"),
+        ("share", "of the tokens, selected by the routed steps in the mean"),
+        ("+-", "95%; of a difference to the trained setting over pairs of windows"),
+    ]
+    return Group(*parts, Facts(legend))
+
+
+def _settings(points: Sequence[Point]) -> Table:
+    bits = any(point.bits_per_byte is not None for point in points)
+    titles = ["FLOPs/token", "share", "loss", *(["bits/byte"] if bits else []), "difference"]
+    table = _table("setting", *titles)
+    for point in points:
+        table.add_row(
+            str(point.setting),
+            short(point.flops_per_token),
+            "-" if point.selected is None else f"{point.selected:.1%}",
+            f"{point.loss:.4f}{_spread(point.standard_error)}",
+            *([f"{point.bits_per_byte:.4f}"] if bits else []),
+            ""
+            if point.setting.trained
+            else f"{point.difference:+.4f}{_spread(point.difference_error)}",
+        )
+    return table
+
+
+def scores(runs: Sequence[tuple[Setting, TaskScores]]) -> RenderableType:
+    """What tasks of lm-evaluation-harness found at each setting of the dial."""
+    table = _table("setting", "FLOPs/token", "task", "metric", "score", "examples")
+    for setting, found in runs:
+        head = str(setting), short(found.flops_per_token)
+        for score in found.scores:
+            value = "-" if score.value is None else f"{score.value:.4g}"
+            table.add_row(
+                *head,
+                score.task,
+                score.metric,
+                f"{value}{_spread(score.standard_error)}",
+                f"{score.examples:,}",
+            )
+            head = "", ""
+    legend = [
+        ("FLOPs/token", "forward, executed, of the tokens that were read for the tasks"),
+        ("+-", "95%, over examples"),
+    ]
+    return Group(table, "", Facts(legend))
+
+
+def _spread(error: float | None) -> str:
+    return "" if error is None else f" +- {1.96 * error:.4f}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table

@@ -1,10 +1,10 @@
-"""Commands that run models: train, eval."""
+"""The command that trains: train."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from archdsl.cli.options import (
     Tokenizer,
     print_json,
     print_parts,
-    size,
     with_options_of,
 )
 from archdsl.errors import ArchdslError
@@ -56,7 +55,7 @@ def train(
 
     start = _checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
-    data = _data_of(start, source) if start else data_for(model, source, tokenizer)
+    data = data_of(start, source) if start else data_for(model, source, tokenizer)
     folder = out or Path("runs") / model.name
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
     result = train(start or model, data, config, folder, progress=True)
@@ -93,54 +92,8 @@ def _checkpoint_at(
     return load_checkpoint(Path(spec))
 
 
-def eval_(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
-    source: Source = None,
-    split: Annotated[
-        Literal["validation", "test"], typer.Option(help="Which held-out text.")
-    ] = "validation",
-    tokens: Annotated[
-        int | None, typer.Option(parser=size, metavar="SIZE", help="Of the text; default: all.")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(parser=size, metavar="SIZE", help="Tokens at a time; default: the spec's."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 16,
-    as_json: Json = False,
-) -> None:
-    """Score a checkpoint on held-out text.
-
-    Loss, perplexity and bits per byte; without --data, on the data that it was trained on. A
-    router that sees later tokens is scored both ways, with that sight and causally. Example:
-
-      archdsl eval runs/tiny/final --split test
-    """
-    import torch
-
-    from archdsl import show
-    from archdsl.checkpoint import load_checkpoint
-    from archdsl.evaluate import evaluate
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = load_checkpoint(checkpoint, device=device)
-    data = _data_of(found, source)
-    result = evaluate(
-        found.model,
-        data,
-        split=split,
-        batch_size=batch_size,
-        context=context,
-        limit_tokens=tokens,
-    )
-    if as_json:
-        print_json({"checkpoint": str(checkpoint), "data": data.name} | result.model_dump())
-    else:
-        print(f"{found.spec.name} on the {split} split of {data.name}")
-        print_parts(show.evaluation(result, data.chance))
-
-
-def _data_of(checkpoint: Checkpoint, source: str | None) -> Data:
+def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
+    """What a checkpoint was trained on, or another source, in its tokens."""
     trained_on = checkpoint.provenance.get("data", {}).get("name")
     tokenizer = str(checkpoint.tokenizer) if checkpoint.tokenizer else None
     return data_for(checkpoint.spec, source or trained_on, tokenizer)

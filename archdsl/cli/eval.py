@@ -1,0 +1,288 @@
+"""The command that scores a checkpoint: on held-out text, along its dial, on tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from archdsl.cli.options import Json, Source, print_json, print_parts, shares, size
+from archdsl.cli.runs import data_of
+from archdsl.errors import ArchdslError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from tokenizers import Tokenizer
+
+    from archdsl.batch import Data
+    from archdsl.checkpoint import Checkpoint
+    from archdsl.sweep import Setting
+
+    Answer = tuple[dict[str, Any], list[RenderableType]]  # for programs, for readers
+
+Split = Annotated[Literal["validation", "test"], typer.Option(help="Which held-out text.")]
+Tokens = Annotated[
+    int | None, typer.Option(parser=size, metavar="SIZE", help="Of the text; default: all.")
+]
+Window = Annotated[
+    int | None,
+    typer.Option(parser=size, metavar="SIZE", help="Tokens at a time; default: the spec's."),
+]
+Capacities = Annotated[
+    list[float] | None,  # each of them a number or a list of numbers
+    typer.Option(
+        parser=shares,
+        metavar="SHARE[,SHARE...]",
+        help="Turn the dial: share of the tokens that thinks, for all further steps or for each, "
+        "such as 0.9,0.9,0; may be repeated; default: as trained.",
+    ),
+]
+Depths = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1, help="Turn the dial: steps of each loop; may be repeated; default: as trained."
+    ),
+]
+Sweep = Annotated[
+    bool,
+    typer.Option(
+        "--sweep",
+        help="Compare settings of the dial with the trained one: each --capacity with each "
+        "--steps; without these, the ITT paper's (three capacities, stretched over the routed "
+        "steps there are) and no thinking at all.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="Of --sweep: loss against executed FLOPs."),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,NAME...]",
+        help="Score tasks of lm-evaluation-harness instead, such as arc_easy,piqa.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Of --tasks: their examples, as FOLDER/TASK/SPLIT.jsonl; default: the Hub's.",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Of --tasks: examples of each; default: all.")
+]
+Shots = Annotated[
+    int | None, typer.Option(min=0, help="Of --tasks: solved examples before each question.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Of --tasks: all questions and answers, as JSON."),
+]
+
+
+def eval_(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
+    source: Source = None,
+    split: Split = "validation",
+    tokens: Tokens = None,
+    context: Window = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 16,
+    capacity: Capacities = None,
+    steps: Depths = None,
+    sweep: Sweep = False,
+    plot: Plot = None,
+    tasks: Tasks = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Score a checkpoint: on held-out text, along its compute dial, or on tasks.
+
+    Loss, perplexity and bits per byte; without --data, on the data that it was trained on. A
+    router that sees later tokens is scored both ways, with that sight and causally; on tasks
+    causally only. Examples:
+
+      archdsl eval runs/tiny/final --split test
+
+      archdsl eval runs/tiny/final --sweep --plot dial.png
+
+      archdsl eval runs/tiny/final --capacity 0.7 --capacity 0.5 --steps 6
+
+      archdsl eval runs/tiny/final --tasks arc_easy,piqa --data-dir data --capacity 0.5
+    """
+    text = {"--data": source, "--tokens": tokens, "--context": context}
+    asked = {"--data-dir": data_dir, "--limit": limit, "--num-fewshot": num_fewshot, "--out": out}
+    _belong(text, "held-out text, not to --tasks", tasks is None)
+    _belong(asked, "--tasks", tasks is not None)
+    _belong({"--plot": plot}, "--sweep on held-out text", sweep and tasks is None)
+    _check_files(out, plot)
+    found = _load(checkpoint)
+    settings = _settings(found, capacity, steps, sweep)
+    if tasks is not None:
+        answered = _on_tasks(
+            found,
+            settings,
+            tasks,
+            {"data_dir": data_dir, "num_fewshot": num_fewshot},
+            {"limit": limit, "batch_size": batch_size},
+            out,
+        )
+    else:
+        data = data_of(found, source)
+        windows: dict[str, Any] = {"split": split, "batch_size": batch_size}
+        windows |= {"context": context, "limit_tokens": tokens}
+        along = sweep or len(settings) > 1
+        answered = (
+            _along(found, data, settings, windows, plot)
+            if along
+            else _at(found, data, settings[0], windows)
+        )
+    facts, shown = answered
+    if as_json:
+        print_json({"checkpoint": str(checkpoint)} | facts)
+    else:
+        print_parts(*shown)
+
+
+def _belong(given: Mapping[str, object], to: str, wanted: bool) -> None:
+    for option, value in given.items():
+        if value is not None and not wanted:
+            raise ArchdslError(f"{option} belongs to {to}")
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Finds what cannot be written before the time is spent."""
+    for path in filter(None, (out, plot)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ArchdslError(f"{path} cannot be written: its folder must exist, and it be a file")
+    if plot and find_spec("matplotlib") is None:
+        raise ArchdslError("--plot needs matplotlib: pip install 'archdsl[plots]'")
+
+
+def _load(path: Path) -> Checkpoint:
+    import torch
+
+    from archdsl.checkpoint import load_checkpoint
+
+    return load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _settings(
+    found: Checkpoint,
+    capacity: Sequence[float | list[float]] | None,
+    steps: Sequence[int] | None,
+    sweep: bool,
+) -> list[Setting]:
+    """Those asked for, after the trained one if they are to be compared. Raises DialError."""
+    from archdsl.sweep import TRAINED, Setting, check_settings, preset
+
+    if sweep and not capacity and not steps:
+        return [TRAINED, *preset(found.model)]
+    capacities: Sequence[float | list[float] | None] = capacity or [None]
+    counts: Sequence[int | None] = steps or [None]
+    given = [
+        Setting(capacity=tuple(share) if isinstance(share, list) else share, steps=count)
+        for share in capacities
+        for count in counts
+    ]
+    check_settings(found.model, given)
+    return [TRAINED, *given] if sweep or len(given) > 1 else given
+
+
+def _at(found: Checkpoint, data: Data, setting: Setting, windows: dict[str, Any]) -> Answer:
+    """Held-out text at one setting."""
+    from archdsl import show
+    from archdsl.evaluate import evaluate
+    from archdsl.meter import metered
+    from archdsl.sweep import dialled
+
+    with dialled(found.model, setting), metered(found.model) as meter:
+        result = evaluate(found.model, data, **windows)
+    facts = {
+        "data": data.name,
+        "setting": setting.model_dump(),
+        "flops_per_token": meter.flops_per_token,
+    }
+    head = f"{found.spec.name} on the {result.split} split of {data.name}"
+    executed = [
+        ("dial", str(setting)),
+        ("executed", f"{show.short(meter.flops_per_token)} FLOPs/token"),
+    ]
+    return facts | result.model_dump(), [
+        head,
+        show.evaluation(result, data.chance),
+        show.Facts(executed),
+    ]
+
+
+def _along(
+    found: Checkpoint,
+    data: Data,
+    settings: Sequence[Setting],
+    windows: dict[str, Any],
+    picture: Path | None,
+) -> Answer:
+    """Held-out text at many settings."""
+    from archdsl import show
+    from archdsl.sweep import plot, sweep
+
+    points = sweep(found.model, data, settings[1:], progress=True, **windows)
+    if picture:
+        plot(points, picture)
+    head = f"{found.spec.name} on the {windows['split']} split of {data.name}"
+    facts = {"data": data.name, "split": windows["split"]}
+    shown = [head, "", show.dial(points), *([f"plot: {picture}"] if picture else [])]
+    return facts | {"points": [point.model_dump() for point in points]}, shown
+
+
+def _on_tasks(
+    found: Checkpoint,
+    settings: Sequence[Setting],
+    names: str,
+    examples: dict[str, Any],
+    extent: dict[str, Any],
+    out: Path | None,
+) -> Answer:
+    """Tasks of lm-evaluation-harness at each setting."""
+    try:
+        from archdsl.harness import run_tasks, write_whole
+        from archdsl.tasks import load_tasks
+    except ModuleNotFoundError as error:
+        raise ArchdslError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install 'archdsl[lm-eval]'"
+        ) from None
+    from archdsl import show
+    from archdsl.sweep import dialled
+
+    tokenizer = _tokenizer(found)
+    tasks = load_tasks([name.strip() for name in names.split(",")], **examples)
+    runs, whole = [], []
+    for setting in settings:
+        print(f"{found.spec.name}, dial: {setting}", file=sys.stderr)
+        with dialled(found.model, setting):
+            scores, everything = run_tasks(tasks, found.model, tokenizer, **extent)
+        runs.append((setting, scores))
+        whole.append({"setting": setting.model_dump()} | everything)
+    if out:
+        write_whole(out, whole)
+    facts = [{"setting": at.model_dump()} | scores.model_dump() for at, scores in runs]
+    head = f"{found.spec.name}{', scored causally, as it decodes' if found.model.leaks else ''}"
+    return {"routing": "causal", "settings": facts}, [head, "", show.scores(runs)]
+
+
+def _tokenizer(found: Checkpoint) -> Tokenizer:
+    from archdsl.tokenizer import read_tokenizer
+
+    if found.tokenizer is None:
+        raise ArchdslError(
+            f"{found.path} has no tokenizer, as its data is no text: no task fits it"
+        )
+    return read_tokenizer(found.tokenizer)

@@ -1,0 +1,66 @@
+"""What the passes of a model took: tokens, executed FLOPs, and the share that each step selected.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archdsl.cache import Cache
+from archdsl.executed import flops_per_token
+from archdsl.model import LanguageModel
+
+
+@dataclass
+class Meter:
+    """Sums over passes; padding is not counted as tokens."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    selected: dict[str, float] = field(default_factory=dict)  # tokens, by loop and routed step
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops / max(1, self.tokens)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: count / max(1, self.tokens) for name, count in self.selected.items()}
+
+    def note(
+        self,
+        model: LanguageModel,
+        tokens_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """Adds the pass that the model has just done with these arguments."""
+        count = tokens_BT.numel() if mask_BT is None else int(mask_BT.sum())
+        # with a cache, tokens attend to all that went before
+        length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
+        self.tokens += count
+        self.flops += count * flops_per_token(model, length)
+        for name, share in model.router_shares().items():
+            self.selected[name] = self.selected.get(name, 0.0) + count * share
+
+
+@contextmanager
+def metered(model: LanguageModel) -> Iterator[Meter]:
+    """Meanwhile every pass of the model is counted."""
+    meter = Meter()
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:
+        meter.note(model, *args, **kwargs)
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield meter
+    finally:
+        handle.remove()

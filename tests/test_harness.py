@@ -1,0 +1,197 @@
+"""The adapter to lm-evaluation-harness: what it says is what the model says.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer
+
+from archdsl import tasks
+from archdsl.build import build
+from archdsl.harness import Adapter, run_tasks
+from archdsl.load import load
+from archdsl.model import LanguageModel
+from archdsl.tasks import TaskError, load_tasks
+from archdsl.tokenizer import byte_level, end_of_document, train_bpe
+from tests.examples import ARC_EASY, GSM8K, PIQA, SHIPPED, write_examples
+
+ROUTER = "blocks.1.router.kind"
+PAIRS = [
+    ("The door is", " open"),
+    ("The door is ", "open"),  # the space belongs to what follows
+    ("", "Nothing before"),
+    ("naïve 😀 and then some more words, far longer than the others: ", "x"),
+    ("A", " continuation that is much longer than what stands before it"),
+    ("The door is", " shut"),
+]
+
+
+def bpe() -> Tokenizer:
+    return train_bpe(["the door is open, the door is shut, and then some more words"] * 4, 300)
+
+
+def tiny(*overrides: str, vocab_size: int = 300, context: int = 64) -> LanguageModel:
+    sizes = ["dim=16", f"context={context}", f"vocab_size={vocab_size}"]
+    model = build(load("tiny", overrides=[*sizes, *overrides]), dtype=torch.float64)
+    torch.nn.init.normal_(model.head.weight)  # clear preferences, or answers are ties
+    return model.eval()
+
+
+def asked(kind: str, *arguments: Any) -> list[Instance]:
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def log_p(model: LanguageModel, tokens: list[int]) -> Any:
+    """Of each token after the first, in numpy; and whether it is the likeliest."""
+    with torch.no_grad(), model.causal_routing():
+        logits_TV = model(torch.tensor([tokens[:-1]]))[0].numpy()
+    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    wanted_T = np.array(tokens[1:])
+    return log_p_TV[np.arange(len(wanted_T)), wanted_T], log_p_TV.argmax(-1) == wanted_T
+
+
+def by_hand(model: LanguageModel, tokenizer: Tokenizer, pair: tuple[str, str]) -> tuple[float, bool]:
+    """One pair alone, without padding."""
+    before, after = pair
+    text = before.rstrip()
+    tokens = tokenizer.encode(before + after).ids
+    given = len(tokenizer.encode(text).ids)
+    if not text:
+        tokens, given = [end_of_document(tokenizer), *tokens], 1
+    kept = tokens[-model.spec.context - 1 :]
+    log_p_T, likeliest_T = log_p(model, kept)
+    new = len(tokens) - given
+    return log_p_T[-new:].sum(), likeliest_T[-new:].all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("router", ["prefix", "top_k"])
+@pytest.mark.parametrize("tokenizer", [byte_level(), bpe()], ids=["bytes", "bpe"])
+def test_loglikelihoods_are_sums_of_log_softmax(
+    tokenizer: Tokenizer, router: str, batch_size: int
+) -> None:
+    model = tiny(f"{ROUTER}={router}", "blocks.1.router.capacity=0.5")
+    adapter = Adapter(model, tokenizer, batch_size)
+    with torch.inference_mode(), model.causal_routing():
+        found = adapter.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    wanted = [by_hand(model, tokenizer, pair) for pair in PAIRS]
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in wanted], rel=1e-9)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+
+
+def test_what_is_too_long_is_cut_off_on_the_left() -> None:
+    model = tiny(context=16)
+    adapter = Adapter(model, byte_level(), 4)
+    long, short = ("unseen " + "words " * 20, "to the end"), ("words words ", "to the end")
+    [(cut, _), (whole, _)] = adapter.loglikelihood(asked("loglikelihood", long, short))
+    tokens = list(b"words words to the end")[-17:]
+    assert cut == pytest.approx(whole) == pytest.approx(log_p(model, tokens)[0][-11:].sum())
+    with pytest.raises(TaskError, match="has 17 tokens and the model a context of only 16"):
+        adapter.loglikelihood(asked("loglikelihood", ("a", "b" * 17)))
+
+
+def test_a_long_text_is_scored_in_windows_and_each_token_once() -> None:
+    model = tiny(context=16)
+    text = "It is a long text, with more than one window."
+    adapter = Adapter(model, byte_level(), 4)
+    found = adapter.loglikelihood_rolling(asked("loglikelihood_rolling", (text,), ("short",), ("",)))
+    tokens = [256, *text.encode()]
+    first = log_p(model, tokens[:17])[0].sum()
+    second = log_p(model, tokens[16:33])[0].sum()
+    last = log_p(model, tokens[-17:])[0][-(len(tokens) - 33) :].sum()
+    short = log_p(model, [256, *b"short"])[0].sum()
+    assert found == pytest.approx([first + second + last, short, 0.0])
+
+
+def test_greedy_answers_are_what_the_scores_call_greedy() -> None:
+    model = tiny(f"{ROUTER}=top_k")
+    adapter = Adapter(model, bpe(), 4)
+    prompts = ["the door", "", "and then some more words", "is"]
+    options = {"until": ["zzz"], "max_gen_toks": 8}
+    answers = adapter.generate_until(asked("generate_until", *[(p, options) for p in prompts]))
+    assert all(len(adapter.tok_encode(answer)) for answer in answers)
+    end = end_of_document(adapter.text)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = adapter.tok_encode(prompt) or [end]
+        for _ in range(8):  # a whole pass for each token
+            with torch.no_grad(), model.causal_routing():
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        new = tokens[-8:]
+        new = new[: new.index(end)] if end in new else new
+        assert answer == adapter.text.decode(new)
+        [cut] = adapter.generate_until(
+            asked("generate_until", (prompt, {"until": [answer[2:4]], "max_gen_toks": 8}))
+        )
+        assert cut == answer.split(answer[2:4])[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "asks for sampled answers"),
+        ({"max_gen_toks": 64}, "answers of up to 64 tokens and the model has a context of 64"),
+    ],
+)
+def test_answers_that_the_model_cannot_give_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    adapter = Adapter(tiny(), byte_level(), 4)
+    with pytest.raises(TaskError, match=message):
+        adapter.generate_until(asked("generate_until", ("a", options)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folders = [SHIPPED / name for name in ("arc", "piqa", "gsm8k")]
+    few = TaskManager(include_defaults=False, include_path=folders)
+    monkeypatch.setattr(tasks, "TaskManager", lambda: few)
+    return write_examples(tmp_path)
+
+
+def test_accuracies_are_those_of_the_likeliest_choices(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = tiny(f"{ROUTER}=top_k", context=128), byte_level()
+    found, whole = run_tasks(load_tasks(["arc_easy", "piqa"], data_dir=folder), model, text)
+    assert model.leaks  # as before
+    assert capsys.readouterr().out == ""
+    right = []
+    for row in ARC_EASY:
+        choices = [
+            (f"Question: {row['question']}\nAnswer:", f" {text}") for text in row["choices"]["text"]
+        ]
+        scores = [by_hand(model, text, pair)[0] for pair in choices]
+        right.append(np.argmax(scores) == "ABCD".index(row["answerKey"]))
+    for row in PIQA:
+        pairs = [(f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for name in ("sol1", "sol2")]
+        right.append(np.argmax([by_hand(model, text, pair)[0] for pair in pairs]) == row["label"])
+    score = {(score.task, score.metric): score for score in found.scores}
+    arc, piqa = score["arc_easy", "acc"], score["piqa", "acc"]
+    assert (arc.value, piqa.value) == (np.mean(right[:8]), np.mean(right[8:]))
+    assert (arc.examples, piqa.examples) == (8, 6)
+    assert arc.standard_error == pytest.approx(np.std(right[:8], ddof=1) / math.sqrt(8))
+    assert len(whole["samples"]["arc_easy"]) == 8
+
+
+def test_shots_are_the_same_in_every_run_and_a_limit_bounds_the_examples(folder: Path) -> None:
+    model = tiny(context=512)
+    loaded = load_tasks(["gsm8k"], data_dir=folder, num_fewshot=3)
+    for task in loaded["tasks"].values():
+        task.set_config(key="generation_kwargs", value={"until": ["?"], "max_gen_toks": 4})
+    runs = [run_tasks(loaded, model, byte_level(), limit=1) for _ in range(2)]
+    assert runs[0][0] == runs[1][0]
+    prompts = [whole["samples"]["gsm8k"][0]["arguments"] for _, whole in runs]
+    assert prompts[0] == prompts[1]
+    assert sum(row["question"] in prompts[0][0][0] for row in GSM8K) == 4
+    assert {score.examples for score in runs[0][0].scores} == {1}
+    assert runs[0][0].scores[0].metric == "exact_match (strict-match)"
