@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from archdsl.block import Context, Primitive, Trace, normal_
 from archdsl.blocks.attention import Attention
-from archdsl.blocks.loop import DialError, Loop, take
+from archdsl.blocks.dial import DialError
+from archdsl.blocks.loop import Loop, take
 from archdsl.blocks.norm import make_norm
-from archdsl.blocks.router import Router, TopK
+from archdsl.blocks.router import Router
+from archdsl.blocks.threshold import TopK
 from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 from torch import Tensor, nn
 
 from archdsl.block import Block, Context
+from archdsl.blocks.dial import Pass, plan
 from archdsl.blocks.residual_thinking import (
     DeltaSpec,
     OverwriteSpec,
@@ -33,7 +34,6 @@ from archdsl.blocks.residual_thinking import (
 from archdsl.blocks.router import Choice, RouterSpec, Step
 from archdsl.blocks.step_encoding import Encoding, EncodingSpec
 from archdsl.cost import Cost, Scope, linear
-from archdsl.errors import ArchdslError
 from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
 
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
@@ -194,20 +194,6 @@ def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:
     return values[:1] if len(set(values)) == 1 else values
 
 
-class DialError(ArchdslError):
-    """A number of steps or a capacity that a model cannot be run at."""
-
-    exit_status = 2
-
-
-class Pass(NamedTuple):
-    """One pass through the body, with what step ``like`` of the training learned for it."""
-
-    step: int
-    like: int
-    routed: Step | None  # None: every token takes it
-
-
 class Loop(Block):
     def __init__(self, spec: LoopSpec, dim: int) -> None:
         super().__init__()
@@ -237,62 +223,7 @@ class Loop(Block):
 
         Passes beyond the trained ones use what the last of those learned. Raises DialError.
         """
-        count = self.spec.steps if steps is None else steps
-        if count < 1:
-            raise DialError(f"{self.label}: needs at least one step, got {count}")
-        if count > self.spec.steps and len(self.bodies) > 1:
-            raise DialError(
-                f"{self.label}: has weights for {self.spec.steps} steps, each its own; got {count}"
-            )
-        shares = self._shares(capacity, count - self.spec.full_steps)
-        passes: list[Pass] = []
-        among, routed = 1.0, 0
-        for step in range(count):
-            like = min(step, self.spec.steps - 1)
-            row, at = self.rows[like], None
-            if row is not None:
-                share = shares[step - self.spec.full_steps]
-                at = Step(f"{self.label}.{routed}", row, share, among)
-                among, routed = share if self.spec.router.nested else 1.0, routed + 1  # type: ignore[union-attr]
-            passes.append(Pass(step, like, at))
-        self.passes = passes
-
-    def _shares(self, capacity: Sequence[float] | float | None, further: int) -> list[float]:
-        """The capacity of each pass after the full ones."""
-        trained = [1.0] * max(0, further)
-        if self.spec.router is None or further < 1:
-            return trained
-        given = self.spec.router.capacity
-        trained = [given[min(i, len(given) - 1)] for i in range(further)]
-        learned = [
-            self.rows[min(i + self.spec.full_steps, self.spec.steps - 1)] is not None
-            for i in range(further)
-        ]
-        if capacity is None:
-            return trained
-        if isinstance(capacity, float | int):
-            shares = [capacity if has else 1.0 for has in learned]
-        else:
-            shares = list(capacity)
-        self._check(shares, learned)
-        return shares
-
-    def _check(self, shares: list[float], learned: list[bool]) -> None:
-        if len(shares) != len(learned):
-            raise DialError(
-                f"{self.label}: {len(learned)} passes are routed, "
-                f"so one capacity or {len(learned)} are needed; got {len(shares)}"
-            )
-        for i, (share, has) in enumerate(zip(shares, learned, strict=True)):
-            if not 0 <= share <= 1:
-                raise DialError(f"{self.label}: a capacity is between 0 and 1, got {share:g}")
-            if share < 1 and not has:
-                raise DialError(
-                    f"{self.label}: routed pass {i + 1} was trained on every token and has no "
-                    f"router, so its capacity is 1; got {share:g}"
-                )
-        if self.spec.router and self.spec.router.nested and shares != sorted(shares, reverse=True):
-            raise DialError(f"{self.label}: is nested, so capacities must not rise; got {shares}")
+        self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         start_BTD, chosen = x_BTD, None

@@ -23,21 +23,10 @@ from archdsl.blocks.layer import Layer
 from archdsl.blocks.loop import Loop
 from archdsl.blocks.norm import Norm
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
-from archdsl.blocks.router import (
-    AllSpec,
-    Learned,
-    LearnedSpec,
-    Predictor,
-    PredictorSpec,
-    PrefixSpec,
-    Random,
-    RandomSpec,
-    Threshold,
-    ThresholdSpec,
-    TopKSpec,
-)
+from archdsl.blocks.router import AllSpec, Learned, LearnedSpec, PrefixSpec, Random, RandomSpec
 from archdsl.blocks.stack import Stack
 from archdsl.blocks.step_encoding import Add, Scale
+from archdsl.blocks.threshold import Predictor, PredictorSpec, Threshold, ThresholdSpec, TopKSpec
 from archdsl.model import LanguageModel
 from archdsl.rope import LinearSpec, Llama3Spec, RopeScalingSpec
 from archdsl.spec import BlockSpec

@@ -50,7 +50,7 @@ def test_what_only_some_tokens_computed_takes_the_room_of_these() -> None:
     model(tokens(1), cache=cache)
     kept = {
         (path, name): entries.limit
-        for (_, path), memory in cache._memories.items()  # type: ignore[misc]
+        for (_, path), memory in cache._memories.items()
         for name, entries in memory.kept.items()
     }
     assert kept == {

@@ -112,8 +112,10 @@ def test_steps_are_counted_where_they_are_taken() -> None:
     padded[:, 3:9] = True
     with torch.no_grad():
         model(torch.arange(T).unsqueeze(0) % V, padded)
-    assert not model.trace.steps_BT[~padded].any()
-    assert model.trace.steps_BT[padded].any()
+    steps_BT = model.trace.steps_BT
+    assert steps_BT is not None
+    assert not steps_BT[~padded].any()
+    assert steps_BT[padded].any()
     assert set(shares) == {"blocks.1.0", "blocks.1.1", "blocks.1.bodies.0.0"}
 
 

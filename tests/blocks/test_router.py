@@ -13,20 +13,22 @@ from torch import Tensor
 
 from archdsl.block import Context
 from archdsl.blocks.router import (
-    MOMENTUM,
-    Predictor,
-    PredictorSpec,
     PrefixSpec,
     RandomSpec,
     Router,
     RouterSpec,
     Step,
+    prefix_rank,
+    share_of,
+)
+from archdsl.blocks.threshold import (
+    MOMENTUM,
+    Predictor,
+    PredictorSpec,
     Threshold,
     ThresholdSpec,
     TopK,
     TopKSpec,
-    prefix_rank,
-    share_of,
 )
 from archdsl.cache import Stream
 from tests import naive
