@@ -39,13 +39,14 @@ p {{ margin: .5rem 0; }}
 .soft {{ color: var(--soft); }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ padding: .15rem .8rem; text-align: right; font-weight: normal; }}
-section {{ margin: 1.5rem 0; line-height: 1.2; }}
-.t {{ display: inline-flex; flex-direction: column; align-items: center; vertical-align: top;
-  min-width: .5rem; max-width: 100%; margin: 0 1px 4px 0; padding: 1px 2px; border-radius: 3px;
-  unicode-bidi: isolate; }}
-.t b {{ font: .95rem/1.3 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.t small {{ font-size: .65rem; line-height: 1; }}
-.p b {{ text-decoration: underline dotted; text-underline-offset: 3px; }}
+section {{ margin: 1.5rem 0; line-height: 1; }}
+.t {{ display: inline-block; vertical-align: top; min-width: .6rem; max-width: 100%;
+  margin: 0 1px 5px 0; padding: 2px; border-bottom: 2px solid transparent; border-radius: 3px;
+  text-align: center; unicode-bidi: isolate; }}
+.t b {{ display: block; font: 1rem/1.3 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }}
+.t small {{ display: block; font-size: .65rem; }}
+.p {{ border-bottom: 2px dotted var(--soft); }}
 {light}
 @media (prefers-color-scheme: dark) {{
 :root {{ --ink: #f2f6fa; --paper: #11171d; --soft: #a6b3bf; }}
@@ -64,7 +65,7 @@ section {{ margin: 1.5rem 0; line-height: 1.2; }}
 </tbody>
 </table>
 <p class="soft">A box is a token and the number in it counts its further thinking steps. The prompt
-is underlined. The last token of a text was written but not read, and has none (·).</p>
+has dots beneath. The last token of a text was written but not read, and has none (·).</p>
 {sections}
 </body>
 </html>
