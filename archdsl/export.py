@@ -144,7 +144,7 @@ def _compare(folder: Path, model: LanguageModel) -> tuple[float, int]:
     shape = (2, min(model.spec.context, 128))
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.spec.vocab_size, shape, generator=generator).to(weight.device)
-    with torch.no_grad(), loaded(folder) as hub:
+    with torch.no_grad(), loaded(folder) as hub, _evaluating(model):
         wanted, found = model(tokens_BT), hub.to(weight.device)(tokens_BT).logits
     difference = (wanted - found).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
@@ -179,6 +179,16 @@ def _module(path: Path) -> Iterator[ModuleType]:
         yield module
     finally:
         del sys.modules[name]
+
+
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

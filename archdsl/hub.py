@@ -206,6 +206,11 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         with self.model.causal_routing():
             return super().generate(*args, **more)  # type: ignore[misc]  # self
 
+    def save_pretrained(self, *args: Any, **more: Any) -> None:
+        """As transformers has it, with all that the routers learned."""
+        self.model.commit()
+        super().save_pretrained(*args, **more)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
@@ -225,7 +230,7 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         depth = max(1, sum(isinstance(module, Attention) for module in self.modules()))
         rng = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
         for module in self.modules():
-            if isinstance(module, Primitive) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, Primitive) and not _is_loaded(module):
                 module.reset(rng, depth)
 
     def _prepare_cache_for_generation(
@@ -244,6 +249,11 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
             # of what is generated, the last token is not read again
             room = min(max_cache_length + 1, self.config.max_position_embeddings)
             model_kwargs["past_key_values"] = self.new_cache(max(1, room))
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    tensors = module.state_dict(keep_vars=True).values()
+    return all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
 
 
 def _of_chunk(mask_BS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
