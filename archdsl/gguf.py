@@ -41,7 +41,8 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-DIGIT_BY_DIGIT = ("smollm",)  # tokenizers whose digits stand alone, which the reader misses
+# of llama.cpp's tokenizers, those whose digits stand alone, which transformers' reader passes by
+DIGIT_BY_DIGIT = ("smollm",)
 
 
 class Gguf:

@@ -148,12 +148,11 @@ def _filled(spec: ModelSpec, source: Source, path: Path) -> LanguageModel:
             if not tensor.isfinite().all():
                 raise PretrainedError(f"{path}: {name} holds numbers that are not finite")
     if spec.tie_embeddings:
-        head = state.setdefault("head.weight", state["embedding.weight"])
-        if not head.equal(state["embedding.weight"]):
+        embedding = state["embedding.weight"]
+        if not state.get("head.weight", embedding).equal(embedding):
             raise PretrainedError(f"{path}: {HEAD} is not {EMBEDDING}, though the config ties them")
+        state["head.weight"] = embedding  # some files hold it twice
     model.load_state_dict(state, assign=True)  # holds the weights once
-    if spec.tie_embeddings:
-        model.head.weight = model.embedding.weight
     return model
 
 

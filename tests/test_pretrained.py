@@ -90,6 +90,7 @@ def imported(source: Path, **options: Any) -> LanguageModel:
         {"rms_norm_eps": 0.01},
         {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 9},
         {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+        {"sliding_window": 9},
         {"num_hidden_layers": 1},
     ],
     ids=lambda config: ",".join(config) or "plain",
@@ -259,6 +260,16 @@ def test_tensors_that_do_not_fit_are_named(
     damage(tensors)
     save_file(tensors, tmp_path / "model/model.safetensors")
     refused(tmp_path, tmp_path / "model", complaint)
+
+
+def test_a_tied_head_that_is_stored_twice_is_kept_once(tmp_path: Path) -> None:
+    pretrained(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    model = imported(tmp_path / "model")
+    assert model.head.weight is model.embedding.weight
+    assert len(load_file(tmp_path / "imported/model.safetensors")) == len(tensors) - 1
 
 
 def test_frequencies_that_old_files_carry_are_passed_by(tmp_path: Path) -> None:
