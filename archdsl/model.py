@@ -20,7 +20,6 @@ from archdsl.blocks.attention import Attention
 from archdsl.blocks.dial import DialError
 from archdsl.blocks.loop import Loop, take
 from archdsl.blocks.norm import make_norm
-from archdsl.blocks.router import Router
 from archdsl.blocks.threshold import TopK
 from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
@@ -44,6 +43,9 @@ class LanguageModel(Primitive):
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
         self.trace = Trace()  # of the last pass
         self._tie()
+        # lists, as every token that is decoded asks for them
+        self.loops = [module for module in self.modules() if isinstance(module, Loop)]
+        self.routers = [loop.router for loop in self.loops if loop.router is not None]
         self._name_loops()
 
     if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class LanguageModel(Primitive):
             if self.spec.context < T:
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
             return Context(Stream(length_B=length_B), trace=trace)
-        settings = [loop.passes for loop in self._loops()]
+        settings = [loop.passes for loop in self.loops]
         if cache.settings not in (None, settings):
             raise DialError("the dial was turned while a cache was in use; begin with a new one")
         cache.settings = settings
@@ -126,17 +128,16 @@ class LanguageModel(Primitive):
         them learned. Without arguments: as trained. Raises DialError, with all as it was, where
         a loop cannot be run so.
         """
-        loops = self._loops()
-        if not loops and not (capacity is None and steps is None):
+        if not self.loops and not (capacity is None and steps is None):
             raise DialError(f"{self.spec.name} has no loops: there is nothing to dial")
-        if capacity is not None and all(loop.router is None for loop in loops):
+        if capacity is not None and not self.routers:
             raise DialError(f"{self.spec.name} has no routers, so there is no capacity to dial")
-        before = [loop.passes for loop in loops]
+        before = [loop.passes for loop in self.loops]
         try:
-            for loop in loops:
+            for loop in self.loops:
                 loop.dial(capacity, steps)
         except DialError:
-            for loop, passes in zip(loops, before, strict=True):
+            for loop, passes in zip(self.loops, before, strict=True):
                 loop.passes = passes
             raise
         self.trace = Trace()
@@ -144,12 +145,12 @@ class LanguageModel(Primitive):
     @property
     def leaks(self) -> bool:
         """Whether a router looks at later tokens."""
-        return any(router.leaks for router in self._routers())
+        return any(router.leaks for router in self.routers)
 
     @contextmanager
     def causal_routing(self) -> Iterator[None]:
         """Meanwhile leaking routers select causally, as they do when they decode."""
-        routers = [router for router in self._routers() if isinstance(router, TopK)]
+        routers = [router for router in self.routers if isinstance(router, TopK)]
         before = [router.causal for router in routers]
         for router in routers:
             router.causal = True
@@ -170,7 +171,7 @@ class LanguageModel(Primitive):
     def commit(self) -> None:
         """Takes up what the last training pass taught the routers besides gradients; the next
         training pass begins with it, too."""
-        for router in self._routers():
+        for router in self.routers:
             router.commit()
 
     def initialise(self, seed: int) -> None:
@@ -201,20 +202,12 @@ class LanguageModel(Primitive):
             self.head.weight = self.embedding.weight
 
     def _name_loops(self) -> None:
-        routers = 0
         for name, module in self.named_modules():
             if isinstance(module, Loop):
                 module.label = name
                 module.dial()
-                if module.router is not None:
-                    module.router.salt = routers
-                    routers += 1
-
-    def _loops(self) -> list[Loop]:
-        return [module for module in self.modules() if isinstance(module, Loop)]
-
-    def _routers(self) -> list[Router]:
-        return [module for module in self.modules() if isinstance(module, Router)]
+        for salt, router in enumerate(self.routers):
+            router.salt = salt
 
 
 def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
