@@ -12,13 +12,15 @@ from archdsl import tasks
 from archdsl.tasks import TaskError, load_tasks
 from tests.examples import ARC_EASY, GSM8K, PIQA, SHIPPED, write_examples, write_rows
 
+every_folder = tasks._manager
+
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all the tasks, those that are needed here."""
     folders = [SHIPPED / name for name in ("arc", "piqa", "gsm8k", "humaneval")]
     few = TaskManager(include_defaults=False, include_path=folders)
-    monkeypatch.setattr(tasks, "TaskManager", lambda: few)
+    monkeypatch.setattr(tasks, "_manager", lambda names: few)
 
 
 @pytest.fixture
@@ -30,6 +32,17 @@ def test_examples_are_found_by_the_name_of_the_task_or_of_its_dataset(folder: Pa
     found = load_tasks(["arc_easy", "piqa"], data_dir=folder)["tasks"]
     assert list(found["arc_easy"].eval_docs) == ARC_EASY
     assert list(found["piqa"].eval_docs) == PIQA
+
+
+def test_tasks_and_tags_are_found_without_reading_all_of_them() -> None:
+    few = every_folder(["arc_easy", "ai2_arc", "lambada_openai"])
+    assert {"arc_easy", "arc_challenge", "ai2_arc", "lambada_openai"} <= set(few.all_tasks)
+    assert len(few.all_tasks) < 1000
+
+
+@pytest.mark.slow
+def test_the_members_of_a_group_are_found(folder: Path) -> None:
+    assert "mmlu_abstract_algebra" in every_folder(["mmlu"]).task_index
 
 
 def test_a_tag_stands_for_its_tasks(folder: Path) -> None:
@@ -51,6 +64,7 @@ def test_shots_are_drawn_from_their_own_split(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
+        ([], {}, "no task was named"),
         (["arc_esay"], {}, "has no task 'arc_esay' (did you mean 'arc_easy'?)"),
         (["arc_easy", "nope"], {}, "has no task 'nope'"),
         (["arc_challenge"], {}, "task arc_challenge: its examples are missing; expected "),

@@ -263,7 +263,7 @@ def _on_tasks(
     from archdsl.sweep import dialled
 
     tokenizer = _tokenizer(found)
-    tasks = load_tasks([name.strip() for name in names.split(",")], **examples)
+    tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], **examples)
     runs, whole = [], []
     for setting in settings:
         print(f"{found.spec.name}, dial: {setting}", file=sys.stderr)
