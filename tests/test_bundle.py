@@ -105,11 +105,11 @@ def test_equal_names_of_two_modules_stay_apart(tmp_path: Path) -> None:
         "def _same(x):\n    return x * 10\n\n\n"
         "class Two:\n"
         "    def both(self, x):\n        return one(x), _same(x)\n\n"
-        "    def local(self):\n        _same = 5\n        return _same\n",
+        "    def local(self, _same):\n        return _same\n",
     )
     alone = module_of(bundle([two.Two], ""), "two_alone")
     assert alone.Two().both(2) == (3, 20)
-    assert alone.Two().local() == 5
+    assert alone.Two().local(5) == 5
 
 
 def test_annotations_that_name_what_is_not_there_are_dropped(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def saved(path: Path, text: Data | None, *overrides: str) -> Checkpoint:
     model.commit()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     save_checkpoint(path, model, tokenizer_from=text, provenance={})
     return load_checkpoint(path)
 
@@ -159,6 +159,14 @@ def test_every_cache_generates_what_none_does(there: Any, how: dict[str, Any]) -
     assert len(torch.unique(without[:, 12:])) > 2
 
 
+def test_without_a_cache_each_token_is_weighed_as_with_one(there: Any) -> None:
+    how = NEW | {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with_one, without = (there.generate(TOKENS, **how, use_cache=u) for u in (True, False))
+    torch.testing.assert_close(torch.stack(with_one.logits), torch.stack(without.logits))
+    assert type(with_one.past_key_values).__name__ == "ArchdslCache"
+    assert without.past_key_values is None
+
+
 def test_padding_changes_no_real_token(there: Any) -> None:
     for mask in (torch.arange(12) >= 5, torch.arange(12) < 7):
         batch = there(TOKENS, attention_mask=torch.stack((mask, mask | True)).long()).logits
@@ -206,6 +214,15 @@ def test_the_loss_is_llamas(there: Any) -> None:
     torch.testing.assert_close(found.loss, theirs, rtol=0, atol=0)
     by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(found.loss, by_hand)
+
+
+def test_in_training_the_loss_is_also_the_routers(there: Any, folder: Path) -> None:
+    model = type(there).from_pretrained(folder).train()
+    found = model(TOKENS, labels=TOKENS)
+    own = sum(model.model.trace.losses.values())
+    by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, by_hand + own)
+    assert (own > 0) == ("predictor" in json.dumps(model.config.spec))
 
 
 def test_embeddings_may_come_in_and_few_logits_go_out(there: Any) -> None:
