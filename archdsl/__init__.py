@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archdsl.build import build
+    from archdsl.check import check
     from archdsl.cost import cost
     from archdsl.data import load_data
     from archdsl.evaluate import evaluate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from archdsl.train import train
 
 __version__ = "0.1.0"
-__all__ = ["build", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
+__all__ = ["build", "check", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
 
 
 def __getattr__(name: str) -> Any:

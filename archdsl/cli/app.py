@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
+from archdsl.cli import check, generate, hub, retrofit, runs, search, specs
 from archdsl.cli import eval as evaluation
-from archdsl.cli import generate, hub, retrofit, runs, search, specs
 from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
 
@@ -39,6 +39,7 @@ for command in (
     retrofit.retrofit,
     runs.train,
     evaluation.eval_,
+    check.check,
     generate.generate,
     hub.import_,
     hub.export,

@@ -53,7 +53,7 @@ def train(
     from archdsl.load import load
     from archdsl.train import train
 
-    start = _checkpoint_at(spec, overrides, tokenizer)
+    start = checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
     data = data_of(start, source) if start else data_for(model, source, tokenizer)
     folder = out or Path("runs") / model.name
@@ -76,8 +76,8 @@ def train(
         print(f"checkpoint: {folder / 'final'}")
 
 
-def _checkpoint_at(
-    spec: str, overrides: list[str] | None, tokenizer: str | None
+def checkpoint_at(
+    spec: str, overrides: list[str] | None, tokenizer: str | None = None
 ) -> Checkpoint | None:
     """The checkpoint, if that is what stands in the place of a spec."""
     from archdsl.checkpoint import PROVENANCE, load_checkpoint
