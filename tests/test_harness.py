@@ -18,9 +18,11 @@ from tokenizers import Tokenizer
 
 from archdsl import tasks
 from archdsl.build import build
+from archdsl.checkpoint import load_checkpoint
 from archdsl.harness import Adapter, run_tasks
 from archdsl.load import load
 from archdsl.model import LanguageModel
+from archdsl.pretrained import import_pretrained
 from archdsl.tasks import TaskError, load_tasks
 from archdsl.tokenizer import byte_level, end_of_document, train_bpe
 from tests.examples import ARC_EASY, GSM8K, PIQA, SHIPPED, write_examples
@@ -60,7 +62,9 @@ def log_p(model: LanguageModel, tokens: list[int]) -> Any:
     return log_p_TV[np.arange(len(wanted_T)), wanted_T], log_p_TV.argmax(-1) == wanted_T
 
 
-def by_hand(model: LanguageModel, tokenizer: Tokenizer, pair: tuple[str, str]) -> tuple[float, bool]:
+def by_hand(
+    model: LanguageModel, tokenizer: Tokenizer, pair: tuple[str, str]
+) -> tuple[float, bool]:
     """One pair alone, without padding."""
     before, after = pair
     text = before.rstrip()
@@ -104,7 +108,9 @@ def test_a_long_text_is_scored_in_windows_and_each_token_once() -> None:
     model = tiny(context=16)
     text = "It is a long text, with more than one window."
     adapter = Adapter(model, byte_level(), 4)
-    found = adapter.loglikelihood_rolling(asked("loglikelihood_rolling", (text,), ("short",), ("",)))
+    found = adapter.loglikelihood_rolling(
+        asked("loglikelihood_rolling", (text,), ("short",), ("",))
+    )
     tokens = [256, *text.encode()]
     first = log_p(model, tokens[:17])[0].sum()
     second = log_p(model, tokens[16:33])[0].sum()
@@ -173,7 +179,9 @@ def test_accuracies_are_those_of_the_likeliest_choices(
         scores = [by_hand(model, text, pair)[0] for pair in choices]
         right.append(np.argmax(scores) == "ABCD".index(row["answerKey"]))
     for row in PIQA:
-        pairs = [(f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for name in ("sol1", "sol2")]
+        pairs = [
+            (f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for name in ("sol1", "sol2")
+        ]
         right.append(np.argmax([by_hand(model, text, pair)[0] for pair in pairs]) == row["label"])
     score = {(score.task, score.metric): score for score in found.scores}
     arc, piqa = score["arc_easy", "acc"], score["piqa", "acc"]
@@ -195,3 +203,41 @@ def test_shots_are_the_same_in_every_run_and_a_limit_bounds_the_examples(folder:
     assert sum(row["question"] in prompts[0][0][0] for row in GSM8K) == 4
     assert {score.examples for score in runs[0][0].scores} == {1}
     assert runs[0][0].scores[0].metric == "exact_match (strict-match)"
+
+
+@pytest.mark.slow
+def test_the_harness_own_adapter_says_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")  # which that adapter needs
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    text, end = bpe(), "<|endoftext|>"
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    )
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    text.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    import_pretrained(tmp_path / "theirs", tmp_path / "ours")
+    ours = Adapter(load_checkpoint(tmp_path / "ours").model, text, 4)
+    fast = PreTrainedTokenizerFast(tokenizer_object=text, eos_token=end, pad_token=end)
+    own = HFLM(pretrained=theirs, tokenizer=fast, batch_size=4, max_length=64, device="cpu")
+
+    long = " ".join(before + after for before, after in PAIRS)
+    requests: dict[str, list[Any]] = {
+        "loglikelihood": [*PAIRS, (long, " the end")],
+        "loglikelihood_rolling": [(long,), ("short",)],
+        "generate_until": [
+            (long, {"until": ["the"], "max_gen_toks": 9}),
+            ("A", {"until": ["e"], "max_gen_toks": 9}),
+        ],
+    }
+    for kind, arguments in requests.items():
+        found, wanted = (getattr(lm, kind)(asked(kind, *arguments)) for lm in (ours, own))
+        if kind == "generate_until":
+            assert found == wanted
+        else:
+            np.testing.assert_allclose(found, wanted, rtol=1e-5)
