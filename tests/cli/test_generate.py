@@ -85,24 +85,28 @@ def test_a_prompt_from_stdin_is_the_same_as_one_on_the_command_line(
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("p.txt", "Hello\n\n  naïve \n"),
-        ("p.jsonl", '{"prompt": "Hello"}\n{"prompt": ""}\n{"prompt": "  na\\u00efve ", "id": 3}\n'),
+        # a line separator separates no lines
+        ("p.txt", "Hello\r\n\n  naïve\u2028 \n"),
+        (
+            "p.jsonl",
+            '{"prompt":"Hello"}\n{"prompt":""}\n{"id":3, "prompt":"  na\\u00efve\u2028 "}\n',
+        ),
     ],
 )
 def test_many_prompts_from_a_file_are_the_same_as_each_alone(
     made: Cli, name: str, lines: str
 ) -> None:
-    Path(name).write_text(lines, encoding="utf-8")
+    Path(name).write_bytes(lines.encode())
     options = ["--prompts", name, "--max-tokens", "6", "--batch-size", "2"]
     printed = made("generate", "made", *options)
     found = [json.loads(line) for line in printed.out.splitlines()]
-    assert [line["prompt"] for line in found] == ["Hello", "", "  naïve "]
+    assert [line["prompt"] for line in found] == ["Hello", "", "  naïve\u2028 "]
     for line in found:
         alone = made("generate", "made", line["prompt"], "--max-tokens", "6", "--json").json
         assert (line["text"], line["tokens"]) == (alone["text"], alone["tokens"])
     written = made("generate", "made", *options, "--out", "texts.jsonl", "--json")
     assert Path("texts.jsonl").read_text() == printed.out
-    assert written.json["prefill"]["tokens"] == 5 + 1 + 9
+    assert written.json["prefill"]["tokens"] == 5 + 1 + 12
     assert "3 texts stopped after 6 tokens" in printed.err
 
 
@@ -175,13 +179,20 @@ class Terminal(io.StringIO):
 def test_a_terminal_shows_the_prompt_and_is_not_steered_by_the_text(
     made: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    screen = Terminal()
+    command = ["generate", "made", "\x1b[2JHi\n", "--temperature", "2"]
+    piped, screen = made(*command).out, Terminal()
+    assert controls(piped)  # or the test would be too easy
     monkeypatch.setattr(sys, "stdout", screen)
     with pytest.raises(SystemExit):
-        app(["generate", "made", "\x1b[2JHello\n"])
+        app(command)
     shown = screen.getvalue()
-    assert shown.startswith("␛[2JHello\n")
-    assert not {letter for letter in shown if ord(letter) < 32} - {"\n", "\t"}
+    assert shown.startswith("␛[2JHi\n")
+    assert len(shown) == len("␛[2JHi\n") + len(piped)
+    assert not controls(shown)
+
+
+def controls(text: str) -> set[str]:
+    return {letter for letter in text if ord(letter) < 32} - {"\n", "\t"}
 
 
 def test_every_field_of_the_sampling_is_an_option(cli: Cli) -> None:
