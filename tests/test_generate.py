@@ -73,11 +73,13 @@ SAMPLINGS = st.builds(
     [
         [],
         [f"{ROUTER}=top_k"],
+        [f"{ROUTER}=threshold"],
+        [f"{ROUTER}=predictor"],
         [f"{ROUTER}=random"],
         ["blocks.1.kv=shared"],
         ["blocks=[{kind: layer, attention: {head_size: 8}}]"],
     ],
-    ids=["prefix", "top_k", "random", "shared", "plain"],
+    ids=["prefix", "top_k", "threshold", "predictor", "random", "shared", "plain"],
 )
 def test_a_cache_changes_no_token(overrides: list[str]) -> None:
     model = tiny(*overrides)

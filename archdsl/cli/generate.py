@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SHOWN = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
 SHOWN |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
+MOST_NAMED = 4  # routed steps; of more, --json tells each
+
 
 @with_options_of(Sampling, "sampling")
 def generate(
@@ -214,18 +216,27 @@ def _said(runs: Sequence[Run]) -> Iterator[str]:
     yield f"text: {sum(len(row.tokens) for row in rows):,} tokens{_speed(paces['decode'])}"
     counts = Counter(_end(run, row) for run in runs for row in run.rows)
     for end, count in counts.most_common():
-        yield f"{f'{count:,} texts ' if len(rows) > 1 else ''}stopped {end}"
+        many = f"{count:,} text{'s' if count > 1 else ''} " if len(rows) > 1 else ""
+        yield f"{many}stopped {end}"
 
 
 def _speed(pace: Pace) -> str:
     if not pace.tokens:
         return ""
-    selected = ", ".join(f"{place} {share:.0%}" for place, share in pace.shares.items())
     return (
         f" at {pace.tokens_per_s:,.1f} tokens/s, "
-        f"{pace.thinking_steps:.2f} further thinking steps per token"
-        f"{f' (selected: {selected})' if selected else ''}"
+        f"{pace.thinking_steps:.2f} further thinking steps per token{_selected(pace.shares)}"
     )
+
+
+def _selected(shares: dict[str, float]) -> str:
+    if not shares:
+        return ""
+    if len(shares) <= MOST_NAMED:
+        named = ", ".join(f"{place} {share:.0%}" for place, share in shares.items())
+        return f" (selected: {named})"
+    least, most = min(shares.values()), max(shares.values())
+    return f" (selected: {least:.0%} to {most:.0%} by {len(shares)} routed steps)"
 
 
 def _end(run: Run, row: Generation) -> str:

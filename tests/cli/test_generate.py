@@ -34,6 +34,8 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(made: Cli) -> None:
     assert text.startswith("text: 6 tokens at ")
     assert "further thinking steps per token (selected: blocks.1.0 " in text
     assert stopped == "stopped after 6 tokens (--max-tokens)"
+    many = made("generate", "made", "Hello", "--max-tokens", "6", "--steps", "7", "--capacity", "1")
+    assert many.err.count("(selected: 100% to 100% by 6 routed steps)") == 2
 
 
 def test_json_has_the_tokens_the_pace_and_the_shares(made: Cli) -> None:
