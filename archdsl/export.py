@@ -30,7 +30,7 @@ from archdsl.checkpoint import Checkpoint
 from archdsl.errors import ArchdslError
 from archdsl.files import whole_folder
 from archdsl.hub import ArchdslCache, ArchdslConfig, ArchdslForCausalLM
-from archdsl.spec import FAMILIES, ModelSpec, Strict
+from archdsl.spec import FAMILIES, Strict
 from archdsl.tokenizer import end_of_document, read_tokenizer
 
 if TYPE_CHECKING:
@@ -94,16 +94,16 @@ def code() -> str:
 def in_transformers(model: LanguageModel) -> ArchdslForCausalLM:
     """The same model, no copy of it."""
     with torch.device("meta"):
-        hub = ArchdslForCausalLM(config_of(model.spec))
+        hub = ArchdslForCausalLM(config_of(model))
     hub.model = model
     return hub
 
 
-def config_of(spec: ModelSpec) -> ArchdslConfig:
+def config_of(model: LanguageModel) -> ArchdslConfig:
     classes = {"AutoConfig": ArchdslConfig, "AutoModelForCausalLM": ArchdslForCausalLM}
     return ArchdslConfig(
-        plain(spec),
-        num_hidden_layers=len(spec.blocks),
+        plain(model.spec),
+        num_hidden_layers=len(model.layers),
         archdsl_version=__version__,
         auto_map={auto: f"{CODE}.{cls.__name__}" for auto, cls in classes.items()},
     )

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from archdsl.blocks.attention import Attention
 from archdsl.blocks.dial import DialError
 from archdsl.blocks.loop import Loop, take
 from archdsl.blocks.norm import make_norm
+from archdsl.blocks.stack import Stack
 from archdsl.blocks.threshold import TopK
 from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
@@ -30,7 +31,8 @@ __all__ = ["DialError", "LanguageModel"]
 class LanguageModel(Primitive):
     """Tokens to the logits of their successors.
 
-    ``checkpoint_activations``: recompute each block in the backward pass instead of storing it.
+    ``layers``: the blocks, those of a stack one by one. ``checkpoint_activations``: recompute each
+    of them in the backward pass instead of storing it.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -44,6 +46,7 @@ class LanguageModel(Primitive):
         self.trace = Trace()  # of the last pass
         self._tie()
         # lists, as every token that is decoded asks for them
+        self.layers = list(unstacked(self.blocks))
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
         self._name_loops()
@@ -72,18 +75,18 @@ class LanguageModel(Primitive):
         cache: Cache | None = None,
         each: list[Tensor] | None = None,
     ) -> Tensor:
-        """The stream after the blocks, before the norm; ``each`` collects it after each block."""
+        """The stream after the blocks, before the norm; ``each`` collects it after each layer."""
         if self.training:
             self.commit()
         index_BT, length_B = _real_first(mask_BT)
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
         ctx = self._context(x_BTD, length_B, cache)
-        for block in self.blocks:
+        for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x_BTD = checkpoint(block, x_BTD, ctx, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, ctx, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, ctx)
+                x_BTD = layer(x_BTD, ctx)
             if each is not None:
                 each.append(_as_before(x_BTD, index_BT))
         if cache is not None:
@@ -208,6 +211,11 @@ class LanguageModel(Primitive):
                 module.dial()
         for salt, router in enumerate(self.routers):
             router.salt = salt
+
+
+def unstacked(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for block in blocks:
+        yield from unstacked(block.blocks) if isinstance(block, Stack) else (block,)
 
 
 def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

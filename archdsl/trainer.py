@@ -83,8 +83,8 @@ class Trainer:
         self.absurd_steps = 0
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
-            for block in model.blocks:
-                block.compile()
+            for layer in model.layers:
+                layer.compile()
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[Step], None] | None = None

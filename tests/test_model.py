@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import archdsl
+from archdsl.block import Context
 from archdsl.build import TooLargeError, meta_model
 from archdsl.cache import ContextFullError
 from archdsl.model import LanguageModel
@@ -156,6 +157,18 @@ def test_more_tokens_than_the_context_are_refused() -> None:
     assert model(TOKENS).shape == (2, 10, 11)
     with pytest.raises(ContextFullError, match="11 tokens exceed the context of 10"):
         model(torch.zeros(1, 11, dtype=torch.long))
+
+
+def test_the_stream_can_be_seen_after_each_layer_of_a_stack() -> None:
+    inner = {"kind": "stack", "repeat": 2, "body": [LAYER]}
+    model = archdsl.build(spec(LAYER, {"kind": "stack", "body": [inner, LOOP]}))
+    x = model.embedding(TOKENS)
+    each: list[Tensor] = []
+    last = model.hidden(x, each=each)
+    assert [type(layer).__name__ for layer in model.layers] == ["Layer", "Layer", "Layer", "Loop"]
+    assert torch.equal(each[0], model.blocks[0](x, Context()))
+    assert len(each) == 4
+    assert torch.equal(each[-1], last)
 
 
 @pytest.mark.parametrize("kv", ["own", "shared"])
