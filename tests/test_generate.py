@@ -89,7 +89,7 @@ def test_a_cache_changes_no_token(overrides: list[str]) -> None:
         assert continued(model, PROMPTS, sampling) == alone
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.permutations(PROMPTS).map(lambda prompts: prompts[:3]), SAMPLINGS)
 def test_a_row_of_a_batch_is_what_it_is_alone(prompts: list[list[int]], sampling: Sampling) -> None:
     alone = [continued(TINY, [prompt], sampling)[0] for prompt in prompts]
