@@ -28,6 +28,7 @@ PIQA: Rows = [
 GSM8K: Rows = [
     {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1>>.\n#### {i + 1}"} for i in range(9)
 ]
+LAMBADA: Rows = [{"text": f"She opened {i} doors and then the window"} for i in range(4)]
 
 
 def write_rows(path: Path, rows: Rows) -> Path:
@@ -38,9 +39,10 @@ def write_rows(path: Path, rows: Rows) -> Path:
 
 
 def write_examples(folder: Path) -> Path:
-    """Examples of three tasks, two of them under the task's name and one under the dataset's."""
+    """Examples of four tasks, one of them under the name of its dataset."""
     write_rows(folder / "arc_easy" / "test.jsonl", ARC_EASY)
     write_rows(folder / "baber" / "piqa" / "validation.jsonl", PIQA)
     write_rows(folder / "gsm8k" / "test.jsonl", GSM8K[:2])
     write_rows(folder / "gsm8k" / "train.jsonl", GSM8K[2:])
+    write_rows(folder / "lambada_openai" / "test.jsonl", LAMBADA)
     return folder

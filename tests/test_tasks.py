@@ -61,6 +61,12 @@ def test_shots_are_drawn_from_their_own_split(folder: Path) -> None:
     assert task.get_config("num_fewshot") == 2
 
 
+def test_a_task_that_says_no_shots_keeps_to_it(folder: Path) -> None:
+    write_rows(folder / "allenai" / "ai2_arc" / "ARC-Challenge" / "test.jsonl", ARC_EASY)
+    loaded = load_tasks(["arc_challenge_chat"], data_dir=folder, num_fewshot=2)["tasks"]
+    assert loaded["arc_challenge_chat"].get_config("num_fewshot") == 0
+
+
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
