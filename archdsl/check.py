@@ -215,7 +215,7 @@ def _dialled(model: LanguageModel, plan: Plan) -> dict[Key, Gap]:
     before = [loop.passes for loop in model.loops]
     try:
         for loop in model.loops:
-            loop.dial(CAPACITY, loop.spec.steps + (len(loop.bodies) == 1))
+            loop.dial(CAPACITY, loop.spec.steps + (loop.spec.parameters == "shared"))
         whole = Subject(WHOLE, model)
         kinds = MEASURES.items() if model.loops else ()
         return {(DIALLED, kind): measure(whole, plan) for kind, measure in kinds}
@@ -271,7 +271,10 @@ def _rows(gaps: dict[Key, Gap], at: dict[str, Place]) -> Iterator[Row]:
 def _faults(
     gaps: dict[Key, Gap], origins: dict[Key, int | None], at: dict[str, Place]
 ) -> Iterator[Fault]:
+    in_blocks = any(path != WHOLE for path, _ in origins)
     for (path, kind), step in origins.items():
+        if path == WHOLE and in_blocks:  # what another draw has traced to a block
+            continue
         if kind != "gradient" or (path, "change") not in origins:
             yield _fault(path, kind, gaps[path, kind], step, at)
     for (path, kind), gap in gaps.items():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archdsl.block import Block
 from archdsl.model import LanguageModel
@@ -110,13 +110,13 @@ class Subject:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Meanwhile the block is the model's only one: it gets what the model would give it."""
-        blocks = self.model.blocks
+        layers = self.model.layers
         if self.block is not None:
-            self.model.blocks = nn.ModuleList([self.block])
+            self.model.layers = [self.block]
         try:
             yield
         finally:
-            self.model.blocks = blocks
+            self.model.layers = layers
 
 
 def gap(one: Tensor, other: Tensor) -> Gap:
@@ -128,6 +128,8 @@ def gap(one: Tensor, other: Tensor) -> Gap:
 
 
 def change(subject: Subject, plan: Plan) -> Gap:
+    if not plan.places:
+        return Gap(0.0, 0.0)
     rng = plan.rng()
     place_P = _places(plan, rng)
     x_PT = subject.draw(plan.places, plan.tokens, rng)
@@ -144,6 +146,8 @@ def change(subject: Subject, plan: Plan) -> Gap:
 
 
 def gradient(subject: Subject, plan: Plan) -> Gap:
+    if not plan.places:
+        return Gap(0.0, 0.0)
     rng = plan.rng()
     place_P = _places(plan, rng)
     x_PTD = subject.stream(plan.places, plan.tokens, rng).requires_grad_()
