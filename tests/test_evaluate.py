@@ -125,6 +125,7 @@ class Noisy(nn.Module):
 def test_evaluating_leaves_mode_random_numbers_and_gradients_alone(training: bool) -> None:
     model, noise = tiny(), Noisy()
     model.blocks.append(noise)
+    model.layers.append(noise)
     model.train(training)
     first = evaluate(model, SKILL)
     torch.manual_seed(99)

@@ -53,22 +53,24 @@ def complaint(*changes: tuple[str, str]) -> str:
         (
             ("kind: prefix", "kind: prefx"),
             "my.yaml:9:20: blocks.1.router.kind: unknown kind 'prefx' of router "
-            "(did you mean 'prefix'?); known kinds: all, prefix, random, top_k",
+            "(did you mean 'prefix'?); known kinds: "
+            "all, predictor, prefix, random, threshold, top_k",
         ),
         (
             ("kind: prefix, ", ""),
             "my.yaml:9:13: blocks.1.router: no kind of router; "
-            "known kinds: all, prefix, random, top_k",
+            "known kinds: all, predictor, prefix, random, threshold, top_k",
         ),
         (
             ("{kind: prefix, capacity: 0.7}", "[0.7]"),
             "my.yaml:9:13: blocks.1.router: must be a mapping that names a kind of router "
-            "(all, prefix, random, top_k), got a list",
+            "(all, predictor, prefix, random, threshold, top_k), got a list",
         ),
         (
             ("kind: prefix", "kind: [prefix]"),
             "my.yaml:9:20: blocks.1.router.kind: unknown kind ['prefix'] of router "
-            "(did you mean 'prefix'?); known kinds: all, prefix, random, top_k",
+            "(did you mean 'prefix'?); known kinds: "
+            "all, predictor, prefix, random, threshold, top_k",
         ),
         (
             ("capacity: 0.7", "capacity: 1.5"),

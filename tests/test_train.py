@@ -248,6 +248,7 @@ def test_random_numbers_in_the_model_are_resumed_too() -> None:
     noises = [Noise(), Noise(), Noise()]
     for run, noise in zip((whole, first, second), noises, strict=True):
         run.model.blocks.append(noise)
+        run.model.layers.append(noise)
     whole.run()
     first.run(5)
     second.model.load_state_dict(first.model.state_dict())
