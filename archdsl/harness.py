@@ -2,7 +2,8 @@
 
 Texts are scored as its own HFLM scores them: a continuation is what tokenizing it behind its
 context adds, an empty context is the token that ends a document, and what is too long for the
-model is cut off on the left. Routers select causally, whatever they did in training.
+model is cut off on the left. A continuation that alone is too long, which HFLM refuses, is scored
+in windows, as whole texts are. Routers select causally, whatever they did in training.
 
 Shapes: B requests, T tokens, N tokens of a continuation, V vocabulary.
 """
@@ -50,6 +51,7 @@ from archdsl.tokenizer import end_of_document
 DRAWS = 1000  # of a bootstrap, for metrics without a formula for their error
 NEW_TOKENS = 256  # of an answer, unless its task says otherwise
 
+Window = tuple[list[int], list[int]]  # what is known, what is predicted
 Pair = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -158,21 +160,32 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: Sequence[Pair], **_: object
     ) -> list[tuple[float, bool]]:
         """Log-probability in nats, and whether greedy decoding would say the same."""
-        for _asked, _context, continuation in requests:
-            if len(continuation) > self.context:
-                raise TaskError(
-                    f"a continuation has {len(continuation):,} tokens and the model a context "
-                    f"of only {self.context:,}: this task needs a longer one"
-                )
-        length = [len(context) + len(continuation) for _, context, continuation in requests]
-        return self._in_batches("scoring", requests, length, self._score)
+        windows, of = [], []
+        for number, (_, before, after) in enumerate(requests):
+            some = self._windows(before, after)
+            windows += some
+            of += [number] * len(some)
+        length = [len(before) + len(after) for before, after in windows]
+        totals, greedy = [0.0] * len(requests), [True] * len(requests)
+        scores = self._in_batches("scoring", windows, length, self._score)
+        for number, (log_p, likeliest) in zip(of, scores, strict=True):
+            totals[number] += log_p
+            greedy[number] &= likeliest
+        return list(zip(totals, greedy, strict=True))
 
-    def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        rows = [(before + after)[-self.context - 1 :] for _, before, after in pairs]
+    def _windows(self, before: list[int], after: list[int]) -> list[Window]:
+        """One, or as many as it takes to predict what is longer than the context."""
+        if len(after) <= self.context:
+            return [(before, after)] if after else []
+        rolling = get_rolling_token_windows(after, before[-1], self.context, context_len=1)
+        return [make_disjoint_window(window) for window in rolling]
+
+    def _score(self, windows: Sequence[Window]) -> list[tuple[float, bool]]:
+        rows = [(before + after)[-self.context - 1 :] for before, after in windows]
         logits_BTV = self._logits([row[:-1] for row in rows])
         return [
             _score(logits_TV[len(row) - 1 - len(after) : len(row) - 1], after)
-            for logits_TV, row, (_, _, after) in zip(logits_BTV, rows, pairs, strict=True)
+            for logits_TV, row, (_, after) in zip(logits_BTV, rows, windows, strict=True)
         ]
 
     def _logits(self, rows: Sequence[list[int]]) -> Tensor:
@@ -184,17 +197,9 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Of whole texts: every token once, behind as much as fits before it."""
-        windows, of = [], []
-        for number, (text,) in enumerate(request.args for request in requests):
-            for window in get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.context, context_len=1
-            ):
-                windows.append((None, *make_disjoint_window(window)))
-                of.append(number)
-        totals = [0.0] * len(requests)
-        for number, (found, _) in zip(of, self._loglikelihood_tokens(windows), strict=True):
-            totals[number] += found
-        return totals
+        texts = [request.args[0] for request in requests]
+        whole = [(text, [self.prefix_token_id], self.tok_encode(text)) for text in texts]
+        return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedily, up to what ends the answer, which is left out."""

@@ -299,7 +299,7 @@ def scores(runs: Sequence[tuple[Setting, TaskScores]]) -> RenderableType:
     for setting, found in runs:
         head = str(setting), short(found.flops_per_token)
         for score in found.scores:
-            value = "-" if score.value is None else f"{score.value:.4g}"
+            value = "-" if score.value is None else _figure(score.value)
             table.add_row(
                 *head,
                 score.task,
@@ -315,8 +315,13 @@ def scores(runs: Sequence[tuple[Setting, TaskScores]]) -> RenderableType:
     return Group(table, "", Facts(legend))
 
 
+def _figure(value: float) -> str:
+    """A perplexity may be very large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
 def _spread(error: float | None) -> str:
-    return "" if error is None else f" +- {1.96 * error:.4f}"
+    return "" if error is None else f" +- {_figure(1.96 * error)}"
 
 
 def _table(first: str, *others: str) -> Table:

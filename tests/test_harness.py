@@ -99,8 +99,20 @@ def test_what_is_too_long_is_cut_off_on_the_left() -> None:
     [(cut, _), (whole, _)] = adapter.loglikelihood(asked("loglikelihood", long, short))
     tokens = list(b"words words to the end")[-17:]
     assert cut == pytest.approx(whole) == pytest.approx(log_p(model, tokens)[0][-11:].sum())
-    with pytest.raises(TaskError, match="has 17 tokens and the model a context of only 16"):
-        adapter.loglikelihood(asked("loglikelihood", ("a", "b" * 17)))
+
+
+def test_what_is_longer_than_the_context_is_scored_in_windows() -> None:
+    model = tiny(context=16)
+    long = "x" * 20 + "y" * 20
+    [found, nothing] = Adapter(model, byte_level(), 4).loglikelihood(
+        asked("loglikelihood", ("unseen a", long), ("a", ""))
+    )
+    tokens = list(b"a" + long.encode())
+    windows = [log_p(model, tokens[at : at + 17]) for at in (0, 16)]
+    last = [part[-8:] for part in log_p(model, tokens[-17:])]
+    assert found[0] == pytest.approx(sum(part.sum() for part, _ in [*windows, last]))
+    assert found[1] == all(part.all() for _, part in [*windows, last])
+    assert nothing == (0.0, True)
 
 
 def test_a_long_text_is_scored_in_windows_and_each_token_once() -> None:
