@@ -20,7 +20,7 @@ from archdsl.model import LanguageModel
 from archdsl.next_token import draw, generators, probabilities
 from archdsl.pieces import Pieces, Text
 from archdsl.sampling import Sampling
-from archdsl.tokenizer import encode, end_of_document, vocab_size
+from archdsl.tokenizer import beginning, encode, end_of_document, vocab_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -262,8 +262,8 @@ def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]
     for number, text in enumerate(texts, 1):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise GenerateError(f"{_which(number, texts)} is not valid UTF-8 text")
-    beginning = end_of_document(tokenizer)
-    return [tokens.tolist() or [beginning] for tokens, _ in encode(tokenizer, texts)]
+    begun, ended = beginning(tokenizer), [end_of_document(tokenizer)]
+    return [begun + tokens.tolist() or ended for tokens, _ in encode(tokenizer, texts)]
 
 
 def _which(number: int, prompts: Sequence[object]) -> str:

@@ -97,6 +97,11 @@ def end_of_document(tokenizer: Tokenizer) -> int:
     return next(special[end] for end in KNOWN_ENDS if end in special)
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """What stands before every text that a pretrained model reads, such as LLaMA's <s>."""
+    return list(tokenizer.encode("").ids)
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     """One more than the largest token: a vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1

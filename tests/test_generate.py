@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import archdsl
 from archdsl import generate as generate_module
@@ -210,6 +211,15 @@ def test_what_was_held_back_comes_with_the_last_piece() -> None:
 def test_an_empty_prompt_begins_a_document() -> None:
     texts = archdsl.generate(TINY, ["", "a"], tokenizer=BYTES)
     assert [row.prompt for row in texts] == [[END], [97]]
+
+
+def test_a_text_begins_as_the_tokenizer_of_a_pretrained_model_begins_it() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    model = tiny("vocab_size=258")
+    texts = archdsl.generate(model, ["", "a"], tokenizer=tokenizer)
+    assert [row.prompt for row in texts] == [[257], [257, 97]]
 
 
 def test_batches_change_nothing_but_the_time() -> None:
