@@ -114,14 +114,19 @@ def preset(model: LanguageModel) -> list[Setting]:
 
     With more or fewer than three routed steps, each takes the capacity of the third of the way
     that its middle falls into; where loops differ in their number, equal capacities are left.
+    Without routers: powers of two of steps below the trained number, and twice that.
     """
     loops = [module for module in model.modules() if isinstance(module, Loop)]
     if not loops:
         raise DialError(f"{model.spec.name} has no loops: there is nothing to dial")
-    routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.spec.router}
-    thinking = [_stretched(thirds, routed) for thirds in PAPER]
-    none = Setting(capacity=0.0) if routed else Setting(steps=1)
-    found = dict.fromkeys([*filter(None, thinking), none])
+    routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.router is not None}
+    if routed:
+        shares = [_stretched(thirds, routed) for thirds in PAPER]
+        found = dict.fromkeys([*filter(None, shares), Setting(capacity=0.0)])
+    else:
+        most = max(loop.spec.steps for loop in loops)
+        fewer = [2**i for i in range(most.bit_length()) if 2**i < most]
+        found = dict.fromkeys(Setting(steps=steps) for steps in [*fewer, 2 * most])
     return [setting for setting in found if _servable(model, setting)]
 
 

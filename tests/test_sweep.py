@@ -140,7 +140,9 @@ def test_the_papers_settings_are_stretched_over_the_routed_steps(steps: int, exp
 def test_a_preset_holds_what_the_model_can_be_run_at() -> None:
     nested = tiny(f"{ROUTER}.nested=true", f"{ROUTER}.capacity=[0.7, 0.5, 0.3]")
     assert ", ".join(map(str, preset(nested))) == "90, 70, 50, 90/90/0, 100, 0"
-    assert [str(setting) for setting in preset(tiny(f"{ROUTER}=null"))] == ["@1"]
+    assert ", ".join(map(str, preset(tiny(f"{ROUTER}=null")))) == "@1, @2, @8"
+    weights = tiny(f"{ROUTER}=null", "blocks.1.steps=6", "blocks.1.parameters=per_step")
+    assert ", ".join(map(str, preset(weights))) == "@1, @2, @4"  # a step more has no weights
     two = tiny(
         "blocks.0={kind: loop, steps: 3, router: {kind: prefix}, body: {kind: feed_forward}}"
     )

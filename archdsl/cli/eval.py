@@ -53,7 +53,7 @@ Sweep = Annotated[
         "--sweep",
         help="Compare settings of the dial with the trained one: each --capacity with each "
         "--steps; without these, the ITT paper's (three capacities, stretched over the routed "
-        "steps there are) and no thinking at all.",
+        "steps there are) and no thinking; without routers, fewer and more steps.",
     ),
 ]
 Plot = Annotated[
