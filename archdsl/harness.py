@@ -1,9 +1,10 @@
 """Tasks of lm-evaluation-harness (the extra ``lm-eval``) on an archdsl model.
 
 Texts are scored as its own HFLM scores them: a continuation is what tokenizing it behind its
-context adds, an empty context is the token that ends a document, and what is too long for the
-model is cut off on the left. A continuation that alone is too long, which HFLM refuses, is scored
-in windows, as whole texts are. Routers select causally, whatever they did in training.
+context adds, an empty context is the token that begins texts or else the one that ends documents,
+and what is too long for the model is cut off on the left. A continuation that alone is too long,
+which HFLM refuses, is scored in windows, as whole texts are. Routers select causally, whatever
+they did in training.
 
 Shapes: B requests, T tokens, N tokens of a continuation, V vocabulary.
 """
@@ -46,7 +47,7 @@ from archdsl.model import LanguageModel
 from archdsl.sampling import Sampling
 from archdsl.spec import Strict
 from archdsl.tasks import SEED, TaskError, Tasks
-from archdsl.tokenizer import end_of_document
+from archdsl.tokenizer import beginning, end_of_document
 
 DRAWS = 1000  # of a bootstrap, for metrics without a formula for their error
 NEW_TOKENS = 256  # of an answer, unless its task says otherwise
@@ -150,11 +151,15 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def eot_token_id(self) -> int:
         return end_of_document(self.text)
 
+    @property
+    def prefix_token_id(self) -> int:
+        return [self.eot_token_id, *beginning(self.text)][-1]
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        # models are trained on texts without special tokens at their start
-        return self.text.encode(string, add_special_tokens=False).ids
+        begun = [] if add_special_tokens is False else beginning(self.text)
+        return begun + self.text.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], **_: object
@@ -198,7 +203,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> list[float]:
         """Of whole texts: every token once, behind as much as fits before it."""
         texts = [request.args[0] for request in requests]
-        whole = [(text, [self.prefix_token_id], self.tok_encode(text)) for text in texts]
+        start = [self.prefix_token_id]
+        whole = [(text, start, self.tok_encode(text, add_special_tokens=False)) for text in texts]
         return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from archdsl import tasks
 from archdsl.build import build
@@ -40,6 +41,15 @@ PAIRS = [
 
 def bpe() -> Tokenizer:
     return train_bpe(["the door is open, the door is shut, and then some more words"] * 4, 300)
+
+
+def llama() -> Tokenizer:
+    """Texts begin with a token of their own."""
+    tokenizer = bpe()
+    tokenizer.add_special_tokens(["<s>"])
+    start = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
+    return tokenizer
 
 
 def tiny(*overrides: str, vocab_size: int = 300, context: int = 64) -> LanguageModel:
@@ -71,7 +81,9 @@ def by_hand(
     tokens = tokenizer.encode(before + after).ids
     given = len(tokenizer.encode(text).ids)
     if not text:
-        tokens, given = [end_of_document(tokenizer), *tokens], 1
+        start = tokenizer.encode("").ids or [end_of_document(tokenizer)]
+        tokens = start + tokenizer.encode(after, add_special_tokens=False).ids
+        given = len(start)
     kept = tokens[-model.spec.context - 1 :]
     log_p_T, likeliest_T = log_p(model, kept)
     new = len(tokens) - given
@@ -80,7 +92,7 @@ def by_hand(
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 @pytest.mark.parametrize("router", ["prefix", "top_k"])
-@pytest.mark.parametrize("tokenizer", [byte_level(), bpe()], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("tokenizer", [byte_level(), bpe(), llama()], ids=["bytes", "bpe", "llama"])
 def test_loglikelihoods_are_sums_of_log_softmax(
     tokenizer: Tokenizer, router: str, batch_size: int
 ) -> None:
