@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from archdsl.block import Context, Primitive, normal_
-from archdsl.cache import Count, Kept, Stream, column
+from archdsl.cache import Count, Kept, Memory, Stream, column
 from archdsl.cost import Cost
 from archdsl.spec import Part, Path, PerStep, at_step
 
@@ -184,6 +184,8 @@ class Router(Primitive):
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         memory = ctx.memory(self)
+        if memory is not None and x_BTD.shape[:2] == (1, 1):
+            return self._select_one(x_BTD, score_BT, at, ctx, memory)
         taken = memory.taken if memory else 0
         if at.capacity == 1:
             wanted_BT = score_BT > -math.inf
@@ -203,6 +205,19 @@ class Router(Primitive):
         index_BK = order_BT[:, :K]
         keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
         return index_BK, keep_BK, stream
+
+    def _select_one(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The same for one token of one sequence, which needs no tensors for its budget."""
+        past, taken = ctx.stream.past, memory.taken
+        assert isinstance(past, int)
+        assert isinstance(taken, int)
+        wanted = at.capacity == 1 or self.wanted(x_BTD, score_BT, at, ctx)
+        allowed = taken < share_of(at.capacity, past + 1) and bool(score_BT > -math.inf)
+        memory.taken += bool(wanted) and allowed
+        index_BK = torch.zeros(1, memory.taken - taken, dtype=torch.long, device=x_BTD.device)
+        return index_BK, None, Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         """Which tokens should be selected as far as the budget goes, [B, T]."""
