@@ -215,8 +215,9 @@ class Router(Primitive):
         assert isinstance(taken, int)
         wanted = at.capacity == 1 or self.wanted(x_BTD, score_BT, at, ctx)
         allowed = taken < share_of(at.capacity, past + 1) and bool(score_BT > -math.inf)
-        memory.taken += bool(wanted) and allowed
-        index_BK = torch.zeros(1, memory.taken - taken, dtype=torch.long, device=x_BTD.device)
+        selected = int(bool(wanted) and allowed)
+        memory.taken = taken + selected
+        index_BK = torch.zeros(1, selected, dtype=torch.long, device=x_BTD.device)
         return index_BK, None, Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
