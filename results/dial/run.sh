@@ -9,10 +9,12 @@ think=(--set blocks.1.steps=4 --set blocks.1.router.capacity=0.7)
 
 run() { # NAME SEED SWEEP OPTION...
   local name=$1-$2 sweep=$3
-  test -f "$name.json" && return
+  test -f "$name/eval.json" && return
+  mkdir -p "$name"
   archdsl train tiny "${@:4}" --steps 400 --seed "$2" --out "$runs/$name" >"$runs/$name.log"
   archdsl eval "$runs/$name/final" --split test --tokens 131072 --json $sweep >"$runs/$name.json"
-  mv "$runs/$name.json" "$name.json"
+  cp "$runs/$name/final/provenance.json" "$name"
+  mv "$runs/$name.json" "$name/eval.json"
 }
 
 mkdir -p "$runs"
