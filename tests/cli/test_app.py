@@ -56,7 +56,18 @@ def test_answers_without_importing_what_is_heavy(arguments: list[str], status: i
 
 @pytest.mark.parametrize(
     "command",
-    ["build", "search", "retrofit", "train", "eval", "generate", "check", "diff", "blocks", "schema"],
+    [
+        "build",
+        "search",
+        "retrofit",
+        "train",
+        "eval",
+        "generate",
+        "check",
+        "diff",
+        "blocks",
+        "schema",
+    ],
 )
 def test_every_help_has_an_example(cli: Cli, command: str) -> None:
     found = cli(command, "--help")
