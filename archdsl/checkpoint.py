@@ -31,7 +31,7 @@ from archdsl import __version__
 from archdsl.batch import Data
 from archdsl.build import build, meta_model
 from archdsl.errors import ArchdslError
-from archdsl.files import whole_folder
+from archdsl.files import read_json, whole_folder
 from archdsl.model import LanguageModel
 from archdsl.source import read
 from archdsl.spec import ModelSpec, parse_spec
@@ -44,7 +44,6 @@ WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
     "provenance.json",
 )
 TENSORS, TRAINING = "training.safetensors", "training.json"
-MAX_JSON = 2**24  # bytes
 
 State = Mapping[str, Any]  # tensors, and whatever JSON can hold
 
@@ -173,14 +172,14 @@ def load_training(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds a model, but not where its training stood")
     with _refusing_nonsense(path / TENSORS):
         tensors: dict[str, Any] = load_file(path / TENSORS)
-    return _read_json(path / TRAINING) | tensors
+    return read_json(path / TRAINING, CheckpointError) | tensors
 
 
 def _verified(path: Path, *names: str) -> dict[str, Any]:
     """The provenance, once the named files are known to be as they were written."""
     if not (path / PROVENANCE).is_file():
         raise CheckpointError(_not_one(path))
-    provenance = _read_json(path / PROVENANCE)
+    provenance = read_json(path / PROVENANCE, CheckpointError)
     if provenance.get("format") != FORMAT:
         found = provenance.get("format")
         raise CheckpointError(
@@ -209,20 +208,6 @@ def _not_one(path: Path) -> str:
     inside += [found.parent for found in sorted(path.glob(f"checkpoints/*/{PROVENANCE}"))]
     hint = f"; did you mean {inside[0]}?" if inside else ""
     return f"{path} is no checkpoint: it has no {PROVENANCE}{hint}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        text = file.read(MAX_JSON + 1)
-    try:
-        if len(text) > MAX_JSON:
-            raise ValueError(f"longer than {MAX_JSON:,} bytes")
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"an object was expected, got a {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return value
 
 
 @contextmanager

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from archdsl.errors import ArchdslError
+
+MAX_JSON = 2**26  # bytes
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file by ``text`` in one step."""
@@ -18,6 +22,23 @@ def write_text(path: Path, text: str) -> None:
     _to_disk(temporary)
     os.replace(temporary, path)
     _to_disk(path.parent)
+
+
+def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
+    """The object in a file of a stranger; raises ``failure``."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ValueError(f"longer than {MAX_JSON:,} bytes")
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"an object was expected, got a {type(value).__name__}")
+    except FileNotFoundError:
+        raise failure(f"{path.parent} has no {path.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path} cannot be read: {error}") from None
+    return value
 
 
 @contextmanager

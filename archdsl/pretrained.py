@@ -6,7 +6,6 @@ No file of either can carry code: weights are read from safetensors or GGUF alon
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from archdsl.build import meta_model
 from archdsl.checkpoint import save_checkpoint
+from archdsl.files import read_json
 from archdsl.gguf import Gguf
 from archdsl.llama import PretrainedError, foreign_name, spec_of
 from archdsl.model import LanguageModel
@@ -32,7 +32,6 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER = (
     "model.safetensors.index.json",
     "tokenizer.json",
 )
-MAX_JSON = 2**26  # bytes
 FLOATS = ("F32", "F16", "BF16")  # each is exact as float32
 UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of 2023's files
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -162,7 +161,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / CONFIG
-        self.config = _read_json(self.config_file)
+        self.config = read_json(self.config_file, PretrainedError)
         index = path / INDEX
         if (path / WEIGHTS).is_file():
             self.shards = {WEIGHTS: set(self._stored(WEIGHTS))}
@@ -190,7 +189,7 @@ class Folder:
         )
 
     def _indexed(self, index: Path) -> dict[str, set[str]]:
-        places = _read_json(index).get("weight_map")
+        places = read_json(index, PretrainedError).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise PretrainedError(f"{index} has no weight_map")
         shards: dict[str, set[str]] = {}
@@ -238,19 +237,3 @@ class Folder:
             )
         self.files.append(path)
         return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PretrainedError(f"{path.parent} has no {path.name}")
-    with path.open("rb") as file:
-        text = file.read(MAX_JSON + 1)
-    try:
-        if len(text) > MAX_JSON:
-            raise ValueError(f"longer than {MAX_JSON:,} bytes")
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"an object was expected, got a {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from None
-    return value

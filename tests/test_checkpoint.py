@@ -122,7 +122,7 @@ def test_a_damaged_file_is_refused_by_name(
         (b"{", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
-        (b" " * (2**24 + 1), "longer than 16,777,216 bytes"),
+        (b" " * (2**26 + 1), "longer than 67,108,864 bytes"),
         (b"[1]", "an object was expected, got a list"),
         (b'{"format": 99}', "has checkpoint format 99; this version reads 1"),
         (b'{"format": 1}', "does not say which files belong to it"),
