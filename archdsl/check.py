@@ -280,12 +280,14 @@ def _faults(
             continue
         if kind != "gradient" or (path, "change") not in origins:
             yield _fault(path, kind, gaps[path, kind], step, at)
+    leaking = [path for path, one in at.items() if isinstance(one.block, Loop) and leaks(one.block)]
     for (path, kind), gap in gaps.items():
-        if path == DIALLED and gaps[WHOLE, kind].holds and not gap.holds:
+        explained = kind in LEAKS and leaking
+        if path == DIALLED and gaps[WHOLE, kind].holds and not gap.holds and not explained:
             yield _fault(path, kind, gap, None, at)
-    leaking = {path for path, kind in origins if kind in LEAKS}
-    for path, place in at.items():
-        if path not in leaking and isinstance(place.block, Loop) and leaks(place.block):
+    traced = {path for path, kind in origins if kind in LEAKS}
+    for path in leaking:
+        if path not in traced:
             yield _fault(path, "change", Gap(0.0, 0.0), None, at)
 
 
