@@ -206,6 +206,19 @@ def test_reports_the_share_of_tokens_that_each_step_selected() -> None:
     assert shares == {"blocks.1.0": 0.6, "blocks.1.1": 0.3}
 
 
+@pytest.mark.parametrize("dim", [12, 64])
+def test_equal_tokens_tie_however_long_the_pass_is(dim: int) -> None:
+    """A router that has seen no attention scores equal tokens alike, but for rounding."""
+    loop = {"kind": "loop", "steps": 2, "router": "prefix", "body": {"kind": "feed_forward"}}
+    for context in (8, 13, 16, 29):
+        model = archdsl.build(spec(loop, dim=dim, context=context, vocab_size=2))
+        naive.randomise(model, std=0.3)
+        tokens_BT = torch.randint(2, (3, context), generator=torch.Generator().manual_seed(3))
+        whole = model(tokens_BT)
+        for length in range(1, context):
+            torch.testing.assert_close(whole[:, :length], model(tokens_BT[:, :length]))
+
+
 def test_random_routers_of_one_model_select_different_tokens() -> None:
     loop = LOOP | {"router": "random", "steps": 2}
     model = archdsl.build(spec(loop, {"kind": "stack", "repeat": 2, "body": [loop]}))
