@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a leaking router hides, and what the dial does afterwards: one small ITT on text with each kind
 # of router, swept over the paper's capacities, beside its plain backbone and the loop that takes
-# every token. A minute or two for each run on one core; started again, it goes on.
+# every token. A minute or two for each run; started again, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")"
 runs=${RUNS:-../../runs/dial}
