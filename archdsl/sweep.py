@@ -19,7 +19,6 @@ from torch import Tensor
 
 from archdsl.batch import Batch, Data, HeldOut
 from archdsl.blocks.dial import DialError
-from archdsl.blocks.loop import Loop
 from archdsl.evaluate import asking, bits_per_byte, check_fit, ratio, score, undisturbed
 from archdsl.meter import Meter, metered
 from archdsl.model import LanguageModel
@@ -116,7 +115,7 @@ def preset(model: LanguageModel) -> list[Setting]:
     that its middle falls into; where loops differ in their number, equal capacities are left.
     Without routers: powers of two of steps below the trained number, and twice that.
     """
-    loops = [module for module in model.modules() if isinstance(module, Loop)]
+    loops = model.loops
     if not loops:
         raise DialError(f"{model.spec.name} has no loops: there is nothing to dial")
     routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.router is not None}
