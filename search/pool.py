@@ -1,80 +1,310 @@
-"""Worker processes of one thread each, which end when their parent does."""
+"""Work in child processes of one thread, each piece in a child of its own, where it can fail alone.
+
+Children are forked from a server that has torch loaded, and end when their coordinator does.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
-from multiprocessing import get_context
-from typing import Protocol
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeVar
 
-from archdsl.search.proxy import Job, Score, run
+from archdsl.errors import ArchdslError
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+Beat = Callable[[], None]  # "I am alive"
+Reason = Literal["out of memory", "crash", "hang", "error"]
+
+BEATS_APART = 1.0  # seconds, at least
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+
+
+class Work(Protocol[R_co]):
+    """Something to be done in a child; plain data, so that it can cross processes."""
+
+    def run(self, beat: Beat) -> R_co:
+        """Does it, and calls ``beat`` often: who is silent for long is taken to hang."""
+
+    def smaller(self) -> Self | None:
+        """The same in less memory; None where that cannot be."""
+
+
+class JobFailed(ArchdslError):  # noqa: N818  it says what happened
+    """Work that came to no result; ``details`` is its traceback, where there is one."""
+
+    def __init__(self, reason: Reason, message: str, details: str = "") -> None:
+        super().__init__(reason, message, details)
+        self.reason, self.message, self.details = reason, message, details
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
 
 
 class Pool(Protocol):
-    workers: int
+    @property
+    def workers(self) -> int: ...
 
-    def submit(self, job: Job) -> Future[Score]: ...
-
-
-@contextmanager
-def processes(workers: int) -> Iterator[Pool]:
-    """Runs jobs in ``workers`` processes; on an exception they are ended at once."""
-    # spawn: a fork of a process in which torch has threads can hang
-    executor = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),)
-    )
-    try:
-        yield _Processes(executor, workers)
-        executor.shutdown()
-    except BaseException:
-        for process in list((executor._processes or {}).values()):
-            process.terminate()
-        executor.shutdown(wait=False, cancel_futures=True)
-        raise
-
-
-class _Processes:
-    def __init__(self, executor: ProcessPoolExecutor, workers: int) -> None:
-        self.executor, self.workers = executor, workers
-
-    def submit(self, job: Job) -> Future[Score]:
-        return self.executor.submit(run, job)
+    def submit(self, work: Work[R]) -> Future[R]: ...
 
 
 class InProcess:
-    """Runs jobs at once, in this process: for one worker, and for tests."""
+    """Does work at once, in this process: for tests, and where there is nothing to be risked."""
 
     workers = 1
 
-    def submit(self, job: Job) -> Future[Score]:
-        future: Future[Score] = Future()
+    def submit(self, work: Work[R]) -> Future[R]:
+        future: Future[R] = Future()
         try:
-            future.set_result(run(job))
-        except Exception as error:  # a job's failure belongs to its future
-            future.set_exception(error)
+            future.set_result(_twice(work))
+        except Exception as error:  # a failure belongs to its future
+            future.set_exception(_failure(error))
         return future
 
 
-def _prepare(parent: int) -> None:
-    """In a new worker: Ctrl-C is the parent's to handle, and its death is the worker's."""
+def _twice(work: Work[R]) -> R:
+    try:
+        return work.run(lambda: None)
+    except Exception as error:
+        smaller = work.smaller() if _failure(error).reason == "out of memory" else None
+        if smaller is None:
+            raise
+    return smaller.run(lambda: None)
+
+
+@contextmanager
+def processes(
+    workers: int, memory: int | None = None, patience: float = 120.0
+) -> Iterator[Processes]:
+    """Does up to ``workers`` pieces of work at once; leaves when all are done.
+
+    ``memory``: bytes that each may allocate. ``patience``: seconds without a beat after which a
+    child is killed. On an exception all children are killed at once.
+    """
+    pool = Processes(workers, memory, patience)
+    try:
+        yield pool
+        pool.finish()
+    except BaseException:
+        pool.kill()
+        raise
+
+
+@dataclass
+class _Order:
+    work: Work[Any]
+    future: Future[Any]
+    again: bool = False
+
+
+@dataclass
+class _Child:
+    order: _Order
+    process: ForkServerProcess
+    heard: float  # when it was last
+
+
+class Processes:
+    """A queue of work and the children that do it, all of them in the hands of one thread."""
+
+    def __init__(self, workers: int, memory: int | None, patience: float) -> None:
+        self.workers, self.memory, self.patience = workers, memory, patience
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["archdsl.search.preload"])
+        self._queue: deque[_Order] = deque()
+        self._children: dict[connection.Connection[Any, Any], _Child] = {}
+        self._bell, self._ring = self._context.Pipe(duplex=False)
+        self._until: Literal["called", "done", "now"] = "called"
+        self._thread = threading.Thread(target=self._serve, name="pool", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work[R]) -> Future[R]:
+        future: Future[R] = Future()
+        self._queue.append(_Order(work, future))
+        self._ring.send(None)
+        return future
+
+    def finish(self) -> None:
+        """Returns when all work is done."""
+        self._end("done")
+
+    def kill(self) -> None:
+        """Drops all work; the futures of what was not done are cancelled."""
+        self._end("now")
+
+    def _end(self, until: Literal["done", "now"]) -> None:
+        self._until = until
+        self._ring.send(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            while self._until == "called" or (
+                self._until == "done" and (self._queue or self._children)
+            ):
+                while self._queue and len(self._children) < self.workers:
+                    self._start(self._queue.popleft())
+                self._listen()
+                self._kill_the_silent()
+        finally:
+            for child in self._children.values():
+                child.process.kill()
+                child.order.future.set_exception(CancelledError())
+            for order in self._queue:
+                order.future.cancel()
+
+    def _start(self, order: _Order) -> None:
+        if not order.again and not order.future.set_running_or_notify_cancel():
+            return
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_be_a_child, args=(sender, order.work, self.memory), daemon=True
+        )
+        try:
+            process.start()
+        except Exception as error:  # such as work that is no plain data
+            receiver.close()
+            order.future.set_exception(_failure(error))
+        else:
+            self._children[receiver] = _Child(order, process, time.monotonic())
+        finally:
+            sender.close()
+
+    def _listen(self) -> None:
+        """Until somebody says something, or was silent for too long."""
+        silent_at = min((c.heard for c in self._children.values()), default=None)
+        seconds = silent_at and max(0.0, silent_at + self.patience - time.monotonic())
+        for ready in connection.wait([self._bell, *self._children], seconds):
+            assert isinstance(ready, connection.Connection)
+            if ready is self._bell:
+                ready.recv()
+            else:
+                self._hear(ready)
+
+    def _hear(self, receiver: connection.Connection[Any, Any]) -> None:
+        child = self._children[receiver]
+        try:
+            said = receiver.recv()
+        except (EOFError, OSError):
+            self._take_leave(receiver)
+            self._failed(child.order, _death(child.process))
+            return
+        if said is None:
+            child.heard = time.monotonic()
+            return
+        self._take_leave(receiver)
+        if isinstance(said, JobFailed):
+            self._failed(child.order, said)
+        else:
+            child.order.future.set_result(said[0])
+
+    def _kill_the_silent(self) -> None:
+        now = time.monotonic()
+        for receiver, child in list(self._children.items()):
+            if now - child.heard >= self.patience:
+                child.process.kill()
+                self._take_leave(receiver)
+                why = f"no step was made for {self.patience:g} s, so it was ended"
+                self._failed(child.order, JobFailed("hang", why))
+
+    def _take_leave(self, receiver: connection.Connection[Any, Any]) -> None:
+        process = self._children.pop(receiver).process
+        receiver.close()
+        process.join(10)
+        process.kill()  # of those that are gone nothing is left to kill
+        process.join()
+
+    def _failed(self, order: _Order, failure: JobFailed) -> None:
+        smaller = None
+        if failure.reason == "out of memory" and not order.again:
+            smaller = order.work.smaller()
+        if smaller is None:
+            order.future.set_exception(failure)
+        else:
+            self._queue.appendleft(_Order(smaller, order.future, again=True))
+
+
+def _death(process: ForkServerProcess) -> JobFailed:
+    """Why a child ended that said nothing."""
+    code = process.exitcode or 0
+    if code == -signal.SIGKILL:
+        return JobFailed("out of memory", "the process was killed, as is done for want of memory")
+    if code < 0:
+        return JobFailed("crash", f"the process ended by signal {-code}: {signal.strsignal(-code)}")
+    return JobFailed("crash", f"the process ended with exit status {code} and no result")
+
+
+def _failure(error: BaseException) -> JobFailed:
+    message = f"{type(error).__name__}: {error}"
+    # torch raises RuntimeErrors of many texts: those of its allocators, of CUDA, of C++
+    of_torch = isinstance(error, RuntimeError | OSError) and any(
+        text in str(error).lower() for text in (*NO_MEMORY, "out of memory")
+    )
+    reason: Reason = "out of memory" if of_torch or isinstance(error, MemoryError) else "error"
+    return JobFailed(reason, message, "".join(traceback.format_exception(error)[-6:]))
+
+
+def _be_a_child(
+    sender: connection.Connection[Any, Any], work: Work[Any], memory: int | None
+) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator's to handle
+    threading.Thread(target=_end_with_coordinator, daemon=True).start()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    heard = time.monotonic()
+
+    def beat() -> None:
+        nonlocal heard
+        if time.monotonic() - heard >= BEATS_APART:
+            sender.send(None)
+            heard = time.monotonic()
+
+    try:
+        with _at_most(memory):
+            done = work.run(beat)
+        sender.send((done,))
+    except BaseException as error:  # whatever ends the work is said
+        sender.send(_failure(error))
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+@contextmanager
+def _at_most(memory: int | None) -> Iterator[None]:
+    """Meanwhile no more than ``memory`` bytes can be allocated, where the system can tell."""
+    held = Path("/proc/self/statm")
+    if memory is None or not held.exists():
+        yield
+        return
+    import resource
+
+    now = int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + memory, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+def _end_with_coordinator() -> None:
+    coordinator = multiprocessing.parent_process()
+    assert coordinator is not None
+    connection.wait([coordinator.sentinel])
     os._exit(1)
 
 
-def first_done(jobs: Iterable[Future[Score]], seconds: float) -> None:
+def first_done(jobs: Iterable[Future[Any]], seconds: float) -> None:
     """Waits until another of the jobs is done, or the time is over."""
     wait([job for job in jobs if not job.done()], seconds, return_when=FIRST_COMPLETED)

@@ -7,21 +7,32 @@ that is killed and run again loses at most the rung that was being climbed.
 from __future__ import annotations
 
 import re
+import resource
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from archdsl import __version__
 from archdsl.build import build
+from archdsl.checkpoint import load_training, load_weights, save_checkpoint
+from archdsl.cost import sequence_cost
 from archdsl.data import Data, load_data
 from archdsl.errors import ArchdslError
-from archdsl.evaluate import Evaluation
-from archdsl.files import remove_folder, write_text
+from archdsl.files import write_text
 from archdsl.schedule import TrainConfig
+from archdsl.search.curve import Curve
+from archdsl.search.scoring import Held, held_out
+from archdsl.search.store import Place
 from archdsl.spec import ModelSpec, Sizes, Strict
-from archdsl.trainer import Trainer, TrainingDiverged
+from archdsl.trainer import Step, Trainer, TrainingDiverged
+
+SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
 
 
 class ProxyError(ArchdslError):
@@ -129,73 +140,199 @@ def default_tasks() -> dict[str, Task]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """Train one proxy on one task up to a rung; plain data, so that it can cross processes."""
-
-    folder: Path
-    spec: ModelSpec
-    task: Task
-    seed: int
-    steps: int
-
-    @property
-    def result(self) -> Path:
-        """The file that holds the score once there is one."""
-        return self.folder / f"step-{self.steps:06d}.json"
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists."""
+    return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
 
 
 class Score(Strict):
-    """Held-out quality of a proxy after ``steps``; causal, also where training leaks."""
+    """Held-out quality of a proxy after ``steps``; causal, also where training leaks.
+
+    What was spent is what this rung added to the one below. ``reused``: it was read back, so the
+    call that returned it has spent nothing.
+    """
 
     steps: int
     loss: float | None = Field(description="nats per prediction; null: training diverged")
     accuracy: float | None
     bits_per_byte: float | None
     leak: float = Field(0.0, description="how much lower the loss is with sight of the future")
-    seconds: float = Field(description="spent on this rung")
-
-
-def run(job: Job) -> Score:
-    """Climbs to the rung, from the last checkpoint on; what was scored before is read back."""
-    if job.result.exists():
-        return Score.model_validate_json(job.result.read_text())
-    started = time.perf_counter()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    model = build(job.spec, seed=job.seed)
-    trainer = Trainer(model, job.task.load(), job.task.config(job.seed))
-    state = job.folder / "state"
-    if state.exists():
-        trainer.load(state)
-    try:
-        trainer.run(job.steps)
-        score = _score(trainer.evaluate(), job.steps, time.perf_counter() - started)
-    except TrainingDiverged:
-        score = Score(
-            steps=job.steps,
-            loss=None,
-            accuracy=None,
-            bits_per_byte=None,
-            seconds=time.perf_counter() - started,
-        )
-    if job.steps < job.task.rungs[-1]:
-        trainer.save(state)
-    elif state.exists():
-        remove_folder(state)
-    write_text(job.result, score.model_dump_json())
-    return score
-
-
-def _score(evaluation: Evaluation, steps: int, seconds: float) -> Score:
-    honest = evaluation.causal or evaluation
-    return Score(
-        steps=steps,
-        loss=honest.loss,
-        accuracy=honest.accuracy,
-        bits_per_byte=honest.bits_per_byte,
-        leak=honest.loss - evaluation.loss,
-        seconds=seconds,
+    seconds: float = Field(description="spent")
+    train_flops: float = Field(0.0, description="spent: three forward passes of the closed form")
+    eval_flops: float = Field(0.0, description="spent by scoring")
+    flops_per_token: float | None = Field(None, description="forward, executed, when scored")
+    shares: dict[str, float] = Field({}, description="of tokens selected, by loop and step")
+    entropies: dict[str, float] = Field({}, description="of selecting a token, in bits")
+    curve: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
+        (), description="training: step, mean loss since the point before"
     )
+    peak_bytes: int = Field(0, description="of memory, of the process")
+    accumulate: int = Field(1, description="parts that each batch was cut into")
+    reused: bool = Field(False, exclude=True)
+
+
+@dataclass
+class Progress:
+    """What is kept beside a state: its curve, and what was spent since the last score."""
+
+    curve: Curve = field(default_factory=Curve)
+    seconds: float = 0.0
+    train_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train one proxy on one task up to a rung; plain data, so that it can cross processes.
+
+    ``store``: the folder in which equal jobs find each other's scores. ``accumulate``: parts that
+    each batch is cut into to save memory.
+    """
+
+    store: Path
+    spec: ModelSpec
+    task: Task
+    seed: int
+    steps: int
+    accumulate: int = 1
+
+    def smaller(self) -> Job | None:
+        """With half as many sequences at once."""
+        halved = 2 * self.accumulate
+        return None if self.task.batch_size % halved else replace(self, accumulate=halved)
+
+    @property
+    def config(self) -> TrainConfig:
+        update = {"steps": self.steps, "accumulate": self.accumulate}
+        return self.task.config(self.seed).model_copy(update=update)
+
+    @property
+    def place(self) -> Place:
+        """Where the score is; not a matter of how far to train, nor in how many parts."""
+        training = self.config.model_dump(mode="json", exclude={"steps", "accumulate"})
+        data = self.task.load()
+        return Place(
+            self.store,
+            {
+                "archdsl": __version__,
+                "model": self.spec.canonical().model_dump(mode="json"),
+                "data": {"name": data.name, "fingerprint": data.fingerprint},
+                "training": training,
+            },
+        )
+
+    def known(self) -> Score | None:
+        """The score, if this was done before."""
+        file = self.place.score(self.steps)
+        if not file.exists():
+            return None
+        score = Score.model_validate_json(file.read_text(encoding="utf-8"))
+        return score.model_copy(update={"reused": True})
+
+    def run(self, beat: Callable[[], None]) -> Score:
+        """Climbs to the rung from where training stands; waits while another process does."""
+        with self.place.locked(beat):
+            return self.known() or Climb(self, beat).score()
+
+
+class Climb:
+    """A training on its way to a rung."""
+
+    def __init__(self, job: Job, beat: Callable[[], None]) -> None:
+        self.started = self.saved = time.perf_counter()
+        self.job, self.beat, self.place = job, beat, job.place
+        model = build(job.spec.canonical(), seed=job.seed)  # equal specs, equal bits and names
+        self.trainer = Trainer(model, job.task.load(), job.config)
+        self.progress = Progress()
+        self.furthest = self._resume()
+        sequence = self.trainer.data.batch(0, 1, job.task.context, job.seed).tokens_BT
+        self.step_flops = 3 * job.task.batch_size * _flops(job.spec, sequence.size(1))
+
+    def _resume(self) -> bool:
+        """Goes on from the state, if there is one; False if that is beyond the rung."""
+        if not self.place.state.exists():
+            return True
+        state = load_training(self.place.state)
+        if state["step"] > self.job.steps:
+            return False
+        load_weights(self.place.state, self.trainer.model)
+        self.trainer.restore(state)
+        progress = state["progress"]
+        self.progress.curve = Curve(**progress["curve"])
+        if not self.place.score(state["step"]).exists():
+            self.progress.seconds = progress["seconds"]
+            self.progress.train_flops = progress["train_flops"]
+        return True
+
+    def score(self) -> Score:
+        """Trains, scores, and writes the score where it will be found."""
+        try:
+            self.trainer.run(self.job.steps, self._after_step)
+            self._save()
+            score = self._scored(held_out(self.trainer, self.beat))
+        except TrainingDiverged:
+            score = Score(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
+        write_text(self.place.score(self.job.steps), score.model_dump_json())
+        return score
+
+    def _after_step(self, step: Step) -> None:
+        self.beat()
+        self.progress.curve.add(step.step, step.loss)
+        self.progress.train_flops += self.step_flops
+        if time.perf_counter() - self.saved > SECONDS_APART:
+            self._save()
+
+    def _save(self) -> None:
+        """The state, unless there is one that went further."""
+        if not self.furthest:
+            return
+        spent = replace(self.progress, seconds=self._seconds())
+        save_checkpoint(
+            self.place.state,
+            self.trainer.model,
+            tokenizer_from=None,
+            provenance={"step": self.trainer.step},
+            training=self.trainer.state() | {"progress": asdict(spent)},
+        )
+        self.saved = time.perf_counter()
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    def _spent(self) -> dict[str, Any]:
+        """What a score says of the training, whatever became of it."""
+        return {
+            "steps": self.job.steps,
+            "seconds": self._seconds(),
+            "train_flops": self.progress.train_flops,
+            "curve": self.progress.curve.up_to(self.trainer.step),
+            "peak_bytes": _peak_bytes(),
+            "accumulate": self.job.accumulate,
+        }
+
+    def _scored(self, found: Held) -> Score:
+        as_trained, meter = found.evaluation, found.meter
+        honest = as_trained.causal or as_trained
+        return Score(
+            loss=honest.loss,
+            accuracy=honest.accuracy,
+            bits_per_byte=honest.bits_per_byte,
+            leak=honest.loss - as_trained.loss,
+            eval_flops=meter.flops * (2 if as_trained.causal else 1),
+            flops_per_token=meter.flops_per_token,
+            shares=meter.shares,
+            entropies=found.health.entropies,
+            **self._spent(),
+        )
+
+
+def _flops(spec: ModelSpec, tokens: int) -> int:
+    """Of one forward pass over a sequence."""
+    return sequence_cost(spec, tokens=tokens).flops
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def objective(scores: dict[str, Score], proxy: Proxy) -> float | None:

@@ -1,0 +1,32 @@
+"""What the server of `pool` does before children are forked from it: all that is slow at first.
+
+Importing this has effects. No thread may be left behind, as threads do not survive a fork; so
+nothing is trained here: autograd starts threads.
+"""
+
+from __future__ import annotations
+
+import tokenizers  # noqa: F401  every text is read with one
+import torch
+
+from archdsl.build import build
+from archdsl.load import load
+from archdsl.search.proxy import Proxy, default_tasks
+from archdsl.trainer import Trainer
+
+
+def _begin_like_a_job() -> None:
+    """Much of torch is imported when a model or an optimizer is first made, or first used."""
+    task = default_tasks()["skill"]
+    proxy = Proxy(dim=16, head_size=8, tasks={"skill": task})
+    model = build(proxy.shrink(load("tiny"), task))
+    trainer = Trainer(model, task.load(), task.config(seed=0))
+    trainer.evaluate()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+
+
+torch.set_num_threads(1)
+_begin_like_a_job()

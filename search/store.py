@@ -1,0 +1,67 @@
+"""Where the scores and states of jobs lie, under a name made of all that decides them.
+
+    made_by.json        what that is
+    step-000100.json    the score after so many steps
+    state/              the furthest training stood: a checkpoint
+    lock                held while one process trains
+
+Any number of processes, studies and machines may share the folder above.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archdsl.files import write_text
+
+LOOK_AGAIN = 0.1  # seconds; a file lock can be waited for only in silence
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of one training run, of whatever length."""
+
+    root: Path
+    made_by: Mapping[str, Any]  # JSON values
+
+    @property
+    def folder(self) -> Path:
+        text = json.dumps(self.made_by, sort_keys=True)
+        return self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    def score(self, steps: int) -> Path:
+        """The file that holds the score once there is one."""
+        return self.folder / f"step-{steps:06d}.json"
+
+    @contextmanager
+    def locked(self, beat: Callable[[], None]) -> Iterator[None]:
+        """One process at a time; the others wait, and beat. Whoever dies gives way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a") as file:
+            while not _took(file.fileno()):
+                beat()
+                time.sleep(LOOK_AGAIN)
+            made_by = self.folder / "made_by.json"
+            if not made_by.exists():
+                write_text(made_by, json.dumps(self.made_by, indent=1))
+            yield
+
+
+def _took(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
