@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+import numpy as np
+
 # 97.5% quantiles of Student's t by degrees of freedom (Abramowitz & Stegun, table 26.10)
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -48,16 +50,45 @@ def paired(control: Sequence[float], winner: Sequence[float]) -> Difference:
     return Difference(fmean(gaps), quantile * stdev(gaps) / math.sqrt(n), n)
 
 
-def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Rank correlation (tau-a) between two scores of the same trials; None below three."""
-    if len(pairs) < 3:
-        return None
-    agree = [
-        math.copysign(1, (a - c) * (b - d)) if (a - c) * (b - d) else 0.0
-        for i, (a, b) in enumerate(pairs)
-        for c, d in pairs[:i]
-    ]
-    return fmean(agree)
+@dataclass(frozen=True)
+class Correlation:
+    """Kendall's tau-a over ``pairs`` pairs, and its 95% interval; None below three pairs."""
+
+    tau: float | None
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval leaves no room for rankings that have nothing in common."""
+        return self.low is not None and self.low > 0
+
+    def __str__(self) -> str:
+        if self.tau is None:
+            return f"too few to say ({self.pairs})"
+        return f"{self.tau:+.2f} ({self.low:+.2f} to {self.high:+.2f}, {self.pairs} models)"
+
+
+RESAMPLES = 2000
+
+
+def kendall_tau(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Correlation:
+    """Rank correlation between two scores of the same trials: tau-a, a tie counting as neither.
+
+    The interval is the bootstrap's: percentiles over resamples of the trials. The same trial drawn
+    twice is a tie, which draws resamples towards zero; the interval is widened to hold tau itself.
+    """
+    n = len(pairs)
+    if n < 3:
+        return Correlation(None, None, None, n)
+    first, second = np.array(pairs, dtype=float).T
+    agree = np.sign(np.subtract.outer(first, first)) * np.sign(np.subtract.outer(second, second))
+    drawn = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=RESAMPLES)
+    tau = float(agree.sum()) / (n * (n - 1))
+    resampled = ((drawn @ agree) * drawn).sum(1) / (n * (n - 1))
+    low, high = (float(q) for q in np.percentile(resampled, (2.5, 97.5)))
+    return Correlation(tau, min(low, tau), max(high, tau), n)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
