@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import archdsl.blocks  # noqa: F401  registers every kind
 from archdsl import leaves, source, verbs
-from archdsl.cost import cost
+from archdsl.cost import Receipt, cost
 from archdsl.errors import Problem, SpecError
 from archdsl.spec import Budget, ModelSpec, parse_spec
 
@@ -29,7 +30,8 @@ def load(
     """The spec in a file, or a shipped one by name; search leaves take their defaults.
 
     ``overrides``: assignments such as ``blocks.0.repeat=2``. ``budget``: takes the place of the
-    file's; a ``fit`` leaf is solved for it. Raises SpecError with every problem and its place.
+    file's, limit by limit; a ``fit`` leaf is solved for both. Raises SpecError with every problem
+    and its place.
 
     >>> import archdsl
     >>> archdsl.load("itt", overrides=["context=2048"]).context
@@ -51,32 +53,57 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> source.
     return tree
 
 
-def fitted(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:
-    """A tree without search leaves as a spec, its ``fit`` leaf solved for the budget."""
-    found = leaves.fit_leaf(tree)
-    if found is None:
-        spec = parse_spec(tree)
-        return spec.model_copy(update={"budget": budget}) if budget else spec
+def budget_of(tree: source.Tree, given: Budget | None = None) -> Budget:
+    """The limits of a space: the file's, limit by limit replaced by what is given."""
+    tree = leaves.fill(tree, leaves.defaults)
+    spec, _ = _at_default(tree)
+    return (spec.budget or Budget()).with_limits(given)
 
-    path, fit = found
-    spec = parse_spec(leaves.replace(tree, path, fit.default))
-    budget = budget or spec.budget
-    if budget is None:
+
+def _at_default(tree: source.Tree) -> tuple[ModelSpec, tuple[source.Path, leaves.Fit] | None]:
+    """The spec with the default of its ``fit`` leaf, and that leaf."""
+    found = leaves.fit_leaf(tree)
+    return parse_spec(leaves.replace(tree, found[0], found[1].default) if found else tree), found
+
+
+def fitted(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:
+    """A tree without search leaves as a spec, its ``fit`` leaf solved for the budget.
+
+    ``budget`` takes the place of the file's limit by limit. Where no limit is one of the model,
+    the size stays at its default.
+    """
+    spec, found = _at_default(tree)
+    if budget:
+        budget = (spec.budget or Budget()).with_limits(budget)
+        spec = spec.model_copy(update={"budget": budget})
+    if found is None or spec.budget is None or not spec.budget.of_model:
         return spec
-    spec = spec.model_copy(update={"budget": budget})
-    sizes = range(-(-fit.low // fit.multiple_of) * fit.multiple_of, fit.high + 1, fit.multiple_of)
+    path, fit = found
     at = (
         _with_dim(tree, path, spec)
         if path == ("dim",)
         else lambda size: parse_spec(leaves.replace(tree, path, size))
     )
-    best = _largest(sizes, lambda size: over(at(size), budget) <= 0)
-    if best is None:
-        least = at(sizes[0])
-        message = f"no size fits: {sizes[0]} is the least and {exceeds(least, budget)}"
-        where = ".".join(map(str, path))
-        raise NoFitError(Problem(where, message, tree.mark(path)), over(least, budget))
-    return parse_spec(leaves.replace(tree, path, best)).model_copy(update={"budget": budget})
+    return _solved(tree, path, fit, at, spec.budget)
+
+
+def _solved(
+    tree: source.Tree,
+    path: source.Path,
+    fit: leaves.Fit,
+    at: Callable[[int], ModelSpec],
+    budget: Budget,
+) -> ModelSpec:
+    """The spec of the largest size that keeps to every limit; raises NoFitError."""
+    sizes = range(-(-fit.low // fit.multiple_of) * fit.multiple_of, fit.high + 1, fit.multiple_of)
+    best = _largest(sizes, lambda size: _broken(at(size), budget))
+    if not _broken(at(best), budget):
+        whole = parse_spec(leaves.replace(tree, path, best))
+        return whole.model_copy(update={"budget": budget})
+    least = at(sizes[0])
+    message = f"no size fits: {sizes[0]} is the least and {exceeds(least, budget)}"
+    where = ".".join(map(str, path))
+    raise NoFitError(Problem(where, message, tree.mark(path)), over(least, budget))
 
 
 def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable[[int], ModelSpec]:
@@ -84,21 +111,62 @@ def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable
     return lambda size: spec.model_copy(update={"dim": size})
 
 
-def _largest(sizes: range, fits: Callable[[int], bool]) -> int | None:
-    """The largest size that fits, where costs rise with size; None if the least does not."""
-    low, high = -1, len(sizes)
+def _largest(sizes: range, broken: Callable[[int], Collection[str]]) -> int:
+    """The largest size that breaks no limit which the least keeps.
+
+    Each cost rises with size, or falls: with the context, the cache of a window per token. So no
+    size keeps a limit that both the least and the one that is returned break.
+    """
+    at_least = set(broken(sizes[0]))
+    low, high = 0, len(sizes)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-    return sizes[low] if low >= 0 else None
+        low, high = (middle, high) if at_least.issuperset(broken(sizes[middle])) else (low, middle)
+    return sizes[low]
+
+
+class Limit(NamedTuple):
+    """What a limit of the budget counts."""
+
+    spent: Callable[[Receipt], float]
+    unit: str
+
+
+LIMITS = {
+    "params": Limit(lambda receipt: receipt.params, "parameters"),
+    "non_embedding": Limit(
+        lambda receipt: receipt.non_embedding, "parameters without embedding and head"
+    ),
+    "flops": Limit(lambda receipt: receipt.expected, "FLOPs/token"),
+    "kv": Limit(lambda receipt: receipt.kv_bytes_per_token, "bytes of KV cache per token"),
+}
+
+
+class Kept(NamedTuple):
+    """A limit of the budget, and what the model has of it."""
+
+    limit: int
+    spent: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """Spent / limit - 1: above zero is too much."""
+        return self.spent / self.limit - 1
+
+
+def kept(spec: ModelSpec, budget: Budget) -> dict[str, Kept]:
+    """Each limit that the budget sets a model, by name."""
+    receipt = cost(spec)
+    return {
+        name: Kept(limit, LIMITS[name].spent(receipt), LIMITS[name].unit)
+        for name, limit in budget.of_model.items()
+    }
 
 
 def ratios(spec: ModelSpec, budget: Budget) -> dict[str, float]:
     """For each limit of the budget, cost / limit - 1: above zero is too much."""
-    receipt = cost(spec)
-    spent = {"params": receipt.params, "flops": receipt.expected}
-    limits = {name: getattr(budget, name) for name in spent}
-    return {name: spent[name] / limit - 1 for name, limit in limits.items() if limit}
+    return {name: found.ratio for name, found in kept(spec, budget).items()}
 
 
 def over(spec: ModelSpec, budget: Budget) -> float:
@@ -106,15 +174,17 @@ def over(spec: ModelSpec, budget: Budget) -> float:
     return max(ratios(spec, budget).values(), default=0.0)
 
 
+def _broken(spec: ModelSpec, budget: Budget) -> set[str]:
+    return {name for name, ratio in ratios(spec, budget).items() if ratio > 0}
+
+
 def exceeds(spec: ModelSpec, budget: Budget) -> str:
     """In words, which limits are broken and by how much."""
-    receipt = cost(spec)
-    spent = {"params": (receipt.params, "parameters"), "flops": (receipt.expected, "FLOPs/token")}
     return " and ".join(
-        f"its {spent[name][0]:,.0f} {spent[name][1]} exceed the budget of "
-        f"{getattr(budget, name):,} by {ratio:.1%}"
-        for name, ratio in ratios(spec, budget).items()
-        if ratio > 0
+        f"its {found.spent:,.0f} {found.unit} exceed the budget of {found.limit:,} "
+        f"by {found.ratio:.1%}"
+        for found in kept(spec, budget).values()
+        if found.ratio > 0
     )
 
 

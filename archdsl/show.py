@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import Receipt, cost, paper_flops
-from archdsl.load import ratios
+from archdsl.load import kept
 from archdsl.outline import Node, outline
 from archdsl.spec import Budget, ModelSpec
 
@@ -43,7 +43,7 @@ def short(number: float) -> str:
     >>> short(162_051_072), short(0.5), short(3.853e12)
     ('162.1M', '0.5', '3.85T')
     """
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             scaled = number / size
             return f"{scaled:.{1 if scaled >= 10 else 2}f}{unit}"
@@ -73,13 +73,19 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
         "receipt": asdict(cost(spec)),
         "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
         "leaks": [node.path for node in root.walk() if node.leaks],
-        "budget": budget and {"limits": _limits(budget), "over": ratios(spec, budget)},
+        "budget": budget and _budget_data(spec, budget),
         "tree": _node_data(root),
     }
 
 
-def _limits(budget: Budget) -> dict[str, int]:
-    return budget.model_dump(exclude_none=True)
+def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]:
+    """By limit; ``over`` is the share of it that is too much, below zero what is to spare."""
+    limits = kept(spec, budget).items()
+    return {
+        "limits": {name: found.limit for name, found in limits},
+        "spent": {name: found.spent for name, found in limits},
+        "over": {name: found.ratio for name, found in limits},
+    }
 
 
 def _node_data(node: Node) -> dict[str, Any]:
@@ -222,12 +228,10 @@ def _paper(spec: ModelSpec, root: Node) -> list[tuple[str, str]]:
 
 
 def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
-    total, words = cost(spec), {"params": "parameters", "flops": "FLOPs/token"}
-    spent = {"params": total.params, "flops": total.expected}
-    for name, ratio in ratios(spec, budget).items():
+    for found in kept(spec, budget).values():
+        ratio = found.ratio
         verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
-        limit = _limits(budget)[name]
-        yield f"{verdict}: {spent[name]:,.0f} of {limit:,} {words[name]}"
+        yield f"{verdict}: {found.spent:,.0f} of {found.limit:,} {found.unit}"
 
 
 def evaluation(found: Evaluation, chance: float | None) -> RenderableType:

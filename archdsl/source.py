@@ -55,7 +55,7 @@ OVERLAY = "-overlay"  # ends the name of a file that changes a trained model
 LEAVES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
 INDEX = re.compile("0|[1-9][0-9]{0,5}")
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "p": 10**15}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNORECASE | re.ASCII)
 
@@ -312,7 +312,8 @@ def _merge(base: Any, patch: Any) -> Any:
 def parse_size(value: object) -> int:
     """``162M``, ``1.2B``, ``8k``, ``64KiB``, ``2e9`` as an int; raises ValueError if not whole.
 
-    k, M, B (or G) and T count in thousands, KiB, MiB, GiB and TiB in 1024; capitals do not matter.
+    k, M, B (or G), T and P count in thousands, KiB, MiB, GiB and TiB in 1024; capitals do not
+    matter.
     """
     size = _size(value)
     if size is None or size < 0 or size.denominator != 1:

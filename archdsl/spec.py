@@ -219,13 +219,33 @@ def at_step(values: tuple[float, ...], step: int) -> float:
 Blocks = Annotated[tuple[AnyBlock, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
+def _limit(description: str) -> Any:
+    return Field(None, ge=1, description=description)
+
+
 class Budget(Strict):
     """Hard limits of the full-size model. ``fit`` solves for the tightest."""
 
-    params: Annotated[Size | None, Field(ge=1, description="parameters")] = None
-    flops: Annotated[
-        Size | None, Field(ge=1, description="expected forward FLOPs per token at the context")
-    ] = None
+    params: Size | None = _limit("parameters")
+    non_embedding: Size | None = _limit("parameters without embedding and head")
+    flops: Size | None = _limit("expected forward FLOPs per token at the context")
+    kv: Size | None = _limit("bytes of KV cache per token, in bfloat16")
+    train_flops: Size | None = _limit(
+        "FLOPs that a search may spend on training, by all its workers together"
+    )
+
+    @property
+    def of_model(self) -> dict[str, int]:
+        """The limits that a model keeps to, by name; what a search spends is no such limit."""
+        return self.model_dump(exclude_none=True, exclude={"train_flops"})
+
+    def with_limits(self, given: Budget | None) -> Budget:
+        """Limit by limit, what ``given`` says in the place of what is said here.
+
+        A limit that ``given`` sets to None is lifted, one that it does not set stays.
+        """
+        update = given.model_dump(exclude_unset=True) if given else {}
+        return self.model_copy(update=update)
 
 
 class ModelSpec(Strict):

@@ -57,9 +57,27 @@ Params = Annotated[
     int | None,
     typer.Option("--budget", parser=size, metavar="SIZE", help="Most parameters, such as 162M."),
 ]
+BudgetOf = Annotated[
+    Literal["params", "non_embedding"] | None,
+    typer.Option(help="What --budget counts: all, or without embedding and head; default: params."),
+]
 Flops = Annotated[
     int | None,
     typer.Option(parser=size, metavar="SIZE", help="Most forward FLOPs per token, such as 0.8G."),
+]
+KV = Annotated[
+    int | None,
+    typer.Option(
+        "--kv", parser=size, metavar="SIZE", help="Most bytes of KV cache per token, such as 64KiB."
+    ),
+]
+TrainFlops = Annotated[
+    int | None,
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="Most FLOPs spent on training, by all workers together, such as 1e15 or 1P.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The same facts as JSON, and nothing else.")]
 Source = Annotated[
@@ -93,9 +111,26 @@ Steps = Annotated[
 ]
 
 
-def budget(params: int | None, flops: int | None) -> Budget | None:
-    """What stands on the command line takes the place of what stands in the file."""
-    return Budget(params=params, flops=flops) if params or flops else None
+def budget(
+    params: int | None,
+    flops: int | None,
+    kv: int | None = None,
+    of: Literal["params", "non_embedding"] | None = None,
+    train_flops: int | None = None,
+) -> Budget | None:
+    """What stands on the command line takes the place of what stands in the file, limit by limit.
+
+    ``of`` says what ``params`` counts; a size without embedding and head also lifts the file's
+    limit on all parameters.
+    """
+    if of and params is None:
+        raise typer.BadParameter("--budget-of says what --budget counts: give --budget too")
+    sizes = {"params": params}
+    if of == "non_embedding":
+        sizes = {"params": None, "non_embedding": params}
+    others = {"flops": flops, "kv": kv, "train_flops": train_flops}
+    given = (sizes if params else {}) | {name: size for name, size in others.items() if size}
+    return Budget(**given) if given else None
 
 
 def with_options_of(config: type[BaseModel], parameter: str) -> Callable[[Command], Command]:

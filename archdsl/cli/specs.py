@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from archdsl.cli.options import (
+    KV,
+    BudgetOf,
     Flops,
     Json,
     Overrides,
@@ -35,7 +37,9 @@ def build(
     spec: Spec,
     overrides: Overrides = None,
     params: Params = None,
+    budget_of: BudgetOf = None,
     flops: Flops = None,
+    kv: KV = None,
     convention: Annotated[
         Literal["node", "paper"], typer.Option(help="How FLOPs and parameters are counted.")
     ] = "node",
@@ -53,14 +57,17 @@ def build(
 ) -> None:
     """Check a spec and show what it costs, node by node.
 
-    Exit status 1: over its budget. Example:
+    Limits given here stand beside those of the file, or in their place where both set the same
+    one. Exit status 1: over its budget. Examples:
 
       archdsl build itt --set blocks.0.body.1.router.kind=prefix
+
+      archdsl build itt --budget 100M --budget-of non_embedding --kv 64KiB
     """
     from archdsl import show
     from archdsl.load import exceeds, load, over
 
-    model = load(spec, overrides=overrides or (), budget=budget(params, flops))
+    model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
     counted = model.model_copy(update={"context": tokens}) if tokens else model
     if as_json:
         print_json(show.receipt_data(counted, convention, model.budget))

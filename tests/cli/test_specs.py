@@ -116,6 +116,13 @@ def test_json_holds_the_same_facts(cli: Cli) -> None:
         (["--budget", "100M"], 1, "over by 62.05%: 162,051,072 of 100,000,000 parameters"),
         (["--flops", "0.5G"], 1, "over by 38.78%"),
         (["--flops", "0.8G", "--budget", "1G"], 0, "of 800,000,000 FLOPs/token"),
+        (
+            ["--budget", "100M", "--budget-of", "non_embedding"],
+            0,
+            "holds, 3.48% to spare: 96,515,072 of 100,000,000 parameters without",
+        ),
+        (["--kv", "66KiB"], 0, "67,172 of 67,584 bytes of KV cache per token"),
+        (["--kv", "32KiB", "--budget", "1G"], 1, "over by 104.99%"),
     ],
 )
 def test_a_budget_holds_or_fails(cli: Cli, limit: list[str], status: int, said: str) -> None:
@@ -133,6 +140,22 @@ def test_a_limit_is_a_number_above_zero(cli: Cli, limit: str) -> None:
 
 def test_a_budget_of_the_spec_counts_too(cli: Cli) -> None:
     assert cli("build", "tiny", "--set", "budget={params: 1k}").status == 1
+    assert cli("build", "tiny", "--set", "budget={params: 1k}", "--flops", "1G").status == 1
+    assert cli("build", "tiny", "--set", "budget={params: 1k}", "--budget", "1G").status == 0
+
+
+def test_each_limit_stands_in_the_json_with_what_the_model_has(cli: Cli) -> None:
+    found = cli("build", "search", "--budget", "200M", "--budget-of", "non_embedding", "--json")
+    kept = found.json["budget"]
+    assert kept["limits"] == {"non_embedding": 200_000_000}  # no longer one of all parameters
+    assert kept["spent"]["non_embedding"] == found.json["receipt"]["non_embedding"] <= 200_000_000
+    assert kept["over"]["non_embedding"] == kept["spent"]["non_embedding"] / 200_000_000 - 1
+
+
+def test_what_a_budget_counts_needs_a_budget(cli: Cli) -> None:
+    found = cli("build", "itt", "--budget-of", "params")
+    assert (found.status, found.out) == (2, "")
+    assert "give --budget too" in found.err
 
 
 def test_writes_a_checkpoint_that_loads(cli: Cli) -> None:
