@@ -1,219 +1,392 @@
-"""The study: what was drawn and how it scored, in Optuna's journal; nothing else asks Optuna."""
+"""The study: who trains which draw, and what became of each, in an Optuna storage.
+
+A draw is one trial of Optuna's. A worker that dies leaves its trial behind; then another trial
+stands for the same draw and goes on from what is recorded. Of all trials of a draw only one counts.
+"""
 
 from __future__ import annotations
 
-import warnings
+import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, fail_stale_trials
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from archdsl.errors import SpecError
-from archdsl.leaves import fill
-from archdsl.load import NoFitError, exceeds, fitted, over, ratios
+from archdsl.search.draws import Draw, Draws, Past, experimental
 from archdsl.search.proxy import Score
-from archdsl.search.space import starting_points, suggest
-from archdsl.source import Tree, parse
-from archdsl.spec import Budget, ModelSpec, parse_spec
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+from archdsl.search.storage import Heart
+from archdsl.source import parse
+from archdsl.spec import ModelSpec, parse_spec
 
 Scores = dict[str, Score]  # by task
-IN_TRAINING = "in training"  # the outcome of a draw that is being trained already
-FAILED = ("failed", IN_TRAINING)
-TRAINED = ("complete", "pruned", "diverged", "failed")  # outcomes of draws that cost training
+UNTRAINED = ("infeasible", "invalid", "reused")  # outcomes of draws that cost no training
+EXHAUSTED = 3  # draws in a row that find nothing new: the space is used up
+SECONDS_BETWEEN_BURIALS = 1.0
 
 
 @dataclass
 class Trial:
-    """A draw on its way up the rungs."""
+    """A draw on its way up the rungs, in the hands of this process."""
 
     number: int
     spec: ModelSpec
     fingerprint: str
-    ask: optuna.Trial
+    params: dict[str, Any]
+    trial_id: int
+    past: list[Past]
     rungs: list[Scores] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial that was told; ``value`` is None unless it climbed to the last rung."""
+    """A draw that was told. ``values``: by axis; None unless it climbed to the last rung."""
 
     number: int
     spec: ModelSpec
     fingerprint: str
     params: dict[str, Any]
     outcome: str
-    value: float | None
+    values: dict[str, float] | None
     rungs: list[Scores]
+    error: str = ""
+    same_as: int | None = None
+
+    @property
+    def value(self) -> float | None:
+        return self.values["loss"] if self.values else None
+
+    @cached_property
+    def point(self) -> tuple[float, ...]:
+        assert self.values is not None
+        return tuple(self.values.values())
 
 
 class Study:
-    """Draws specs from a space and remembers what became of them, across processes and crashes.
+    """One process's view of a study that others may work on, too.
 
-    ``met_its_like``: the last draw was a model that is being trained; to draw on at once would
-    only meet it again.
+    ``window``: so many draws may be under way at once; a draw knows what became of all further
+    back, so that it does not depend on who was faster.
     """
 
-    def __init__(self, folder: Path, tree: Tree, budget: Budget, seed: int) -> None:
-        self.tree, self.budget, self.seed = tree, budget, seed
-        self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
-            study_name="search",
-            pruner=optuna.pruners.PercentilePruner(50.0, n_startup_trials=4),
-            load_if_exists=True,
-        )
-        if not self.study.trials:
-            for point in starting_points(tree):
-                self.study.enqueue_trial(point)
-        self._finished: dict[int, Finished] = {}
-        self._trials: list[FrozenTrial] = []
-        self._changed, self.met_its_like = True, False
-        self._take_up_lost_trials()
-
-    def _take_up_lost_trials(self) -> None:
-        """A process that was killed leaves its trials running: they are drawn again."""
-        for lost in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(lost.number, state=TrialState.FAIL)
-            if lost.params or "fixed_params" in lost.system_attrs:
-                self.study.enqueue_trial(lost.system_attrs.get("fixed_params") or lost.params)
-
-    def draw(self) -> Trial | None:
-        """A model to train; None where the draw was told at once, being known or infeasible."""
-        # every draw has its own stream, so that a resumed study does not repeat its first draws
-        number = len(self._stored())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=self.seed * 1_000_003 + number,
-                n_startup_trials=8,
-                multivariate=True,
-                group=True,
-            )
-        ask = self.study.ask()
-        self._changed = True
+    def __init__(
+        self, storage: BaseStorage, name: str, draws: Draws, axes: tuple[str, ...], window: int
+    ) -> None:
+        self.storage, self.draws, self.axes, self.window = storage, draws, axes, window
+        directions = [StudyDirection.MINIMIZE] * len(axes)
         try:
-            tree = fill(self.tree, lambda name, leaf: suggest(ask, name, leaf))
-            spec = fitted(tree, self.budget)
-        except NoFitError as error:
-            ask.set_user_attr("excess", error.ratio)
-            ask.set_constraint("fit", error.ratio)
-            self._close(ask, "infeasible", error=str(error))
-            return None
-        except SpecError as error:  # choices that do not go together
-            self._close(ask, "invalid", error=str(error))
-            return None
-        trial = Trial(ask.number, spec, spec.fingerprint(), ask)
-        for name, ratio in ratios(spec, self.budget).items():
-            ask.set_constraint(name, ratio)
-        ask.set_user_attr("spec", spec.to_yaml())
-        ask.set_user_attr("fingerprint", trial.fingerprint)
-        if (excess := over(spec, self.budget)) > 0:
-            ask.set_user_attr("excess", excess)
-            self._close(ask, "infeasible", error=exceeds(spec, self.budget))
-            return None
-        return self._unless_known(trial)
+            self.id = storage.create_new_study(directions, study_name=name)
+        except DuplicatedStudyError:
+            self.id = storage.get_study_id_from_name(name)
+        self.optuna = optuna.load_study(study_name=name, storage=storage)
+        self.heart = Heart(storage)
+        self.buried_at = 0.0
+        self._finished: dict[int, Finished] = {}
 
-    def _unless_known(self, trial: Trial) -> Trial | None:
-        same = [
-            old for old in self._stored() if old.user_attrs.get("fingerprint") == trial.fingerprint
-        ]
-        same = [old for old in same if old.number != trial.number]
-        done = [old for old in same if _outcome(old) in ("complete", "pruned")]
-        if done:
-            trial.ask.set_user_attr("same_as", done[0].number)
-            self._close(trial.ask, "reused", value=done[0].value)
-            return None
-        if any(old.state == TrialState.RUNNING for old in same):
-            self._close(trial.ask, IN_TRAINING)
-            return None
-        return trial
+    # taking
 
-    def climbed(self, trial: Trial, scores: Scores, value: float | None, last: bool) -> bool:
-        """Takes note of a rung; whether the trial goes on to the next."""
+    def take(self, may_draw: Callable[[int], bool]) -> Trial | None:
+        """A draw to train, now in this process's hands; None where there is none at present.
+
+        Those that were left behind come first. ``may_draw``: whether there may be a draw of this
+        number, none with it having been made.
+        """
+        self._bury()
+        while True:
+            attempts = self._attempts()
+            self._drop_doubles(attempts)
+            for number in sorted(attempts):
+                trial = attempts[number]
+                if _is_lost(trial):
+                    self._add(_again(trial))
+                    break
+                if trial.state == TrialState.WAITING:
+                    if (taken := self._begin(trial, attempts)) is not None:
+                        return taken
+                    break
+            else:
+                number = len(attempts)
+                if self._known_up_to(attempts) < number - self.window or not may_draw(number):
+                    return None
+                self._add(_as_trial(self._draw(number, attempts)))
+
+    def _bury(self) -> None:
+        """The trials of workers that no longer beat are lost."""
+        if time.monotonic() - self.buried_at > SECONDS_BETWEEN_BURIALS:
+            with experimental():
+                fail_stale_trials(self.optuna)
+            self.buried_at = time.monotonic()
+
+    def _drop_doubles(self, attempts: dict[int, FrozenTrial]) -> None:
+        """Two workers that made the same draw at once: the first one counts."""
+        for trial in self._trials():
+            counts = attempts[trial.user_attrs["draw"]].number == trial.number
+            if trial.state == TrialState.WAITING and not counts:
+                self._unless_lost(self.storage.set_trial_user_attr, trial._trial_id, "double", True)
+                self._tell(trial._trial_id, TrialState.FAIL)
+
+    def abandon(self) -> None:
+        """Those that are running belong to a process that is no more: they are lost."""
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING:
+                self._tell(trial._trial_id, TrialState.FAIL)
+
+    def give_back(self, trial: Trial) -> None:
+        """Another may go on with it."""
+        self._tell(trial.trial_id, TrialState.FAIL)
+
+    def _draw(self, number: int, attempts: dict[int, FrozenTrial]) -> Draw:
+        known: dict[str, int] = {}
+        for earlier in range(number):
+            attrs = attempts[earlier].user_attrs
+            if attrs.get("outcome") not in UNTRAINED:
+                known.setdefault(attrs["fingerprint"], earlier)
+        return self.draws.draw(number, self._past(number, attempts), known)
+
+    def _past(self, number: int, attempts: dict[int, FrozenTrial]) -> list[Past]:
+        return [self._as_past(attempts, i) for i in range(max(0, number - self.window + 1))]
+
+    def _as_past(self, attempts: dict[int, FrozenTrial], number: int) -> Past:
+        trial = attempts[number]
+        attrs = attempts[trial.user_attrs.get("same_as", number)].user_attrs
+        return Past(
+            trial.params,
+            trial.distributions,
+            trial.constraints,
+            tuple(attrs.get("losses", ())),
+            tuple(attrs.get("others", ())),
+            attrs.get("outcome") == "complete",
+        )
+
+    def _begin(self, trial: FrozenTrial, attempts: dict[int, FrozenTrial]) -> Trial | None:
+        """None where it was somebody else's, or needed no training."""
+        self.heart.record(trial._trial_id)
+        try:
+            if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                return None
+        except UpdateFinishedTrialError:
+            return None
+        attrs = trial.user_attrs
+        if (outcome := attrs.get("outcome")) in UNTRAINED:
+            self._tell(trial._trial_id, TrialState.PRUNED)
+            return None
+        assert outcome is None
+        self.heart.trials.add(trial._trial_id)
+        return Trial(
+            number=attrs["draw"],
+            spec=_spec(attrs),
+            fingerprint=attrs["fingerprint"],
+            params=trial.params,
+            trial_id=trial._trial_id,
+            past=self._past(attrs["draw"], attempts),
+            rungs=_rungs(attrs),
+            losses=list(attrs.get("losses", ())),
+        )
+
+    # telling
+
+    def climbed(self, trial: Trial, scores: Scores, values: tuple[float, ...] | None) -> None:
+        """Takes note of a rung; ``values``: the axes, None where training diverged."""
         trial.rungs.append(scores)
         dumped = [{k: s.model_dump(mode="json") for k, s in rung.items()} for rung in trial.rungs]
-        trial.ask.set_user_attr("rungs", dumped)
-        if value is None:
-            self._close(trial.ask, "diverged")
-            return False
-        trial.ask.report(value, len(trial.rungs))
-        if last:
-            self._close(trial.ask, "complete", value=value)
-            return False
-        if trial.ask.should_prune():
-            self._close(trial.ask, "pruned")
-            return False
-        return True
+        given: dict[str, Any] = {"rungs": json.dumps(dumped)}
+        if values is not None:
+            trial.losses.append(values[0])
+            given |= {"losses": trial.losses, "others": values[1:]}
+        self._note(trial, **given)
+        if values is not None and len(self.axes) == 1:  # for those who look at the storage
+            self._unless_lost(
+                self.storage.set_trial_intermediate_value,
+                trial.trial_id,
+                len(trial.rungs),
+                values[0],
+            )
 
-    def failed(self, trial: Trial, reason: str) -> None:
-        self._close(trial.ask, "failed", error=reason)
+    def goes_on(self, trial: Trial, values: tuple[float, ...]) -> bool:
+        """Whether the draw climbs to the next rung."""
+        return self.draws.goes_on(trial.losses, values[1:], trial.past)
 
-    def _close(
-        self, ask: optuna.Trial, outcome: str, *, value: float | None = None, error: str = ""
+    def close(
+        self,
+        trial: Trial,
+        outcome: str,
+        values: tuple[float, ...] | None = None,
+        error: str = "",
     ) -> None:
-        ask.set_user_attr("outcome", outcome)
-        self._changed, self.met_its_like = True, outcome == IN_TRAINING
-        if error:
-            ask.set_user_attr("error", error)
-        if value is not None:
-            self.study.tell(ask, value)
-        else:
-            # pruned, not failed: Optuna's sampler learns nothing from failures
-            state = TrialState.FAIL if outcome in FAILED else TrialState.PRUNED
-            self.study.tell(ask, state=state)
+        """The draw is done with: complete (with values), pruned, diverged or failed."""
+        self._note(trial, outcome=outcome, **({"error": error} if error else {}))
+        state = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+        self._tell(trial.trial_id, state.get(outcome, TrialState.PRUNED), values)
 
-    def _stored(self) -> list[FrozenTrial]:
-        """Read again only after a change: nobody else writes, and the journal is a file."""
-        if self._changed:
-            self._trials, self._changed = self.study.get_trials(deepcopy=False), False
-        return self._trials
+    def _note(self, trial: Trial, **attrs: Any) -> None:
+        for key, value in attrs.items():
+            self._unless_lost(self.storage.set_trial_user_attr, trial.trial_id, key, value)
+
+    def _tell(
+        self, trial_id: int, state: TrialState, values: tuple[float, ...] | None = None
+    ) -> None:
+        self.heart.trials.discard(trial_id)
+        self._unless_lost(self.storage.set_trial_state_values, trial_id, state, values)
+
+    def _unless_lost(self, write: Callable[..., Any], *given: Any) -> None:
+        """Who was taken for dead and is not, has nothing to say: another does the same work."""
+        try:
+            write(*given)
+        except UpdateFinishedTrialError:
+            self.heart.trials.discard(given[0])
+
+    # reading
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.storage.get_all_trials(self.id, deepcopy=False)
+
+    def _attempts(self) -> dict[int, FrozenTrial]:
+        """For each draw the trial that counts: the first that was told, else the first alive."""
+        found: dict[int, FrozenTrial] = {}
+        for trial in self._trials():
+            number = trial.user_attrs["draw"]
+            best = found.get(number)
+            if best is None or _weight(trial) > _weight(best):
+                found[number] = trial
+        return found
+
+    def _known_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
+        """The last draw up to which all were told."""
+        told = (number for number in range(len(attempts)) if not _is_told(attempts[number]))
+        return next(told, len(attempts)) - 1
+
+    def _add(self, trial: FrozenTrial) -> None:
+        self.storage.create_new_trial(self.id, template_trial=trial)
+
+    def trained(self, before: int | None = None) -> int:
+        """How many draws (below ``before``) cost training, also those that still do."""
+        return sum(
+            trial.user_attrs.get("outcome") not in UNTRAINED
+            for number, trial in self._attempts().items()
+            if before is None or number < before
+        )
+
+    @property
+    def exhausted(self) -> bool:
+        """The last draws found nothing that was new."""
+        attempts = self._attempts()
+        last = [attempts[n].user_attrs.get("outcome") for n in sorted(attempts)[-EXHAUSTED:]]
+        return len(last) == EXHAUSTED and all(outcome == "reused" for outcome in last)
+
+    @property
+    def under_way(self) -> int:
+        """Draws that were not told, whoever trains them."""
+        return sum(not _is_told(trial) for trial in self._attempts().values())
 
     def finished(self) -> list[Finished]:
-        """Every trial that was told and had a spec, in the order of asking."""
-        for trial in self._stored():
-            known = trial.number in self._finished
-            if not known and _outcome(trial) and "spec" in trial.user_attrs:
-                self._finished[trial.number] = _finished(trial)
+        """Every draw that was told and had a spec, in order."""
+        for number, trial in self._attempts().items():
+            known = number in self._finished
+            if not known and _is_told(trial) and "spec" in trial.user_attrs:
+                self._finished[number] = self._as_finished(trial)
         return [self._finished[number] for number in sorted(self._finished)]
 
-    def closest_miss(self) -> str:
-        """Of the draws that break the budget, what the one that breaks it least said."""
-        missed = [t.user_attrs for t in self._stored() if "excess" in t.user_attrs]
-        least = min(missed, key=lambda attrs: float(attrs["excess"]), default=None)
-        return str(least["error"]) if least else ""
+    def _as_finished(self, trial: FrozenTrial) -> Finished:
+        attrs = trial.user_attrs
+        whole = attrs["outcome"] == "complete"
+        return Finished(
+            number=attrs["draw"],
+            spec=_spec(attrs),
+            fingerprint=attrs["fingerprint"],
+            params=dict(trial.params),
+            outcome=attrs["outcome"],
+            values=dict(zip(self.axes, trial.values, strict=True)) if whole else None,
+            rungs=_rungs(attrs),
+            error=attrs.get("error", ""),
+            same_as=attrs.get("same_as"),
+        )
 
     def outcomes(self) -> dict[str, int]:
         """How many draws ended how."""
         counts: dict[str, int] = {}
-        for trial in self._stored():
-            if outcome := _outcome(trial):
+        for trial in self._attempts().values():
+            if _is_told(trial):
+                outcome = trial.user_attrs["outcome"]
                 counts[outcome] = counts.get(outcome, 0) + 1
         return counts
 
+    def importance(self) -> dict[str, float]:
+        """How much of the difference between good and other draws each choice makes (PED-ANOVA)."""
+        whole = [t for t in self._attempts().values() if t.state == TrialState.COMPLETE]
+        if len(whole) < 8:
+            return {}
+        study = optuna.create_study()
+        study.add_trials(
+            create_trial(value=t.values[0], params=t.params, distributions=t.distributions)
+            for t in whole
+        )
+        shared = set.intersection(*(set(trial.params) for trial in whole))
+        with experimental():
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return optuna.importance.get_param_importances(
+            study, evaluator=evaluator, params=sorted(shared)
+        )
 
-def _outcome(trial: FrozenTrial) -> str | None:
-    """None until it was told: who is killed between writing and telling has told nothing."""
-    outcome = trial.user_attrs.get("outcome")
-    untold = trial.state == TrialState.FAIL and outcome not in FAILED
-    return outcome if trial.state.is_finished() and not untold else None
 
-
-def _finished(trial: FrozenTrial) -> Finished:
-    attrs = trial.user_attrs
-    return Finished(
-        number=trial.number,
-        spec=parse_spec(parse(attrs["spec"], f"trial {trial.number}")),
-        fingerprint=attrs["fingerprint"],
-        params=dict(trial.params),
-        outcome=attrs["outcome"],
-        value=trial.value if attrs["outcome"] == "complete" else None,
-        rungs=[
-            {task: Score.model_validate(score) for task, score in rung.items()}
-            for rung in attrs.get("rungs", [])
-        ],
+def _as_trial(draw: Draw) -> FrozenTrial:
+    """Whole from the start, so that nobody can die between making a draw and writing it down."""
+    attrs: dict[str, Any] = {"draw": draw.number, "fingerprint": draw.fingerprint}
+    if draw.spec is not None:
+        attrs["spec"] = draw.spec.to_yaml()
+    for name in ("outcome", "error", "same_as"):
+        if (value := getattr(draw, name)) not in (None, ""):
+            attrs[name] = value
+    return create_trial(
+        state=TrialState.WAITING,
+        params=draw.params,
+        distributions=draw.distributions,
+        constraints=draw.constraints,
+        user_attrs=attrs,
     )
+
+
+def _again(lost: FrozenTrial) -> FrozenTrial:
+    """The same draw with what was recorded of it, but for an outcome that was never told."""
+    attrs = dict(lost.user_attrs)
+    if attrs.get("outcome") not in UNTRAINED:
+        attrs.pop("outcome", None)
+    return create_trial(
+        state=TrialState.WAITING,
+        params=lost.params,
+        distributions=lost.distributions,
+        constraints=lost.constraints,
+        user_attrs=attrs,
+        intermediate_values=lost.intermediate_values,
+    )
+
+
+def _is_told(trial: FrozenTrial) -> bool:
+    """Not who wrote an outcome and was killed before telling it."""
+    failed = trial.user_attrs.get("outcome") == "failed"
+    return trial.state.is_finished() and (trial.state != TrialState.FAIL or failed)
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and not _is_told(trial)
+
+
+def _weight(trial: FrozenTrial) -> int:
+    return 2 if _is_told(trial) else 0 if _is_lost(trial) else 1
+
+
+def _spec(attrs: dict[str, Any]) -> ModelSpec:
+    return parse_spec(parse(attrs["spec"], f"draw {attrs['draw']}"))
+
+
+def _rungs(attrs: dict[str, Any]) -> list[Scores]:
+    return [
+        {task: Score.model_validate(score) for task, score in rung.items()}
+        for rung in json.loads(attrs.get("rungs", "[]"))
+    ]

@@ -1,0 +1,36 @@
+"""How a draw is scored: what work gives it a score on each task, rung by rung."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from archdsl.search.proxy import Job, Proxy
+from archdsl.spec import ModelSpec
+
+
+class Scorer(Protocol):
+    """``rungs``: how often a draw is scored before it is known."""
+
+    rungs: int
+
+    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job: ...
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Every draw is trained for itself."""
+
+    proxy: Proxy
+    store: Path
+    seed: int
+
+    @property
+    def rungs(self) -> int:
+        return self.proxy.rungs
+
+    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job:
+        trained = self.proxy.tasks[task]
+        small = self.proxy.shrink(spec, trained)
+        return Job(self.store, small, trained, self.seed, trained.rungs[rung])
