@@ -14,7 +14,7 @@ A leaf stands where the value would, as a mapping with the single key ``search``
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,7 +25,19 @@ from archdsl.leaf import Choice, Fit, Leaf, Range
 from archdsl.source import Path, Tree, at_mark, put
 from archdsl.yaml12 import MAX_PROBLEMS
 
-__all__ = ["Choice", "Fit", "Leaf", "Range", "defaults", "fill", "find", "fit_leaf", "replace"]
+__all__ = [
+    "Choice",
+    "Fit",
+    "Leaf",
+    "Range",
+    "defaults",
+    "fill",
+    "fill_some",
+    "find",
+    "fit_leaf",
+    "places",
+    "replace",
+]
 
 KEYS = ("search", "fit")
 Pick = Callable[[str, Leaf], Any]
@@ -37,6 +49,7 @@ class _Walk:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.leaves: dict[str, Leaf] = {}
+        self.places: list[tuple[str, Path]] = []
         self.fits: list[tuple[Path, Fit]] = []
         self.problems: list[Problem] = []
 
@@ -79,6 +92,7 @@ class _Walk:
 
     def named(self, leaf: Leaf, path: Path, place: str) -> tuple[str, Leaf]:
         name = leaf.name or place
+        self.places.append((name, path))
         known = self.leaves.setdefault(name, leaf)
         if known is not leaf and _text(known) != _text(leaf):
             self.say(place, path, f"another leaf is called {name!r} and searches other values")
@@ -87,11 +101,19 @@ class _Walk:
     def visit(self, value: Any, path: Path, place: str) -> None:
         """Every leaf in ``value``, in each subtree of each choice, also where a leaf is wrong."""
         if named := self.read(value, path, place) if _is_leaf(value) else None:
-            for label, subtree in _subtrees(named[1]).items():
-                self.visit(subtree, _inside(path, label), f"{place}[{label}]")
+            self.visit_each(_subtrees(named[1]), path, place)
             return
         for part, item in _items(value):
             self.visit(item, (*path, part), _join(place, part))
+
+    def visit_each(self, subtrees: dict[str, Any], path: Path, place: str) -> None:
+        """Of the fit leaves, those of one subtree: no more than one of them is taken."""
+        before, most = self.fits, list[tuple[Path, Fit]]()
+        for label, subtree in subtrees.items():
+            self.fits = []
+            self.visit(subtree, _inside(path, label), f"{place}[{label}]")
+            most = max(most, self.fits, key=len)
+        self.fits = before + most
 
 
 def _is_leaf(value: Any) -> bool:
@@ -126,6 +148,11 @@ def find(tree: Tree) -> dict[str, Leaf]:
     return _walked(tree).leaves
 
 
+def places(tree: Tree) -> list[tuple[str, Path]]:
+    """The name of every search leaf, once for each place that it stands at."""
+    return _walked(tree).places
+
+
 def fit_leaf(tree: Tree) -> tuple[Path, Fit] | None:
     """The one size that is left to the budget, and its place."""
     fits = _walked(tree).fits
@@ -156,10 +183,21 @@ def fill(tree: Tree, pick: Pick) -> Tree:
     return Tree(value, filling.marks)
 
 
+def fill_some(tree: Tree, values: Mapping[str, Any]) -> Tree:
+    """The tree with these leaves filled; the others stay, under the names that they had."""
+    filling = _Filling(_Walk(tree), lambda name, leaf: values[name], keep=lambda n: n not in values)
+    value = filling.fill(tree.value, (), "", ())
+    filling.walk.finish()
+    return Tree(value, filling.marks)
+
+
 class _Filling:
-    def __init__(self, walk: _Walk, pick: Pick) -> None:
+    def __init__(
+        self, walk: _Walk, pick: Pick, keep: Callable[[str], bool] = lambda name: False
+    ) -> None:
         self.walk = walk
         self.pick = pick
+        self.keep = keep
         self.picked: dict[str, Any] = {}
         self.marks: dict[Path, Mark] = {}
 
@@ -168,6 +206,8 @@ class _Filling:
         if mark := self.walk.tree.mark(path):
             self.marks[target] = mark
         named = self.walk.read(value, path, place) if _is_leaf(value) else None
+        if named and self.keep(named[0]):
+            return {"search": value["search"] | {"name": named[0]}}
         if named:
             return self.chosen(*named, path, place, target)
         parts = {

@@ -123,10 +123,14 @@ class Trainer:
 
     def backward(self, batch: Batch) -> float:
         """Leaves the gradient of the mean loss over all asked tokens, and returns that mean."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.add_gradient(batch)
+
+    def add_gradient(self, batch: Batch) -> float:
+        """The same, on top of the gradient that is there."""
         asked = int((batch.targets_BT != IGNORE).sum())
         if not asked:
             raise ArchdslError(f"batch {self.step} of {self.data.name} asks for no prediction")
-        self.optimizer.zero_grad(set_to_none=True)
         parts = zip(
             batch.tokens_BT.chunk(self.config.accumulate),
             batch.targets_BT.chunk(self.config.accumulate),
