@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
-from archdsl.cli import check, generate, hub, retrofit, runs, search, specs
+from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs
 from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
@@ -36,6 +36,7 @@ app = typer.Typer(
 for command in (
     specs.build,
     search.search,
+    ablate.ablate,
     runs.train,
     evaluation.eval_,
     check.check,
