@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -123,6 +123,7 @@ class Processes:
         self.workers, self.memory, self.patience = workers, memory, patience
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["archdsl.search.preload"])
+        forkserver.ensure_running()  # it takes seconds, in which others can be at work
         self._queue: deque[_Order] = deque()
         self._children: dict[connection.Connection[Any, Any], _Child] = {}
         self._bell, self._ring = self._context.Pipe(duplex=False)
@@ -148,6 +149,8 @@ class Processes:
         self._until = until
         self._ring.send(None)
         self._thread.join()
+        self._bell.close()
+        self._ring.close()
 
     def _serve(self) -> None:
         try:

@@ -6,6 +6,9 @@ nothing is trained here: autograd starts threads.
 
 from __future__ import annotations
 
+import gc
+
+import numpy.ctypeslib  # noqa: F401  numpy itself imports it when it is first asked for
 import tokenizers  # noqa: F401  every text is read with one
 import torch
 
@@ -30,3 +33,4 @@ def _begin_like_a_job() -> None:
 
 torch.set_num_threads(1)
 _begin_like_a_job()
+gc.freeze()  # or a collection in a child would touch, and so copy, the memory it shares

@@ -7,32 +7,22 @@ that is killed and run again loses at most the rung that was being climbed.
 from __future__ import annotations
 
 import re
-import resource
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from archdsl import __version__
-from archdsl.build import build
-from archdsl.checkpoint import load_training, load_weights, save_checkpoint
-from archdsl.cost import sequence_cost
 from archdsl.data import Data, load_data
 from archdsl.errors import ArchdslError
-from archdsl.files import write_text
 from archdsl.schedule import TrainConfig
-from archdsl.search.curve import Curve
-from archdsl.search.scoring import Held, held_out
 from archdsl.search.store import Place
+from archdsl.search.training import Score, Training
 from archdsl.spec import ModelSpec, Sizes, Strict
-from archdsl.trainer import Step, Trainer, TrainingDiverged
 
-SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
+__all__ = ["Job", "Proxy", "ProxyError", "Score", "Task", "default_tasks", "objective"]
 
 
 class ProxyError(ArchdslError):
@@ -140,46 +130,6 @@ def default_tasks() -> dict[str, Task]:
     }
 
 
-def _as_tuples(value: Any) -> Any:
-    """JSON has lists."""
-    return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
-
-
-class Score(Strict):
-    """Held-out quality of a proxy after ``steps``; causal, also where training leaks.
-
-    What was spent is what this rung added to the one below. ``reused``: it was read back, so the
-    call that returned it has spent nothing.
-    """
-
-    steps: int
-    loss: float | None = Field(description="nats per prediction; null: training diverged")
-    accuracy: float | None
-    bits_per_byte: float | None
-    leak: float = Field(0.0, description="how much lower the loss is with sight of the future")
-    seconds: float = Field(description="spent")
-    train_flops: float = Field(0.0, description="spent: three forward passes of the closed form")
-    eval_flops: float = Field(0.0, description="spent by scoring")
-    flops_per_token: float | None = Field(None, description="forward, executed, when scored")
-    shares: dict[str, float] = Field({}, description="of tokens selected, by loop and step")
-    entropies: dict[str, float] = Field({}, description="of selecting a token, in bits")
-    curve: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
-        (), description="training: step, mean loss since the point before"
-    )
-    peak_bytes: int = Field(0, description="of memory, of the process")
-    accumulate: int = Field(1, description="parts that each batch was cut into")
-    reused: bool = Field(False, exclude=True)
-
-
-@dataclass
-class Progress:
-    """What is kept beside a state: its curve, and what was spent since the last score."""
-
-    curve: Curve = field(default_factory=Curve)
-    seconds: float = 0.0
-    train_flops: float = 0.0
-
-
 @dataclass(frozen=True)
 class Job:
     """Train one proxy on one task up to a rung; plain data, so that it can cross processes.
@@ -208,131 +158,33 @@ class Job:
     @property
     def place(self) -> Place:
         """Where the score is; not a matter of how far to train, nor in how many parts."""
-        training = self.config.model_dump(mode="json", exclude={"steps", "accumulate"})
-        data = self.task.load()
-        return Place(
-            self.store,
-            {
-                "archdsl": __version__,
-                "model": self.spec.canonical().model_dump(mode="json"),
-                "data": {"name": data.name, "fingerprint": data.fingerprint},
-                "training": training,
-            },
-        )
+        data, model = self.task.load(), self.spec.canonical()
+        decides = {
+            "archdsl": __version__,
+            "model": model.model_dump(mode="json"),
+            "data": data.fingerprint,
+            "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
+        }
+        return Place(self.store, decides, about={"name": self.spec.name, "data_name": data.name})
 
     def known(self) -> Score | None:
         """The score, if this was done before."""
-        file = self.place.score(self.steps)
-        if not file.exists():
-            return None
-        score = Score.model_validate_json(file.read_text(encoding="utf-8"))
-        return score.model_copy(update={"reused": True})
+        return _read(self.place.score(self.steps))
 
     def run(self, beat: Callable[[], None]) -> Score:
         """Climbs to the rung from where training stands; waits while another process does."""
-        with self.place.locked(beat):
-            return self.known() or Climb(self, beat).score()
+        place = self.place
+        with place.locked(beat):
+            if known := _read(place.score(self.steps)):
+                return known
+            return Training(place, self.spec, self.task.load(), self.config, beat).score()
 
 
-class Climb:
-    """A training on its way to a rung."""
-
-    def __init__(self, job: Job, beat: Callable[[], None]) -> None:
-        self.started = self.saved = time.perf_counter()
-        self.job, self.beat, self.place = job, beat, job.place
-        model = build(job.spec.canonical(), seed=job.seed)  # equal specs, equal bits and names
-        self.trainer = Trainer(model, job.task.load(), job.config)
-        self.progress = Progress()
-        self.furthest = self._resume()
-        sequence = self.trainer.data.batch(0, 1, job.task.context, job.seed).tokens_BT
-        self.step_flops = 3 * job.task.batch_size * _flops(job.spec, sequence.size(1))
-
-    def _resume(self) -> bool:
-        """Goes on from the state, if there is one; False if that is beyond the rung."""
-        if not self.place.state.exists():
-            return True
-        state = load_training(self.place.state)
-        if state["step"] > self.job.steps:
-            return False
-        load_weights(self.place.state, self.trainer.model)
-        self.trainer.restore(state)
-        progress = state["progress"]
-        self.progress.curve = Curve(**progress["curve"])
-        if not self.place.score(state["step"]).exists():
-            self.progress.seconds = progress["seconds"]
-            self.progress.train_flops = progress["train_flops"]
-        return True
-
-    def score(self) -> Score:
-        """Trains, scores, and writes the score where it will be found."""
-        try:
-            self.trainer.run(self.job.steps, self._after_step)
-            self._save()
-            score = self._scored(held_out(self.trainer, self.beat))
-        except TrainingDiverged:
-            score = Score(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
-        write_text(self.place.score(self.job.steps), score.model_dump_json())
-        return score
-
-    def _after_step(self, step: Step) -> None:
-        self.beat()
-        self.progress.curve.add(step.step, step.loss)
-        self.progress.train_flops += self.step_flops
-        if time.perf_counter() - self.saved > SECONDS_APART:
-            self._save()
-
-    def _save(self) -> None:
-        """The state, unless there is one that went further."""
-        if not self.furthest:
-            return
-        spent = replace(self.progress, seconds=self._seconds())
-        save_checkpoint(
-            self.place.state,
-            self.trainer.model,
-            tokenizer_from=None,
-            provenance={"step": self.trainer.step},
-            training=self.trainer.state() | {"progress": asdict(spent)},
-        )
-        self.saved = time.perf_counter()
-
-    def _seconds(self) -> float:
-        return self.progress.seconds + time.perf_counter() - self.started
-
-    def _spent(self) -> dict[str, Any]:
-        """What a score says of the training, whatever became of it."""
-        return {
-            "steps": self.job.steps,
-            "seconds": self._seconds(),
-            "train_flops": self.progress.train_flops,
-            "curve": self.progress.curve.up_to(self.trainer.step),
-            "peak_bytes": _peak_bytes(),
-            "accumulate": self.job.accumulate,
-        }
-
-    def _scored(self, found: Held) -> Score:
-        as_trained, meter = found.evaluation, found.meter
-        honest = as_trained.causal or as_trained
-        return Score(
-            loss=honest.loss,
-            accuracy=honest.accuracy,
-            bits_per_byte=honest.bits_per_byte,
-            leak=honest.loss - as_trained.loss,
-            eval_flops=meter.flops * (2 if as_trained.causal else 1),
-            flops_per_token=meter.flops_per_token,
-            shares=meter.shares,
-            entropies=found.health.entropies,
-            **self._spent(),
-        )
-
-
-def _flops(spec: ModelSpec, tokens: int) -> int:
-    """Of one forward pass over a sequence."""
-    return sequence_cost(spec, tokens=tokens).flops
-
-
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _read(file: Path) -> Score | None:
+    if not file.exists():
+        return None
+    score = Score.model_validate_json(file.read_text(encoding="utf-8"))
+    return score.model_copy(update={"reused": True})
 
 
 def objective(scores: dict[str, Score], proxy: Proxy) -> float | None:

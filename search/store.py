@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ class Place:
     """The folder of one training run, of whatever length."""
 
     root: Path
-    made_by: Mapping[str, Any]  # JSON values
+    decides: Mapping[str, Any]  # JSON values
+    about: Mapping[str, Any]  # for people; what made the folder first
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        text = json.dumps(self.made_by, sort_keys=True)
+        text = json.dumps(self.decides, sort_keys=True)
         return self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
@@ -55,7 +57,7 @@ class Place:
                 time.sleep(LOOK_AGAIN)
             made_by = self.folder / "made_by.json"
             if not made_by.exists():
-                write_text(made_by, json.dumps(self.made_by, indent=1))
+                write_text(made_by, json.dumps({**self.about, **self.decides}, indent=1))
             yield
 
 

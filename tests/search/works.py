@@ -1,0 +1,117 @@
+"""Works that end in every way there is. Imports little, as children import it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+Beat = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Cannot be halved."""
+
+    def smaller(self) -> Self | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Raises(Whole):
+    error: BaseException
+
+    def run(self, beat: Beat) -> None:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class Aborts(Whole):
+    def run(self, beat: Beat) -> None:
+        os.abort()
+
+
+@dataclass(frozen=True)
+class Leaves(Whole):
+    status: int
+
+    def run(self, beat: Beat) -> None:
+        os._exit(self.status)
+
+
+@dataclass(frozen=True)
+class Sleeps(Whole):
+    """Notes who it is and when it was there, in a file of its own."""
+
+    note: Path
+    seconds: float
+    beats: bool = True
+
+    def run(self, beat: Beat) -> int:
+        started = time.monotonic()
+        self.note.write_text(f"{os.getpid()} {os.getppid()} {started}")
+        while time.monotonic() < started + self.seconds:
+            time.sleep(0.02)
+            if self.beats:
+                beat()
+        return os.getpid()
+
+
+@dataclass(frozen=True)
+class Killed:
+    """By the kernel, as it seems, as long as it is larger than ``fits``."""
+
+    size: int
+    fits: int
+
+    def run(self, beat: Beat) -> int:
+        if self.size > self.fits:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.size
+
+    def smaller(self) -> Self | None:
+        return replace(self, size=self.size // 2)
+
+
+@dataclass(frozen=True)
+class Allocates(Whole):
+    """With torch or with Python."""
+
+    size: int
+    with_torch: bool
+
+    def run(self, beat: Beat) -> int:
+        if self.with_torch:
+            import torch
+
+            return torch.ones(self.size, dtype=torch.uint8).numel()
+        return len(bytearray(self.size))
+
+
+def is_alive(pid: int) -> bool:
+    """A process that has ended counts as dead, even if nobody has asked how."""
+    said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(said.stdout.strip()) and not said.stdout.startswith("Z")
+
+
+@dataclass(frozen=True)
+class DiesAt(Whole):
+    """A job that keeps its state after every step, and is killed before ``step`` is kept."""
+
+    job: Any
+    step: int
+
+    def run(self, beat: Beat) -> None:
+        from archdsl.search import training
+
+        training.SECONDS_APART = 0
+        steps = iter(range(1, self.step + 1))
+
+        def die() -> None:
+            if next(steps) == self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        self.job.run(die)
