@@ -1,0 +1,1 @@
+"""The search itself, measured; one command each: `python -m benchmarks.search.NAME`."""

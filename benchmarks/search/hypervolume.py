@@ -1,0 +1,203 @@
+"""What a strategy finds for its training FLOPs: the hypervolume of its front as it spends them.
+
+python -m benchmarks.search.hypervolume [--trainings 24] [--seeds 3] [--workers 2] [--json]
+
+Axes: held-out loss, and FLOPs per token that the trained model executes. The reference point is
+fixed before anything is trained: the loss of the best guess that does not look, and the FLOPs of
+the costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every strategy
+may spend the FLOPs of so many trainings of the default model. Models that several of them draw are
+trained once and charged to each; what lies in --store is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archdsl import __version__
+from archdsl.batch import IGNORE
+from archdsl.cost import cost
+from archdsl.leaves import Choice, Leaf, defaults, fill
+from archdsl.load import fitted
+from archdsl.search.front import Point, hypervolume
+from archdsl.search.proxy import Proxy, default_tasks
+from archdsl.spec import ModelSpec
+from benchmarks.search.strategies import STRATEGIES, Bench
+
+OUT = Path(__file__).parents[2] / "results" / "search-bench"
+SHARES = (0.25, 0.5, 1.0)  # of the budget, at which the table shows where strategies stand
+
+
+@dataclass(frozen=True)
+class Run:
+    """One strategy with one seed on one task; ``limit`` in FLOPs of training."""
+
+    strategy: str
+    bench: Bench
+    reference: Point
+    limit: float
+
+    def curve(self) -> list[tuple[float, float]]:
+        """After each draw: training FLOPs spent so far, hypervolume."""
+        torch.set_num_threads(1)
+        points: list[Point] = []
+        curve, spent = [], 0.0
+        for trained in STRATEGIES[self.strategy](self.bench):
+            spent += trained.train_flops
+            if trained.point is not None:
+                points.append(trained.point)
+            curve.append((spent, hypervolume(points, self.reference) / _box(self.reference)))
+            if spent >= self.limit:
+                break
+        return curve
+
+
+def _box(reference: Point) -> float:
+    return reference[0] * reference[1]
+
+
+def reference(bench: Bench) -> Point:
+    """Of the loss: the entropy of what is asked for. Of FLOPs: the costliest of many draws."""
+    task = bench.proxy.tasks[bench.task]
+    asked = torch.cat([_targets(bench, index) for index in range(64)])
+    share = torch.bincount(asked).double() / len(asked)
+    entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
+    rng = Random(0)
+    draws = [fill(bench.tree, lambda _, leaf: _drawn(rng, leaf)) for _ in range(1000)]
+    small = [bench.proxy.shrink(fitted(draw, bench.budget), task) for draw in draws]
+    return entropy, max(cost(spec).expected for spec in small)
+
+
+def _targets(bench: Bench, index: int) -> Tensor:
+    task = bench.proxy.tasks[bench.task]
+    targets = task.load().batch(index, task.batch_size, task.context, bench.seed).targets_BT
+    return targets[targets != IGNORE]
+
+
+def _drawn(rng: Random, leaf: Leaf) -> Any:
+    if isinstance(leaf, Choice):
+        return rng.choice(list(leaf.choices))
+    assert leaf.count is not None
+    return leaf.grid(rng.randrange(leaf.count))
+
+
+def default_training(bench: Bench) -> float:
+    """FLOPs of training the default model of the space up to the last rung."""
+    task = bench.proxy.tasks[bench.task]
+    small: ModelSpec = bench.proxy.shrink(fitted(fill(bench.tree, defaults), bench.budget), task)
+    tokens = task.rungs[-1] * task.batch_size * task.context
+    return 3.0 * tokens * cost(small).expected
+
+
+def at(curve: Sequence[tuple[float, float]], flops: float) -> float:
+    """The hypervolume when so much had been spent."""
+    return max((volume for spent, volume in curve if spent <= flops), default=0.0)
+
+
+def measure(tasks: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "archdsl": __version__,
+        "torch": torch.__version__,
+        "trainings": given.trainings,
+        "tasks": {},
+    }
+    with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
+        for task in tasks:
+            proxy = Proxy(tasks={task: default_tasks()[task].model_copy(update={"weight": 1.0})})
+            benches = [Bench(task, seed, proxy, given.store) for seed in range(given.seeds)]
+            corner = reference(benches[0])
+            limit = given.trainings * default_training(benches[0])
+            futures = {
+                (name, bench.seed): pool.submit(Run(name, bench, corner, limit).curve)
+                for bench in benches
+                for name in given.strategies
+            }
+            data = proxy.tasks[task].load()
+            found["tasks"][task] = {
+                "data": {"name": data.name, "sha256": data.fingerprint},
+                "reference": corner,
+                "limit": limit,
+                "proxy": proxy.model_dump(mode="json"),
+                "curves": {
+                    name: {str(b.seed): futures[name, b.seed].result() for b in benches}
+                    for name in given.strategies
+                },
+            }
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Mean over the seeds, and the lowest and highest, at shares of the budget."""
+    lines = []
+    for task, of_task in found["tasks"].items():
+        flops = [f"{share * of_task['limit'] / 1e12:.2f} TFLOPs" for share in SHARES]
+        lines.append(f"{task:12}" + "".join(f"{text:>28}" for text in flops))
+        for name, curves in of_task["curves"].items():
+            cells = []
+            for share in SHARES:
+                volumes = [at(curve, share * of_task["limit"]) for curve in curves.values()]
+                cells.append(f"{fmean(volumes):.4f} ({min(volumes):.4f}..{max(volumes):.4f})")
+            lines.append(f"{name:12}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """One panel for each task: means over the seeds, and the range."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found["tasks"]), figsize=(11, 4.2), squeeze=False)
+    for axis, (task, of_task) in zip(axes[0], found["tasks"].items(), strict=True):
+        grid = [of_task["limit"] * i / 200 for i in range(1, 201)]
+        for name, curves in of_task["curves"].items():
+            volumes = [[at(curve, flops) for flops in grid] for curve in curves.values()]
+            by_flops = list(zip(*volumes, strict=True))
+            shown = [flops / 1e12 for flops in grid]
+            (line,) = axis.plot(shown, [fmean(at_once) for at_once in by_flops], label=name)
+            low, high = [min(v) for v in by_flops], [max(v) for v in by_flops]
+            axis.fill_between(shown, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        axis.set(title=task, xlabel="training TFLOPs", ylabel="hypervolume, share of the box")
+        lowest = min(
+            at(c, of_task["limit"] / 4) for cs in of_task["curves"].values() for c in cs.values()
+        )
+        axis.set_ylim(bottom=0.95 * lowest)
+    axes[0][0].legend(frameon=False)
+    figure.suptitle("Means and ranges over the seeds", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="hypervolume against training FLOPs")
+    parser.add_argument("--task", choices=list(default_tasks()), help="default: all")
+    parser.add_argument("--trainings", type=int, default=24, help="of the default model")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--store", type=Path, default=Path("runs/search-bench"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = measure([given.task] if given.task else list(default_tasks()), given)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "hypervolume.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(found, given.out / "hypervolume.png")
+    print(json.dumps(found) if given.json else table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Ways to go through a space, all with the same jobs, so that only the choice of draws differs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from archdsl.errors import SpecError
+from archdsl.leaves import fill
+from archdsl.load import fitted, read
+from archdsl.search.draws import Draws
+from archdsl.search.front import Point
+from archdsl.search.proxy import Job, Proxy, Score
+from archdsl.search.space import starting_points, suggest
+from archdsl.search.study import Study
+from archdsl.source import Tree
+from archdsl.spec import Budget, ModelSpec
+
+WINDOW = 8  # of `archdsl search`: draws that may be under way at once
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every strategy is given: the default space, one task at proxy scale, a seed."""
+
+    task: str
+    seed: int
+    proxy: Proxy
+    store: Path
+
+    @property
+    def tree(self) -> Tree:
+        return read("search")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget.model_validate(self.tree.value["budget"])
+
+    @property
+    def rungs(self) -> int:
+        return self.proxy.rungs
+
+    def score(self, spec: ModelSpec, rung: int) -> Score:
+        """Trains the spec's proxy up to a rung; it is read back where it was trained before."""
+        task = self.proxy.tasks[self.task]
+        job = Job(self.store, self.proxy.shrink(spec, task), task, self.seed, task.rungs[rung])
+        return job.run(lambda: None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A draw: the FLOPs of its training, and its loss and FLOPs per token if it climbed all rungs.
+
+    FLOPs per token are those that the trained model executes.
+    """
+
+    fingerprint: str
+    train_flops: float
+    point: Point | None
+
+
+Strategy = Callable[[Bench], Iterator[Trained]]
+
+
+def point(score: Score) -> Point | None:
+    if score.loss is None or score.flops_per_token is None:
+        return None
+    return score.loss, score.flops_per_token
+
+
+def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
+    """Optuna asks, all is trained to the last rung; the starting points are those of the search."""
+
+    def strategy(bench: Bench) -> Iterator[Trained]:
+        tree, budget = bench.tree, bench.budget
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(
+                directions=["minimize", "minimize"], sampler=sampler(bench.seed)
+            )
+        for start in starting_points(tree):
+            study.enqueue_trial(start)
+        known: dict[str, Point | None] = {}
+        while True:
+            ask = study.ask()
+            try:
+                spec = fitted(fill(tree, lambda name, leaf: suggest(ask, name, leaf)), budget)  # noqa: B023
+            except SpecError:
+                study.tell(ask, state=optuna.trial.TrialState.FAIL)
+                continue
+            name, cost = spec.fingerprint(), 0.0
+            if name not in known:  # a model that was drawn before costs nothing
+                scores = [bench.score(spec, rung) for rung in range(bench.rungs)]
+                known[name] = point(scores[-1])
+                cost = sum(score.train_flops for score in scores)
+            if (values := known[name]) is None:
+                study.tell(ask, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(ask, values)
+            yield Trained(name, cost, values)
+
+    return strategy
+
+
+def separate(bench: Bench) -> Iterator[Trained]:
+    """``archdsl search``: what its study draws, up the rungs as long as it says so."""
+    draws = Draws(bench.tree, bench.budget, axes=2, seed=bench.seed)
+    storage = optuna.storages.InMemoryStorage()
+    study = Study(storage, "benchmark", draws, ("loss", "flops"), WINDOW)
+    while (trial := study.take(lambda number: True)) is not None:
+        cost, values = 0.0, None
+        for rung in range(bench.rungs):
+            score = bench.score(trial.spec, rung)
+            cost += score.train_flops
+            values = point(score)
+            study.climbed(trial, {bench.task: score}, values)
+            if values is None:
+                study.close(trial, "diverged")
+                break
+            if rung + 1 == bench.rungs:
+                study.close(trial, "complete", values)
+            elif not study.goes_on(trial, values):
+                study.close(trial, "pruned")
+                values = None
+                break
+        yield Trained(trial.fingerprint, cost, values)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": sampled(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
+    "TPE": sampled(lambda seed: optuna.samplers.TPESampler(seed=seed)),
+    "separate": separate,
+}
