@@ -14,11 +14,11 @@ from archdsl.spec import Budget, ModelSpec, parse_spec
 
 
 class NoFitError(SpecError):
-    """Even the least size breaks the budget, by ``ratio`` of it."""
+    """Even the ``least`` size breaks the budget, by ``ratio`` of it."""
 
-    def __init__(self, problem: Problem, ratio: float) -> None:
+    def __init__(self, problem: Problem, least: ModelSpec, ratio: float) -> None:
         super().__init__(problem)
-        self.ratio = ratio
+        self.least, self.ratio = least, ratio
 
 
 def load(
@@ -103,7 +103,7 @@ def _solved(
     least = at(sizes[0])
     message = f"no size fits: {sizes[0]} is the least and {exceeds(least, budget)}"
     where = ".".join(map(str, path))
-    raise NoFitError(Problem(where, message, tree.mark(path)), over(least, budget))
+    raise NoFitError(Problem(where, message, tree.mark(path)), least, over(least, budget))
 
 
 def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable[[int], ModelSpec]:
