@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from archdsl.cost import Receipt, cost
 from archdsl.search.compare import Difference, paired
 from archdsl.search.controls import CONTROLS, WINNER, contestants, distinct
-from archdsl.search.pool import JobFailed, Pool, first_done
+from archdsl.search.pool import JobFailed, Pool
 from archdsl.search.proxy import Job, Proxy, Score, objective
 from archdsl.search.words import in_words
 from archdsl.spec import ModelSpec
@@ -91,8 +91,8 @@ def run_contest(
             key = waiting.pop(0)
             running[pool.submit(jobs[key])] = key
         tell(f"{len(results)} of {len(jobs)} trainings")
-        first_done(running, SECONDS_BETWEEN_LOOKS)
-        for future in [future for future in running if future.done()]:
+        done, _ = wait(running, SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+        for future in done:
             results[running.pop(future)] = _result(future)
     tell(f"{len(results)} of {len(jobs)} trainings")
     return results

@@ -37,13 +37,13 @@ def verdict(entries: Sequence[Entry], proxy: Proxy) -> str:
     if math.inf in totals:
         return f"The {own.name} diverged, trained with {seeds} that chose nothing."
     said = _said(controls, differences([own, *controls], proxy))
-    beaten, all_of = len(said.get("beats", ())), len(controls)
-    share = "all" if beaten == all_of else f"{beaten or 'none'}"
+    beaten = len(said.get("beats", ()))
+    share = {0: "none", len(controls): "all"}.get(beaten, str(beaten))
     parts = "; ".join(_clause(words, names) for words, names in said.items())
-    caution = "" if beaten == all_of else f" ({EACH})"
+    caution = "" if beaten == len(controls) else f" ({EACH})"
     return (
-        f"Over {seeds} that chose nothing, the {own.name} beats {share} of its {all_of} "
-        f"controls: {parts}{caution}."
+        f"Over {seeds} that chose nothing, the {own.name} beats {share} of its controls: "
+        f"{parts}{caution}."
     )
 
 
