@@ -121,12 +121,12 @@ def test_a_survey_tells_what_fits_from_what_does_not() -> None:
     assert (once.feasible, once.distinct) == (27, 21)  # one step has no use for a capacity
     one = survey(tree, Budget.model_validate(costs))
     assert (one.feasible, one.distinct, one.share, one.closest) == (1, 1, 1 / 27, "")
-    some = survey(tree, Budget(params=costs["params"]), limit=10, seed=1)
+    some = survey(tree, Budget(flops=costs["flops"]), limit=10, seed=1)
     assert (some.tried, some.whole, some.size) == (10, False, 27)
-    none = survey(tree, Budget(params=costs["params"] - 1))
+    none = survey(tree, Budget(flops=costs["flops"] - 100))
     assert none.feasible == 0
-    assert f"its {costs['params']:,} parameters exceed the budget" in none.closest
-    assert none.miss == pytest.approx(1 / (costs["params"] - 1))
+    assert f"its {costs['flops']:,} FLOPs/token exceed the budget" in none.closest
+    assert none.miss == pytest.approx(100 / (costs["flops"] - 100), rel=1e-2)
 
 
 def test_choices_that_do_not_go_together_are_counted_apart() -> None:
