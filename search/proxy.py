@@ -9,20 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from archdsl import __version__
+from archdsl.build import build
 from archdsl.data import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.schedule import TrainConfig
 from archdsl.search.store import Place
-from archdsl.search.training import Score, Training
+from archdsl.search.training import Score, Training, read_score
 from archdsl.spec import ModelSpec, Sizes, Strict
+from archdsl.trainer import Trainer
 
 __all__ = ["Job", "Proxy", "ProxyError", "Score", "Task", "default_tasks", "objective"]
+
+
+LOADED: dict[tuple[str | None, str], Data] = {}  # in this process, by name and tokenizer
 
 
 class ProxyError(ArchdslError):
@@ -44,7 +49,14 @@ class Task(Strict):
     weight: float = Field(1.0, ge=0, description="of its loss in the objective")
 
     def load(self) -> Data:
-        return _load(self.data, self.tokenizer)
+        key = self.data, self.tokenizer
+        if key not in LOADED:
+            LOADED[key] = load_data(self.data, tokenizer=self.tokenizer)
+        return LOADED[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its data crosses processes with it: to identify a large text takes long."""
+        return _with_data, (dict(self), self.load())
 
     def up_to(self, steps: int) -> Task:
         """The same rungs in proportion, ending at ``steps``."""
@@ -66,9 +78,10 @@ class Task(Strict):
         )
 
 
-@cache
-def _load(data: str | None, tokenizer: str) -> Data:
-    return load_data(data, tokenizer=tokenizer)
+def _with_data(fields: dict[str, Any], data: Data) -> Task:
+    task = Task(**fields)
+    LOADED[task.data, task.tokenizer] = data
+    return task
 
 
 class Proxy(Strict):
@@ -169,22 +182,17 @@ class Job:
 
     def known(self) -> Score | None:
         """The score, if this was done before."""
-        return _read(self.place.score(self.steps))
+        return read_score(self.place.score(self.steps))
 
     def run(self, beat: Callable[[], None]) -> Score:
         """Climbs to the rung from where training stands; waits while another process does."""
         place = self.place
         with place.locked(beat):
-            if known := _read(place.score(self.steps)):
+            if known := read_score(place.score(self.steps)):
                 return known
-            return Training(place, self.spec, self.task.load(), self.config, beat).score()
-
-
-def _read(file: Path) -> Score | None:
-    if not file.exists():
-        return None
-    score = Score.model_validate_json(file.read_text(encoding="utf-8"))
-    return score.model_copy(update={"reused": True})
+            # equal specs, equal bits and names
+            model = build(self.spec.canonical(), seed=self.seed)
+            return Training(place, Trainer(model, self.task.load(), self.config), beat).score()
 
 
 def objective(scores: dict[str, Score], proxy: Proxy) -> float | None:

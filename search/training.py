@@ -7,20 +7,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from archdsl.batch import Data
-from archdsl.build import build
 from archdsl.checkpoint import load_training, load_weights, save_checkpoint
 from archdsl.cost import sequence_cost
 from archdsl.files import write_text
-from archdsl.schedule import TrainConfig
 from archdsl.search.curve import Curve
 from archdsl.search.scoring import Held, held_out
 from archdsl.search.store import Place
-from archdsl.spec import ModelSpec, Strict
+from archdsl.spec import Strict
 from archdsl.trainer import Step, Trainer, TrainingDiverged
 
 SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
@@ -66,21 +64,21 @@ class Progress:
     train_flops: float = 0.0
 
 
-class Training:
-    """Trains to the last step of ``config``; whoever calls holds the place's lock."""
+def read_score(file: Path) -> Score | None:
+    """What was written there before, if anything."""
+    if not file.exists():
+        return None
+    score = Score.model_validate_json(file.read_text(encoding="utf-8"))
+    return score.model_copy(update={"reused": True})
 
-    def __init__(
-        self,
-        place: Place,
-        spec: ModelSpec,
-        data: Data,
-        config: TrainConfig,
-        beat: Callable[[], None],
-    ) -> None:
+
+class Training:
+    """Trains to the last step of the trainer's config; whoever calls holds the place's lock."""
+
+    def __init__(self, place: Place, trainer: Trainer, beat: Callable[[], None]) -> None:
         self.started = self.saved = time.perf_counter()
-        self.place, self.config, self.beat = place, config, beat
-        model = build(spec.canonical(), seed=config.seed)  # equal specs, equal bits and names
-        self.trainer = Trainer(model, data, config)
+        self.place, self.trainer, self.beat = place, trainer, beat
+        self.config = trainer.config
         self.progress = Progress()
         self.furthest = self._resume()
         self.step_flops = _step_flops(self.trainer)
