@@ -1,7 +1,7 @@
 """What a study has spent, all of its workers together, kept in its storage.
 
-Each process that works on a study keeps a record that nobody else writes: no lock is needed, and what
-it spent before it was killed stays counted.
+Each process that works on a study keeps a record that nobody else writes: no lock is needed, and
+what it spent before it was killed stays counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from optuna.storages import BaseStorage
 
@@ -22,6 +22,7 @@ from archdsl.search.proxy import Score
 from archdsl.spec import Budget
 
 SECONDS_BETWEEN_RECORDS = 5.0
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Ledger:
         self.recorded = 0.0
         self.mine: dict[str, Spent] = {}
         self.others = self._read()
-        self.bills: SimpleQueue[tuple[str, Future[Score]]] = SimpleQueue()
+        self.bills: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
 
     def paying(self, pool: Pool, phase: str) -> Pool:
         """The pool; what is done in it is charged to ``phase``."""
@@ -97,11 +98,13 @@ class Ledger:
         if charged or time.time() - self.recorded > SECONDS_BETWEEN_RECORDS:
             self.save()
 
-    def _charge(self, phase: str, job: Future[Score]) -> bool:
+    def _charge(self, phase: str, job: Future[Any]) -> bool:
         """Only what was really done, not what was read back."""
-        if job.cancelled() or job.exception() is not None or job.result().reused:
+        if job.cancelled() or job.exception() is not None:
             return False
         score = job.result()
+        if not isinstance(score, Score) or score.reused:
+            return False
         spent = Spent(score.seconds, score.train_flops, score.eval_flops, 1)
         self.mine[phase] = self.mine.get(phase, Spent()) + spent
         return True
@@ -148,13 +151,13 @@ class Ledger:
 class _Paying:
     pool: Pool
     phase: str
-    bills: SimpleQueue[tuple[str, Future[Score]]]
+    bills: SimpleQueue[tuple[str, Future[Any]]]
 
     @property
     def workers(self) -> int:
         return self.pool.workers
 
-    def submit(self, work: Work) -> Future[Score]:
+    def submit(self, work: Work[R]) -> Future[R]:
         future = self.pool.submit(work)
         future.add_done_callback(lambda job: self.bills.put((self.phase, job)))
         return future

@@ -1,37 +1,29 @@
-"""What a search found: the table, the winner as a file, the controls, the sentence."""
+"""What a search found, as data and as files: the front, the winner, what it is worth, the price."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import archdsl
-from archdsl.cost import Receipt, cost
+from archdsl.cost import cost
 from archdsl.files import write_text
-from archdsl.search.compare import Difference, kendall_tau, paired
-from archdsl.search.proxy import Proxy, Score, objective
+from archdsl.outline import outline
+from archdsl.search import contest
+from archdsl.search.contest import Entry
+from archdsl.search.folder import Settings
+from archdsl.search.front import front
+from archdsl.search.ledger import Account, Limits
+from archdsl.search.proxy import Proxy
 from archdsl.search.study import Finished
-from archdsl.spec import Budget, ModelSpec
-
-WINNER = "winner"
-OBJECTIVE = "objective"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The winner or one of its controls: full-size spec and cost, proxy scores by task and seed."""
-
-    name: str
-    spec: ModelSpec
-    receipt: Receipt
-    scores: dict[str, list[Score]]
-
-    def losses(self, task: str) -> list[float]:
-        return [math.inf if s.loss is None else s.loss for s in self.scores[task]]
+from archdsl.search.trust import Trust
+from archdsl.search.verdict import verdict
+from archdsl.search.words import in_words
+from archdsl.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -39,45 +31,46 @@ class Report:
     """The result of a search; everything in it also lies in ``folder``."""
 
     folder: Path
-    winner: ModelSpec
+    settings: Settings
     trials: list[Finished]
     outcomes: dict[str, int]
     entries: list[Entry]
-    proxy: Proxy
-    seconds: float
-    budget: Budget
+    trust: Trust | None
+    account: Account
+    limits: Limits
+    importance: dict[str, float]
     interrupted: bool
-    plotted: bool = False
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def proxy(self) -> Proxy:
+        return self.settings.proxy
 
     @property
     def tasks(self) -> list[str]:
         return list(self.proxy.tasks)
 
-    @property
+    @cached_property
     def best(self) -> list[Finished]:
-        """Trials that reached the last rung, best first."""
+        """Draws that reached the last rung, of lowest loss first."""
         return best(self.trials)
 
-    def differences(self) -> dict[str, dict[str, Difference]]:
-        """For each control, how much higher its loss is than the winner's: in the objective
-        (the first key) and by task."""
-        by_name = {entry.name: entry for entry in self.entries}
-        if WINNER not in by_name:
-            return {}
-        own = by_name.pop(WINNER)
-        return {name: self._differences(entry, own) for name, entry in by_name.items()}
+    @cached_property
+    def front(self) -> list[Finished]:
+        """Those that none of the others beats in every axis."""
+        return on_front(self.trials)
 
-    def _differences(self, control: Entry, own: Entry) -> dict[str, Difference]:
-        by_task = {task: paired(control.losses(task), own.losses(task)) for task in self.tasks}
-        return {OBJECTIVE: paired(self._objectives(control), self._objectives(own))} | by_task
+    @cached_property
+    def winner(self) -> ModelSpec:
+        """The spec of lowest loss, named and described as such."""
+        top = self.best[0]
+        about = (
+            f"Best of a search by proxies ({describe(self.proxy)}): draw {top.number}, objective "
+            f"{top.value:.4f} nats. The figures beside it are in result.json."
+        )
+        return top.spec.model_copy(update={"name": f"{top.spec.name}-winner", "description": about})
 
-    def _objectives(self, entry: Entry) -> list[float]:
-        by_seed = zip(*(entry.scores[task] for task in self.tasks), strict=True)
-        totals = [
-            objective(dict(zip(self.tasks, scores, strict=True)), self.proxy) for scores in by_seed
-        ]
-        return [math.inf if total is None else total for total in totals]
-
+    @property
     def verdict(self) -> str:
         """In one sentence, whether the winner beats its controls."""
         if not self.entries:
@@ -85,58 +78,36 @@ class Report:
                 "Stopped before the winner met its controls; the same command goes on, "
                 "with more --time if that was used up."
             )
-        found = {name: by_task[OBJECTIVE] for name, by_task in self.differences().items()}
-        if not found:
-            return "The winner is the plain model itself: nothing that thinks did better here."
-        said = {
-            "lower": "beats",
-            "higher": "loses to",
-            "cannot tell": "cannot be told, the interval being too wide, from",
-        }
-        parts = [
-            f"{words} {_listed([n for n, d in found.items() if d.verdict == verdict])}"
-            for verdict, words in said.items()
-            if any(d.verdict == verdict for d in found.values())
-        ]
-        pairs = next(iter(found.values())).pairs
-        return f"Over {pairs} seeds that chose nothing, the winner {'; it '.join(parts)}."
+        return verdict(self.entries, self.proxy)
 
-    def rung_correlation(self) -> tuple[float | None, int]:
-        """Kendall's tau between the first and the last rung's objective, and over how many."""
-        pairs = [
-            (first, trial.value)
-            for trial in self.best
-            if (first := objective(trial.rungs[0], self.proxy)) is not None
-            and trial.value is not None
-        ]
-        return kendall_tau(pairs), len(pairs)
+    @property
+    def trained_share(self) -> float:
+        """Of all draws, those that were trained."""
+        idle = sum(self.outcomes.get(what, 0) for what in ("infeasible", "invalid", "reused"))
+        return 1 - idle / max(1, sum(self.outcomes.values()))
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "winner": str(self.folder / "winner.yaml"),
-            "verdict": self.verdict(),
-            "best": [_row(trial) for trial in self.best[:10]],
-            "controls": {
-                entry.name: {
-                    "params": entry.receipt.params,
-                    "flops_per_token": entry.receipt.expected,
-                    "losses": {t: [s.loss for s in entry.scores[t]] for t in self.tasks},
-                }
-                for entry in self.entries
-            },
-            "differences": {
-                name: {
-                    task: {"mean": _finite(d.mean), "half_width": _finite(d.half_width)}
-                    for task, d in by_task.items()
-                }
-                for name, by_task in self.differences().items()
-            },
-            "outcomes": self.outcomes,
-            "rung_correlation": self.rung_correlation()[0],
-            "seconds": round(self.seconds, 1),
-            "budget": self.budget.model_dump(mode="json"),
-            "proxy": describe(self.proxy),
+            "name": self.settings.name,
+            "verdict": self.verdict,
+            "trust_sentence": self.trust.sentence() if self.trust else "",
             "interrupted": self.interrupted,
+            "winner": self.best[0].number,
+            "winner_spec": str(self.folder / "winner.yaml"),
+            "front": [trial.number for trial in self.front],
+            "axes": list(self.settings.axes),
+            "objective": weighted(self.proxy),
+            "proxy": describe(self.proxy),
+            "budget": self.settings.budget.model_dump(mode="json", exclude_none=True),
+            "trained_share": round(self.trained_share, 4),
+            "spent": self.account.as_json()
+            | {"outcomes": self.outcomes, "limits": asdict(self.limits)},
+            "entries": contest.as_json(self.entries, self.proxy),
+            "trust": self.trust.as_json() if self.trust else None,
+            "importance": self.importance,
+            "tree": _tree(self.winner),
+            "trials": [_row(trial) for trial in self.trials],
+            "settings": self.settings.as_json(),
             "versions": _versions(),
         }
 
@@ -146,63 +117,33 @@ def best(trials: Sequence[Finished]) -> list[Finished]:
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def _listed(names: list[str]) -> str:
-    return " and ".join(f"the {name} twin" for name in names)
+def on_front(trials: Sequence[Finished]) -> list[Finished]:
+    done = [trial for trial in trials if trial.values is not None]
+    return [done[i] for i in front([trial.point for trial in done])]
 
 
-def write_report(
-    folder: Path,
-    trials: list[Finished],
-    outcomes: dict[str, int],
-    entries: list[Entry],
-    proxy: Proxy,
-    seconds: float,
-    budget: Budget,
-    interrupted: bool,
-) -> Report:
-    """Fills the folder with winner.yaml, trials.jsonl, result.json and, with matplotlib, a plot."""
-    top = best(trials)[0]
-    winner = top.spec.model_copy(
-        update={"name": f"{top.spec.name}-winner", "description": _about(top, proxy)}
-    )
-    report = Report(
-        folder=folder,
-        winner=winner,
-        trials=trials,
-        outcomes=outcomes,
-        entries=entries,
-        proxy=proxy,
-        seconds=seconds,
-        budget=budget,
-        interrupted=interrupted,
-    )
-    report = replace(report, plotted=_plotted(report))
-    write_text(folder / "winner.yaml", winner.to_yaml())
-    lines = [json.dumps(_row(trial), sort_keys=True) for trial in trials]
+def write_report(report: Report) -> Report:
+    """Fills the folder: winner.yaml, trials.jsonl, result.json, report.html and its pictures."""
+    folder = report.folder
+    result = report.as_json()
+    write_text(folder / "winner.yaml", report.winner.to_yaml())
+    lines = [json.dumps(row, sort_keys=True) for row in result["trials"]]
     write_text(folder / "trials.jsonl", "".join(f"{line}\n" for line in lines))
-    write_text(folder / "result.json", json.dumps(report.as_json(), indent=1))
-    return report
+    write_text(folder / "result.json", json.dumps(result, indent=1))
+    return replace(report, pictures=_pictures(folder, result))
 
 
-def _plotted(report: Report) -> bool:
-    from archdsl.search.plot import plot
-
+def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
+    """The page and the PNGs; none without the extra that draws them, which the report says."""
     try:
-        plot(report, report.folder / "front.png")
+        from archdsl.search.page import write_page
+        from archdsl.search.plot import plot
+
+        drawn = [path.name for path in plot(result, folder)]
+        write_page(result, folder / "report.html")
     except ImportError:
-        return False  # the report says how to get one
-    return True
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _about(top: Finished, proxy: Proxy) -> str:
-    return (
-        f"Best of a search by proxies ({describe(proxy)}): trial {top.number}, "
-        f"objective {top.value:.4f} nats. The figures beside it are in result.json."
-    )
+        return ()
+    return ("report.html", *drawn)
 
 
 def describe(proxy: Proxy) -> str:
@@ -219,12 +160,20 @@ def describe(proxy: Proxy) -> str:
     return f"{sizes}; {'; '.join(tasks)}"
 
 
+def weighted(proxy: Proxy) -> str:
+    """The objective in words: ``text + 0.15 x skill``."""
+    weights = {name: task.weight for name, task in proxy.tasks.items()}
+    return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
+
+
 def _row(trial: Finished) -> dict[str, Any]:
     receipt = cost(trial.spec)
     return {
         "trial": trial.number,
         "outcome": trial.outcome,
-        "objective": trial.value,
+        "error": trial.error,
+        "same_as": trial.same_as,
+        "values": trial.values,
         "params": receipt.params,
         "flops_per_token": receipt.expected,
         "kv_bytes_per_token": receipt.kv_bytes_per_token,
@@ -234,8 +183,24 @@ def _row(trial: Finished) -> dict[str, Any]:
         ],
         "choices": trial.params,
         "fingerprint": trial.fingerprint,
+        "words": in_words(trial.spec),
         "spec": trial.spec.to_yaml(),
     }
+
+
+def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The rows of the model's outline: what each node costs per token."""
+    root = outline(spec)
+    return [
+        {
+            "node": f"{'  ' * node.path.count('.')}{node.label}",
+            "path": node.path,
+            "params": node.cost.params,
+            "flops": node.cost.flops / spec.context,
+            "share": node.cost.flops / max(1, root.cost.flops),
+        }
+        for node in root.walk()
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -1,34 +1,44 @@
-"""The search: draw, fit, train proxies up their rungs, compare the winner with its controls."""
+"""The search: draw, train proxies up their rungs, then see what the winner is worth."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from archdsl.cost import cost
-from archdsl.errors import ArchdslError
-from archdsl.leaves import Leaf, fill
-from archdsl.load import NoFitError, fitted, read
-from archdsl.search.controls import controls
-from archdsl.search.folder import Clock, claim, run_name, settings
-from archdsl.search.pool import InProcess, Pool, first_done, processes
-from archdsl.search.proxy import Job, Proxy, Score, default_tasks, objective
-from archdsl.search.report import WINNER, Entry, Report, best, write_report
-from archdsl.search.space import starting_points
-from archdsl.search.study import TRAINED, Finished, Study, Trial
-from archdsl.source import Tree
+from optuna.storages import BaseStorage
+
+from archdsl.load import budget_of, read
+from archdsl.search.axes import parse_axes
+from archdsl.search.climb import Climber
+from archdsl.search.contest import (
+    Entry,
+    Key,
+    Result,
+    contest_jobs,
+    entries,
+    known,
+    role_of,
+    run_contest,
+)
+from archdsl.search.draws import Draws
+from archdsl.search.feasible import NothingFitsError, refuse_infeasible
+from archdsl.search.folder import Settings, claim
+from archdsl.search.ledger import Ledger, Limits
+from archdsl.search.pool import Pool, processes
+from archdsl.search.proxy import Job, Proxy, default_tasks
+from archdsl.search.report import Report, best, write_report
+from archdsl.search.scorers import Separate
+from archdsl.search.storage import HEARTBEAT, alone, database, journal
+from archdsl.search.study import Finished, Study
+from archdsl.search.trust import Trust, run_trust
 from archdsl.spec import Budget, ModelSpec
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
-DUPLICATES = 40  # draws in a row that are known already: the space is used up
-FAILURES = 5  # in a row: something is wrong with more than a trial
-CONTESTANTS = 4  # a winner and its controls, before there is one
+WIDER_RUNS = 16  # what judging the proxy by one of twice the width costs, in trials
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,26 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-class NothingFitsError(ArchdslError):
-    """No draw of the space keeps to the budget, or none could be trained."""
+@dataclass(frozen=True)
+class Machine:
+    """How a search uses the machine; nothing it finds depends on it.
+
+    ``workers``: children of one thread each. ``memory``: bytes that one may use. ``patience``:
+    seconds without a training step after which it is taken for hung.
+    """
+
+    workers: int = 0
+    memory: int | None = None
+    patience: float = 120.0
+
+    @contextmanager
+    def pool(self) -> Iterator[Pool]:
+        with processes(self.workers or default_workers(), self.memory, self.patience) as pool:
+            yield pool
 
 
-class SearchFailedError(ArchdslError):
-    """Trials fail, whatever is drawn."""
+def default_workers() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 def search(
@@ -61,253 +85,221 @@ def search(
     budget: Budget | None = None,
     overrides: Sequence[str] = (),
     proxy: Proxy | None = None,
+    objective: str = "loss,flops",
     seconds: float | None = SECONDS,
     trials: int | None = None,
-    workers: int | None = None,
     seed: int = 0,
     seeds: int = 3,
+    window: int = 8,
+    machine: Machine | None = None,
     out: Path | None = None,
+    store: Path | None = None,
+    storage: str | None = None,
+    heartbeat: int = HEARTBEAT,
     watch: Watch | None = None,
 ) -> Report:
-    """Searches a space of specs for the lowest proxy loss under a budget of the full-size model.
+    """Searches a space of specs for the front of proxy loss and cost, under a budget.
 
-    ``seconds`` limits the whole, controls included (None: no limit), ``trials`` the draws that are
-    trained. ``workers``: processes of one thread each (default: the cores, at most 8). ``seed``
-    draws and trains; the winner and its controls are trained with ``seeds`` further ones. ``out``
-    (default: runs/ and a name made of the settings) holds everything and is gone on from if it
-    exists. On Ctrl-C what was found so far is returned. Raises SpecError, NothingFitsError.
+    The budget is kept by the full-size models; ``budget.train_flops`` is for the whole search, as
+    are ``seconds``, controls included (None: no limit), and ``trials``, the draws that are
+    trained. ``objective``: ``loss``, or what it is weighed against, such as ``loss,flops,kv``.
+    ``seed`` draws and trains; the winner and its controls are trained with ``seeds`` further ones.
+    ``window``: draws that may be under way at once. ``out`` (default: runs/ and a name made of the
+    settings) holds everything and is gone on from if it exists; trained models lie in ``store``
+    (default: inside), which searches may share. ``storage``: the URL of a database by which
+    searches on many machines become one. On Ctrl-C what was found so far is returned. Raises
+    SpecError, NothingFitsError, SearchFailedError, StorageError.
     """
     tree = read(space, overrides)
-    _refuse_mistakes(tree, budget)
-    proxy = proxy or Proxy(tasks=default_tasks())
-    limits = budget or _own_budget(tree)
-    folder = out or Path("runs") / run_name(tree, limits, proxy, seed)
-    claim(folder, settings(tree, limits, proxy, seed))
-    study = Study(folder, tree, limits, seed)
-    clock = Clock(folder / "spent.json", seconds)
-    workers = workers or min(8, os.cpu_count() or 1)
-    hunt = Search(folder, study, proxy, clock, trials, seed, seeds, watch or (lambda _: None))
-    return hunt.run(workers)
+    limits = budget_of(tree, budget)
+    settings = Settings(
+        tree,
+        limits,
+        proxy or Proxy(tasks=default_tasks()),
+        axes=parse_axes(objective),
+        window=window,
+        seed=seed,
+    )
+    refuse_infeasible(tree, limits)
+    folder = out or Path("runs") / settings.name
+    claim(folder, settings)
+    means = Limits(seconds, limits.train_flops)
+    machine = machine or Machine()
+    with opened(folder, storage, heartbeat) as (backend, mine):
+        draws = Draws(tree, limits, len(settings.axes), seed)
+        study = Study(backend, settings.name, draws, settings.axes, window)
+        if mine:
+            study.abandon()
+        ledger = Ledger(backend, study.id, means)
+        hunt = Search(
+            folder, store or folder / "proxies", study, ledger, settings, trials, seeds, watch
+        )
+        return hunt.run(machine)
 
 
-def _refuse_mistakes(tree: Tree, budget: Budget | None) -> None:
-    """A mistake in the space is said before anything is drawn; its pure models show it."""
-    for point in starting_points(tree):
-        with suppress(NoFitError):  # another draw may fit
-            fitted(fill(tree, partial(_value, point)), budget)
-
-
-def _value(point: dict[str, Any], name: str, leaf: Leaf) -> Any:
-    return point[name]
-
-
-def _own_budget(tree: Tree) -> Budget:
-    written = tree.value.get("budget") if isinstance(tree.value, dict) else None
-    return Budget.model_validate(written or {})
-
-
-@dataclass
-class Climb:
-    """A trial and the jobs of the rung it is on."""
-
-    trial: Trial
-    jobs: dict[str, Future[Score]]
+@contextmanager
+def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[BaseStorage, bool]]:
+    """The storage of a study, and whether this process is the only one that uses it."""
+    if url is not None:
+        yield database(url, heartbeat), False
+        return
+    with alone(folder):
+        yield journal(folder), True
 
 
 class Search:
-    """One process's part of a search; the study and the proxies' files are its memory."""
+    """One process's part of a search; the study and the store are its memory."""
 
     def __init__(
         self,
         folder: Path,
+        store: Path,
         study: Study,
-        proxy: Proxy,
-        clock: Clock,
+        ledger: Ledger,
+        settings: Settings,
         trials: int | None,
-        seed: int,
         seeds: int,
-        watch: Watch,
+        watch: Watch | None,
     ) -> None:
-        self.folder, self.study, self.proxy, self.clock = folder, study, proxy, clock
-        self.trials, self.seed, self.seeds, self.watch = trials, seed, seeds, watch
-        self.climbing: list[Climb] = []
-        self.known_in_a_row = self.failed_in_a_row = 0
-        self.said = ""
+        self.folder, self.store, self.study, self.ledger = folder, store, study, ledger
+        self.settings, self.trials, self.seeds = settings, trials, seeds
+        self.watch = watch or (lambda _: None)
+        self.phase = "searching"
+        self.workers = 1
+        self.jobs: dict[Key, Job] = {}  # of the contest
+        self.results: dict[Key, Result] = {}
+        self.trust: Trust | None = None
 
-    def run(self, workers: int) -> Report:
+    @property
+    def proxy(self) -> Proxy:
+        return self.settings.proxy
+
+    def run(self, machine: Machine) -> Report:
         interrupted = False
-        entries: list[Entry] = []
         try:
-            with _pool(workers) as pool:
+            with machine.pool() as pool:
+                self.workers = pool.workers
                 self._climb(pool)
-                entries = self._compare(pool)
+                self._judge(pool)
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            self.clock.save()
+            self.ledger.save()
         finished = self.study.finished()
-        if not any(trial.value is not None for trial in finished):
+        if not best(finished):
             if interrupted:
                 raise KeyboardInterrupt("no trial was finished; the same command goes on")
-            raise NothingFitsError(self._why_nothing())
+            raise NothingFitsError(self._why_nothing(finished))
         return write_report(
-            self.folder,
-            finished,
-            self.study.outcomes(),
-            entries,
-            self.proxy,
-            self.clock.spent,
-            self.study.budget,
-            interrupted,
+            Report(
+                folder=self.folder,
+                settings=self.settings,
+                trials=finished,
+                outcomes=self.study.outcomes(),
+                entries=self._entries(best(finished)[0].spec),
+                trust=self.trust,
+                account=self.ledger.account(),
+                limits=self.ledger.limits,
+                importance=self.study.importance(),
+                interrupted=interrupted,
+            )
         )
 
-    def _why_nothing(self) -> str:
+    def _entries(self, winner: ModelSpec) -> list[Entry]:
+        """Also what was trained before an interruption."""
+        return entries(winner, self.jobs, {**known(self.jobs), **self.results})
+
+    def _why_nothing(self, finished: list[Finished]) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self.study.outcomes().items())
-        reason = self.study.closest_miss()
-        return f"no trial reached the last rung ({counts or 'none was drawn'})" + (
-            f"; the closest draw: {reason}" if reason else f"; see {self.folder}"
+        error = next((f" The last one said: {t.error}" for t in finished[::-1] if t.error), "")
+        return (
+            f"no draw reached the last rung ({counts or 'none was made'}); more --time may help, "
+            f"the same command goes on.{error}"
         )
 
     # climbing
 
     def _climb(self, pool: Pool) -> None:
-        while True:
-            while self._may_draw(pool):
-                trial = self.study.draw()
-                self.known_in_a_row = 0 if trial else self.known_in_a_row + 1
-                if trial:
-                    self.climbing.append(self._next_rung(pool, trial))
-                elif self.study.met_its_like:
-                    break
-            if not self.climbing:
-                return
-            self._tell("searching")
-            first_done({job for climb in self.climbing for job in climb.jobs.values()}, seconds=1.0)
-            for climb in [c for c in self.climbing if all(j.done() for j in c.jobs.values())]:
-                self._finish_rung(pool, climb)
-                self.clock.save()
+        scorer = Separate(self.proxy, self.store, self.settings.seed)
+        climber = Climber(self.study, scorer, self.proxy, self.ledger, self._may_draw, self._tell)
+        climber.run(pool)
 
-    def _may_draw(self, pool: Pool) -> bool:
-        trained = sum(n for what, n in self.study.outcomes().items() if what in TRAINED)
+    def _may_draw(self, number: int, climbing: int) -> bool:
+        trained = self.study.trained(before=number)
         return (
-            len(self.climbing) < pool.workers
-            and self.known_in_a_row < DUPLICATES
-            and (self.trials is None or trained + len(self.climbing) < self.trials)
-            and self.clock.left > self._time_still_needed(pool.workers)
+            (self.trials is None or trained < self.trials)
+            and not self.study.exhausted
+            and self._means_last_for(climbing + 1)
         )
 
-    def _time_still_needed(self, workers: int) -> float:
-        """For another trial, those under way, and the controls."""
-        ranked = best(self.study.finished())
-        contestants = 1 + len(controls(ranked[0].spec)) if ranked else CONTESTANTS
-        runs = len(self.climbing) + 1 + self.seeds * contestants
-        return 1.1 * self._seconds_per_trial() * runs / workers
-
-    def _seconds_per_trial(self) -> float:
-        """Of one worker, up the last rung; guessed from those that got there."""
-        whole = [
-            sum(score.seconds for rung in trial.rungs for score in rung.values())
-            for trial in best(self.study.finished())
-        ]
-        return sum(whole) / len(whole) if whole else 0.0
-
-    def _next_rung(self, pool: Pool, trial: Trial) -> Climb:
-        rung = len(trial.rungs)
-        jobs = {
-            name: pool.submit(self._job(self.proxy.shrink(trial.spec, task), name, self.seed, rung))
-            for name, task in self.proxy.tasks.items()
-        }
-        return Climb(trial, jobs)
-
-    def _job(self, small: ModelSpec, task: str, seed: int, rung: int) -> Job:
-        home = self.folder / "proxies" / f"{small.fingerprint()[:16]}-s{seed}" / task
-        trained = self.proxy.tasks[task]
-        return Job(home, small, trained, seed, trained.rungs[rung])
-
-    def _finish_rung(self, pool: Pool, climb: Climb) -> None:
-        self.climbing.remove(climb)
-        trial = climb.trial
-        failure = next((e for job in climb.jobs.values() if (e := job.exception())), None)
-        if failure is not None:
-            reason = f"{type(failure).__name__}: {failure}"
-            self.study.failed(trial, reason)
-            self.failed_in_a_row += 1
-            if self.failed_in_a_row == FAILURES:
-                raise SearchFailedError(
-                    f"{FAILURES} trials failed one after the other, the last with {reason}"
-                ) from failure
-            return
-        self.failed_in_a_row = 0
-        scores = {name: job.result() for name, job in climb.jobs.items()}
-        value = objective(scores, self.proxy)
-        last = len(trial.rungs) + 1 == self.proxy.rungs
-        if self.study.climbed(trial, scores, value, last):
-            self.climbing.append(self._next_rung(pool, trial))
-        else:
-            shown = "diverged" if value is None else f"{value:.3f}"
-            self.said = f"trial {trial.number}: {shown}" + ("" if last else ", stopped early")
-
-    # comparing
-
-    def _compare(self, pool: Pool) -> list[Entry]:
-        """The winner and its controls, trained alike with seeds that chose nothing."""
+    def _means_last_for(self, more: int) -> bool:
+        """Whether so many further trials, and what follows, fit into what is left."""
         ranked = best(self.study.finished())
         if not ranked:
-            return []
-        winner = ranked[0].spec
-        full_size = {WINNER: winner} | controls(winner)
-        scores: dict[str, dict[str, list[Score]]] = {}
-        for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
-            jobs = self._contest(winner, full_size, seed)
-            needed = self._seconds_per_trial() * len(full_size) / pool.workers
-            if self.clock.left < needed and not all(job.result.exists() for job in jobs.values()):
-                break  # what is left undone is done when the command is run with more time
-            for (name, task), score in self._train(pool, jobs, f"seed {seed}").items():
-                scores.setdefault(name, {}).setdefault(task, []).append(score)
-        return [
-            Entry(name, spec, cost(spec), scores[name])
-            for name, spec in full_size.items()
-            if name in scores
-        ]
+            return not self.ledger.is_spent
+        runs = more + self.seeds * len(self._contest(ranked[0].spec, [0])) + WIDER_RUNS
+        return self._lasts_for(runs, ranked)
 
-    def _contest(
-        self, winner: ModelSpec, names: Collection[str], seed: int
-    ) -> dict[tuple[str, str], Job]:
-        """The winner and its controls with one seed, by name and task."""
-        jobs: dict[tuple[str, str], Job] = {}
-        for task, trained in self.proxy.tasks.items():
-            # the controls of the proxy: equal in parameters or FLOPs where they are trained
-            small = self.proxy.shrink(winner, trained)
-            for name, spec in ({WINNER: small} | controls(small)).items():
-                if name in names:
-                    jobs[name, task] = self._job(spec, task, seed, -1)
-        return jobs
+    def _lasts_for(self, runs: float, ranked: list[Finished]) -> bool:
+        """Whether there is time, and leave, for so many trainings up to the last rung."""
+        scores = [[s for rung in trial.rungs for s in rung.values()] for trial in ranked]
+        seconds = fmean(sum(s.seconds for s in of_trial) for of_trial in scores)
+        flops = fmean(sum(s.train_flops for s in of_trial) for of_trial in scores)
+        return (
+            self.ledger.seconds_left > 1.1 * seconds * runs / self.workers
+            and self.ledger.flops_left > flops * runs
+        )
 
-    def _train(
-        self, pool: Pool, jobs: dict[tuple[str, str], Job], what: str
-    ) -> dict[tuple[str, str], Score]:
-        futures = {key: pool.submit(job) for key, job in jobs.items()}
-        while not all(future.done() for future in futures.values()):
-            first_done(futures.values(), seconds=1.0)
-            done = sum(future.done() for future in futures.values())
-            self.said = f"{what}: {done} of {len(jobs)} runs"
-            self._tell("comparing the winner with its controls")
-        return {key: future.result() for key, future in futures.items()}
+    # judging
 
-    def _tell(self, phase: str) -> None:
-        running = sum(not job.done() for climb in self.climbing for job in climb.jobs.values())
+    def _judge(self, pool: Pool) -> None:
+        """The winner beside its controls, the proxy beside a wider one, then the ablations."""
+        ranked = best(self.study.finished())
+        if not ranked:
+            return
+
+        def may_go_on() -> bool:
+            return self._lasts_for(1 / len(self.proxy.tasks), ranked)
+
+        seeds = range(self.settings.seed + 1, self.settings.seed + 1 + self.seeds)
+        self.jobs = self._contest(ranked[0].spec, seeds)
+        for phase, part in self._parts():
+            self.phase = phase
+            self.results |= run_contest(self.ledger.paying(pool, phase), part, may_go_on, self._say)
+            if phase == "controls":
+                self.phase = "trust"
+                self.trust = run_trust(
+                    self.ledger.paying(pool, "trust"),
+                    self.study.finished(),
+                    self.proxy,
+                    self.settings.seed,
+                    self.store,
+                    may_go_on,
+                    self._say,
+                )
+
+    def _contest(self, winner: ModelSpec, seeds: Iterable[int]) -> dict[Key, Job]:
+        return contest_jobs(winner, self.proxy, seeds, self.store, ablate=True)
+
+    def _parts(self) -> Iterator[tuple[str, dict[Key, Job]]]:
+        """The contest in the order of what must be known."""
+        ablations = {key for key in self.jobs if role_of(key[0]) == "ablation"}
+        yield "controls", {key: job for key, job in self.jobs.items() if key not in ablations}
+        yield "ablations", {key: job for key, job in self.jobs.items() if key in ablations}
+
+    def _say(self, said: str) -> None:
+        self._tell(said, self.workers)
+
+    def _tell(self, said: str, running: int) -> None:
+        self.ledger.keep()
         self.watch(
             Progress(
-                phase,
-                self.clock.spent,
-                self.clock.limit or 0.0,
+                self.phase,
+                self.ledger.account().wall,
+                self.ledger.limits.seconds or 0.0,
                 running,
                 self.study.outcomes(),
                 best(self.study.finished())[:5],
-                self.said,
+                said,
             )
         )
-
-
-def _pool(workers: int) -> AbstractContextManager[Pool]:
-    return nullcontext(InProcess()) if workers == 1 else processes(workers)

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from archdsl.search.proxy import Job, Proxy
+from archdsl.search.pool import Work
+from archdsl.search.proxy import Job, Proxy, Score
 from archdsl.spec import ModelSpec
 
 
 class Scorer(Protocol):
     """``rungs``: how often a draw is scored before it is known."""
 
-    rungs: int
+    @property
+    def rungs(self) -> int: ...
 
-    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job: ...
+    def work(
+        self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int
+    ) -> Work[Score]: ...
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import cost
-from archdsl.search.report import describe
+from archdsl.search.report import describe, weighted
+from archdsl.search.tables import contestants, failures, gaps
+from archdsl.search.verdict import what_matters
 from archdsl.search.words import in_words
 from archdsl.show import Facts, parameters, short
 
@@ -54,7 +55,7 @@ def _line(progress: Progress) -> str:
     limit = f"/{progress.seconds:.0f}" if progress.seconds else ""
     parts = [f"{progress.elapsed:.0f}{limit} s", progress.phase, progress.last]
     if progress.best:
-        parts.append(f"best {progress.best[0].value:.3f} (trial {progress.best[0].number})")
+        parts.append(f"best {progress.best[0].value:.3f} (draw {progress.best[0].number})")
     return "; ".join(part for part in parts if part)
 
 
@@ -66,10 +67,10 @@ def _live(progress: Progress) -> RenderableType:
     return Group(head, bar, Text(counts, "dim"), *best)
 
 
-def candidates(trials: list[Finished]) -> Table:
-    """Best first: proxy scores, and what the model costs at full size."""
+def candidates(trials: Sequence[Finished]) -> Table:
+    """Proxy scores, and what the model costs at full size; FLOPs as executed, if so searched."""
     tasks = list(trials[0].rungs[-1]) if trials else []
-    table = _table("trial", "objective", *tasks, "params", "FLOPs/token")
+    table = _table("draw", "objective", *tasks, "params", "FLOPs/token")
     for trial in trials:
         receipt = cost(trial.spec)
         last = trial.rungs[-1]
@@ -78,13 +79,13 @@ def candidates(trials: list[Finished]) -> Table:
             f"{trial.value:.3f}",
             *(_score(last[task].loss, last[task].accuracy) for task in tasks),
             parameters(receipt.params),
-            short(receipt.expected),
+            short((trial.values or {}).get("flops", receipt.expected)),
         )
     return table
 
 
-def models(trials: list[Finished]) -> RenderableType:
-    """Which trial is which model."""
+def models(trials: Sequence[Finished]) -> RenderableType:
+    """Which draw is which model."""
     return Facts([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
 
 
@@ -93,67 +94,46 @@ def _score(loss: float | None, accuracy: float | None) -> str:
 
 
 def result(report: Report) -> RenderableType:
-    """What a search ends with."""
-    tau, pairs = report.rung_correlation()
-    facts = [("verdict", report.verdict())]
-    counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
-    facts += [
-        ("trials", f"{counts}; {report.seconds:.0f} s"),
-        ("proxy", describe(report.proxy)),
-        ("loss", f"held-out nats per prediction (accuracy); objective = {_sum(report)}"),
-        ("trust", _trust(tau, pairs)),
-        ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
-        ("also", f"trials.jsonl, result.json{', front.png' if report.plotted else ''} beside it"),
-    ]
-    if not report.plotted:
-        facts.append(("plot", "none: pip install 'archdsl[plots]' and run this again"))
-    top = report.best[:5]
+    """What a search ends with: what its winner is worth first."""
+    sentences = [report.verdict, report.trust.sentence() if report.trust else ""]
     parts: list[RenderableType] = [
-        Text("Best candidates", "bold"),
-        candidates(top),
-        models(top),
+        *(Text(sentence, "bold") for sentence in sentences if sentence),
+        "",
+        Text("Front: none of these is beaten in loss and cost by another", "bold"),
+        candidates(report.front),
+        models(report.front),
         "",
     ]
     if report.entries:
-        parts += [Text("The winner and its controls", "bold"), contestants(report), ""]
-    if report.differences():
-        parts += [Text("How far above the winner's loss", "bold"), gaps(report), ""]
-    return Group(*parts, Facts(facts))
+        title = "The winner (lowest loss), its controls, and the winner with one thing taken out"
+        parts += [Text(title, "bold"), contestants(report.entries, report.proxy), ""]
+    if len(report.entries) > 1:
+        title = "How far above the winner's loss, and 95% of the doubt"
+        parts += [Text(title, "bold"), gaps(report.entries, report.proxy), ""]
+    return Group(*parts, Facts(_facts(report)))
 
 
-def _sum(report: Report) -> str:
-    weights = {name: task.weight for name, task in report.proxy.tasks.items()}
-    return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
-
-
-def _trust(tau: float | None, pairs: int) -> str:
-    if tau is None:
-        return (
-            f"{pairs} trials reached the last rung: too few to say how far the first one is right"
-        )
-    return f"Kendall's tau between the first and the last rung is {tau:+.2f} over {pairs} trials"
-
-
-def contestants(report: Report) -> Table:
-    """The winner and its controls: means over the seeds."""
-    table = _table("", "params", "FLOPs/token", *report.tasks)
-    for entry in report.entries:
-        table.add_row(
-            entry.name,
-            parameters(entry.receipt.params),
-            short(entry.receipt.expected),
-            *(f"{fmean(entry.losses(task)):.3f}" for task in report.tasks),
-        )
-    return table
-
-
-def gaps(report: Report) -> Table:
-    """By how many nats each control's loss is above the winner's, with the 95% interval."""
-    found = report.differences()
-    table = _table("", *next(iter(found.values())))
-    for name, by_task in found.items():
-        table.add_row(name, *(str(gap) for gap in by_task.values()))
-    return table
+def _facts(report: Report) -> list[tuple[str, str]]:
+    counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
+    total = report.account.total
+    matters = what_matters(report.entries, report.proxy)
+    facts = [("parts", matters)] if matters else []
+    facts += failures(report.entries)
+    facts += [
+        ("draws", f"{counts}; {report.trained_share:.0%} of them were trained"),
+        (
+            "spent",
+            f"{report.account.wall:.0f} s, {total.seconds:.0f} s of workers, "
+            f"{short(total.train_flops)}FLOPs of training",
+        ),
+        ("proxy", describe(report.proxy)),
+        ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
+        ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
+        ("also", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
+    ]
+    if not report.pictures:
+        facts.append(("report", "none: pip install 'archdsl[plots]' and run this again"))
+    return facts
 
 
 def _table(first: str, *others: str) -> Table:

@@ -59,7 +59,7 @@ def words(block: BlockSpec) -> str:
 
 def _loop(loop: LoopSpec) -> list[str]:
     said = [f"{words(loop.body)} x{loop.steps}"]
-    if loop.router is not None:
+    if loop.router is not None and any(row is not None for row in loop.rows()):
         used = loop.router.capacity[: max(1, loop.steps - loop.full_steps)]
         shares = [f"{share:g}".removeprefix("0") for share in used]
         shown = shares[:1] if len(set(shares)) == 1 else shares

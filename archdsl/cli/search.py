@@ -10,25 +10,76 @@ import typer
 
 from archdsl.cli.options import (
     INTERRUPTED,
+    KV,
+    BudgetOf,
     Flops,
     Json,
     Overrides,
     Params,
     Source,
+    TrainFlops,
     budget,
     print_json,
     print_parts,
+    size,
 )
 
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def duration(text: str) -> float:
     """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
     if found is None or not (seconds := float(found[1]) * UNITS[found[2]]):
         raise typer.BadParameter(f"must be a time such as 90s, 10m or 1.5h, got {text!r}")
     return seconds
+
+
+Time = Annotated[
+    float | None,
+    typer.Option(parser=duration, metavar="TIME", help="For all of it, as 30m; default: 9m."),
+]
+ProxySizes = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        metavar="SIZES|none",
+        help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=300; "
+        "none: the model itself.",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of one thread; default: the cores.")
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(parser=size, metavar="SIZE", help="That a training may allocate, such as 4GiB."),
+]
+Patience = Annotated[
+    float | None,
+    typer.Option(
+        parser=duration,
+        metavar="TIME",
+        help="After which a training that makes no step is taken for hung; default: 2m.",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A database that many machines search by: postgresql+psycopg://user@host/name.",
+    ),
+]
+Heartbeat = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="SECONDS", help="Between signs of life; who misses two is taken for dead."
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Folder of trained models, which searches may share; default: in --out."),
+]
 
 
 def search(
@@ -37,59 +88,75 @@ def search(
     ] = "search",
     overrides: Overrides = None,
     params: Params = None,
+    of: BudgetOf = None,
     flops: Flops = None,
-    time: Annotated[
-        float | None,
-        typer.Option(parser=duration, metavar="TIME", help="For all of it, as 30m; default: 9m."),
-    ] = None,
+    kv: KV = None,
+    train_flops: TrainFlops = None,
+    time: Time = None,
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many trained.")] = None,
-    proxy: Annotated[
-        str | None,
+    objective: Annotated[
+        str,
         typer.Option(
-            metavar="SIZES|none",
-            help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=300; "
-            "none: the model itself.",
+            metavar="AXES", help="What should be low: loss, or a front such as loss,flops,kv."
         ),
-    ] = None,
+    ] = "loss,flops",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the search would cost, and train nothing.")
+    ] = False,
+    proxy: ProxySizes = None,
     source: Source = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of one thread; default: the cores.")
-    ] = None,
+    workers: Workers = None,
+    memory: Memory = None,
+    patience: Patience = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws and the training.")] = 0,
     seeds: Annotated[
         int, typer.Option(min=2, help="That the winner and its controls are trained with.")
     ] = 3,
+    window: Annotated[
+        int, typer.Option(min=1, help="Draws under way at once, whoever trains them.")
+    ] = 8,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the search; default: one below runs/.")
     ] = None,
+    store: Store = None,
+    storage: Storage = None,
+    heartbeat: Heartbeat = 30,
     as_json: Json = False,
 ) -> None:
-    """Search a space of specs for the best model under a budget.
+    """Search a space of specs for the best models under a budget.
 
-    The model keeps to the budget, a small proxy of it is trained. The same command goes on after
-    a crash; Ctrl-C ends with what was found. Examples:
+    The models keep to the budget, small proxies of them are trained. The same command goes on
+    after a crash; Ctrl-C ends with what was found. Examples:
 
       archdsl search --budget 162M
 
-      archdsl search my-space.yaml --flops 0.8G --time 1h
+      archdsl search my-space.yaml --flops 0.8G --kv 64KiB --time 1h --plan
+
+      archdsl search --objective loss --trials 50 --workers 4
     """
     from archdsl.search import search
     from archdsl.search.proxy import Proxy
-    from archdsl.search.run import SECONDS
+    from archdsl.search.run import SECONDS, Machine
     from archdsl.search.show import result, watching
 
+    machine = Machine(workers or 0, memory, patience or Machine.patience)
     with watching() as watch:
         report = search(
             space,
-            budget=budget(params, flops),
+            budget=budget(params, flops, kv, of, train_flops),
             overrides=overrides or (),
             proxy=Proxy.parse(proxy, source),
+            objective=objective,
             seconds=time or SECONDS,
             trials=trials,
-            workers=workers,
+            machine=machine,
             seed=seed,
             seeds=seeds,
+            window=window,
             out=out,
+            store=store,
+            storage=storage,
+            heartbeat=heartbeat,
             watch=watch,
         )
     if as_json:
