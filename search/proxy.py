@@ -78,9 +78,10 @@ class Task(Strict):
         )
 
 
-def _with_data(fields: dict[str, Any], data: Data) -> Task:
+def _with_data(fields: dict[str, Any], data: Data | None) -> Task:
     task = Task(**fields)
-    LOADED[task.data, task.tokenizer] = data
+    if data is not None:  # its files are still there
+        LOADED[task.data, task.tokenizer] = data
     return task
 
 

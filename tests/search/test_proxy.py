@@ -1,6 +1,7 @@
 """Jobs: trained once however often they are asked for, gone on with wherever they were stopped."""
 
 import math
+import pickle
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import archdsl
 from archdsl.checkpoint import load_training
 from archdsl.load import load
+from archdsl.search import proxy
 from archdsl.search.curve import MOST, Curve
 from archdsl.search.pool import processes
 from archdsl.search.proxy import Job, Proxy, Score, Task
@@ -179,3 +181,16 @@ def test_a_curve_is_short_whole_and_can_be_gone_on_with(steps: int, stop: int) -
     assert [loss for _, loss in points] == [
         (begin + 1 + end) / 2 for begin, end in pairwise(begins)
     ]
+
+
+def test_a_task_takes_its_data_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = TASK.model_copy(update={"data": None})
+    held = pickle.dumps(task)
+    data = proxy.LOADED.pop((None, "bytes"))
+    monkeypatch.setattr(proxy, "load_data", lambda *_, **__: pytest.fail("it was looked for"))
+    assert len(held) < 10_000
+    assert pickle.loads(held) == task
+    there = task.load()
+    assert there is not data
+    assert there.fingerprint == data.fingerprint
+    assert torch.equal(there.batch(3, 2, 9, 1).tokens_BT, data.batch(3, 2, 9, 1).tokens_BT)
