@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,21 +54,25 @@ class Survey:
     """What is known of a space from the points that were tried.
 
     ``size``: points of the space; None where it is continuous. ``invalid``: points whose choices
-    do not go together. ``distinct``: different models among those that fit. ``closest``: where
-    none fits, the point that comes closest, in words.
+    do not go together. ``models``: of those that fit, each once. ``closest``: where none fits, the
+    point that comes closest, in words.
     """
 
     size: int | None
     tried: int
     feasible: int
     invalid: int
-    distinct: int
+    models: tuple[ModelSpec, ...]
     closest: str = ""
     miss: float = 0.0
 
     @property
     def whole(self) -> bool:
         return self.tried == self.size
+
+    @property
+    def distinct(self) -> int:
+        return len(self.models)
 
     @property
     def share(self) -> float:
@@ -104,40 +108,48 @@ def survey(tree: Tree, budget: Budget, limit: int = WHOLE, seed: int = 0) -> Sur
         tried=len(found),
         feasible=len(fitting),
         invalid=sum(one.spec is None for one in found),
-        distinct=len({spec.fingerprint() for spec in fitting}),
+        models=tuple({spec.fingerprint(): spec for spec in fitting}.values()),
         closest="" if fitting else f"{_named(tree, closest.point)}: {closest.error}",
         miss=closest.miss,
     )
 
 
-def refuse_infeasible(tree: Tree, budget: Budget) -> None:
-    """Raises NothingFitsError if no point that is tried fits; SpecError for a mistake in the space.
+def refuse_infeasible(tree: Tree, budget: Budget) -> ModelSpec:
+    """The first model that is found to fit, at best that of the defaults.
 
-    A space of many points is also searched downhill from the point that comes closest.
+    A space of many points is also searched downhill from the point that comes closest. Raises
+    NothingFitsError if none fits, and SpecError for a mistake in the space.
     """
-    found: list[Tried] = []
-    for point in starting_points(tree):
-        found.append(tried(tree, point, budget))
-        if found[-1].spec is None:  # the pure models are to be right: a mistake shows in them
-            fitted(_filled(tree, point), budget)
-        if found[-1].fits:
-            return
+    missed: list[Tried] = []
+    for one in _candidates(tree, budget):
+        if one.spec and one.fits:
+            return one.spec
+        missed.append(one)
+    closest = min(missed, key=lambda one: one.miss)
     count = size(tree)
     whole = count is not None and count <= WHOLE
-    for point in points(tree, WHOLE if whole else SAMPLE, seed=0):
-        found.append(tried(tree, point, budget))
-        if found[-1].fits:
-            return
-    closest = min(found, key=lambda one: one.miss)
     if not whole:
         closest = _downhill(tree, closest, budget)
-        if closest.fits:
-            return
-    which = f"none of its {count:,} points" if whole else f"none of the {len(found)} points tried"
+        if closest.spec and closest.fits:
+            return closest.spec
+    which = f"none of its {count:,} points" if whole else f"none of the {len(missed)} points tried"
     raise NothingFitsError(
         f"no model of this space keeps to the budget: {which} does; the closest, "
         f"{_named(tree, closest.point)}: {closest.error}; it would fit with {_raised(closest)}"
     )
+
+
+def _candidates(tree: Tree, budget: Budget) -> Iterator[Tried]:
+    """The pure models, all of which are to be right: a mistake shows in them. Then other points."""
+    pure = [tried(tree, point, budget) for point in starting_points(tree)]
+    for one in pure:
+        if one.spec is None:
+            fitted(_filled(tree, one.point), budget)  # raises what is wrong, with its place
+    yield from pure
+    count = size(tree)
+    limit = WHOLE if count is not None and count <= WHOLE else SAMPLE
+    for point in points(tree, limit, seed=0):
+        yield tried(tree, point, budget)
 
 
 def _downhill(tree: Tree, closest: Tried, budget: Budget) -> Tried:

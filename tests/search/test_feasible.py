@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from archdsl.errors import SpecError
 from archdsl.leaves import Choice, Leaf, find
-from archdsl.load import load, read
+from archdsl.load import load, over, read
 from archdsl.search.feasible import NothingFitsError, refuse_infeasible, survey, tried
 from archdsl.search.points import Point, answered, points, size
 from archdsl.source import Tree, from_value, override, parse
@@ -147,7 +147,8 @@ def many(text: str) -> Tree:
 
 @pytest.mark.parametrize("space", [parse(SPACE), many(SPACE)])
 def test_a_space_in_which_one_corner_fits_is_not_refused(space: Tree) -> None:
-    refuse_infeasible(space, Budget.model_validate(corner()))
+    found = refuse_infeasible(space, Budget.model_validate(corner()))
+    assert over(found, Budget.model_validate(corner())) == 0
 
 
 @pytest.mark.parametrize(
