@@ -27,7 +27,7 @@ def verdict(entries: Sequence[Entry], proxy: Proxy) -> str:
     own = winner_of(entries)
     controls = [entry for entry in entries if entry.role == "control"]
     if own is None:
-        return "The winner has not met its controls: nothing is known of what it is worth."
+        return "No seed was trained with all of the controls: nothing is known yet."
     if own.error:
         return f"The {own.name} could not be trained: {own.error}."
     if not controls:

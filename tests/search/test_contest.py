@@ -128,7 +128,7 @@ def test_nothing_is_begun_that_may_not_be(jobs: dict[Key, Job]) -> None:
     said: list[str] = []
     # the loop asks once for itself, and once for each job
     results = run_contest(pool, jobs, times(6), said.append)
-    assert list(results) == list(jobs)[: len(results)]
+    assert set(results) == set(list(jobs)[: len(results)])
     assert 0 < len(results) <= 6
     assert pool.jobs == list(jobs.values())[: len(results)]
     assert said[-1] == f"{len(results)} of {len(jobs)} trainings"
@@ -209,7 +209,7 @@ ABOVE, BELOW, AROUND = (1.3, 1.41, 1.5), (0.7, 0.81, 0.9), (1.0, 1.2, 1.1)
 
 
 def cases() -> Iterator[tuple[list[Entry], str]]:
-    yield [], "The winner has not met its controls: nothing is known of what it is worth."
+    yield [], "No seed was trained with all of the controls: nothing is known yet."
     yield (
         [entry(WINNER, *OWN)],
         "The winner is plain, nothing in it thinks: it is its own control.",
