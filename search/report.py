@@ -18,8 +18,9 @@ from archdsl.search.contest import Entry
 from archdsl.search.folder import Settings
 from archdsl.search.front import front
 from archdsl.search.ledger import Account, Limits
+from archdsl.search.proof import Shared
 from archdsl.search.proxy import Proxy
-from archdsl.search.study import Finished
+from archdsl.search.record import Finished
 from archdsl.search.trust import Trust
 from archdsl.search.verdict import verdict
 from archdsl.search.words import in_words
@@ -36,6 +37,7 @@ class Report:
     outcomes: dict[str, int]
     entries: list[Entry]
     trust: Trust | None
+    shared: Shared | None
     account: Account
     limits: Limits
     importance: dict[str, float]
@@ -81,6 +83,12 @@ class Report:
         return verdict(self.entries, self.proxy)
 
     @property
+    def sentences(self) -> list[str]:
+        """What is to be read first: the verdict, and how far the scores can be trusted."""
+        told = [self.shared, self.trust]
+        return [self.verdict, *(one.sentence() for one in told if one is not None)]
+
+    @property
     def trained_share(self) -> float:
         """Of all draws, those that were trained."""
         idle = sum(self.outcomes.get(what, 0) for what in ("infeasible", "invalid", "reused"))
@@ -90,7 +98,7 @@ class Report:
         return {
             "name": self.settings.name,
             "verdict": self.verdict,
-            "trust_sentence": self.trust.sentence() if self.trust else "",
+            "trust_sentence": " ".join(self.sentences[1:]),
             "interrupted": self.interrupted,
             "winner": self.best[0].number,
             "winner_spec": str(self.folder / "winner.yaml"),
@@ -104,6 +112,7 @@ class Report:
             | {"outcomes": self.outcomes, "limits": asdict(self.limits)},
             "entries": contest.as_json(self.entries, self.proxy),
             "trust": self.trust.as_json() if self.trust else None,
+            "shared": _shared(self.shared) if self.shared else None,
             "importance": self.importance,
             "tree": _tree(self.winner),
             "trials": [_row(trial) for trial in self.trials],
@@ -144,6 +153,11 @@ def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
     except ImportError:
         return ()
     return ("report.html", *drawn)
+
+
+def _shared(shared: Shared) -> dict[str, Any]:
+    points = [{"trial": p.number, "shared": p.loss, "alone": p.own_loss} for p in shared.points]
+    return shared.as_json() | {"points": points, "sentence": shared.sentence()}
 
 
 def describe(proxy: Proxy) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from typing import Literal
 
 from optuna.storages import BaseStorage
 
@@ -27,13 +27,16 @@ from archdsl.search.contest import (
 from archdsl.search.draws import Draws
 from archdsl.search.feasible import NothingFitsError, refuse_infeasible
 from archdsl.search.folder import Settings, claim
-from archdsl.search.ledger import Ledger, Limits
+from archdsl.search.ledger import Ledger, Limits, Spent
 from archdsl.search.pool import Pool, processes
+from archdsl.search.proof import Shared, run_proof
 from archdsl.search.proxy import Job, Proxy, default_tasks
+from archdsl.search.record import Finished
 from archdsl.search.report import Report, best, write_report
-from archdsl.search.scorers import Separate
+from archdsl.search.scorers import Scorer, Separate, training_flops
+from archdsl.search.shared import LAYOUTS, served
 from archdsl.search.storage import HEARTBEAT, alone, database, journal
-from archdsl.search.study import Finished, Study
+from archdsl.search.study import Study
 from archdsl.search.trust import Trust, run_trust
 from archdsl.spec import Budget, ModelSpec
 
@@ -86,6 +89,8 @@ def search(
     overrides: Sequence[str] = (),
     proxy: Proxy | None = None,
     objective: str = "loss,flops",
+    strategy: Literal["separate", "shared"] = "separate",
+    layouts: int = LAYOUTS,
     seconds: float | None = SECONDS,
     trials: int | None = None,
     seed: int = 0,
@@ -103,6 +108,8 @@ def search(
     The budget is kept by the full-size models; ``budget.train_flops`` is for the whole search, as
     are ``seconds``, controls included (None: no limit), and ``trials``, the draws that are
     trained. ``objective``: ``loss``, or what it is weighed against, such as ``loss,flops,kv``.
+    ``strategy``: train each draw for itself, or one net for all steps and capacities of a layout,
+    of which there are ``layouts``.
     ``seed`` draws and trains; the winner and its controls are trained with ``seeds`` further ones.
     ``window``: draws that may be under way at once. ``out`` (default: runs/ and a name made of the
     settings) holds everything and is gone on from if it exists; trained models lie in ``store``
@@ -117,24 +124,27 @@ def search(
         limits,
         proxy or Proxy(tasks=default_tasks()),
         axes=parse_axes(objective),
+        strategy=strategy,
+        layouts=layouts,
         window=window,
         seed=seed,
     )
     refuse_infeasible(tree, limits)
     folder = out or Path("runs") / settings.name
+    store = store or folder / "proxies"
+    scorer: Scorer = Separate(settings.proxy, store, seed)
+    if strategy == "shared":
+        tree, scorer = served(tree, settings.proxy, store, seed, layouts)
     claim(folder, settings)
-    means = Limits(seconds, limits.train_flops)
-    machine = machine or Machine()
     with opened(folder, storage, heartbeat) as (backend, mine):
         draws = Draws(tree, limits, len(settings.axes), seed)
         study = Study(backend, settings.name, draws, settings.axes, window)
+        study.describe(settings.as_json())
         if mine:
             study.abandon()
-        ledger = Ledger(backend, study.id, means)
-        hunt = Search(
-            folder, store or folder / "proxies", study, ledger, settings, trials, seeds, watch
-        )
-        return hunt.run(machine)
+        ledger = Ledger(backend, study.id, Limits(seconds, limits.train_flops))
+        hunt = Search(folder, store, study, scorer, ledger, settings, trials, seeds, watch)
+        return hunt.run(machine or Machine())
 
 
 @contextmanager
@@ -155,6 +165,7 @@ class Search:
         folder: Path,
         store: Path,
         study: Study,
+        scorer: Scorer,
         ledger: Ledger,
         settings: Settings,
         trials: int | None,
@@ -162,13 +173,14 @@ class Search:
         watch: Watch | None,
     ) -> None:
         self.folder, self.store, self.study, self.ledger = folder, store, study, ledger
-        self.settings, self.trials, self.seeds = settings, trials, seeds
+        self.scorer, self.settings, self.trials, self.seeds = scorer, settings, trials, seeds
         self.watch = watch or (lambda _: None)
         self.phase = "searching"
         self.workers = 1
         self.jobs: dict[Key, Job] = {}  # of the contest
         self.results: dict[Key, Result] = {}
         self.trust: Trust | None = None
+        self.shared: Shared | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -198,6 +210,7 @@ class Search:
                 outcomes=self.study.outcomes(),
                 entries=self._entries(best(finished)[0].spec),
                 trust=self.trust,
+                shared=self.shared,
                 account=self.ledger.account(),
                 limits=self.ledger.limits,
                 importance=self.study.importance(),
@@ -220,8 +233,9 @@ class Search:
     # climbing
 
     def _climb(self, pool: Pool) -> None:
-        scorer = Separate(self.proxy, self.store, self.settings.seed)
-        climber = Climber(self.study, scorer, self.proxy, self.ledger, self._may_draw, self._tell)
+        climber = Climber(
+            self.study, self.scorer, self.proxy, self.ledger, self._may_draw, self._tell
+        )
         climber.run(pool)
 
     def _may_draw(self, number: int, climbing: int) -> bool:
@@ -241,13 +255,13 @@ class Search:
         return self._lasts_for(runs, ranked)
 
     def _lasts_for(self, runs: float, ranked: list[Finished]) -> bool:
-        """Whether there is time, and leave, for so many trainings up to the last rung."""
-        scores = [[s for rung in trial.rungs for s in rung.values()] for trial in ranked]
-        seconds = fmean(sum(s.seconds for s in of_trial) for of_trial in scores)
-        flops = fmean(sum(s.train_flops for s in of_trial) for of_trial in scores)
+        """Whether there is time, and leave, for so many trainings of the best model so far."""
+        flops = runs * training_flops(self.proxy, ranked[0].spec)
+        scores = [s for trial in ranked for rung in trial.rungs for s in rung.values()]
+        rate = sum(s.seconds for s in scores) / sum(s.train_flops for s in scores)
         return (
-            self.ledger.seconds_left > 1.1 * seconds * runs / self.workers
-            and self.ledger.flops_left > flops * runs
+            self.ledger.seconds_left > 1.1 * rate * flops / self.workers
+            and self.ledger.flops_left > flops
         )
 
     # judging
@@ -267,6 +281,7 @@ class Search:
             self.phase = phase
             self.results |= run_contest(self.ledger.paying(pool, phase), part, may_go_on, self._say)
             if phase == "controls":
+                self._prove(pool, may_go_on)
                 self.phase = "trust"
                 self.trust = run_trust(
                     self.ledger.paying(pool, "trust"),
@@ -277,6 +292,23 @@ class Search:
                     may_go_on,
                     self._say,
                 )
+
+    def _prove(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
+        """Whether what was scored with shared weights is as good trained alone."""
+        if self.settings.strategy != "shared":
+            return
+        self.phase = "proof"
+        spent = self.ledger.account().by_phase.get("search", Spent()).train_flops
+        self.shared = run_proof(
+            self.ledger.paying(pool, "proof"),
+            self.study.finished(),
+            self.proxy,
+            self.settings.seed,
+            self.store,
+            spent,
+            may_go_on,
+            self._say,
+        )
 
     def _contest(self, winner: ModelSpec, seeds: Iterable[int]) -> dict[Key, Job]:
         return contest_jobs(winner, self.proxy, seeds, self.store, ablate=True)

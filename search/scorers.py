@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from archdsl.cost import sequence_cost
 from archdsl.search.pool import Work
 from archdsl.search.proxy import Job, Proxy, Score
 from archdsl.spec import ModelSpec
@@ -38,3 +39,15 @@ class Separate:
         trained = self.proxy.tasks[task]
         small = self.proxy.shrink(spec, trained)
         return Job(self.store, small, trained, self.seed, trained.rungs[rung])
+
+
+def training_flops(proxy: Proxy, spec: ModelSpec) -> float:
+    """Of training the proxy of a spec on all tasks, up to the last rung; by the closed form."""
+    return sum(
+        3 * _flops(proxy.shrink(spec, task), task.context) * task.batch_size * task.rungs[-1]
+        for task in proxy.tasks.values()
+    )
+
+
+def _flops(spec: ModelSpec, tokens: int) -> int:
+    return sequence_cost(spec, tokens=tokens).flops

@@ -24,7 +24,7 @@ from archdsl.show import Facts, parameters, short
 if TYPE_CHECKING:
     from archdsl.search.report import Report
     from archdsl.search.run import Progress, Watch
-    from archdsl.search.study import Finished
+    from archdsl.search.record import Finished
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -95,9 +95,8 @@ def _score(loss: float | None, accuracy: float | None) -> str:
 
 def result(report: Report) -> RenderableType:
     """What a search ends with: what its winner is worth first."""
-    sentences = [report.verdict, report.trust.sentence() if report.trust else ""]
     parts: list[RenderableType] = [
-        *(Text(sentence, "bold") for sentence in sentences if sentence),
+        *(Text(sentence, "bold") for sentence in report.sentences if sentence),
         "",
         Text("Front: none of these is beaten in loss and cost by another", "bold"),
         candidates(report.front),

@@ -1,16 +1,12 @@
-"""The study: who trains which draw, and what became of each, in an Optuna storage.
-
-A draw is one trial of Optuna's. A worker that dies leaves its trial behind; then another trial
-stands for the same draw and goes on from what is recorded. Of all trials of a draw only one counts.
-"""
+"""Work on a study: taking draws, and telling what became of them, beside other processes."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import optuna
@@ -20,14 +16,18 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.search.draws import Draw, Draws, Past, experimental
-from archdsl.search.proxy import Score
+from archdsl.search.record import (
+    SETTINGS,
+    UNTRAINED,
+    Record,
+    Scores,
+    is_lost,
+    rungs_of,
+    spec_of,
+)
 from archdsl.search.storage import Heart
-from archdsl.source import parse
-from archdsl.spec import ModelSpec, parse_spec
+from archdsl.spec import ModelSpec
 
-Scores = dict[str, Score]  # by task
-UNTRAINED = ("infeasible", "invalid", "reused")  # outcomes of draws that cost no training
-EXHAUSTED = 3  # draws in a row that find nothing new: the space is used up
 SECONDS_BETWEEN_BURIALS = 1.0
 
 
@@ -45,31 +45,7 @@ class Trial:
     losses: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A draw that was told. ``values``: by axis; None unless it climbed to the last rung."""
-
-    number: int
-    spec: ModelSpec
-    fingerprint: str
-    params: dict[str, Any]
-    outcome: str
-    values: dict[str, float] | None
-    rungs: list[Scores]
-    error: str = ""
-    same_as: int | None = None
-
-    @property
-    def value(self) -> float | None:
-        return self.values["loss"] if self.values else None
-
-    @cached_property
-    def point(self) -> tuple[float, ...]:
-        assert self.values is not None
-        return tuple(self.values.values())
-
-
-class Study:
+class Study(Record):
     """One process's view of a study that others may work on, too.
 
     ``window``: so many draws may be under way at once; a draw knows what became of all further
@@ -79,16 +55,18 @@ class Study:
     def __init__(
         self, storage: BaseStorage, name: str, draws: Draws, axes: tuple[str, ...], window: int
     ) -> None:
-        self.storage, self.draws, self.axes, self.window = storage, draws, axes, window
-        directions = [StudyDirection.MINIMIZE] * len(axes)
-        try:
-            self.id = storage.create_new_study(directions, study_name=name)
-        except DuplicatedStudyError:
-            self.id = storage.get_study_id_from_name(name)
+        with suppress(DuplicatedStudyError):  # another worker was here before
+            storage.create_new_study([StudyDirection.MINIMIZE] * len(axes), study_name=name)
+        super().__init__(storage, name, axes)
+        self.draws, self.window = draws, window
         self.optuna = optuna.load_study(study_name=name, storage=storage)
         self.heart = Heart(storage)
         self.buried_at = 0.0
-        self._finished: dict[int, Finished] = {}
+
+    def describe(self, settings: dict[str, Any]) -> None:
+        """Says in the storage what decides the study, for those who only read it."""
+        if not self.settings:
+            self.storage.set_study_user_attr(self.id, SETTINGS, settings)
 
     # taking
 
@@ -100,11 +78,11 @@ class Study:
         """
         self._bury()
         while True:
-            attempts = self._attempts()
+            attempts = self.attempts()
             self._drop_doubles(attempts)
             for number in sorted(attempts):
                 trial = attempts[number]
-                if _is_lost(trial):
+                if is_lost(trial):
                     self._add(_again(trial))
                     break
                 if trial.state == TrialState.WAITING:
@@ -113,7 +91,7 @@ class Study:
                     break
             else:
                 number = len(attempts)
-                if self._known_up_to(attempts) < number - self.window or not may_draw(number):
+                if self.known_up_to(attempts) < number - self.window or not may_draw(number):
                     return None
                 self._add(_as_trial(self._draw(number, attempts)))
 
@@ -126,7 +104,7 @@ class Study:
 
     def _drop_doubles(self, attempts: dict[int, FrozenTrial]) -> None:
         """Two workers that made the same draw at once: the first one counts."""
-        for trial in self._trials():
+        for trial in self.all_trials():
             counts = attempts[trial.user_attrs["draw"]].number == trial.number
             if trial.state == TrialState.WAITING and not counts:
                 self._unless_lost(self.storage.set_trial_user_attr, trial._trial_id, "double", True)
@@ -134,7 +112,7 @@ class Study:
 
     def abandon(self) -> None:
         """Those that are running belong to a process that is no more: they are lost."""
-        for trial in self._trials():
+        for trial in self.all_trials():
             if trial.state == TrialState.RUNNING:
                 self._tell(trial._trial_id, TrialState.FAIL)
 
@@ -181,12 +159,12 @@ class Study:
         self.heart.trials.add(trial._trial_id)
         return Trial(
             number=attrs["draw"],
-            spec=_spec(attrs),
+            spec=spec_of(attrs),
             fingerprint=attrs["fingerprint"],
             params=trial.params,
             trial_id=trial._trial_id,
             past=self._past(attrs["draw"], attempts),
-            rungs=_rungs(attrs),
+            rungs=rungs_of(attrs),
             losses=list(attrs.get("losses", ())),
         )
 
@@ -242,97 +220,8 @@ class Study:
         except UpdateFinishedTrialError:
             self.heart.trials.discard(given[0])
 
-    # reading
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self.storage.get_all_trials(self.id, deepcopy=False)
-
-    def _attempts(self) -> dict[int, FrozenTrial]:
-        """For each draw the trial that counts: the first that was told, else the first alive."""
-        found: dict[int, FrozenTrial] = {}
-        for trial in self._trials():
-            number = trial.user_attrs["draw"]
-            best = found.get(number)
-            if best is None or _weight(trial) > _weight(best):
-                found[number] = trial
-        return found
-
-    def _known_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
-        """The last draw up to which all were told."""
-        told = (number for number in range(len(attempts)) if not _is_told(attempts[number]))
-        return next(told, len(attempts)) - 1
-
     def _add(self, trial: FrozenTrial) -> None:
         self.storage.create_new_trial(self.id, template_trial=trial)
-
-    def trained(self, before: int | None = None) -> int:
-        """How many draws (below ``before``) cost training, also those that still do."""
-        return sum(
-            trial.user_attrs.get("outcome") not in UNTRAINED
-            for number, trial in self._attempts().items()
-            if before is None or number < before
-        )
-
-    @property
-    def exhausted(self) -> bool:
-        """The last draws found nothing that was new."""
-        attempts = self._attempts()
-        last = [attempts[n].user_attrs.get("outcome") for n in sorted(attempts)[-EXHAUSTED:]]
-        return len(last) == EXHAUSTED and all(outcome == "reused" for outcome in last)
-
-    @property
-    def under_way(self) -> int:
-        """Draws that were not told, whoever trains them."""
-        return sum(not _is_told(trial) for trial in self._attempts().values())
-
-    def finished(self) -> list[Finished]:
-        """Every draw that was told and had a spec, in order."""
-        for number, trial in self._attempts().items():
-            known = number in self._finished
-            if not known and _is_told(trial) and "spec" in trial.user_attrs:
-                self._finished[number] = self._as_finished(trial)
-        return [self._finished[number] for number in sorted(self._finished)]
-
-    def _as_finished(self, trial: FrozenTrial) -> Finished:
-        attrs = trial.user_attrs
-        whole = attrs["outcome"] == "complete"
-        return Finished(
-            number=attrs["draw"],
-            spec=_spec(attrs),
-            fingerprint=attrs["fingerprint"],
-            params=dict(trial.params),
-            outcome=attrs["outcome"],
-            values=dict(zip(self.axes, trial.values, strict=True)) if whole else None,
-            rungs=_rungs(attrs),
-            error=attrs.get("error", ""),
-            same_as=attrs.get("same_as"),
-        )
-
-    def outcomes(self) -> dict[str, int]:
-        """How many draws ended how."""
-        counts: dict[str, int] = {}
-        for trial in self._attempts().values():
-            if _is_told(trial):
-                outcome = trial.user_attrs["outcome"]
-                counts[outcome] = counts.get(outcome, 0) + 1
-        return counts
-
-    def importance(self) -> dict[str, float]:
-        """How much of the difference between good and other draws each choice makes (PED-ANOVA)."""
-        whole = [t for t in self._attempts().values() if t.state == TrialState.COMPLETE]
-        if len(whole) < 8:
-            return {}
-        study = optuna.create_study()
-        study.add_trials(
-            create_trial(value=t.values[0], params=t.params, distributions=t.distributions)
-            for t in whole
-        )
-        shared = set.intersection(*(set(trial.params) for trial in whole))
-        with experimental():
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return optuna.importance.get_param_importances(
-            study, evaluator=evaluator, params=sorted(shared)
-        )
 
 
 def _as_trial(draw: Draw) -> FrozenTrial:
@@ -365,28 +254,3 @@ def _again(lost: FrozenTrial) -> FrozenTrial:
         user_attrs=attrs,
         intermediate_values=lost.intermediate_values,
     )
-
-
-def _is_told(trial: FrozenTrial) -> bool:
-    """Not who wrote an outcome and was killed before telling it."""
-    failed = trial.user_attrs.get("outcome") == "failed"
-    return trial.state.is_finished() and (trial.state != TrialState.FAIL or failed)
-
-
-def _is_lost(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and not _is_told(trial)
-
-
-def _weight(trial: FrozenTrial) -> int:
-    return 2 if _is_told(trial) else 0 if _is_lost(trial) else 1
-
-
-def _spec(attrs: dict[str, Any]) -> ModelSpec:
-    return parse_spec(parse(attrs["spec"], f"draw {attrs['draw']}"))
-
-
-def _rungs(attrs: dict[str, Any]) -> list[Scores]:
-    return [
-        {task: Score.model_validate(score) for task, score in rung.items()}
-        for rung in json.loads(attrs.get("rungs", "[]"))
-    ]

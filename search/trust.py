@@ -12,7 +12,7 @@ from archdsl.search.compare import Correlation, kendall_tau
 from archdsl.search.contest import run_contest
 from archdsl.search.pool import Pool
 from archdsl.search.proxy import Job, Proxy, Score, objective
-from archdsl.search.study import Finished
+from archdsl.search.record import Finished
 
 BEST, POINTS = 3, 8  # of the models that are trained again: the best, and how many in all
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +83,11 @@ Store = Annotated[
 ]
 
 
+class Strategy(str, Enum):
+    separate = "separate"
+    shared = "shared"
+
+
 def search(
     space: Annotated[
         str, typer.Argument(metavar="SPACE", help="A spec that leaves values open.")
@@ -100,6 +106,14 @@ def search(
             metavar="AXES", help="What should be low: loss, or a front such as loss,flops,kv."
         ),
     ] = "loss,flops",
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="separate: train each draw; shared: train one net for all steps and capacities "
+            "of a layout, then score settings."
+        ),
+    ] = Strategy.separate,
+    layouts: Annotated[int, typer.Option(min=1, help="Nets that --strategy shared trains.")] = 6,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the search would cost, and train nothing.")
     ] = False,
@@ -147,6 +161,8 @@ def search(
             overrides=overrides or (),
             proxy=Proxy.parse(proxy, source),
             objective=objective,
+            strategy=strategy.value,
+            layouts=layouts,
             seconds=time or SECONDS,
             trials=trials,
             machine=machine,

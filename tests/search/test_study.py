@@ -20,8 +20,9 @@ from archdsl.search.draws import Draws
 from archdsl.search.ledger import Ledger, Limits
 from archdsl.search.pool import InProcess, Work
 from archdsl.search.proxy import Proxy, Score, Task
+from archdsl.search.record import Finished
 from archdsl.search.storage import journal
-from archdsl.search.study import Finished, Study
+from archdsl.search.study import Study
 from archdsl.spec import Budget, ModelSpec
 
 SPACE = """
