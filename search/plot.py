@@ -1,60 +1,223 @@
-"""The picture of a search: proxy loss against what the full-size model costs."""
+"""The pictures of a search as PNGs, from what `result.json` holds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from archdsl.cost import cost
-from archdsl.search.compare import spread
-from archdsl.search.report import WINNER, describe
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from archdsl.search.report import Report
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#c3cad2"
+MARKS = {"winner": ("*", 15, ORANGE), "control": ("s", 7, GREEN), "ablation": ("D", 6, PINK)}
+Result = dict[str, Any]
 
 
-def plot(report: Report, path: Path) -> None:
-    """One panel for each task: trials, winner and controls with the range over seeds. A PNG.
+def plot(result: Result, folder: Path) -> list[Path]:
+    """Draws front.png, curves.png, importance.png, spent.png and health.png into the folder.
 
-    Raises ImportError without matplotlib (the extra ``plots``).
+    What there is nothing to draw of is left out. Raises ImportError without matplotlib (the extra
+    ``plots``).
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    pictures: dict[str, Callable[[Result, Figure], None]] = {
+        "front.png": _front,
+        "curves.png": _curves,
+        "importance.png": _importance,
+        "spent.png": _spent,
+        "health.png": _health,
+    }
+    drawn = []
+    with matplotlib.rc_context(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e3e6ea",
+            "legend.frameon": False,
+            "font.size": 9,
+            "text.parse_math": False,  # a dollar in a name is a dollar
+        }
+    ):
+        for name, draw in pictures.items():
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            draw(result, figure)
+            if figure.axes:
+                drawn.append(_save(figure, folder / name))
+    return drawn
 
-    figure, axes = pyplot.subplots(
-        1, len(report.tasks), figsize=(5.5 * len(report.tasks), 4.5), squeeze=False
-    )
-    trials = [(cost(trial.spec).expected / 1e6, trial) for trial in report.best]
-    for axis, task in zip(axes[0], report.tasks, strict=True):
-        axis.scatter(
-            [flops for flops, _ in trials],
-            [trial.rungs[-1][task].loss for _, trial in trials],
-            color="0.6",
-            label="trials, one seed",
-        )
-        for i, entry in enumerate(report.entries):
-            middle, half = spread(entry.losses(task))
-            axis.errorbar(
-                entry.receipt.expected / 1e6,
-                middle,
-                yerr=half,
-                fmt="*" if entry.name == WINNER else "s",
-                markersize=13 if entry.name == WINNER else 7,
-                capsize=4,
-                color=f"C{i}",
-                label=entry.name,
-            )
-        axis.set(
-            title=task,
-            xlabel="full-size forward MFLOPs per token",
-            ylabel="proxy validation loss, nats",
-        )
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Bars: range over seeds. {describe(report.proxy)}", fontsize=7, wrap=True)
-    figure.tight_layout()
+
+def _save(figure: Figure, path: Path) -> Path:
+    """A PNG that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+    return temporary.replace(path)
+
+
+def _weights(result: Result) -> dict[str, float]:
+    tasks = result["settings"]["proxy"]["tasks"]
+    return {name: float(task["weight"]) for name, task in tasks.items()}
+
+
+def _objective(rung: dict[str, Any], weights: dict[str, float]) -> float | None:
+    losses = {task: rung[task]["loss"] for task in weights}
+    if None in losses.values():
+        return None
+    return sum(weight * float(losses[task]) for task, weight in weights.items())
+
+
+def _ranked(result: Result) -> list[dict[str, Any]]:
+    """Trials that reached the last rung, best first."""
+    done = [trial for trial in result["trials"] if trial["values"]]
+    return sorted(done, key=lambda trial: float(trial["values"]["loss"]))
+
+
+def _flops(trial: dict[str, Any]) -> float:
+    values = trial["values"] or {}
+    return float(values.get("flops", trial["flops_per_token"])) / 1e6
+
+
+def _front(result: Result, figure: Figure) -> None:
+    """Trials, the front, and the winner and its controls with the range over their seeds."""
+    ranked, weights = _ranked(result), _weights(result)
+    if not ranked:
+        return
+    axes = figure.add_subplot()
+    stopped = [
+        (_flops(trial), loss)
+        for trial in result["trials"]
+        if trial["outcome"] == "pruned"
+        and trial["rungs"]
+        and (loss := _objective(trial["rungs"][-1], weights)) is not None
+    ]
+    axes.plot(*_columns(stopped), ".", color=GREY, label="stopped early")
+    done = [(_flops(trial), trial["values"]["loss"]) for trial in ranked]
+    axes.plot(*_columns(done), "o", color=BLUE, markersize=5, label="trial")
+    best = sorted(
+        (_flops(trial), trial["values"]["loss"])
+        for trial in ranked
+        if trial["trial"] in result["front"]
+    )
+    axes.step(*_columns(best), where="post", color=BLUE, label="front")
+    for role in ("ablation", "control", "winner"):
+        _contestants([e for e in result["entries"] if e["role"] == role], role, axes)
+    _limit(axes, [loss for _, loss in done], result)
+    axes.set(
+        xlabel="executed MFLOPs per token, full size",
+        ylabel=f"held-out loss of the proxy, nats: {result['objective']}",
+        title="Bars span the seeds",
+    )
+    axes.legend()
+
+
+def _contestants(entries: list[dict[str, Any]], role: str, axes: Axes) -> None:
+    known = [(entry, [x for x in entry["objective"] if x is not None]) for entry in entries]
+    points = [
+        (entry["flops_per_token"] / 1e6, middle, middle - min(losses), max(losses) - middle)
+        for entry, losses in known
+        if losses
+        for middle in [fmean(losses)]
+    ]
+    if not points:
+        return
+    flops, middles, below, above = _columns(points)
+    mark, size, colour = MARKS[role]
+    label = role if role == "winner" else f"{role}s"
+    axes.errorbar(
+        flops, middles, yerr=(below, above), fmt=mark, markersize=size, color=colour, label=label
+    )
+
+
+def _limit(axes: Axes, losses: list[float], result: Result) -> None:
+    """What was stopped after a few steps stands far above and would press the rest together."""
+    contested = [x for entry in result["entries"] for x in entry["objective"] if x is not None]
+    low, high = min(losses + contested), max(losses + contested)
+    room = max(high - low, 1e-3)
+    axes.set_ylim(low - 0.1 * room, min(axes.get_ylim()[1], high + 0.8 * room))
+
+
+def _columns(rows: list[Any]) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[], []]
+
+
+def _curves(result: Result, figure: Figure) -> None:
+    """By task: training loss as a line, the held-out loss at each rung as a dot."""
+    import matplotlib
+
+    ranked, tasks = _ranked(result), _weights(result)
+    shades = matplotlib.colormaps["viridis"]
+    rank = {trial["trial"]: i / max(1, len(ranked) - 1) for i, trial in enumerate(ranked)}
+    trained = [trial for trial in result["trials"] if trial["rungs"]]
+    if not trained:
+        return
+    figure.set_size_inches(5.5 * len(tasks), 4.5)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for trial in sorted(trained, key=lambda trial: rank.get(trial["trial"], 2), reverse=True):
+            at = rank.get(trial["trial"])
+            colour = GREY if at is None else shades(0.9 * at)
+            scores = [rung[task] for rung in trial["rungs"]]
+            axes.plot(*_columns(scores[-1]["curve"]), color=colour, linewidth=0.7)
+            dots = [(score["steps"], score["loss"]) for score in scores if score["loss"]]
+            axes.plot(*_columns(dots), ".", color=colour)
+        axes.set(title=task, xlabel="steps trained", ylabel="loss, nats")
+    figure.suptitle("Training loss, and dots of held-out loss; dark: best, grey: stopped")
+
+
+def _importance(result: Result, figure: Figure) -> None:
+    if not result["importance"]:
+        return
+    leaves = sorted(result["importance"].items(), key=lambda pair: float(pair[1]))
+    figure.set_size_inches(8, 1.2 + 0.3 * len(leaves))
+    axes = figure.add_subplot()
+    axes.barh([leaf for leaf, _ in leaves], [100 * share for _, share in leaves], color=BLUE)
+    axes.set(xlabel="% of the difference between trials", title="Importance of each choice")
+    axes.grid(axis="y", visible=False)
+
+
+def _spent(result: Result, figure: Figure) -> None:
+    phases = result["spent"]["by_phase"]
+    if not phases:
+        return
+    figure.set_size_inches(9, 1.5 + 0.4 * len(phases))
+    for axes, (key, words) in zip(
+        figure.subplots(1, 2, sharey=True),
+        {"seconds": "seconds of the workers", "train_flops": "training FLOPs"}.items(),
+        strict=True,
+    ):
+        axes.barh(list(phases), [phase[key] for phase in phases.values()], color=BLUE)
+        axes.set(xlabel=words)
+        axes.grid(axis="y", visible=False)
+    figure.axes[0].invert_yaxis()
+
+
+def _health(result: Result, figure: Figure) -> None:
+    """The winner's routers: share selected and entropy, means over tasks and seeds."""
+    own = next((entry for entry in result["entries"] if entry["role"] == "winner"), None)
+    scores = [score for by_seed in (own or {"scores": {}})["scores"].values() for score in by_seed]
+    names = list(dict.fromkeys(name for score in scores for name in score["shares"]))
+    if not names:
+        return
+    figure.set_size_inches(8, 1.5 + 0.3 * len(names))
+    for axes, (key, words) in zip(
+        figure.subplots(1, 2, sharey=True),
+        {"shares": "share of tokens selected", "entropies": "entropy of the choice, bits"}.items(),
+        strict=True,
+    ):
+        means = [_mean([score[key].get(name) for score in scores]) for name in names]
+        axes.barh(names, means, color=BLUE)
+        axes.set(xlabel=words, xlim=(0, 1))
+        axes.grid(axis="y", visible=False)
+    figure.axes[0].set_ylabel("loop.routed step")
+    figure.axes[0].invert_yaxis()
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else 0.0

@@ -1,0 +1,187 @@
+"""The result of a search that never ran: real specs, scores and sums, made up losses."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from archdsl.cost import cost
+from archdsl.leaves import Choice, Leaf, fill
+from archdsl.search.compare import Correlation
+from archdsl.search.contest import Entry, Role
+from archdsl.search.folder import Settings
+from archdsl.search.ledger import Account, Limits, Spent
+from archdsl.search.proxy import Proxy, Score, Task, objective
+from archdsl.search.report import Report
+from archdsl.search.record import Finished
+from archdsl.search.trust import Trust, WiderPoint
+from archdsl.source import parse
+from archdsl.spec import Budget, ModelSpec, parse_spec
+
+SPACE = """
+name: small
+vocab_size: 32000
+context: 1024
+dim: {search: {choices: [512, 768, 1024], default: 768}}
+blocks:
+  - kind: stack
+    repeat: 4
+    body:
+      - &layer {kind: layer, attention: {head_size: 64}, ffn: {ratio: 2.5}}
+      - search:
+          default: itt
+          choices:
+            plain: *layer
+            itt:
+              kind: loop
+              steps: {search: {low: 2, high: 4, default: 4}}
+              router:
+                kind: {search: {choices: [prefix, random], default: prefix}}
+                capacity: {search: {low: 0.3, high: 0.9, step: 0.1, default: 0.7}}
+              residual: {kind: {search: {choices: [thinking, overwrite], default: thinking}}}
+              body: *layer
+  - *layer
+"""
+PROXY = Proxy(
+    dim=32,
+    tasks={
+        "text": Task(rungs=(50, 100, 200)),
+        "skill": Task(data="skill:p-hop,hops=1,length=12", rungs=(100, 200, 400), weight=0.15),
+    },
+)
+CONTROLS = ("equal-parameters plain", "equal-FLOPs plain", "equal-FLOPs Loop")
+
+
+def made_up(trials: int = 30, seeds: int = 3, seed: int = 0) -> dict[str, Any]:
+    """As `result.json` of a search over ``trials`` draws; the same for the same arguments."""
+    rng = random.Random(seed)
+    drawn = [_trial(number, rng) for number in range(trials)]
+    done = [one for one in drawn if one.value is not None]
+    best = min(done, key=lambda one: one.value or 0.0)
+    outcomes = [one.outcome for one in drawn]
+    correlation = Correlation(0.71, 0.42, 0.93, min(8, len(done)))
+    points = [(one.number, one.value or 0.0) for one in done[:8]]
+    report = Report(
+        folder=Path("runs/small"),
+        settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY),
+        trials=drawn,
+        outcomes={name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
+        entries=_entries(best, seeds, rng),
+        trust=Trust(
+            between_rungs=Correlation(0.62, 0.41, 0.8, len(done)),
+            wider=correlation,
+            width=64,
+            points=[WiderPoint(n, loss, 0.8 * loss + rng.gauss(0, 0.03)) for n, loss in points],
+        ),
+        account=Account(598.2, _spent(), workers=2),
+        limits=Limits(seconds=600),
+        importance={"blocks.0.body.1": 0.46, "dim": 0.31, "blocks.0.body.1[itt].steps": 0.23},
+        interrupted=False,
+    )
+    return report.as_json() | {
+        "shared": {
+            "correlation": {"tau": 0.55, "low": 0.2, "high": 0.85, "pairs": len(points)},
+            "points": [
+                {"trial": n, "shared": loss + rng.gauss(0.2, 0.05), "alone": loss}
+                for n, loss in points
+            ],
+            "shared_flops": 4.1e12,
+            "alone_flops": 4.4e13,
+        },
+    }
+
+
+def _spent() -> dict[str, Spent]:
+    return {
+        "search": Spent(810.0, 4.4e13, 5e12, 60),
+        "controls": Spent(250.0, 1.4e13, 2e12, 12),
+        "trust": Spent(70.0, 4e12, 1e12, 8),
+    }
+
+
+def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
+    picked: dict[str, Any] = {}
+
+    def pick(name: str, leaf: Leaf) -> Any:
+        if isinstance(leaf, Choice):
+            picked[name] = rng.choice(list(leaf.choices))
+        else:
+            step = leaf.step or 1
+            value = leaf.low + step * rng.randrange(round((leaf.high - leaf.low) / step) + 1)
+            picked[name] = int(value) if leaf.is_whole else round(value, 3)
+        return picked[name]
+
+    return picked, parse_spec(fill(parse(SPACE, "small.yaml"), pick))
+
+
+def _trial(number: int, rng: random.Random) -> Finished:
+    choices, spec = _draw(rng)
+    flops = cost(spec).expected
+    outcome = rng.choice(["complete", "complete", "pruned", "pruned", "diverged", "failed"])
+    climbed = {"complete": 3, "pruned": rng.randint(1, 2), "diverged": 1, "failed": 0}[outcome]
+    quality = 2.2 + 0.9 / (flops / 1e8) ** 0.5 + rng.gauss(0, 0.02)
+    rungs = [_scores(spec, quality, rung, rng) for rung in range(climbed)]
+    if outcome == "diverged":
+        rungs = [{task: s.model_copy(update={"loss": None}) for task, s in rungs[0].items()}]
+    loss = objective(rungs[-1], PROXY) if outcome == "complete" else None
+    return Finished(
+        number=number,
+        spec=spec,
+        fingerprint=spec.fingerprint(),
+        params=choices,
+        outcome=outcome,
+        values=None if loss is None else {"loss": loss, "flops": flops},
+        rungs=rungs,
+        error="out of memory" if outcome == "failed" else "",
+    )
+
+
+def _scores(spec: ModelSpec, quality: float, rung: int, rng: random.Random) -> dict[str, Score]:
+    return {
+        name: _score(spec, quality, task.rungs[rung], rng) for name, task in PROXY.tasks.items()
+    }
+
+
+def _score(spec: ModelSpec, quality: float, steps: int, rng: random.Random) -> Score:
+    routed = "router" in spec.to_yaml()
+    names = [f"blocks.0.blocks.{loop}.{step}" for loop in (1, 3) for step in range(3)]
+
+    def loss(at: int) -> float:
+        return quality + 3 * 0.985**at + rng.gauss(0, 0.01)
+
+    return Score(
+        steps=steps,
+        loss=loss(steps),
+        accuracy=min(1.0, 0.9 / quality),
+        bits_per_byte=None,
+        seconds=steps / 25,
+        train_flops=steps * 1e9,
+        eval_flops=1e10,
+        flops_per_token=3e6,
+        shares={name: rng.uniform(0.2, 0.9) for name in names} if routed else {},
+        entropies={name: rng.uniform(0.1, 1.0) for name in names} if routed else {},
+        curve=tuple((at, loss(at)) for at in range(0, steps + 1, max(1, steps // 50))),
+    )
+
+
+def _entries(best: Finished, seeds: int, rng: random.Random) -> list[Entry]:
+    own = _entry("winner", "winner", best.spec, best.value or 0.0, seeds, rng)
+    losses = [(best.value or 0.0) + 0.06 - 0.04 * i for i in range(len(CONTROLS))]
+    controls = [
+        _entry(name, "control", _draw(rng)[1], loss, seeds, rng)
+        for name, loss in zip(CONTROLS, losses, strict=True)
+    ]
+    ablation = _entry("without residual", "ablation", best.spec, losses[0] + 0.1, seeds, rng)
+    none: dict[str, list[Score]] = {task: [] for task in PROXY.tasks}
+    failed = Entry("without router", "ablation", best.spec, cost(best.spec), none, "out of memory")
+    return [own, *controls, ablation, failed]
+
+
+def _entry(
+    name: str, role: Role, spec: ModelSpec, loss: float, seeds: int, rng: random.Random
+) -> Entry:
+    quality = (loss - 0.147) / 1.15
+    by_seed = [_scores(spec, quality, -1, rng) for _ in range(seeds)]
+    scores = {task: [rungs[task] for rungs in by_seed] for task in PROXY.tasks}
+    return Entry(name, role, spec, cost(spec), scores)
