@@ -12,7 +12,7 @@ from archdsl.search.contest import run_contest
 from archdsl.search.front import front
 from archdsl.search.pool import Pool
 from archdsl.search.proxy import Proxy, objective
-from archdsl.search.study import Finished
+from archdsl.search.record import Finished
 from archdsl.search.training import Score
 from archdsl.search.trust import jobs
 
