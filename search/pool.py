@@ -5,9 +5,11 @@ Children are forked from a server that has torch loaded, and end when their coor
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -29,6 +31,7 @@ Beat = Callable[[], None]  # "I am alive"
 Reason = Literal["out of memory", "crash", "hang", "error"]
 
 BEATS_APART = 1.0  # seconds, at least
+STARTING = 60.0  # seconds more for the first sign of life: the server may be loading torch
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -122,7 +125,9 @@ class Processes:
     def __init__(self, workers: int, memory: int | None, patience: float) -> None:
         self.workers, self.memory, self.patience = workers, memory, patience
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["archdsl.search.preload"])
+        # each child runs the main module again, and what that of the command line imports is much
+        loaded = [name for name in ("archdsl.cli",) if name in sys.modules]
+        self._context.set_forkserver_preload(["archdsl.search.preload", *loaded])
         forkserver.ensure_running()  # it takes seconds, in which others can be at work
         self._queue: deque[_Order] = deque()
         self._children: dict[connection.Connection[Any, Any], _Child] = {}
@@ -181,7 +186,7 @@ class Processes:
             receiver.close()
             order.future.set_exception(_failure(error))
         else:
-            self._children[receiver] = _Child(order, process, time.monotonic())
+            self._children[receiver] = _Child(order, process, time.monotonic() + STARTING)
         finally:
             sender.close()
 
@@ -267,7 +272,7 @@ def _be_a_child(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator's to handle
     threading.Thread(target=_end_with_coordinator, daemon=True).start()
     torch.set_num_threads(1)
-    heard = time.monotonic()
+    heard = -math.inf
 
     def beat() -> None:
         nonlocal heard
@@ -276,6 +281,7 @@ def _be_a_child(
             heard = time.monotonic()
 
     try:
+        beat()
         with _at_most(memory):
             done = work.run(beat)
         sender.send((done,))
