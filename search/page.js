@@ -162,7 +162,7 @@ function showTrust() {
   const shown = [];
   if (climbed.length) shown.push(["First rung and last rung", own && tauWords(own.between_rungs), climbed, "loss at the first rung", "loss at the last rung"]);
   if (own && own.points.length) shown.push([`The proxy and one of width ${own.width}`, tauWords(own.wider), own.points.map((p) => [p.number, p.loss, p.wider_loss]).filter(pairKnown), "loss of the proxy", `loss at width ${own.width}`]);
-  if (shared) shown.push(["Shared weights and training alone", `${tauWords(shared.correlation)}; shared training took ${flops(shared.shared_flops)} FLOPs, alone ${flops(shared.alone_flops)}`, shared.points.map((p) => [p.trial, p.shared, p.alone]).filter(pairKnown), "loss with shared weights", "loss trained alone"]);
+  if (shared) shown.push(["Shared weights and training alone", `${tauWords(shared.correlation)}; one training of ${flops(shared.shared_flops)} FLOPs for ${shared.settings} models, ${flops(shared.alone_flops)} for these ${shared.points.length} alone`, shared.points.map((p) => [p.trial, p.shared, p.alone]).filter(pairKnown), "loss with shared weights", "loss trained alone"]);
   if (!shown.length) return absent("trust", "Not measured: no trial climbed more than one rung.");
   for (const [title, said, pairs, across, up] of shown) {
     const node = el("div", { class: "plot square" });

@@ -12,9 +12,11 @@ from archdsl.search.compare import Correlation
 from archdsl.search.contest import Entry, Role
 from archdsl.search.folder import Settings
 from archdsl.search.ledger import Account, Limits, Spent
-from archdsl.search.proxy import Proxy, Score, Task, objective
-from archdsl.search.report import Report
+from archdsl.search.proof import ProofPoint, Shared
+from archdsl.search.proxy import Proxy, Task, objective
 from archdsl.search.record import Finished
+from archdsl.search.report import Report
+from archdsl.search.training import Score
 from archdsl.search.trust import Trust, WiderPoint
 from archdsl.source import parse
 from archdsl.spec import Budget, ModelSpec, parse_spec
@@ -74,22 +76,18 @@ def made_up(trials: int = 30, seeds: int = 3, seed: int = 0) -> dict[str, Any]:
             width=64,
             points=[WiderPoint(n, loss, 0.8 * loss + rng.gauss(0, 0.03)) for n, loss in points],
         ),
+        shared=Shared(
+            correlation=Correlation(0.55, 0.2, 0.85, len(points)),
+            points=[ProofPoint(n, loss + rng.gauss(0.2, 0.05), loss, 5e12) for n, loss in points],
+            settings=24,
+            shared_flops=4.1e12,
+        ),
         account=Account(598.2, _spent(), workers=2),
         limits=Limits(seconds=600),
         importance={"blocks.0.body.1": 0.46, "dim": 0.31, "blocks.0.body.1[itt].steps": 0.23},
         interrupted=False,
     )
-    return report.as_json() | {
-        "shared": {
-            "correlation": {"tau": 0.55, "low": 0.2, "high": 0.85, "pairs": len(points)},
-            "points": [
-                {"trial": n, "shared": loss + rng.gauss(0.2, 0.05), "alone": loss}
-                for n, loss in points
-            ],
-            "shared_flops": 4.1e12,
-            "alone_flops": 4.4e13,
-        },
-    }
+    return report.as_json()
 
 
 def _spent() -> dict[str, Spent]:
