@@ -53,7 +53,7 @@ def result(found: Ablation) -> RenderableType:
         own = found.entries[0].name
         parts += ["", Text("Held-out loss, mean over the seeds", "bold")]
         parts += [contestants(found.entries, found.proxy), ""]
-        parts += [Text(f"How far above the {own}'s loss, and 95% of the doubt", "bold")]
+        parts += [Text(f"How far above the {own}'s loss, with the 95% interval", "bold")]
         parts += [gaps(found.entries, found.proxy)]
     return Group(*parts)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import archdsl
 from archdsl.cost import cost, sequence_cost
@@ -28,6 +31,7 @@ from archdsl.search.contest import (
 from archdsl.search.controls import FLOPS_TWIN, LOOP_TWIN, PARAMS_TWIN, RANDOM_TWIN, WINNER
 from archdsl.search.pool import InProcess, JobFailed
 from archdsl.search.proxy import Job, Proxy, Score, Task
+from archdsl.search.tables import contestants, failures, gaps
 from archdsl.search.verdict import verdict, what_matters
 from archdsl.spec import ModelSpec
 
@@ -264,3 +268,20 @@ def test_what_matters_is_what_the_winner_is_worse_without() -> None:
         "without encoding (95% intervals, each for itself)."
     )
     assert what_matters(found[:2], PROXY) == ""
+
+
+def test_tables_show_what_failed_and_what_only_some_seeds_say() -> None:
+    found = [
+        entry(WINNER, *OWN),
+        entry(PARAMS_TWIN, *ABOVE),
+        entry(LOOP_TWIN, error="a, seed 1: crash: x"),
+        entry("without router", 1.5),
+    ]
+    table = Console(width=80, record=True, file=StringIO())
+    table.print(contestants(found, PROXY), gaps(found, PROXY))
+    text = table.export_text()
+    assert re.search(rf"{PARAMS_TWIN} +\+0.303 ± 0.014", text)
+    assert re.search(rf"{LOOP_TWIN} +failed", text)
+    assert re.search(r"without router +\+0.500, one seed", text)
+    assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 +1.000", text)
+    assert failures(found) == [("failed", f"{LOOP_TWIN}: a, seed 1: crash: x")]
