@@ -115,7 +115,7 @@ class Report:
             "shared": _shared(self.shared) if self.shared else None,
             "importance": self.importance,
             "tree": _tree(self.winner),
-            "trials": [_row(trial) for trial in self.trials],
+            "trials": [row(trial) for trial in self.trials],
             "settings": self.settings.as_json(),
             "versions": _versions(),
         }
@@ -180,7 +180,7 @@ def weighted(proxy: Proxy) -> str:
     return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
-def _row(trial: Finished) -> dict[str, Any]:
+def row(trial: Finished) -> dict[str, Any]:
     receipt = cost(trial.spec)
     return {
         "trial": trial.number,

@@ -15,16 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.cost import cost
-from archdsl.search.report import describe, weighted
+from archdsl.search.report import describe, on_front, weighted
 from archdsl.search.tables import contestants, failures, gaps
 from archdsl.search.verdict import what_matters
 from archdsl.search.words import in_words
 from archdsl.show import Facts, parameters, short
 
 if TYPE_CHECKING:
+    from archdsl.search.record import Finished
     from archdsl.search.report import Report
     from archdsl.search.run import Progress, Watch
-    from archdsl.search.record import Finished
+    from archdsl.search.studies import Listed
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -123,7 +124,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         (
             "spent",
             f"{report.account.wall:.0f} s, {total.seconds:.0f} s of workers, "
-            f"{short(total.train_flops)}FLOPs of training",
+            f"{short(total.train_flops)} FLOPs of training",
         ),
         ("proxy", describe(report.proxy)),
         ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
@@ -133,6 +134,47 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if not report.pictures:
         facts.append(("report", "none: pip install 'archdsl[plots]' and run this again"))
     return facts
+
+
+def listing(found: Sequence[Listed]) -> Table:
+    """A line for each study."""
+    table = _table("study", "draws", "best", "front", "spent", "training")
+    for one in found:
+        told = one.as_json()
+        top = told["best"]
+        table.add_row(
+            one.name,
+            ", ".join(f"{n} {what}" for what, n in told["outcomes"].items()) or "none",
+            f"{top['loss']:.3f}" if top else "",
+            str(len(told["front"])),
+            f"{told['spent']['wall_seconds']:.0f} s",
+            f"{short(told['spent']['train_flops'])} FLOPs",
+        )
+    return table
+
+
+def standing(listed: Listed) -> RenderableType:
+    """Where a study stands; what its last report said first, if there is one."""
+    result = listed.result()
+    sentences = [result["verdict"], result["trust_sentence"]] if result else []
+    parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
+    if trials := on_front(listed.record.finished()):
+        parts += ["", Text("Front", "bold"), candidates(trials), models(trials), ""]
+    told = listed.as_json()
+    counts = ", ".join(f"{n} {what}" for what, n in told["outcomes"].items())
+    spent = told["spent"]
+    facts = [
+        ("study", listed.name),
+        ("draws", f"{counts or 'none'}; {told['under_way']} under way"),
+        (
+            "spent",
+            f"{spent['wall_seconds']:.0f} s, {spent['worker_seconds']:.0f} s of workers, "
+            f"{short(spent['train_flops'])} FLOPs of training, {spent['processes']} processes",
+        ),
+    ]
+    if listed.folder is not None:
+        facts.append(("folder", str(listed.folder)))
+    return Group(*parts, Facts(facts))
 
 
 def _table(first: str, *others: str) -> Table:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import archdsl
-from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs
+from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study
 from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED
 from archdsl.errors import ArchdslError
@@ -49,6 +49,7 @@ for command in (
     specs.schema,
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(study.app, name="study")
 
 
 def _version(wanted: bool) -> None:

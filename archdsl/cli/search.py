@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,11 +82,6 @@ Store = Annotated[
 ]
 
 
-class Strategy(str, Enum):
-    separate = "separate"
-    shared = "shared"
-
-
 def search(
     space: Annotated[
         str, typer.Argument(metavar="SPACE", help="A spec that leaves values open.")
@@ -107,12 +101,12 @@ def search(
         ),
     ] = "loss,flops",
     strategy: Annotated[
-        Strategy,
+        Literal["separate", "shared"],
         typer.Option(
             help="separate: train each draw; shared: train one net for all steps and capacities "
             "of a layout, then score settings."
         ),
-    ] = Strategy.separate,
+    ] = "separate",
     layouts: Annotated[int, typer.Option(min=1, help="Nets that --strategy shared trains.")] = 6,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the search would cost, and train nothing.")
@@ -161,7 +155,7 @@ def search(
             overrides=overrides or (),
             proxy=Proxy.parse(proxy, source),
             objective=objective,
-            strategy=strategy.value,
+            strategy=strategy,
             layouts=layouts,
             seconds=time or SECONDS,
             trials=trials,
