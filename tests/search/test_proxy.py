@@ -1,5 +1,6 @@
 """Jobs: trained once however often they are asked for, gone on with wherever they were stopped."""
 
+import json
 import math
 import pickle
 from dataclasses import asdict, replace
@@ -74,7 +75,8 @@ def test_the_same_job_is_trained_once(tmp_path: Path) -> None:
     assert again.reused
     assert again == first.model_copy(update={"reused": True})
     assert job(tmp_path).known() == again
-    assert len(list(tmp_path.glob("*/step-*.json"))) == 1
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "made_by.json").read_text())["data_name"].startswith("skill:p-hop")
 
 
 def test_by_two_processes_at_once_too(tmp_path: Path) -> None:
@@ -83,6 +85,15 @@ def test_by_two_processes_at_once_too(tmp_path: Path) -> None:
         scores = [future.result() for future in [pool.submit(one), pool.submit(one)]]
     assert sorted(score.reused for score in scores) == [False, True]
     assert found(scores[0]) == found(scores[1])
+
+
+def test_who_waits_for_another_beats(tmp_path: Path) -> None:
+    def beat() -> None:
+        raise TimeoutError
+
+    place = job(tmp_path).place
+    with place.locked(lambda: None), pytest.raises(TimeoutError), place.locked(beat):
+        pytest.fail("two had the same place")
 
 
 @pytest.mark.parametrize(
