@@ -62,8 +62,9 @@ class Served:
         small = self.proxy.shrink(spec, trained)
         if not net.serves(small):
             raise SharedError(
-                f"the proxy of {spec.name} has other shapes than its super-net: with --strategy "
-                "shared, let `fit` solve for dim alone, and give the proxy a width"
+                f"{spec.name}: the proxies of one layout have different shapes, so they cannot "
+                "share weights; for --strategy shared let `fit` solve for dim, make other sizes "
+                "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
             )
         steps = round(self.stretch * trained.rungs[-1])
         return Evaluated(self.store, net, small, trained, self.seed, steps)

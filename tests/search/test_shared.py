@@ -292,11 +292,14 @@ def drawn(rng: Random, leaf: Leaf) -> Any:
     return rng.choice(list(leaf.choices if isinstance(leaf, Choice) else leaf.values()))
 
 
-def test_a_model_of_other_shapes_than_its_net_is_refused(tmp_path: Path) -> None:
-    tree = parse(SPACE)
-    space, scorer = served(tree, Proxy(dim=None, tasks={"skill": TASK}), tmp_path, 0, 1)
+@pytest.mark.parametrize(("dim", "ffn"), [(None, "ratio: 2"), (16, "hidden: 48")])
+def test_a_model_of_other_shapes_than_its_net_is_refused(
+    dim: int | None, ffn: str, tmp_path: Path
+) -> None:
+    tree = parse(SPACE.replace("ratio: 2", ffn))
+    space, scorer = served(tree, Proxy(dim=dim, tasks={"skill": TASK}), tmp_path, 0, 1)
     point = starting_points(space)[0]
-    with pytest.raises(SharedError, match="let `fit` solve for dim alone"):
+    with pytest.raises(SharedError, match="let `fit` solve for dim, make other sizes relative"):
         scorer.work(fitted(fill_some(space, point), Budget(params=100_000)), point, "skill", 0)
 
 
