@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import optuna
@@ -13,14 +14,18 @@ from archdsl.errors import SpecError
 from archdsl.leaves import fill
 from archdsl.load import fitted, read
 from archdsl.search.draws import Draws
-from archdsl.search.front import Point
-from archdsl.search.proxy import Job, Proxy, Score
+from archdsl.search.front import Point, front
+from archdsl.search.proxy import Proxy, Score
+from archdsl.search.scorers import Scorer, Separate
+from archdsl.search.shared import served
 from archdsl.search.space import starting_points, suggest
 from archdsl.search.study import Study
 from archdsl.source import Tree
 from archdsl.spec import Budget, ModelSpec
 
 WINDOW = 8  # of `archdsl search`: draws that may be under way at once
+LAYOUTS = 3  # that super-nets are trained for: those of the starting points
+SETTINGS = 40  # that they score before the front is trained alone
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,10 @@ class Bench:
     def budget(self) -> Budget:
         return Budget.model_validate(self.tree.value["budget"])
 
-    @property
-    def rungs(self) -> int:
-        return self.proxy.rungs
-
     def score(self, spec: ModelSpec, rung: int) -> Score:
         """Trains the spec's proxy up to a rung; it is read back where it was trained before."""
-        task = self.proxy.tasks[self.task]
-        job = Job(self.store, self.proxy.shrink(spec, task), task, self.seed, task.rungs[rung])
-        return job.run(lambda: None)
+        work = Separate(self.proxy, self.store, self.seed).work(spec, {}, self.task, rung)
+        return work.run(lambda: None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Trained:
     FLOPs per token are those that the trained model executes.
     """
 
-    fingerprint: str
+    spec: ModelSpec
     train_flops: float
     point: Point | None
 
@@ -94,44 +94,64 @@ def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
                 continue
             name, cost = spec.fingerprint(), 0.0
             if name not in known:  # a model that was drawn before costs nothing
-                scores = [bench.score(spec, rung) for rung in range(bench.rungs)]
+                scores = [bench.score(spec, rung) for rung in range(bench.proxy.rungs)]
                 known[name] = point(scores[-1])
                 cost = sum(score.train_flops for score in scores)
             if (values := known[name]) is None:
                 study.tell(ask, state=optuna.trial.TrialState.FAIL)
             else:
                 study.tell(ask, values)
-            yield Trained(name, cost, values)
+            yield Trained(spec, cost, values)
 
     return strategy
 
 
 def separate(bench: Bench) -> Iterator[Trained]:
     """``archdsl search``: what its study draws, up the rungs as long as it says so."""
-    draws = Draws(bench.tree, bench.budget, axes=2, seed=bench.seed)
+    return _climbed(bench, bench.tree, Separate(bench.proxy, bench.store, bench.seed))
+
+
+def shared(bench: Bench) -> Iterator[Trained]:
+    """``archdsl search --strategy shared``: after SETTINGS draws that super-nets score, the models
+    of the front are trained for themselves; only these count."""
+    tree, scorer = served(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
+    drawn = list(islice(_climbed(bench, tree, scorer), SETTINGS))
+    for trained in drawn:
+        yield replace(trained, point=None)
+    found = [trained for trained in drawn if trained.point is not None]
+    for i in front([trained.point for trained in found if trained.point is not None]):
+        scores = [bench.score(found[i].spec, rung) for rung in range(bench.proxy.rungs)]
+        cost = sum(score.train_flops for score in scores)
+        yield Trained(found[i].spec, cost, point(scores[-1]))
+
+
+def _climbed(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
+    """As the search does it with one worker."""
+    draws = Draws(tree, bench.budget, axes=2, seed=bench.seed)
     storage = optuna.storages.InMemoryStorage()
     study = Study(storage, "benchmark", draws, ("loss", "flops"), WINDOW)
-    while (trial := study.take(lambda number: True)) is not None:
+    while (trial := study.take(lambda number: not study.exhausted)) is not None:
         cost, values = 0.0, None
-        for rung in range(bench.rungs):
-            score = bench.score(trial.spec, rung)
+        for rung in range(scorer.rungs):
+            score = scorer.work(trial.spec, trial.params, bench.task, rung).run(lambda: None)
             cost += score.train_flops
             values = point(score)
             study.climbed(trial, {bench.task: score}, values)
             if values is None:
                 study.close(trial, "diverged")
                 break
-            if rung + 1 == bench.rungs:
+            if rung + 1 == scorer.rungs:
                 study.close(trial, "complete", values)
             elif not study.goes_on(trial, values):
                 study.close(trial, "pruned")
                 values = None
                 break
-        yield Trained(trial.fingerprint, cost, values)
+        yield Trained(trial.spec, cost, values)
 
 
 STRATEGIES: dict[str, Strategy] = {
     "random": sampled(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "TPE": sampled(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "separate": separate,
+    "shared": shared,
 }
