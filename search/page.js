@@ -103,7 +103,7 @@ function showRouters() {
   const show = () => {
     const scores = (models[chosen][1][task] || []).filter(Boolean);
     const shares = averaged(scores.map((score) => score.shares || {})), bits = averaged(scores.map((score) => score.entropies || {}));
-    $("routers-maps").replaceChildren(heat("Share selected", shares, percent, (share) => share < 0.01 || share > 0.99), heat("Entropy, bits", bits, (bit) => bit.toFixed(2), (bit) => bit < 0.01));
+    $("routers-maps").replaceChildren(heat("Share selected", shares, percent, (share) => share < 0.01 || share > 0.99), heat("Entropy, bits", bits, (bit) => bit.toFixed(2), () => false));
   };
   const pick = el("select", { onchange: (event) => { chosen = Number(event.target.value); show(); } }, models.map(([name], i) => el("option", { value: i }, name)));
   $("routers-tools").append(el("label", {}, "Model ", pick), switcher("Task", TASKS, (name) => { task = name; show(); }));
@@ -128,7 +128,7 @@ function heat(title, map, said, odd) {
   const rows = [...loops].map(([loop, byStep]) => [el("th", { scope: "row" }, el("code", {}, loop)), ...steps.map((step) => {
     const share = byStep.get(step);
     if (!known(share)) return el("td", {}, "");
-    const cell = el("td", { class: odd(share) ? "odd" : null, title: odd(share) ? "decides the same for every token" : null }, said(share));
+    const cell = el("td", { class: odd(share) ? "odd" : null }, said(share));
     cell.style.background = `color-mix(in srgb, var(--accent) ${Math.round(62 * Math.min(1, share))}%, var(--raised))`;
     return cell;
   })]);
@@ -179,7 +179,7 @@ function showSpent() {
   const phases = Object.entries(spent.by_phase), sum = (key) => phases.reduce((total, [, phase]) => total + phase[key], 0) || 1;
   target.append(facts([["wall time", duration(spent.wall_seconds)], ["time of all workers", duration(spent.worker_seconds)], ["training", flops(spent.train_flops) + " FLOPs"], ["scoring", flops(spent.eval_flops) + " FLOPs"]]));
   const limits = Object.entries(spent.limits).filter(([name, limit]) => known(limit) && known(used[name]));
-  if (limits.length) target.append(el("h3", {}, "Of what was allowed"), ...limits.map(([name, limit]) => bar(words(name), used[name] / limit, `${say[name](used[name])} of ${say[name](limit)}`, used[name] > limit)));
+  if (limits.length) target.append(el("h3", {}, "Of what was allowed"), ...limits.map(([name, limit]) => bar(name === "seconds" ? "time" : words(name), used[name] / limit, `${say[name](used[name])} of ${say[name](limit)}`, used[name] > limit)));
   const phased = (title, key, say) => el("div", {}, el("h3", {}, title), ...phases.map(([name, phase]) => bar(words(name), phase[key] / sum(key), `${say(phase[key])}, ${percent(phase[key] / sum(key))}`)));
   target.append(el("div", { class: "pair" }, phased("Time of the workers, by phase", "seconds", duration), phased("Training FLOPs, by phase", "train_flops", flops)));
   const outcomes = Object.entries(spent.outcomes).sort((a, b) => b[1] - a[1]), draws = outcomes.reduce((total, [, n]) => total + n, 0) || 1;
@@ -245,9 +245,17 @@ function compare(a, b, down) {
 function showAgain() {
   $("command").textContent = R.command || "";
   const { space, ...settings } = R.settings;
-  const list = (title, data) => el("div", {}, el("h3", {}, title), facts(Object.entries(data).filter(([, of]) => known(of)).map(([name, of]) => [words(name), value(of)])));
+  const list = (title, data) => el("div", {}, el("h3", {}, title), facts(flat(data)));
   $("settings").append(list("Settings", settings), list("Versions", R.versions));
   if (space) $("settings").after(el("details", {}, el("summary", {}, "The space that was searched"), el("pre", {}, JSON.stringify(space, null, 1))));
+}
+
+// proxy.tasks.text.lr, as it would be written in a file
+function flat(data, prefix = "") {
+  return Object.entries(data).flatMap(([name, of]) => {
+    if (of === null) return [];
+    return typeof of === "object" && !Array.isArray(of) ? flat(of, `${prefix}${name}.`) : [[prefix + name, Array.isArray(of) ? of.join(", ") : value(of)]];
+  });
 }
 
 // the panel: #trial-12, #entry-0

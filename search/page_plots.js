@@ -75,7 +75,7 @@ function frontPicture() {
   const third = R.axes.find((axis) => axis !== "loss" && axis !== "flops");
   const stopped = R.trials.filter((one) => !rank.has(one.trial) && one.outcome !== "reused" && known(lossOf(one)));
   const best = ranked.filter((one) => front.has(one.trial)).sort((a, b) => flopsOf(a) - flopsOf(b));
-  const tone = third && { color: ranked.map((one) => one.values[third]), colorscale: "Cividis", reversescale: true, showscale: true, colorbar: { title: { text: axisName(third), side: "right" }, thickness: 12 } };
+  const tone = third && { color: ranked.map((one) => one.values[third]), colorscale: "Cividis", reversescale: true, showscale: true, colorbar: { title: { text: axisName(third), side: "right" }, thickness: 12, outlinewidth: 0 } };
   const data = [
     points(stopped, { name: "stopped early", marker: { color: colour("faint"), size: 6, opacity: 0.8 } }),
     points(ranked, { name: "trial", marker: { color: colour("accent"), size: 9, line: { color: colour("paper"), width: 1 }, ...tone } }),
@@ -134,7 +134,7 @@ function curvesPicture(task) {
   });
   const grey = dots.filter(([one]) => !rank.has(one.trial)), ended = dots.filter(([one]) => rank.has(one.trial));
   data.push(at(grey, { color: colour("faint"), size: 6 }, "stopped"));
-  data.push(at(ended, { color: ended.map(([one]) => rank.get(one.trial) + 1), colorscale: shades, cmin: 1, cmax: Math.max(2, ranked.length), size: 8, line: { color: colour("paper"), width: 1 }, showscale: true, colorbar: { title: { text: "final rank", side: "right" }, thickness: 12, outlinewidth: 0 } }, "rungs"));
+  data.push(at(ended, { color: ended.map(([one]) => rank.get(one.trial) + 1), colorscale: shades, cmin: 1, cmax: Math.max(2, ranked.length), size: 8, line: { color: colour("paper"), width: 1 }, showscale: true, colorbar: { title: { text: "final rank", side: "right" }, thickness: 12, outlinewidth: 0, tick0: 1, dtick: Math.ceil(ranked.length / 8) || 1 } }, "rungs"));
   const heights = dots.map(([, score]) => score.loss), low = Math.min(...heights), high = Math.max(...heights);
   return { data, layout: { showlegend: false, xaxis: { title: { text: "steps trained" }, rangemode: "tozero" }, yaxis: { title: { text: `${task}: loss, nats` }, range: [low - 0.2 * (high - low || 1), high + 0.9 * (high - low || 1)] } } };
 }

@@ -32,7 +32,7 @@ const signed = (number) => (number < 0 ? "−" : "+") + Math.abs(number).toFixed
 const percent = (share) => (100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0) + "%";
 function duration(seconds) {
   if (seconds < 120) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  return seconds < 7200 ? `${(seconds / 60).toFixed(0)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  return seconds < 7200 ? `${(seconds / 60).toFixed(seconds < 600 ? 1 : 0)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 function value(of) {
   if (of === null) return "none";
@@ -65,7 +65,7 @@ const finite = (numbers) => numbers.filter(known);
 
 const AXES = {
   loss: `held-out loss: ${R.objective}`, flops: "executed FLOPs per token", params: "parameters",
-  kv: "KV cache bytes per token", kv_bytes: "KV cache bytes per token",
+  kv: "KV cache bytes per token", heaviest: "FLOPs of the heaviest token",
 };
 const axisName = (axis) => AXES[axis] || words(axis);
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from archdsl.cost import cost
 from archdsl.leaves import Choice, Leaf, fill
+from archdsl.search.axes import FLOPS, LOSS, others
 from archdsl.search.compare import Correlation
 from archdsl.search.contest import Entry, Role
 from archdsl.search.folder import Settings
@@ -55,10 +56,12 @@ PROXY = Proxy(
 CONTROLS = ("equal-parameters plain", "equal-FLOPs plain", "equal-FLOPs Loop")
 
 
-def made_up(trials: int = 30, seeds: int = 3, seed: int = 0) -> dict[str, Any]:
+def made_up(
+    trials: int = 30, seeds: int = 3, seed: int = 0, axes: tuple[str, ...] = (LOSS, FLOPS)
+) -> dict[str, Any]:
     """As `result.json` of a search over ``trials`` draws; the same for the same arguments."""
     rng = random.Random(seed)
-    drawn = [_trial(number, rng) for number in range(trials)]
+    drawn = [_trial(number, axes, rng) for number in range(trials)]
     done = [one for one in drawn if one.value is not None]
     best = min(done, key=lambda one: one.value or 0.0)
     outcomes = [one.outcome for one in drawn]
@@ -66,7 +69,7 @@ def made_up(trials: int = 30, seeds: int = 3, seed: int = 0) -> dict[str, Any]:
     points = [(one.number, one.value or 0.0) for one in done[:8]]
     report = Report(
         folder=Path("runs/small"),
-        settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY),
+        settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY, axes),
         trials=drawn,
         outcomes={name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
         entries=_entries(best, seeds, rng),
@@ -113,7 +116,7 @@ def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
     return picked, parse_spec(fill(parse(SPACE, "small.yaml"), pick))
 
 
-def _trial(number: int, rng: random.Random) -> Finished:
+def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Finished:
     choices, spec = _draw(rng)
     flops = cost(spec).expected
     outcome = rng.choice(["complete", "complete", "pruned", "pruned", "diverged", "failed"])
@@ -129,7 +132,9 @@ def _trial(number: int, rng: random.Random) -> Finished:
         fingerprint=spec.fingerprint(),
         params=choices,
         outcome=outcome,
-        values=None if loss is None else {"loss": loss, "flops": flops},
+        values=None
+        if loss is None
+        else dict(zip(axes, (loss, *others(axes, spec, spec, {})), strict=True)),
         rungs=rungs,
         error="out of memory" if outcome == "failed" else "",
     )
