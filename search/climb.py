@@ -89,10 +89,10 @@ class Climber:
 
     def _wait(self) -> None:
         jobs = [job for climb in self.climbing for job in climb.jobs.values()]
-        if jobs:
-            first_done(jobs, SECONDS_BETWEEN_LOOKS)
-        else:
+        if not jobs:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        elif not any(climb.done for climb in self.climbing):
+            first_done(jobs, SECONDS_BETWEEN_LOOKS)
 
     def _next_rung(self, pool: Pool, trial: Trial) -> None:
         jobs = {

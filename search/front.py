@@ -35,7 +35,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     if len(reference) == 1:
         return max((reference[0] - p[0] for p in below), default=0.0)
     rising = sorted(below, key=itemgetter(-1))
-    ends = [p[-1] for p in rising[1:]] + [reference[-1]]
+    ends = [*(p[-1] for p in rising), reference[-1]][1:]
     return sum(
         (end - point[-1]) * hypervolume([p[:-1] for p in rising[: i + 1]], reference[:-1])
         for i, (point, end) in enumerate(zip(rising, ends, strict=True))

@@ -128,7 +128,7 @@ class Ledger:
         for record in records:
             for phase, spent in record["phases"].items():
                 phases[phase] = phases.get(phase, Spent()) + Spent(**spent)
-        return Account(_union([(r["from"], r["to"]) for r in records]), phases, len(records))
+        return Account(covered([(r["from"], r["to"]) for r in records]), phases, len(records))
 
     @property
     def is_spent(self) -> bool:
@@ -167,7 +167,7 @@ def account_of(storage: BaseStorage, study_id: int) -> Account:
     """What was spent, for one who spends nothing."""
     ledger = Ledger(storage, study_id, Limits())
     now = replace(ledger.account())
-    wall = _union([(r["from"], r["to"]) for r in ledger.others.values()])
+    wall = covered([(r["from"], r["to"]) for r in ledger.others.values()])
     return replace(now, wall=wall, workers=len(ledger.others))
 
 
@@ -175,7 +175,7 @@ def limits(seconds: float | None, budget: Budget) -> Limits:
     return Limits(seconds, getattr(budget, "train_flops", None))
 
 
-def _union(sessions: list[tuple[float, float]]) -> float:
+def covered(sessions: list[tuple[float, float]]) -> float:
     """Seconds covered by at least one of them."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(sessions):

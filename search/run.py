@@ -28,6 +28,7 @@ from archdsl.search.draws import Draws
 from archdsl.search.feasible import NothingFitsError, refuse_infeasible
 from archdsl.search.folder import Settings, claim
 from archdsl.search.ledger import Ledger, Limits, Spent
+from archdsl.search.plan import Plan, plan
 from archdsl.search.pool import Pool, processes
 from archdsl.search.proof import Shared, run_proof
 from archdsl.search.proxy import Job, Proxy, default_tasks
@@ -147,6 +148,34 @@ def search(
         return hunt.run(machine or Machine())
 
 
+def planned(
+    space: str | os.PathLike[str] = "search",
+    *,
+    budget: Budget | None = None,
+    overrides: Sequence[str] = (),
+    proxy: Proxy | None = None,
+    seconds: float | None = SECONDS,
+    trials: int | None = None,
+    seed: int = 0,
+    seeds: int = 3,
+    machine: Machine | None = None,
+) -> Plan:
+    """What ``search`` with these settings would do and cost; half a minute, nothing is kept."""
+    tree = read(space, overrides)
+    with (machine or Machine()).pool() as pool:
+        return plan(
+            pool,
+            tree,
+            budget_of(tree, budget),
+            proxy or Proxy(tasks=default_tasks()),
+            seconds=seconds,
+            trials=trials,
+            seed=seed,
+            seeds=seeds,
+            wider=WIDER_RUNS,
+        )
+
+
 @contextmanager
 def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[BaseStorage, bool]]:
     """The storage of a study, and whether this process is the only one that uses it."""
@@ -251,8 +280,8 @@ class Search:
         ranked = best(self.study.finished())
         if not ranked:
             return not self.ledger.is_spent
-        runs = more + self.seeds * len(self._contest(ranked[0].spec, [0])) + WIDER_RUNS
-        return self._lasts_for(runs, ranked)
+        rivals = len(self._contest(ranked[0].spec, [0])) / len(self.proxy.tasks)
+        return self._lasts_for(more + self.seeds * rivals + WIDER_RUNS, ranked)
 
     def _lasts_for(self, runs: float, ranked: list[Finished]) -> bool:
         """Whether there is time, and leave, for so many trainings of the best model so far."""

@@ -144,14 +144,30 @@ def search(
     """
     from archdsl.search import search
     from archdsl.search.proxy import Proxy
-    from archdsl.search.run import SECONDS, Machine
+    from archdsl.search.run import SECONDS, Machine, planned
     from archdsl.search.show import result, watching
+    from archdsl.search.show_plan import shown
 
     machine = Machine(workers or 0, memory, patience or Machine.patience)
+    limits = budget(params, flops, kv, of, train_flops)
+    if plan:
+        forecast = planned(
+            space,
+            budget=limits,
+            overrides=overrides or (),
+            proxy=Proxy.parse(proxy, source),
+            seconds=time or SECONDS,
+            trials=trials,
+            machine=machine,
+            seed=seed,
+            seeds=seeds,
+        )
+        print_json(forecast.as_json()) if as_json else print_parts(shown(forecast))
+        return
     with watching() as watch:
         report = search(
             space,
-            budget=budget(params, flops, kv, of, train_flops),
+            budget=limits,
             overrides=overrides or (),
             proxy=Proxy.parse(proxy, source),
             objective=objective,

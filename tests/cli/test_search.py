@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from archdsl.search.proxy import Proxy
-from archdsl.search.run import search
+from archdsl.search.run import Machine, search
 from archdsl.spec import Budget
 from tests.cli.command import SKILL, Cli
 
@@ -48,6 +48,7 @@ def test_a_search_takes_its_own_defaults(cli: Cli, monkeypatch: pytest.MonkeyPat
     seen = asked(cli, monkeypatch)
     assert seen.pop("watch") is not None
     assert seen.pop("proxy") == Proxy.parse(None, None)
+    assert seen.pop("machine") == Machine()
     assert seen == {name: defaults[name] for name in seen}
 
 
