@@ -5,55 +5,27 @@ Children are forked from a server that has torch loaded, and end when their coor
 
 from __future__ import annotations
 
-import math
 import multiprocessing
-import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from archdsl.errors import ArchdslError
+from archdsl.search.child import Beat, JobFailed, Work, be_a_child, failure
+
+__all__ = ["Beat", "InProcess", "JobFailed", "Pool", "Processes", "Work", "first_done", "processes"]
 
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-Beat = Callable[[], None]  # "I am alive"
-Reason = Literal["out of memory", "crash", "hang", "error"]
 
-BEATS_APART = 1.0  # seconds, at least
 STARTING = 60.0  # seconds more for the first sign of life: the server may be loading torch
-NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
-
-
-class Work(Protocol[R_co]):
-    """Something to be done in a child; plain data, so that it can cross processes."""
-
-    def run(self, beat: Beat) -> R_co:
-        """Does it, and calls ``beat`` often: who is silent for long is taken to hang."""
-
-    def smaller(self) -> Self | None:
-        """The same in less memory; None where that cannot be."""
-
-
-class JobFailed(ArchdslError):  # noqa: N818  it says what happened
-    """Work that came to no result; ``details`` is its traceback, where there is one."""
-
-    def __init__(self, reason: Reason, message: str, details: str = "") -> None:
-        super().__init__(reason, message, details)
-        self.reason, self.message, self.details = reason, message, details
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.message}"
 
 
 class Pool(Protocol):
@@ -73,7 +45,7 @@ class InProcess:
         try:
             future.set_result(_twice(work))
         except Exception as error:  # a failure belongs to its future
-            future.set_exception(_failure(error))
+            future.set_exception(failure(error))
         return future
 
 
@@ -81,7 +53,7 @@ def _twice(work: Work[R]) -> R:
     try:
         return work.run(lambda: None)
     except Exception as error:
-        smaller = work.smaller() if _failure(error).reason == "out of memory" else None
+        smaller = work.smaller() if failure(error).reason == "out of memory" else None
         if smaller is None:
             raise
     return smaller.run(lambda: None)
@@ -178,13 +150,13 @@ class Processes:
             return
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_be_a_child, args=(sender, order.work, self.memory), daemon=True
+            target=be_a_child, args=(sender, order.work, self.memory), daemon=True
         )
         try:
             process.start()
         except Exception as error:  # such as work that is no plain data
             receiver.close()
-            order.future.set_exception(_failure(error))
+            order.future.set_exception(failure(error))
         else:
             self._children[receiver] = _Child(order, process, time.monotonic() + STARTING)
         finally:
@@ -252,66 +224,6 @@ def _death(process: ForkServerProcess) -> JobFailed:
     if code < 0:
         return JobFailed("crash", f"the process ended by signal {-code}: {signal.strsignal(-code)}")
     return JobFailed("crash", f"the process ended with exit status {code} and no result")
-
-
-def _failure(error: BaseException) -> JobFailed:
-    message = f"{type(error).__name__}: {error}"
-    # torch raises RuntimeErrors of many texts: those of its allocators, of CUDA, of C++
-    of_torch = isinstance(error, RuntimeError | OSError) and any(
-        text in str(error).lower() for text in (*NO_MEMORY, "out of memory")
-    )
-    reason: Reason = "out of memory" if of_torch or isinstance(error, MemoryError) else "error"
-    return JobFailed(reason, message, "".join(traceback.format_exception(error)[-6:]))
-
-
-def _be_a_child(
-    sender: connection.Connection[Any, Any], work: Work[Any], memory: int | None
-) -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator's to handle
-    threading.Thread(target=_end_with_coordinator, daemon=True).start()
-    torch.set_num_threads(1)
-    heard = -math.inf
-
-    def beat() -> None:
-        nonlocal heard
-        if time.monotonic() - heard >= BEATS_APART:
-            sender.send(None)
-            heard = time.monotonic()
-
-    try:
-        beat()
-        with _at_most(memory):
-            done = work.run(beat)
-        sender.send((done,))
-    except BaseException as error:  # whatever ends the work is said
-        sender.send(_failure(error))
-
-
-@contextmanager
-def _at_most(memory: int | None) -> Iterator[None]:
-    """Meanwhile no more than ``memory`` bytes can be allocated, where the system can tell."""
-    held = Path("/proc/self/statm")
-    if memory is None or not held.exists():
-        yield
-        return
-    import resource
-
-    now = int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
-    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (now + memory, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
-
-
-def _end_with_coordinator() -> None:
-    coordinator = multiprocessing.parent_process()
-    assert coordinator is not None
-    connection.wait([coordinator.sentinel])
-    os._exit(1)
 
 
 def first_done(jobs: Iterable[Future[Any]], seconds: float) -> None:
