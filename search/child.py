@@ -21,7 +21,6 @@ R_co = TypeVar("R_co", covariant=True)
 Beat = Callable[[], None]  # "I am alive"
 Reason = Literal["out of memory", "crash", "hang", "error"]
 
-BEATS_APART = 1.0  # seconds, at least
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -57,9 +56,14 @@ def failure(error: BaseException) -> JobFailed:
 
 
 def be_a_child(
-    sender: connection.Connection[Any, Any], work: Work[Any], memory: int | None
+    sender: connection.Connection[Any, Any],
+    work: Work[Any],
+    memory: int | None,
+    seconds_apart: float,
 ) -> None:
-    """Sends None as a sign of life; at last a tuple of the result alone, or a JobFailed."""
+    """Sends None as a sign of life, no oftener than every ``seconds_apart``; at last a tuple of
+    the result alone, or a JobFailed.
+    """
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator's to handle
@@ -75,7 +79,7 @@ def be_a_child(
 
     def beat() -> None:
         nonlocal heard
-        if time.monotonic() - heard >= BEATS_APART:
+        if time.monotonic() - heard > seconds_apart:
             say(None)
             heard = time.monotonic()
 

@@ -25,6 +25,7 @@ __all__ = ["Beat", "InProcess", "JobFailed", "Pool", "Processes", "Work", "first
 
 R = TypeVar("R")
 
+BEATS_APART = 1.0  # seconds, at least, unless patience is short
 STARTING = 60.0  # seconds more for the first sign of life: the server may be loading torch
 
 
@@ -149,8 +150,9 @@ class Processes:
         if not order.again and not order.future.set_running_or_notify_cancel():
             return
         receiver, sender = self._context.Pipe(duplex=False)
+        apart = min(BEATS_APART, self.patience / 8)
         process = self._context.Process(
-            target=be_a_child, args=(sender, order.work, self.memory), daemon=True
+            target=be_a_child, args=(sender, order.work, self.memory, apart), daemon=True
         )
         try:
             process.start()
