@@ -59,6 +59,7 @@ def test_answers_without_importing_what_is_heavy(arguments: list[str], status: i
     [
         "build",
         "search",
+        "ablate",
         "retrofit",
         "train",
         "eval",
