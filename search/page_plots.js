@@ -1,8 +1,10 @@
 // The pictures that plotly draws (front, curves, trust), and the parallel coordinates.
 "use strict";
 
-const escaped = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-// plotly reads some markup in its texts, and does not break lines
+// plotly reads markup and entities in its texts, in some of them twice: a space of no width makes
+// them mere text
+const escaped = (text) => String(text).replace(/[<&]/g, "$&\u200b");
+// nor does it break lines
 function wrapped(text, width = 58) {
   const lines = [""];
   for (const word of String(text).split(" ")) {

@@ -19,7 +19,7 @@ def size(file: Path) -> tuple[int, int]:
 
 
 def test_each_picture_is_drawn_whatever_names_hold(tmp_path: Path) -> None:
-    result = made_up(12) | {"objective": r"text + $\frac{"}  # what mathematics is not
+    result = made_up(12) | {"objective": r"text + $\frac{$"}  # what mathematics is not
     drawn = plot(result, tmp_path)
     names = ["front.png", "curves.png", "importance.png", "spent.png", "health.png"]
     assert [path.name for path in drawn] == names
