@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import archdsl.blocks  # noqa: F401  registers every kind
@@ -96,8 +96,8 @@ def _solved(
 ) -> ModelSpec:
     """The spec of the largest size that keeps to every limit; raises NoFitError."""
     sizes = range(-(-fit.low // fit.multiple_of) * fit.multiple_of, fit.high + 1, fit.multiple_of)
-    best = _largest(sizes, lambda size: _broken(at(size), budget))
-    if not _broken(at(best), budget):
+    best, broken = _largest(sizes, lambda size: _broken(at(size), budget))
+    if not broken:
         whole = parse_spec(leaves.replace(tree, path, best))
         return whole.model_copy(update={"budget": budget})
     least = at(sizes[0])
@@ -111,18 +111,22 @@ def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable
     return lambda size: spec.model_copy(update={"dim": size})
 
 
-def _largest(sizes: range, broken: Callable[[int], Collection[str]]) -> int:
-    """The largest size that breaks no limit which the least keeps.
+def _largest(sizes: range, broken: Callable[[int], set[str]]) -> tuple[int, set[str]]:
+    """The largest size that breaks no limit which the least keeps, and those that it breaks.
 
     Each cost rises with size, or falls: with the context, the cache of a window per token. So no
     size keeps a limit that both the least and the one that is returned break.
     """
-    at_least = set(broken(sizes[0]))
+    at_least = at_low = broken(sizes[0])
     low, high = 0, len(sizes)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if at_least.issuperset(broken(sizes[middle])) else (low, middle)
-    return sizes[low]
+        found = broken(sizes[middle])
+        if found <= at_least:
+            low, at_low = middle, found
+        else:
+            high = middle
+    return sizes[low], at_low
 
 
 class Limit(NamedTuple):
