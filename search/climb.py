@@ -132,7 +132,7 @@ class Climber:
     def _failed(self, trial: Trial, failure: BaseException) -> None:
         if not isinstance(failure, JobFailed):
             raise failure
-        reason = f"{failure.reason}: {failure}"
+        reason = str(failure)
         self.study.close(trial, "failed", error=reason)
         self.said = f"draw {trial.number} failed, {reason}"
         self.failed_in_a_row += 1

@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 
 from archdsl.load import read
-from archdsl.search.climb import Climber
+from archdsl.search.climb import Climber, SearchFailedError
 from archdsl.search.draws import Draws
 from archdsl.search.ledger import Ledger, Limits
 from archdsl.search.pool import InProcess, Work
@@ -110,14 +110,19 @@ def study_of(space: Path, storage: BaseStorage, axes: tuple[str, ...], seed: int
 
 
 def climbers(
-    space: Path, storage: BaseStorage, axes: tuple[str, ...], workers: int, trials: int
+    space: Path,
+    storage: BaseStorage,
+    axes: tuple[str, ...],
+    workers: int,
+    trials: int,
+    scorer: Pretend = Pretend(),  # noqa: B008  it holds nothing
 ) -> list[Climber]:
     def one() -> Climber:
         study = study_of(space, storage, axes, seed=3)
         ledger = Ledger(storage, study.id, Limits())
         return Climber(
             study,
-            Pretend(),
+            scorer,
             PROXY,
             ledger,
             lambda number, _: study.trained(before=number) < trials and not study.exhausted,
@@ -140,7 +145,7 @@ def test_a_study_does_not_depend_on_who_works_on_it(space: Path, axes: tuple[str
     assert outcomes["pruned"] >= 3
     assert outcomes["complete"] >= 8
     assert outcomes["complete"] + outcomes["pruned"] + outcomes.get("diverged", 0) == 24
-    for chance in range(4):
+    for chance in range(2):
         assert told(stormy(space, axes, chance).finished()) == expected
 
 
@@ -234,3 +239,42 @@ def test_a_draw_is_new_wherever_there_is_something_new(space: Path) -> None:
     trained = [t.fingerprint for t in found if t.outcome != "reused"]
     assert len(set(trained)) == len(trained) == 40
     assert len(found) - len(trained) <= 2
+
+
+@dataclass(frozen=True)
+class Exhausting(Pretended):
+    def run(self, beat: Callable[[], None]) -> Score:
+        raise MemoryError("no more")
+
+
+@dataclass(frozen=True)
+class Exhaust(Pretend):
+    """Some models are too large for the machine."""
+
+    share: float
+
+    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Work[Score]:
+        found = spec.fingerprint()
+        large = random.Random(f"size of {found}").random() < self.share
+        return (Exhausting if large else Pretended)(found, rung)
+
+
+def test_a_trial_that_fails_does_so_alone_and_says_why(space: Path) -> None:
+    (worker,) = climbers(
+        space, InMemoryStorage(), ("loss", "flops"), workers=1, trials=16, scorer=Exhaust(0.2)
+    )
+    worker.run(InProcess())
+    found = worker.study.finished()
+    failed = [trial for trial in found if trial.outcome == "failed"]
+    assert 1 <= len(failed) <= 8
+    assert {trial.error for trial in failed} == {"out of memory: MemoryError: no more"}
+    assert {trial.outcome for trial in found[-4:]} - {"failed"}
+    assert sum(trial.outcome not in ("reused", "invalid") for trial in found) == 16
+
+
+def test_when_every_trial_fails_the_search_ends_and_says_why(space: Path) -> None:
+    (worker,) = climbers(
+        space, InMemoryStorage(), ("loss",), workers=1, trials=16, scorer=Exhaust(1.0)
+    )
+    with pytest.raises(SearchFailedError, match=r"5 trials failed .* no more"):
+        worker.run(InProcess())
