@@ -88,7 +88,8 @@ def run_contest(
     running: dict[Future[Score], K] = {}
     while running or (waiting and may_go_on()):
         while waiting and len(running) < pool.workers and may_go_on():
-            key = waiting.pop(0)
+            key = _free(waiting, jobs)
+            waiting.remove(key)
             running[pool.submit(jobs[key])] = key
         tell(f"{len(results)} of {len(jobs)} trainings")
         done, _ = wait(running, SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
@@ -96,6 +97,11 @@ def run_contest(
             results[running.pop(future)] = _result(future)
     tell(f"{len(results)} of {len(jobs)} trainings")
     return results
+
+
+def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
+    """The first that no other process trains: workers that share a store share the contest."""
+    return next((key for key in waiting if not jobs[key].place.in_use), waiting[0])
 
 
 def known(jobs: Mapping[K, Job]) -> dict[K, Score]:

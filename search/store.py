@@ -47,6 +47,14 @@ class Place:
         """The file that holds the score once there is one."""
         return self.folder / f"step-{steps:06d}.json"
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a process is training here at this moment."""
+        if not (self.folder / "lock").exists():
+            return False
+        with (self.folder / "lock").open("a") as file:
+            return not _took(file.fileno())
+
     @contextmanager
     def locked(self, beat: Callable[[], None]) -> Iterator[None]:
         """One process at a time; the others wait, and beat. Whoever dies gives way."""

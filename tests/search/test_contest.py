@@ -285,3 +285,13 @@ def test_tables_show_what_failed_and_what_only_some_seeds_say() -> None:
     assert re.search(r"without router +\+0.500, one seed", text)
     assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 +1.000", text)
     assert failures(found) == [("failed", f"{LOOP_TWIN}: a, seed 1: crash: x")]
+
+
+def test_what_another_process_trains_is_waited_for_last(jobs: dict[Key, Job]) -> None:
+    pool = Scripted(lambda job: score(1.0))
+    first = next(iter(jobs.values()))
+    with first.place.locked(lambda: None):
+        results = run_contest(pool, jobs, lambda: True, quiet)
+    assert len(results) == len(jobs)
+    assert pool.jobs[-1] == first
+    assert pool.jobs[0] == list(jobs.values())[1]
