@@ -114,6 +114,8 @@ def _after(plan: Plan) -> str:
 
 def _end(plan: Plan) -> str:
     workers = plan.means.workers
+    if plan.climbing.stops_at == "time" and plan.climbing.trials < 1 and plan.means.seconds:
+        return f"after {_time(plan.means.seconds)}, with controls left undone"
     return f"after {_between(plan, 'seconds', _time)} with {workers} worker{'s'[: workers - 1]}"
 
 

@@ -171,6 +171,7 @@ def test_the_words_say_what_was_sampled_and_what_is_too_short() -> None:
     assert "3.1 min, 19% of the whole" in said
     short = words(predicted(Means(workers=1, seconds=100), LARGE))
     assert "no trial and all that follows it fit into the means; that needs 6.8 min" in short
+    assert "end after 1.7 min, with controls left undone" in short
     assert "ended by nothing: give --time" in words(predicted(Means(workers=1), LARGE))
 
 
