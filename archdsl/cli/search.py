@@ -109,7 +109,7 @@ def search(
     ] = "separate",
     layouts: Annotated[int, typer.Option(min=1, help="Nets that --strategy shared trains.")] = 6,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the search would cost, and train nothing.")
+        bool, typer.Option("--plan", help="Forecast what the search would cost; half a minute.")
     ] = False,
     proxy: ProxySizes = None,
     source: Source = None,
@@ -150,6 +150,8 @@ def search(
 
     machine = Machine(workers or 0, memory, patience or Machine.patience)
     limits = budget(params, flops, kv, of, train_flops)
+    if plan and strategy == "shared":
+        raise typer.BadParameter("--plan forecasts --strategy separate only")
     if plan:
         forecast = planned(
             space,
