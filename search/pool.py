@@ -142,6 +142,8 @@ class Processes:
         finally:
             for child in self._children.values():
                 child.process.kill()
+            for child in self._children.values():
+                child.process.join()
                 child.order.future.set_exception(CancelledError())
             for order in self._queue:
                 order.future.cancel()
