@@ -68,7 +68,9 @@ class Evaluated:
         data = self.task.load()
         decides = {
             "archdsl": __version__,
-            "model": self.net.spec.model_dump(mode="json", exclude={"name", "description", "budget"}),
+            "model": self.net.spec.model_dump(
+                mode="json", exclude={"name", "description", "budget"}
+            ),
             "settings": self.net.settings,
             "drawn": DRAWN,
             "data": data.fingerprint,

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from archdsl.errors import Problem, SpecError
-from archdsl.leaves import Choice, Fit, Leaf, Range, defaults, fill, find, fit_leaf, replace
+from archdsl.leaves import (
+    Choice,
+    Fit,
+    Leaf,
+    Range,
+    defaults,
+    fill,
+    fill_some,
+    find,
+    fit_leaf,
+    replace,
+)
 from archdsl.source import Tree, from_value, parse
 
 SPACE = """\
@@ -256,3 +267,16 @@ def test_the_fit_leaf_is_found_and_replaced_in_its_place() -> None:
 def test_leaves_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Range(low=1, high=4, default=2).low = 3  # type: ignore[misc]
+
+
+def test_each_of_several_subtrees_may_have_a_fit_leaf_as_only_one_is_taken() -> None:
+    fit = "fit: {multiple_of: 8, default: 8}"
+    choice = f"{{search: {{choices: {{x: {{{fit}}}, y: {{{fit}}}}}, default: x}}}}"
+    assert fit_leaf(parse(f"a: {choice}")) is not None
+    assert "second fit leaf" in places(parse(f"a: {choice}\nb: {{{fit}}}"))[0]
+
+
+def test_leaves_that_are_not_filled_keep_their_names() -> None:
+    tree = fill_some(parse(SPACE), {"layout": "loop", "blocks[loop].1": "wide"})
+    assert set(find(tree)) == {"steps", "blocks[loop].1[wide]"}
+    assert tree.value["steps"]["search"]["name"] == "steps"
