@@ -13,7 +13,7 @@ function showFigures() {
     ["Parameters", parameters(own.params), `${own.params.toLocaleString("en")}`],
     ["FLOPs per token", short(own.flops_per_token), "forward, full size"],
     ["KV cache", known(kv) ? `${short(kv)}B` : "–", "per token"],
-    ["Trials", `${trained} trained`, `of ${R.trials.length} draws; ${R.front.length} on the front`],
+    ["Trials trained", String(trained), `of ${R.trials.length} draws; ${R.front.length} on the front`],
     ["Spent", duration(R.spent.wall_seconds), `${flops(R.spent.train_flops)} training FLOPs`],
   ];
   $("figures").append(...shown.map(([name, figure, more]) => el("div", {}, el("dt", {}, name), el("dd", {}, el("b", {}, figure), el("small", {}, more)))));
@@ -190,7 +190,7 @@ function showSpent() {
 
 const COLUMNS = [
   ["trial", (one) => one.trial], ["outcome", (one) => one.outcome], ["loss", lossOf], ["FLOPs/token", flopsOf],
-  ...R.axes.filter((axis) => axis !== "loss" && axis !== "flops").map((axis) => [words(axis), (one) => one.values?.[axis]]),
+  ...R.axes.filter((axis) => !["loss", "flops", "params", "kv"].includes(axis)).map((axis) => [words(axis), (one) => one.values?.[axis]]),
   ["parameters", (one) => one.params], ["KV/token", (one) => one.kv_bytes_per_token],
   ...(TASKS.length > 1 ? TASKS.map((task) => [task, (one) => last(one)?.[task]?.loss]) : []), ["model", (one) => one.words],
 ];

@@ -80,8 +80,8 @@ function frontPicture() {
   const tone = third && { color: ranked.map((one) => one.values[third]), colorscale: "Cividis", reversescale: true, showscale: true, colorbar: { title: { text: axisName(third), side: "right" }, thickness: 12, outlinewidth: 0 } };
   const data = [
     points(stopped, { name: "stopped early", marker: { color: colour("faint"), size: 6, opacity: 0.8 } }),
-    points(ranked, { name: "trial", marker: { color: colour("accent"), size: 9, line: { color: colour("paper"), width: 1 }, ...tone } }),
-    points(best, { name: "front", mode: "lines+markers", line: { shape: "hv", color: colour("accent"), width: 2 }, marker: { symbol: "circle-open", size: 14, color: colour("accent"), line: { width: 2 } } }),
+    points(ranked, { name: "trial", marker: { color: colour("accent"), size: 9, line: { color: colour(third ? "soft" : "paper"), width: 1 }, ...tone } }),
+    points(best, { name: "front", mode: third ? "markers" : "lines+markers", line: { shape: "hv", color: colour("accent"), width: 2 }, marker: { symbol: "circle-open", size: 14, color: colour("accent"), line: { width: 2 } } }),
     ...["ablation", "control", "winner"].flatMap(contestants),
   ];
   const own = trial.get(R.winner);
@@ -197,6 +197,7 @@ function parallel(room) {
       d: "M" + scales.map((axis, i) => `${at(i)} ${axis.height(axis.read(one)).toFixed(1)}`).join("L"),
       class: one.trial === R.winner ? "won" : null, onclick: () => { location.hash = `trial-${one.trial}`; },
     }, svg("title", {}, `trial ${one.trial}: ${one.words}, loss ${nats(lossOf(one))}`));
+    path.style.opacity = one.trial === R.winner ? 1 : Math.max(0.2, Math.min(0.6, 30 / ranked.length));
     path.style.stroke = one.trial === R.winner ? "var(--winner)" : `color-mix(in srgb, var(--worst) ${Math.round((100 * place) / ranked.length)}%, var(--best))`;
     return path;
   });
