@@ -115,7 +115,8 @@ def search(
     ``window``: draws that may be under way at once. ``out`` (default: runs/ and a name made of the
     settings) holds everything and is gone on from if it exists; trained models lie in ``store``
     (default: inside), which searches may share. ``storage``: the URL of a database by which
-    searches on many machines become one. On Ctrl-C what was found so far is returned. Raises
+    searches on many machines become one. A script calls this below ``if __name__ == "__main__":``,
+    as the children that train import it. On Ctrl-C what was found so far is returned. Raises
     SpecError, NothingFitsError, SearchFailedError, StorageError.
     """
     tree = read(space, overrides)
