@@ -97,11 +97,17 @@ function contestants(role) {
   const mark = { winner: ["star", 18], control: ["square", 10], ablation: ["diamond", 9] }[role];
   return [{
     type: "scatter", mode: "markers", hoverinfo: "text", name: role === "winner" ? "winner" : `${role}s`,
-    x: some.map(([entry]) => entry.flops_per_token), y: middle, customdata: some.map(([, i]) => `entry-${i}`),
+    x: some.map(([entry, i]) => entry.flops_per_token * (1 + 0.012 * before(i))), y: middle, customdata: some.map(([, i]) => `entry-${i}`),
     error_y: { type: "data", symmetric: false, array: losses.map((l, i) => Math.max(...l) - middle[i]), arrayminus: losses.map((l, i) => middle[i] - Math.min(...l)), color: colour(role), thickness: 1.5 },
     text: some.map(([entry], i) => `<b>${escaped(entry.name)}</b><br>${wrapped(entry.words)}<br>loss ${nats(middle[i])} over ${losses[i].length} seeds, ${short(entry.flops_per_token)} FLOPs/token`),
     marker: { symbol: mark[0], size: mark[1], color: colour(role), line: { color: colour("paper"), width: 1 } },
   }];
+}
+
+// Of equal FLOPs by construction: side by side, or their bars hide one another.
+function before(i) {
+  const own = R.entries[i].flops_per_token;
+  return R.entries.slice(0, i).filter((entry) => Math.abs(entry.flops_per_token - own) < 0.01 * own).length;
 }
 
 function flopsAxis(data) {
@@ -137,9 +143,13 @@ function curvesPicture(task) {
   const grey = dots.filter(([one]) => !rank.has(one.trial)), ended = dots.filter(([one]) => rank.has(one.trial));
   data.push(at(grey, { color: colour("faint"), size: 6 }, "stopped"));
   data.push(at(ended, { color: ended.map(([one]) => rank.get(one.trial) + 1), colorscale: shades, cmin: 1, cmax: Math.max(2, ranked.length), size: 8, line: { color: colour("paper"), width: 1 }, showscale: true, colorbar: { title: { text: "final rank", side: "right" }, thickness: 12, outlinewidth: 0, tick0: 1, dtick: Math.ceil(ranked.length / 8) || 1 } }, "rungs"));
-  const heights = dots.map(([, score]) => score.loss), low = Math.min(...heights), high = Math.max(...heights);
-  return { data, layout: { showlegend: false, xaxis: { title: { text: "steps trained" }, rangemode: "tozero" }, yaxis: { title: { text: `${task}: loss, nats` }, range: [low - 0.2 * (high - low || 1), high + 0.9 * (high - low || 1)] } } };
+  const heights = [...dots.map(([, score]) => score.loss), ...climbed.flatMap((one) => beyond(last(one)[task]?.curve || []))];
+  const low = Math.min(...heights), high = Math.max(...heights), room = 0.05 * (high - low || 1);
+  return { data, layout: { showlegend: false, xaxis: { title: { text: "steps trained" }, rangemode: "tozero" }, yaxis: { title: { text: `${task}: loss, nats` }, range: [low - room, high + room] } } };
 }
+
+// The first steps fall so far that they would leave no room for the rest.
+const beyond = (curve) => curve.slice(Math.floor(curve.length / 10)).map(([, loss]) => loss);
 
 function lines(some, task, shade, width) {
   const curves = some.map((one) => last(one)[task]?.curve || []);
