@@ -41,7 +41,7 @@ blocks:
           residual: {kind: {search: {choices: [overwrite, thinking], default: thinking}}}
           body: *layer
 """
-DRAWS = 20
+DRAWS = 14
 LONGEST = 600.0  # seconds, on a machine that does much else
 
 
