@@ -14,7 +14,8 @@ from typing import Any
 
 from archdsl.files import write_text
 
-SCRIPTS = ("page_tools.js", "page_plots.js", "page.js")
+# in this order: the last one calls the others
+SCRIPTS = "tools plots front curves parallel result price trials panel start".split()
 
 
 def write_page(result: dict[str, Any], path: Path) -> None:
@@ -27,7 +28,7 @@ def page(result: dict[str, Any]) -> str:
 
     Without plotly (the extra ``plots``) the tables are there and the pictures say what they need.
     """
-    scripts = ["".join(_asset(name) for name in SCRIPTS), *_plotly()]
+    scripts = ["".join(_asset(f"{name}.js") for name in SCRIPTS), *_plotly()]
     return Template(_asset("page.html")).substitute(
         name=escape(result["name"]),
         verdict=escape(result["verdict"]),
@@ -40,7 +41,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("archdsl.search").joinpath(name).read_text(encoding="utf-8")
+    return files("archdsl.search").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _plotly() -> list[str]:

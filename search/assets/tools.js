@@ -9,7 +9,8 @@ const SVG = "http://www.w3.org/2000/svg";
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
@@ -20,7 +21,12 @@ const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS
 const known = (value) => value !== null && value !== undefined;
 
 function short(number) {
-  for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
+  for (const [unit, size] of [
+    ["T", 1e12],
+    ["G", 1e9],
+    ["M", 1e6],
+    ["k", 1e3],
+  ]) {
     if (number >= size) return (number / size).toFixed(number / size >= 10 ? 1 : 2) + unit;
   }
   return String(Math.round(number * 100) / 100);
@@ -47,7 +53,9 @@ const TASKS = Object.keys(WEIGHTS);
 const trial = new Map(R.trials.map((one) => [one.trial, one]));
 const front = new Set(R.front);
 const winner = R.entries.find((entry) => entry.role === "winner");
-const ranked = R.trials.filter((one) => one.values && known(one.values.loss)).sort((a, b) => a.values.loss - b.values.loss);
+const ranked = R.trials
+  .filter((one) => one.values && known(one.values.loss))
+  .sort((a, b) => a.values.loss - b.values.loss);
 const rank = new Map(ranked.map((one, i) => [one.trial, i]));
 const last = (one) => one.rungs[one.rungs.length - 1];
 
@@ -64,38 +72,66 @@ const flopsOf = (one) => (one.values && known(one.values.flops) ? one.values.flo
 const finite = (numbers) => numbers.filter(known);
 
 const AXES = {
-  loss: `held-out loss: ${R.objective}`, flops: "executed FLOPs per token", params: "parameters",
-  kv: "KV cache bytes per token", heaviest: "FLOPs of the heaviest token",
+  loss: `held-out loss: ${R.objective}`,
+  flops: "executed FLOPs per token",
+  params: "parameters",
+  kv: "KV cache bytes per token",
+  heaviest: "FLOPs of the heaviest token",
 };
 const axisName = (axis) => AXES[axis] || words(axis);
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function table(head, rows, attributes = {}) {
-  const cell = (tag) => (content) => (content instanceof HTMLTableCellElement ? content : el(tag, tag === "th" ? { scope: "col" } : {}, content));
-  return el("table", attributes,
+  const cell = (tag) => (content) =>
+    content instanceof HTMLTableCellElement ? content : el(tag, tag === "th" ? { scope: "col" } : {}, content);
+  return el(
+    "table",
+    attributes,
     el("thead", {}, el("tr", {}, head.map(cell("th")))),
-    el("tbody", {}, rows.map((row) => (row instanceof HTMLTableRowElement ? row : el("tr", {}, row.map(cell("td")))))));
+    el(
+      "tbody",
+      {},
+      rows.map((row) => (row instanceof HTMLTableRowElement ? row : el("tr", {}, row.map(cell("td"))))),
+    ),
+  );
 }
 
 function facts(pairs) {
-  return el("dl", { class: "facts" }, pairs.map(([name, fact]) => [el("dt", {}, name), el("dd", {}, fact)]));
+  return el(
+    "dl",
+    { class: "facts" },
+    pairs.map(([name, fact]) => [el("dt", {}, name), el("dd", {}, fact)]),
+  );
 }
 
 function bar(name, share, said, over = false) {
   const inside = el("span", { class: over ? "fill over" : "fill" });
   inside.style.width = `${100 * Math.min(1, Math.max(0, share))}%`;
-  return el("div", { class: "bar" }, el("span", {}, name), el("div", { class: "track" }, inside), el("output", {}, said));
+  return el(
+    "div",
+    { class: "bar" },
+    el("span", {}, name),
+    el("div", { class: "track" }, inside),
+    el("output", {}, said),
+  );
 }
 
 function switcher(label, names, choose) {
-  const buttons = names.map((name, i) => el("button", {
-    type: "button", "aria-pressed": String(i === 0),
-    onclick: () => {
-      buttons.forEach((other, j) => other.setAttribute("aria-pressed", String(i === j)));
-      choose(name);
-    },
-  }, name));
+  const buttons = names.map((name, i) =>
+    el(
+      "button",
+      {
+        type: "button",
+        "aria-pressed": String(i === 0),
+        onclick: () => {
+          buttons.forEach((other, j) => other.setAttribute("aria-pressed", String(i === j)));
+          choose(name);
+        },
+      },
+      name,
+    ),
+  );
   return el("div", { class: "switch", role: "group", "aria-label": label }, buttons);
 }
 

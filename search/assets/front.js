@@ -1,0 +1,131 @@
+// The front: trials, winner and controls, loss against cost.
+"use strict";
+
+function hover(one) {
+  const said = [
+    `<b>trial ${one.trial}</b> ${escaped(one.outcome)}`,
+    wrapped(one.words),
+    `loss ${nats(lossOf(one))}, ${short(flopsOf(one))} FLOPs/token, ${parameters(one.params)} parameters`,
+  ];
+  return said.join("<br>");
+}
+const points = (some, more) => ({
+  type: "scatter",
+  mode: "markers",
+  hoverinfo: "text",
+  text: some.map(hover),
+  x: some.map(flopsOf),
+  y: some.map(lossOf),
+  customdata: some.map((one) => `trial-${one.trial}`),
+  ...more,
+});
+
+function frontPicture() {
+  const third = R.axes.find((axis) => axis !== "loss" && axis !== "flops");
+  const stopped = R.trials.filter((one) => !rank.has(one.trial) && one.outcome !== "reused" && known(lossOf(one)));
+  const best = ranked.filter((one) => front.has(one.trial)).sort((a, b) => flopsOf(a) - flopsOf(b));
+  const tone = third && {
+    color: ranked.map((one) => one.values[third]),
+    colorscale: "Cividis",
+    reversescale: true,
+    showscale: true,
+    colorbar: { title: { text: axisName(third), side: "right" }, thickness: 12, outlinewidth: 0 },
+  };
+  const data = [
+    points(stopped, { name: "stopped early", marker: { color: colour("faint"), size: 6, opacity: 0.8 } }),
+    points(ranked, {
+      name: "trial",
+      marker: {
+        color: colour("accent"),
+        size: 9,
+        line: { color: colour(third ? "soft" : "paper"), width: 1 },
+        ...tone,
+      },
+    }),
+    points(best, {
+      name: "front",
+      mode: third ? "markers" : "lines+markers",
+      line: { shape: "hv", color: colour("accent"), width: 2 },
+      marker: { symbol: "circle-open", size: 14, color: colour("accent"), line: { width: 2 } },
+    }),
+    ...["ablation", "control", "winner"].flatMap(contestants),
+  ];
+  const own = trial.get(R.winner);
+  if (!winner && own)
+    data.push(points([own], { name: "winner", marker: { symbol: "star", size: 18, color: colour("winner") } }));
+  return {
+    data,
+    layout: {
+      xaxis: flopsAxis(data),
+      yaxis: {
+        title: { text: innerWidth < 560 ? "held-out loss, nats" : axisName("loss") + ", nats" },
+        range: lossRange(stopped),
+      },
+    },
+  };
+}
+
+function contestants(role) {
+  const some = R.entries
+    .map((entry, i) => [entry, i])
+    .filter(([entry]) => entry.role === role && finite(entry.objective).length);
+  if (!some.length) return [];
+  const losses = some.map(([entry]) => finite(entry.objective));
+  const middle = losses.map(mean);
+  const mark = { winner: ["star", 18], control: ["square", 10], ablation: ["diamond", 9] }[role];
+  return [
+    {
+      type: "scatter",
+      mode: "markers",
+      hoverinfo: "text",
+      name: role === "winner" ? "winner" : `${role}s`,
+      x: some.map(([entry, i]) => entry.flops_per_token * (1 + 0.012 * before(i))),
+      y: middle,
+      customdata: some.map(([, i]) => `entry-${i}`),
+      error_y: {
+        type: "data",
+        symmetric: false,
+        array: losses.map((l, i) => Math.max(...l) - middle[i]),
+        arrayminus: losses.map((l, i) => middle[i] - Math.min(...l)),
+        color: colour(role),
+        thickness: 1.5,
+      },
+      text: some.map(
+        ([entry], i) =>
+          `<b>${escaped(entry.name)}</b><br>${wrapped(entry.words)}<br>loss ${nats(middle[i])} over ${losses[i].length} seeds, ${short(entry.flops_per_token)} FLOPs/token`,
+      ),
+      marker: { symbol: mark[0], size: mark[1], color: colour(role), line: { color: colour("paper"), width: 1 } },
+    },
+  ];
+}
+
+// Of equal FLOPs by construction: side by side, or their bars hide one another.
+function before(i) {
+  const own = R.entries[i].flops_per_token;
+  return R.entries.slice(0, i).filter((entry) => Math.abs(entry.flops_per_token - own) < 0.01 * own).length;
+}
+
+function flopsAxis(data) {
+  const all = data.flatMap((trace) => trace.x);
+  const wide = Math.max(...all) > 8 * Math.min(...all);
+  return {
+    title: { text: axisName("flops") + ", full size" },
+    type: wide ? "log" : "linear",
+    exponentformat: "SI",
+    dtick: wide ? "D2" : undefined,
+  };
+}
+
+// What was stopped after a few steps stands far above; a double click shows it all.
+function lossRange(stopped) {
+  const shown = [...ranked.map(lossOf), ...R.entries.flatMap((entry) => finite(entry.objective))];
+  if (!shown.length) return undefined;
+  const low = Math.min(...shown),
+    high = Math.max(...shown);
+  const room = Math.max(high - low, 1e-3);
+  const top = Math.max(
+    high + 0.12 * room,
+    Math.min(Math.max(high, ...stopped.map(lossOf)) + 0.05 * room, high + 0.8 * room),
+  );
+  return [low - 0.12 * room, top];
+}
