@@ -14,8 +14,10 @@ from typing import Any
 
 from archdsl.files import write_text
 
-# in this order: the last one calls the others
-SCRIPTS = "tools plots front curves parallel result price trials panel start".split()
+SCRIPTS = (
+    *("tools", "plots", "front", "curves", "parallel", "result", "price", "trials", "panel"),
+    "start",  # calls the others
+)
 
 
 def write_page(result: dict[str, Any], path: Path) -> None:
