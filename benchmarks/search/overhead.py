@@ -1,6 +1,6 @@
 """What a search costs besides training.
 
-python -m benchmarks.search.overhead [--draws 200] [--trials 8] [--json]
+python -m benchmarks.search.overhead [--draws 200] [--time 9m] [--json]
 
 CPU seconds of drawing, fitting and telling per draw as the history grows, with scores that are made
 up; seconds of a child process around its work; memory of the coordinator over as many trials of
@@ -110,7 +110,7 @@ def watched(folder: Path, *given: str) -> Watched:
     started, held = time.perf_counter(), []
     with (folder / "output").open("w+") as output:
         process = subprocess.Popen(
-            [*words, "--workers", str(WORKERS), "--time", "1h", *given],
+            [*words, "--workers", str(WORKERS), *given],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -133,7 +133,7 @@ def _resident(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="what a search costs besides training")
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--trials", type=int, default=8, help="of the default space")
+    parser.add_argument("--time", default="9m", help="for the search of the default space")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     figures: dict[str, float] = {}
@@ -146,15 +146,15 @@ def main() -> None:
         figures["child process around its work, s"] = child_seconds()
 
         (folder / "many").mkdir()
-        many = watched(folder / "many", *HARDLY_ANY, "--trials", str(given.draws))
+        many = watched(folder / "many", *HARDLY_ANY, "--trials", str(given.draws), "--time", "1h")
         for share in (0.1, 0.25, 0.5, 0.75, 0.95):
             held = many.bytes_held[int(share * len(many.bytes_held))]
             figures[f"coordinator at {share:.0%} of {given.draws} trials' time, MB"] = held / 1e6
 
         (folder / "real").mkdir()
-        real = watched(folder / "real", "--trials", str(given.trials))
-        figures[f"default search, {given.trials} trials, s"] = real.seconds
-        figures["share outside training"] = real.outside
+        real = watched(folder / "real", "--time", given.time)
+        figures[f"default search of {given.time}, s"] = real.seconds
+        figures["its share outside training"] = real.outside
     if given.json:
         print(json.dumps(figures, indent=1))
     else:
