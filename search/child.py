@@ -66,7 +66,8 @@ def be_a_child(
     """
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator's to handle
+    for ending in (signal.SIGINT, signal.SIGTERM):  # the coordinator's to handle
+        signal.signal(ending, signal.SIG_IGN)
     threading.Thread(target=_end_with_coordinator, daemon=True).start()
     torch.set_num_threads(1)
     heard = -math.inf

@@ -99,7 +99,7 @@ class Proxy(Strict):
         tasks = default_tasks()
         if data is not None:
             task = tasks["skill" if data.startswith("skill:") else "text"]
-            tasks = {"data": task.model_copy(update={"data": data})}
+            tasks = {"data": task.model_copy(update={"data": data, "weight": 1.0})}
         if text == "none":
             return cls(dim=None, tasks=tasks)
         given = dict(_sizes(part, text) for part in text.split(",")) if text else {}

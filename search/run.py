@@ -287,7 +287,10 @@ class Search:
     def _lasts_for(self, runs: float, ranked: list[Finished]) -> bool:
         """Whether there is time, and leave, for so many trainings of the best model so far."""
         flops = runs * training_flops(self.proxy, ranked[0].spec)
-        scores = [s for trial in ranked for rung in trial.rungs for s in rung.values()]
+        rungs = [rung for trial in ranked for rung in trial.rungs]
+        scores = [s for rung in rungs for s in rung.values() if s.train_flops]
+        if not scores:  # all of them read back
+            return not self.ledger.is_spent
         rate = sum(s.seconds for s in scores) / sum(s.train_flops for s in scores)
         return (
             self.ledger.seconds_left > 1.1 * rate * flops / self.workers

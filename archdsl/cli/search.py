@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,7 +135,7 @@ def search(
     """Search a space of specs for the best models under a budget.
 
     The models keep to the budget, small proxies of them are trained. The same command goes on
-    after a crash; Ctrl-C ends with what was found. Examples:
+    after a crash; Ctrl-C or SIGTERM ends with what was found. Examples:
 
       archdsl search --budget 162M
 
@@ -166,6 +167,8 @@ def search(
         )
         print_json(forecast.as_json()) if as_json else print_parts(shown(forecast))
         return
+    # what starts jobs on many machines ends them so
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with watching() as watch:
         report = search(
             space,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from archdsl.search.proxy import Proxy
 from archdsl.search.run import Machine, search
 from archdsl.spec import Budget
 from tests.cli.command import SKILL, Cli
+from tests.search.test_search import SPACE
 
 
 def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
@@ -71,3 +76,27 @@ def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyP
     assert seen["proxy"].dim == 48
     assert seen["proxy"].tasks["data"].data == SKILL
     assert asked(cli, monkeypatch, "--proxy", "none")["proxy"].dim is None
+
+
+@pytest.mark.slow
+def test_a_search_that_is_told_to_end_loses_and_spoils_nothing(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SPACE)
+    command = [sys.executable, "-m", "archdsl", "search", "small.yaml", "--budget", "60k"]
+    command += ["--data", SKILL, "--proxy", "dim=16,steps=40", "--trials", "6", "--seeds", "2"]
+    command += ["--workers", "2", "--out", "run"]
+    pipe, closed = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=closed, stderr=pipe, text=True, start_new_session=True
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "; best" in line:
+                os.killpg(child.pid, signal.SIGTERM)  # as SLURM does it: to children, too
+                break
+        child.stderr.read()
+    assert child.returncode == 130
+    assert "failed" not in (tmp_path / "run" / "trials.jsonl").read_text()
+    assert (tmp_path / "run" / "winner.yaml").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "5 complete" in done.stdout  # all that the space has
+    assert "failed" not in done.stdout
