@@ -105,23 +105,33 @@ def _front(result: Result, figure: Figure) -> None:
         for trial in ranked
         if trial["trial"] in result["front"]
     )
-    axes.step(*_columns(best), where="post", color=BLUE, label="front")
+    line = "-" if len(result["axes"]) <= 2 else ""  # of three axes the front is no line
+    (drawn,) = axes.step(*_columns(best), where="post", color=BLUE, label="front", linestyle=line)
+    drawn.set(marker="o", markerfacecolor="none", markersize=9)
+    places = _places([float(entry["flops_per_token"]) / 1e6 for entry in result["entries"]])
+    placed = list(zip(places, result["entries"], strict=True))
     for role in ("ablation", "control", "winner"):
-        _contestants([e for e in result["entries"] if e["role"] == role], role, axes)
+        _contestants([(x, entry) for x, entry in placed if entry["role"] == role], role, axes)
     _limit(axes, [loss for _, loss in done], result)
     axes.set(
         xlabel="executed MFLOPs per token, full size",
         ylabel=f"held-out loss of the proxy, nats: {result['objective']}",
-        title="Bars span the seeds",
+        title="Bars span the seeds; contestants of equal FLOPs stand side by side",
     )
     axes.legend()
 
 
-def _contestants(entries: list[dict[str, Any]], role: str, axes: Axes) -> None:
-    known = [(entry, [x for x in entry["objective"] if x is not None]) for entry in entries]
+def _places(flops: list[float]) -> list[float]:
+    """Side by side where they are equal, or their bars would hide one another."""
+    before = [sum(abs(x - y) < 0.01 * x for y in flops[:i]) for i, x in enumerate(flops)]
+    return [x * (1 + 0.012 * count) for x, count in zip(flops, before, strict=True)]
+
+
+def _contestants(placed: list[tuple[float, dict[str, Any]]], role: str, axes: Axes) -> None:
+    known = [(x, [y for y in entry["objective"] if y is not None]) for x, entry in placed]
     points = [
-        (entry["flops_per_token"] / 1e6, middle, middle - min(losses), max(losses) - middle)
-        for entry, losses in known
+        (x, middle, middle - min(losses), max(losses) - middle)
+        for x, losses in known
         if losses
         for middle in [fmean(losses)]
     ]
