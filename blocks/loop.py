@@ -132,8 +132,6 @@ class LoopSpec(BlockSpec):
         update: dict[str, object] = {}
         if loop.router is None or all(row is None for row in loop.rows()):
             update |= {"router": None, "full_steps": 1}
-            if loop.encoding is None and isinstance(loop.residual, DeltaSpec):
-                update["residual"] = OverwriteSpec()  # y and x + (y - x) are one
             if isinstance(loop.residual, ThinkingSpec):
                 update["residual"] = ThinkingSpec()
         else:
@@ -143,7 +141,16 @@ class LoopSpec(BlockSpec):
                     for name in ("capacity", "alpha")
                 }
             )
+        if loop.encoding is None and isinstance(loop.residual, DeltaSpec) and not loop.is_gated:
+            update["residual"] = OverwriteSpec()  # y and x + (y - x) are one
         return loop.model_copy(update=update)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a pass weighs its results, token by token or by a constant."""
+        if self.router is None or all(row is None for row in self.rows()):
+            return False
+        return self.router.learned or set(self.router.alpha) != {1.0}
 
     def build(self, dim: int) -> Block:
         return self.body.build(dim) if self.is_body else Loop(self, dim)

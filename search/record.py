@@ -116,7 +116,7 @@ class Record:
             number=attrs["draw"],
             spec=spec_of(attrs),
             fingerprint=attrs["fingerprint"],
-            params=dict(trial.params),
+            params={name: _as_written(value) for name, value in trial.params.items()},
             outcome=attrs["outcome"],
             values=dict(zip(self.axes, trial.values, strict=True)) if whole else None,
             rungs=rungs_of(attrs),
@@ -159,6 +159,11 @@ def is_told(trial: FrozenTrial) -> bool:
 
 def is_lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and not is_told(trial)
+
+
+def _as_written(value: Any) -> Any:
+    """Optuna's 0.6000000000000001 as 0.6."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def _weight(trial: FrozenTrial) -> int:

@@ -63,6 +63,11 @@ class Report:
         return on_front(self.trials)
 
     @cached_property
+    def top(self) -> Finished:
+        """The winner's draw: of lowest loss; where weights were shared, of lowest loss alone."""
+        return top(self.trials, self.shared)
+
+    @cached_property
     def winner(self) -> ModelSpec:
         """The spec of lowest loss, named and described as such."""
         top = self.best[0]
@@ -100,7 +105,7 @@ class Report:
             "verdict": self.verdict,
             "trust_sentence": " ".join(self.sentences[1:]),
             "interrupted": self.interrupted,
-            "winner": self.best[0].number,
+            "winner": self.top.number,
             "winner_spec": str(self.folder / "winner.yaml"),
             "front": [trial.number for trial in self.front],
             "axes": list(self.settings.axes),
@@ -124,6 +129,15 @@ class Report:
 def best(trials: Sequence[Finished]) -> list[Finished]:
     done = [trial for trial in trials if trial.value is not None]
     return sorted(done, key=lambda trial: (trial.value, trial.number))
+
+
+def top(trials: Sequence[Finished], shared: Shared | None) -> Finished:
+    """The lowest loss; of models that share weights only those that were trained alone, too, as
+    nets flatter some layouts."""
+    if shared is None or not shared.points:
+        return best(trials)[0]
+    number = min(shared.points, key=lambda point: point.own_loss).number
+    return next(trial for trial in trials if trial.number == number)
 
 
 def on_front(trials: Sequence[Finished]) -> list[Finished]:

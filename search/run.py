@@ -33,7 +33,7 @@ from archdsl.search.pool import Pool, processes
 from archdsl.search.proof import Shared, run_proof
 from archdsl.search.proxy import Job, Proxy, default_tasks
 from archdsl.search.record import Finished
-from archdsl.search.report import Report, best, write_report
+from archdsl.search.report import Report, best, top, write_report
 from archdsl.search.scorers import Scorer, Separate, training_flops
 from archdsl.search.shared import LAYOUTS, served
 from archdsl.search.storage import HEARTBEAT, alone, database, journal
@@ -238,7 +238,7 @@ class Search:
                 settings=self.settings,
                 trials=finished,
                 outcomes=self.study.outcomes(),
-                entries=self._entries(best(finished)[0].spec),
+                entries=self._entries(top(finished, self.shared).spec),
                 trust=self.trust,
                 shared=self.shared,
                 account=self.ledger.account(),
@@ -308,13 +308,13 @@ class Search:
         def may_go_on() -> bool:
             return self._lasts_for(1 / len(self.proxy.tasks), ranked)
 
+        self._prove(pool, may_go_on)
         seeds = range(self.settings.seed + 1, self.settings.seed + 1 + self.seeds)
-        self.jobs = self._contest(ranked[0].spec, seeds)
+        self.jobs = self._contest(top(ranked, self.shared).spec, seeds)
         for phase, part in self._parts():
             self.phase = phase
             self.results |= run_contest(self.ledger.paying(pool, phase), part, may_go_on, self._say)
             if phase == "controls":
-                self._prove(pool, may_go_on)
                 self.phase = "trust"
                 self.trust = run_trust(
                     self.ledger.paying(pool, "trust"),

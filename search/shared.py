@@ -26,7 +26,7 @@ from archdsl.source import Path, Tree
 from archdsl.spec import ModelSpec, parse_spec
 
 LAYOUT = "layout"  # the leaf that takes the place of all that are no dial leaves
-LAYOUTS = 6
+LAYOUTS = 4
 SAMPLE = 64  # settings that a net is trained at, besides the largest and the smallest
 MISSES = 20  # draws for each layout that may be known already or make no spec
 

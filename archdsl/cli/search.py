@@ -108,7 +108,7 @@ def search(
             "of a layout, then score settings."
         ),
     ] = "separate",
-    layouts: Annotated[int, typer.Option(min=1, help="Nets that --strategy shared trains.")] = 6,
+    layouts: Annotated[int, typer.Option(min=1, help="Nets that --strategy shared trains.")] = 4,
     plan: Annotated[
         bool, typer.Option("--plan", help="Forecast what the search would cost; half a minute.")
     ] = False,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import archdsl
 from archdsl.block import Context
 from archdsl.blocks.loop import Loop, LoopSpec
 from archdsl.blocks.router import Choice
@@ -220,3 +221,16 @@ def built(**fields: Any) -> Loop:
     assert isinstance(module, Loop)
     naive.randomise(module)
     return module
+
+
+def test_what_no_gate_weighs_is_overwritten_whether_it_says_so_or_not() -> None:
+    def model(residual: str, **router: Any) -> ModelSpec:
+        changes = {"steps": 3, "router": {"capacity": 0.5, **router}, "residual": residual}
+        loop = {"kind": "loop", "body": archdsl.load("tiny").blocks[0].model_dump(), **changes}
+        return archdsl.load("tiny").patch("blocks.1", loop)
+
+    for router, same in [("random", True), ("prefix", False)]:
+        delta, overwrite = (model(r, kind=router) for r in ("delta", "overwrite"))
+        assert (delta.fingerprint() == overwrite.fingerprint()) == same
+    weighed = [model(r, kind="random", alpha=0.5) for r in ("delta", "overwrite")]
+    assert weighed[0].fingerprint() != weighed[1].fingerprint()
