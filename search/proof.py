@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from archdsl.search.compare import Correlation, kendall_tau
-from archdsl.search.contest import run_contest
 from archdsl.search.front import front
 from archdsl.search.pool import Pool
-from archdsl.search.proxy import Proxy, objective
+from archdsl.search.proxy import Proxy
 from archdsl.search.record import Finished
-from archdsl.search.training import Score
-from archdsl.search.trust import jobs
+from archdsl.search.trust import retrained
 
 POINTS = 8
 
@@ -107,16 +105,12 @@ def run_proof(
     tell: Callable[[str], None],
 ) -> Shared:
     """Trains the points each for itself, with the seed of the nets, as far as it may."""
-    chosen = proof_points(trials)
-    results = run_contest(pool, jobs(chosen, proxy, seed, store), may_go_on, tell)
-    found = []
-    for trial in chosen:
-        by_task = {task: results.get((trial.number, task)) for task in proxy.tasks}
-        scores = {task: r for task, r in by_task.items() if isinstance(r, Score)}
-        own = objective(scores, proxy) if len(scores) == len(by_task) else None
-        if own is not None:
-            flops = sum(score.train_flops for score in scores.values())
-            found.append(ProofPoint(trial.number, _loss(trial), own, flops))
+    found = [
+        ProofPoint(trial.number, _loss(trial), own, sum(s.train_flops for s in scores.values()))
+        for trial, own, scores in retrained(
+            pool, proof_points(trials), proxy, seed, store, may_go_on, tell
+        )
+    ]
     correlation = kendall_tau([(point.loss, point.own_loss) for point in found])
     models = len({trial.fingerprint for trial in trials if trial.value is not None})
     return Shared(correlation, found, models, shared_flops)

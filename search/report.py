@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import Any
 import archdsl
 from archdsl.cost import cost
 from archdsl.files import write_text
-from archdsl.outline import outline
+from archdsl.outline import Node, outline
 from archdsl.search import contest
 from archdsl.search.contest import Entry
 from archdsl.search.folder import Settings
 from archdsl.search.front import front
 from archdsl.search.ledger import Account, Limits
+from archdsl.search.page import write_page
+from archdsl.search.plot import plot
 from archdsl.search.proof import Shared
-from archdsl.search.proxy import Proxy
+from archdsl.search.proxy import Proxy, Score
 from archdsl.search.record import Finished
 from archdsl.search.trust import Trust
 from archdsl.search.verdict import verdict
@@ -42,6 +44,7 @@ class Report:
     limits: Limits
     importance: dict[str, float]
     interrupted: bool
+    command: str = ""
     pictures: tuple[str, ...] = ()
 
     @property
@@ -121,6 +124,7 @@ class Report:
             "importance": self.importance,
             "tree": _tree(self.winner),
             "trials": [row(trial) for trial in self.trials],
+            "command": self.command,
             "settings": self.settings.as_json(),
             "versions": _versions(),
         }
@@ -157,16 +161,13 @@ def write_report(report: Report) -> Report:
 
 
 def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
-    """The page and the PNGs; none without the extra that draws them, which the report says."""
+    """The page, and the PNGs unless the extra that draws them is missing."""
+    write_page(result, folder / "report.html")
     try:
-        from archdsl.search.page import write_page
-        from archdsl.search.plot import plot
-
-        drawn = [path.name for path in plot(result, folder)]
-        write_page(result, folder / "report.html")
+        drawn = plot(result, folder)
     except ImportError:
-        return ()
-    return ("report.html", *drawn)
+        drawn = []
+    return ("report.html", *(path.name for path in drawn))
 
 
 def _shared(shared: Shared) -> dict[str, Any]:
@@ -205,10 +206,8 @@ def row(trial: Finished) -> dict[str, Any]:
         "params": receipt.params,
         "flops_per_token": receipt.expected,
         "kv_bytes_per_token": receipt.kv_bytes_per_token,
-        "rungs": [
-            {task: score.model_dump(mode="json") for task, score in rung.items()}
-            for rung in trial.rungs
-        ],
+        "rungs": [_scores(rung) for rung in trial.rungs[:-1]]
+        + [_scores(rung, curve=True) for rung in trial.rungs[-1:]],
         "choices": trial.params,
         "fingerprint": trial.fingerprint,
         "words": in_words(trial.spec),
@@ -216,19 +215,28 @@ def row(trial: Finished) -> dict[str, Any]:
     }
 
 
+def _scores(rung: dict[str, Score], curve: bool = False) -> dict[str, Any]:
+    """``curve``: with that of the training so far; the last rung's holds those of the others."""
+    left_out = set() if curve else {"curve"}
+    return {task: score.model_dump(mode="json", exclude=left_out) for task, score in rung.items()}
+
+
 def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
     """The rows of the model's outline: what each node costs per token."""
     root = outline(spec)
-    return [
-        {
-            "node": f"{'  ' * node.path.count('.')}{node.label}",
+
+    def rows(node: Node, depth: int) -> Iterator[dict[str, Any]]:
+        yield {
+            "node": f"{'  ' * depth}{node.label}",
             "path": node.path,
             "params": node.cost.params,
             "flops": node.cost.flops / spec.context,
             "share": node.cost.flops / max(1, root.cost.flops),
         }
-        for node in root.walk()
-    ]
+        for below in node.below:
+            yield from rows(below, depth + 1)
+
+    return list(rows(root, 0))
 
 
 def _versions() -> dict[str, str]:

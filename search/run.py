@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,6 +103,7 @@ def search(
     storage: str | None = None,
     heartbeat: int = HEARTBEAT,
     watch: Watch | None = None,
+    command: str = "",
 ) -> Report:
     """Searches a space of specs for the front of proxy loss and cost, under a budget.
 
@@ -117,7 +118,7 @@ def search(
     (default: inside), which searches may share. ``storage``: the URL of a database by which
     searches on many machines become one. A script calls this below ``if __name__ == "__main__":``,
     as the children that train import it. On Ctrl-C what was found so far is returned. Raises
-    SpecError, NothingFitsError, SearchFailedError, StorageError.
+    SpecError, NothingFitsError, SearchFailedError, StorageError. ``command``: noted in the report.
     """
     tree = read(space, overrides)
     limits = budget_of(tree, budget)
@@ -146,7 +147,7 @@ def search(
             study.abandon()
         ledger = Ledger(backend, study.id, Limits(seconds, limits.train_flops))
         hunt = Search(folder, store, study, scorer, ledger, settings, trials, seeds, watch)
-        return hunt.run(machine or Machine())
+        return write_report(replace(hunt.run(machine or Machine()), command=command))
 
 
 def planned(
@@ -232,20 +233,18 @@ class Search:
             if interrupted:
                 raise KeyboardInterrupt("no trial was finished; the same command goes on")
             raise NothingFitsError(self._why_nothing(finished))
-        return write_report(
-            Report(
-                folder=self.folder,
-                settings=self.settings,
-                trials=finished,
-                outcomes=self.study.outcomes(),
-                entries=self._entries(top(finished, self.shared).spec),
-                trust=self.trust,
-                shared=self.shared,
-                account=self.ledger.account(),
-                limits=self.ledger.limits,
-                importance=self.study.importance(),
-                interrupted=interrupted,
-            )
+        return Report(
+            folder=self.folder,
+            settings=self.settings,
+            trials=finished,
+            outcomes=self.study.outcomes(),
+            entries=self._entries(top(finished, self.shared).spec),
+            trust=self.trust,
+            shared=self.shared,
+            account=self.ledger.account(),
+            limits=self.ledger.limits,
+            importance=self.study.importance(),
+            interrupted=interrupted,
         )
 
     def _entries(self, winner: ModelSpec) -> list[Entry]:

@@ -131,8 +131,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
         ("also", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
     ]
-    if not report.pictures:
-        facts.append(("report", "none: pip install 'archdsl[plots]' and run this again"))
+    if len(report.pictures) == 1:
+        facts.append(("plots", "none: pip install 'archdsl[plots]' and run this again"))
     return facts
 
 

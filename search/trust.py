@@ -126,14 +126,30 @@ def run_trust(
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
         return Trust(rungs, kendall_tau([]), None, [])
-    chosen = points(trials)
-    results = run_contest(pool, jobs(chosen, wide, seed, store), may_go_on, tell)
-    found = []
-    for trial in chosen:
-        by_task = {task: results.get((trial.number, task)) for task in wide.tasks}
-        scores = {task: r for task, r in by_task.items() if isinstance(r, Score)}
-        loss = objective(scores, wide) if len(scores) == len(by_task) else None
-        if loss is not None:
-            found.append(WiderPoint(trial.number, _loss(trial), loss))
+    found = [
+        WiderPoint(trial.number, _loss(trial), loss)
+        for trial, loss, _ in retrained(pool, points(trials), wide, seed, store, may_go_on, tell)
+    ]
     correlation = kendall_tau([(point.loss, point.wider_loss) for point in found])
     return Trust(rungs, correlation, wide.dim, found)
+
+
+def retrained(
+    pool: Pool,
+    trials: Sequence[Finished],
+    proxy: Proxy,
+    seed: int,
+    store: Path,
+    may_go_on: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> list[tuple[Finished, float, dict[str, Score]]]:
+    """Each model that was trained for itself on all tasks, with its loss and scores."""
+    results = run_contest(pool, jobs(trials, proxy, seed, store), may_go_on, tell)
+    found = []
+    for trial in trials:
+        by_task = {task: results.get((trial.number, task)) for task in proxy.tasks}
+        scores = {task: r for task, r in by_task.items() if isinstance(r, Score)}
+        loss = objective(scores, proxy) if len(scores) == len(by_task) else None
+        if loss is not None:
+            found.append((trial, loss, scores))
+    return found

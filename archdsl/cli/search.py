@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -189,6 +191,7 @@ def search(
             storage=storage,
             heartbeat=heartbeat,
             watch=watch,
+            command=shlex.join(["archdsl", *sys.argv[1:]]),
         )
     if as_json:
         print_json(report.as_json())

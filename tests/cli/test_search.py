@@ -52,6 +52,7 @@ def test_a_search_takes_its_own_defaults(cli: Cli, monkeypatch: pytest.MonkeyPat
     defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
     seen = asked(cli, monkeypatch)
     assert seen.pop("watch") is not None
+    assert seen.pop("command").startswith("archdsl")
     assert seen.pop("proxy") == Proxy.parse(None, None)
     assert seen.pop("machine") == Machine()
     assert seen == {name: defaults[name] for name in seen}
