@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -17,8 +17,7 @@ from archdsl.build import meta_model
 from archdsl.cost import sequence_cost
 from archdsl.files import write_text
 from archdsl.model import LanguageModel
-from archdsl.schedule import TrainConfig
-from archdsl.search.proxy import Task
+from archdsl.search.proxy import Job
 from archdsl.search.scoring import held_out
 from archdsl.search.store import Place
 from archdsl.search.supernet import (
@@ -37,30 +36,14 @@ from archdsl.trainer import Step
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Score ``spec`` with the weights of ``net``, both of a proxy's size; as ``proxy.Job``.
+class Evaluated(Job):
+    """Score ``spec`` with the weights of ``net``, both of a proxy's size.
 
     ``steps``: those that the net is trained. What was spent on it is part of the score of the one
     call that trained it.
     """
 
-    store: Path
-    net: Supernet
-    spec: ModelSpec
-    task: Task
-    seed: int
-    steps: int
-    accumulate: int = 1
-
-    def smaller(self) -> Evaluated | None:
-        """With half as many sequences at once."""
-        halved = 2 * self.accumulate
-        return None if self.task.batch_size % halved else replace(self, accumulate=halved)
-
-    @property
-    def config(self) -> TrainConfig:
-        update = {"steps": self.steps, "accumulate": self.accumulate}
-        return self.task.config(self.seed).model_copy(update=update)
+    net: Supernet = field(kw_only=True)
 
     @property
     def place(self) -> Place:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -159,7 +159,7 @@ class Job:
     steps: int
     accumulate: int = 1
 
-    def smaller(self) -> Job | None:
+    def smaller(self) -> Self | None:
         """With half as many sequences at once."""
         halved = 2 * self.accumulate
         return None if self.task.batch_size % halved else replace(self, accumulate=halved)

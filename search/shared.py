@@ -67,7 +67,7 @@ class Served:
                 "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
             )
         steps = round(self.stretch * trained.rungs[-1])
-        return Evaluated(self.store, net, small, trained, self.seed, steps)
+        return Evaluated(self.store, small, trained, self.seed, steps, net=net)
 
 
 def served(

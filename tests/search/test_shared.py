@@ -311,7 +311,7 @@ def test_a_net_is_trained_once_for_all_of_its_settings(tmp_path: Path) -> None:
 
     def score(folder: str, one: int) -> Any:
         spec = at(net.spec, net.settings[one])
-        return Evaluated(tmp_path / folder, net, spec, TASK, 0, 4).run(lambda: None)
+        return Evaluated(tmp_path / folder, spec, TASK, 0, 4, net=net).run(lambda: None)
 
     first, second, again = score("a", 2), score("a", 3), score("a", 2)
     forward = {one: forward_flops(at(net.spec, one)) for one in net.settings}
