@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 from archdsl.load import budget_of, read
 from archdsl.search.axes import parse_axes
 from archdsl.search.climb import Climber
+from archdsl.search.compare import Correlation
 from archdsl.search.contest import (
     Entry,
     Key,
@@ -38,7 +39,7 @@ from archdsl.search.scorers import Scorer, Separate, training_flops
 from archdsl.search.shared import LAYOUTS, served
 from archdsl.search.storage import HEARTBEAT, alone, database, journal
 from archdsl.search.study import Study
-from archdsl.search.trust import Trust, run_trust
+from archdsl.search.trust import Trust, between_rungs, run_trust
 from archdsl.spec import Budget, ModelSpec
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
@@ -55,6 +56,7 @@ class Progress:
     running: int
     outcomes: dict[str, int]
     best: list[Finished]
+    rungs: Correlation  # between the first and the last, so far
     last: str
 
 
@@ -356,6 +358,7 @@ class Search:
 
     def _tell(self, said: str, running: int) -> None:
         self.ledger.keep()
+        finished = self.study.finished()
         self.watch(
             Progress(
                 self.phase,
@@ -363,7 +366,8 @@ class Search:
                 self.ledger.limits.seconds or 0.0,
                 running,
                 self.study.outcomes(),
-                best(self.study.finished())[:5],
+                best(finished)[:5],
+                between_rungs(finished, self.proxy),
                 said,
             )
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from archdsl.search.studies import Listed
 
 SECONDS_BETWEEN_LINES = 20.0
+SEARCHING = "searching"
 
 
 @contextmanager
@@ -57,6 +58,8 @@ def _line(progress: Progress) -> str:
     parts = [f"{progress.elapsed:.0f}{limit} s", progress.phase, progress.last]
     if progress.best:
         parts.append(f"best {progress.best[0].value:.3f} (draw {progress.best[0].number})")
+    if progress.phase == SEARCHING and progress.rungs.tau is not None:
+        parts.append(f"tau between rungs {progress.rungs}")
     return "; ".join(part for part in parts if part)
 
 
