@@ -63,9 +63,12 @@ class Here(Machine):
         yield InProcess()
 
 
-def go(space: Path, out: Path, **given: object) -> Report:
+def go(space: Path, out: Path, plots: bool = False, **given: object) -> Report:
     settings = {"budget": Budget(params=60_000), "proxy": PROXY, "seeds": 2, "machine": Here()}
-    return archdsl.search(space, out=out, **(settings | given))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:  # they take longer than all else
+            patch.setattr("archdsl.search.report.plot", lambda result, folder: [])
+        return archdsl.search(space, out=out, **(settings | given))  # type: ignore[arg-type]
 
 
 def scores(folder: Path) -> dict[Path, str]:
@@ -73,7 +76,7 @@ def scores(folder: Path) -> dict[Path, str]:
 
 
 def test_a_search_ends_with_a_winner_under_budget_that_builds(space: Path, tmp_path: Path) -> None:
-    report = go(space, tmp_path / "run", trials=4)
+    report = go(space, tmp_path / "run", trials=4, plots=True)
     winner = load(tmp_path / "run" / "winner.yaml")
     assert winner.fingerprint() == report.best[0].spec.fingerprint()
     wider = winner.patch("dim", winner.dim + 16)
