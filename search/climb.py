@@ -76,7 +76,8 @@ class Climber:
 
     def _take(self, pool: Pool) -> bool:
         taken = False
-        while len(self.climbing) < pool.workers and not self.ledger.is_spent:
+        # one more than can be trained at once, so that nobody waits while a draw is made
+        while len(self.climbing) <= pool.workers and not self.ledger.is_spent:
             trial = self.study.take(lambda number: self.may_draw(number, len(self.climbing)))
             if trial is None:
                 break
