@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
@@ -76,15 +77,19 @@ class Draws:
     axes: int
     seed: int
 
+    @cached_property
+    def starting_points(self) -> list[dict[str, Any]]:
+        """The pure models of the space, which are drawn first."""
+        return starting_points(self.tree)
+
     def draw(self, number: int, past: Sequence[Past], known: Mapping[str, int]) -> Draw:
         """Draw ``number``, from what is known of earlier ones.
 
         ``known``: models drawn before by fingerprint, also those that are still being trained.
         """
-        points = starting_points(self.tree)
-        if number < len(points):
+        if number < len(self.starting_points):
             study = self._study([])
-            study.enqueue_trial(points[number])
+            study.enqueue_trial(self.starting_points[number])
             return self._tried(number, study, known)
         study = self._study(past)
         with experimental():
