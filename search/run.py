@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from archdsl.search.trust import Trust, between_rungs, run_trust
 from archdsl.spec import Budget, ModelSpec
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
+KEPT_BACK = 0.55  # of all means, at most, for what follows the draws
 WIDER_RUNS = 16  # what judging the proxy by one of twice the width costs, in trials
 
 
@@ -283,20 +285,21 @@ class Search:
         if not ranked:
             return not self.ledger.is_spent
         rivals = len(self._contest(ranked[0].spec, [0])) / len(self.proxy.tasks)
-        return self._lasts_for(more + self.seeds * rivals + WIDER_RUNS, ranked)
+        return self._lasts_for(more + self.seeds * rivals + WIDER_RUNS, ranked, KEPT_BACK)
 
-    def _lasts_for(self, runs: float, ranked: list[Finished]) -> bool:
-        """Whether there is time, and leave, for so many trainings of the best model so far."""
+    def _lasts_for(self, runs: float, ranked: list[Finished], most: float = 1.0) -> bool:
+        """Whether there is time, and leave, for so many trainings of the best model so far; what
+        is kept for them is at ``most`` a share of the whole."""
         flops = runs * training_flops(self.proxy, ranked[0].spec)
         rungs = [rung for trial in ranked for rung in trial.rungs]
         scores = [s for rung in rungs for s in rung.values() if s.train_flops]
         if not scores:  # all of them read back
             return not self.ledger.is_spent
         rate = sum(s.seconds for s in scores) / sum(s.train_flops for s in scores)
-        return (
-            self.ledger.seconds_left > 1.1 * rate * flops / self.workers
-            and self.ledger.flops_left > flops
-        )
+        limits = self.ledger.limits
+        seconds = min(1.1 * rate * flops / self.workers, most * (limits.seconds or math.inf))
+        flops = min(flops, most * (limits.train_flops or math.inf))
+        return self.ledger.seconds_left > seconds and self.ledger.flops_left > flops
 
     # judging
 
