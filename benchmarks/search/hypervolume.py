@@ -1,11 +1,12 @@
 """What a strategy finds for its training FLOPs: the hypervolume of its front as it spends them.
 
-python -m benchmarks.search.hypervolume [--trainings 24] [--seeds 3] [--workers 2] [--json]
+python -m benchmarks.search.hypervolume [--space benchmarks/search/depths.yaml] [--trainings 24]
+    [--seeds 3] [--workers 2] [--json]
 
-Axes: held-out loss, and FLOPs per token that the trained model executes. The reference point does not
-depend on what is found: the loss of the best guess that does not look, and 1.1 times the FLOPs of the
-costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every strategy may
-spend the FLOPs of so many trainings of the default model. Models that several of them draw are
+Axes: held-out loss, and FLOPs per token that the trained model executes. The reference point does
+not depend on what is found: the loss of the best guess that does not look, and 1.1 times the FLOPs
+of the costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every strategy
+may spend the FLOPs of so many trainings of the default model. Models that several of them draw are
 trained once and charged to each; what lies in --store is not trained again.
 """
 
@@ -110,13 +111,16 @@ def measure(tasks: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "archdsl": __version__,
         "torch": torch.__version__,
+        "space": given.space,
         "trainings": given.trainings,
         "tasks": {},
     }
     with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
         for task in tasks:
             proxy = Proxy(tasks={task: default_tasks()[task].model_copy(update={"weight": 1.0})})
-            benches = [Bench(task, seed, proxy, given.store) for seed in range(given.seeds)]
+            benches = [
+                Bench(task, seed, proxy, given.store, given.space) for seed in range(given.seeds)
+            ]
             corner = reference(benches[0])
             limit = given.trainings * default_training(benches[0])
             futures = {
@@ -184,6 +188,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="hypervolume against training FLOPs")
     parser.add_argument("--task", choices=list(default_tasks()), help="default: all")
+    parser.add_argument("--space", default="search", help="default: the shipped one")
     parser.add_argument("--trainings", type=int, default=24, help="of the default model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))

@@ -30,16 +30,17 @@ SETTINGS = 40  # that they score before the front is trained alone
 
 @dataclass(frozen=True)
 class Bench:
-    """What every strategy is given: the default space, one task at proxy scale, a seed."""
+    """What every strategy is given: a space, one task at proxy scale, a seed."""
 
     task: str
     seed: int
     proxy: Proxy
     store: Path
+    space: str = "search"
 
     @property
     def tree(self) -> Tree:
-        return read("search")
+        return read(self.space)
 
     @property
     def budget(self) -> Budget:
@@ -125,6 +126,12 @@ def shared(bench: Bench) -> Iterator[Trained]:
         yield Trained(found[i].spec, cost, point(scores[-1]))
 
 
+def dialled(bench: Bench) -> Iterator[Trained]:
+    """The same without training anything alone: a setting of a net is the model that is found."""
+    tree, scorer = served(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
+    return islice(_climbed(bench, tree, scorer), SETTINGS)
+
+
 def _climbed(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
     """As the search does it with one worker."""
     draws = Draws(tree, bench.budget, axes=2, seed=bench.seed)
@@ -154,4 +161,5 @@ STRATEGIES: dict[str, Strategy] = {
     "TPE": sampled(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "separate": separate,
     "shared": shared,
+    "dialled": dialled,
 }
