@@ -5,9 +5,9 @@ python -m benchmarks.search.hypervolume [--space benchmarks/search/depths.yaml] 
 
 Axes: held-out loss, and FLOPs per token that the trained model executes. The reference point does
 not depend on what is found: the loss of the best guess that does not look, and 1.1 times the FLOPs
-of the costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every strategy
-may spend the FLOPs of so many trainings of the default model. Models that several of them draw are
-trained once and charged to each; what lies in --store is not trained again.
+of the costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every
+strategy may spend the FLOPs of so many trainings of the default model. Models that several of them
+draw are trained once and charged to each; what lies in --store is not trained again.
 """
 
 from __future__ import annotations
