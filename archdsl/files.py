@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,8 @@ MAX_JSON = 2**26  # bytes
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file by ``text`` in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replaces the file by ``text`` in one step, also where others are about to do the same."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     _to_disk(temporary)
     os.replace(temporary, path)
@@ -79,9 +80,9 @@ def _out_of_the_way(path: Path) -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what crashes left of folders that were being written or removed in ``parent``."""
+    """Removes what crashes left of files and folders that were being written in ``parent``."""
     for path in parent.glob(".*.tmp"):
-        shutil.rmtree(path)
+        path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def _to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -55,8 +56,8 @@ def plot(result: Result, folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """A PNG that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    """A PNG that appears whole or not at all, also where others are about to write the same."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
     return temporary.replace(path)
 

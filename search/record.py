@@ -67,14 +67,8 @@ class Record:
         return self.storage.get_all_trials(self.id, deepcopy=False)
 
     def attempts(self) -> dict[int, FrozenTrial]:
-        """For each draw the trial that counts: the first that was told, else the first alive."""
-        found: dict[int, FrozenTrial] = {}
-        for trial in self.all_trials():
-            number = trial.user_attrs["draw"]
-            best = found.get(number)
-            if best is None or _weight(trial) > _weight(best):
-                found[number] = trial
-        return found
+        """For each draw the trial that counts."""
+        return counting(self.all_trials())
 
     def known_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
         """The last draw up to which all were told."""
@@ -149,6 +143,17 @@ class Record:
         return optuna.importance.get_param_importances(
             study, evaluator=evaluator, params=sorted(shared)
         )
+
+
+def counting(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """For each draw the trial that counts: the first that was told, else the first alive."""
+    found: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        number = trial.user_attrs["draw"]
+        best = found.get(number)
+        if best is None or _weight(trial) > _weight(best):
+            found[number] = trial
+    return found
 
 
 def is_told(trial: FrozenTrial) -> bool:

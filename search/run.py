@@ -38,13 +38,13 @@ from archdsl.search.record import Finished
 from archdsl.search.report import Report, best, top, write_report
 from archdsl.search.scorers import Scorer, Separate, training_flops
 from archdsl.search.shared import LAYOUTS, served
-from archdsl.search.storage import HEARTBEAT, alone, database, journal
+from archdsl.search.storage import HEARTBEAT, alone, answering, database, journal
 from archdsl.search.study import Study
 from archdsl.search.trust import Trust, between_rungs, run_trust
 from archdsl.spec import Budget, ModelSpec
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
-KEPT_BACK = 0.55  # of all means, at most, for what follows the draws
+KEPT_BACK = 0.62  # of all means, at most, for what follows the draws
 WIDER_RUNS = 16  # what judging the proxy by one of twice the width costs, in trials
 
 
@@ -186,7 +186,8 @@ def planned(
 def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[BaseStorage, bool]]:
     """The storage of a study, and whether this process is the only one that uses it."""
     if url is not None:
-        yield database(url, heartbeat), False
+        with answering(url):
+            yield database(url, heartbeat), False
         return
     with alone(folder):
         yield journal(folder), True

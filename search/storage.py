@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
@@ -57,13 +58,27 @@ def database(url: str, heartbeat: int = HEARTBEAT) -> BaseStorage:
                     if attempt == 4:
                         raise
                     time.sleep(0.2 * 2**attempt)
-        except (ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0]
+        except ImportError as error:
             raise StorageError(
-                f"--storage {_without_password(url)}: {reason} (PostgreSQL's driver: "
+                f"--storage {_without_password(url)}: {error} (PostgreSQL's driver: "
                 "pip install 'archdsl[postgresql]')"
             ) from None
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            raise StorageError(_refused(url, error)) from None
     raise AssertionError
+
+
+@contextmanager
+def answering(url: str) -> Iterator[None]:
+    """Raises StorageError where the database answers no more."""
+    try:
+        yield
+    except StorageInternalError as error:
+        raise StorageError(f"{_refused(url, error.__cause__ or error)}; start it again") from None
+
+
+def _refused(url: str, error: BaseException) -> str:
+    return f"--storage {_without_password(url)}: {str(error).strip().splitlines()[0]}"
 
 
 def _database(url: str, heartbeat: int) -> RDBStorage:

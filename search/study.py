@@ -21,6 +21,7 @@ from archdsl.search.record import (
     UNTRAINED,
     Record,
     Scores,
+    counting,
     is_lost,
     rungs_of,
     spec_of,
@@ -67,6 +68,8 @@ class Study(Record):
         """Says in the storage what decides the study, for those who only read it."""
         if not self.settings:
             self.storage.set_study_user_attr(self.id, SETTINGS, settings)
+            with experimental():
+                self.optuna.set_metric_names(list(self.axes))  # for optuna-dashboard
 
     # taking
 
@@ -78,8 +81,9 @@ class Study(Record):
         """
         self._bury()
         while True:
-            attempts = self.attempts()
-            self._drop_doubles(attempts)
+            trials = self.all_trials()
+            attempts = counting(trials)
+            self._drop_doubles(trials, attempts)
             for number in sorted(attempts):
                 trial = attempts[number]
                 if is_lost(trial):
@@ -102,9 +106,9 @@ class Study(Record):
                 fail_stale_trials(self.optuna)
             self.buried_at = time.monotonic()
 
-    def _drop_doubles(self, attempts: dict[int, FrozenTrial]) -> None:
+    def _drop_doubles(self, trials: list[FrozenTrial], attempts: dict[int, FrozenTrial]) -> None:
         """Two workers that made the same draw at once: the first one counts."""
-        for trial in self.all_trials():
+        for trial in trials:
             counts = attempts[trial.user_attrs["draw"]].number == trial.number
             if trial.state == TrialState.WAITING and not counts:
                 self._unless_lost(self.storage.set_trial_user_attr, trial._trial_id, "double", True)
