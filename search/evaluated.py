@@ -75,6 +75,8 @@ class Evaluated(Job):
         if known := read_score(file):
             return known
         with place.locked(beat):
+            if known := read_score(file):  # of who had the lock before
+                return known
             model = build_net(self.net, self.seed)
             trainer = SandwichTrainer(self.net, model, self.task.load(), self.config)
             training = NetTraining(place, trainer, beat)
