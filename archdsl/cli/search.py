@@ -6,6 +6,8 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +85,16 @@ Store = Annotated[
     Path | None,
     typer.Option(help="Folder of trained models, which searches may share; default: in --out."),
 ]
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM is as Ctrl-C: what starts jobs on many machines ends them so."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def search(
@@ -169,9 +181,7 @@ def search(
         )
         print_json(forecast.as_json()) if as_json else print_parts(shown(forecast))
         return
-    # what starts jobs on many machines ends them so
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with watching() as watch:
+    with ended_by_sigterm(), watching() as watch:
         report = search(
             space,
             budget=limits,

@@ -121,11 +121,13 @@ def test_in_this_process_failures_are_the_same() -> None:
 
 
 COORDINATOR = """
+import signal
 import sys
 from pathlib import Path
 from archdsl.search.pool import processes
 from tests.search.works import Sleeps
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
     with processes(2) as pool:
         for name in ("first", "second"):
             pool.submit(Sleeps(Path(sys.argv[1]) / name, 600))
