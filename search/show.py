@@ -24,7 +24,7 @@ from archdsl.show import Facts, parameters, short
 if TYPE_CHECKING:
     from archdsl.search.record import Finished
     from archdsl.search.report import Report
-    from archdsl.search.run import Progress, Watch
+    from archdsl.search.stages import Progress, Watch
     from archdsl.search.studies import Listed
 
 SECONDS_BETWEEN_LINES = 20.0

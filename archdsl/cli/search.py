@@ -159,9 +159,10 @@ def search(
     """
     from archdsl.search import search
     from archdsl.search.proxy import Proxy
-    from archdsl.search.run import SECONDS, Machine, planned
+    from archdsl.search.run import SECONDS, planned
     from archdsl.search.show import result, watching
     from archdsl.search.show_plan import shown
+    from archdsl.search.stages import Machine
 
     machine = Machine(workers or 0, memory, patience or Machine.patience)
     limits = budget(params, flops, kv, of, train_flops)

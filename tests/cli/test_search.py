@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from archdsl.search.proxy import Proxy
-from archdsl.search.run import Machine, search
+from archdsl.search.run import search
+from archdsl.search.stages import Machine
 from archdsl.spec import Budget
 from tests.cli.command import SKILL, Cli
 from tests.search.test_search import SPACE

@@ -20,7 +20,7 @@ from archdsl.search.feasible import NothingFitsError
 from archdsl.search.pool import InProcess
 from archdsl.search.proxy import Proxy, Task
 from archdsl.search.report import Report
-from archdsl.search.run import Machine, Progress
+from archdsl.search.stages import Machine, Progress
 from archdsl.search.storage import StorageError, alone
 from archdsl.spec import Budget
 
@@ -202,7 +202,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from archdsl.search.run import Machine
+from archdsl.search.stages import Machine
 from tests.search.test_search import go
 if __name__ == "__main__":
     go(Path(sys.argv[1]), Path(sys.argv[2]), trials=6, machine=Machine(2))
