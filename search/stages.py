@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archdsl.search.climb import Climber
-from archdsl.search.compare import Correlation
+from archdsl.search.compare import Correlation, kendall_tau
 from archdsl.search.contest import (
     Entry,
     Key,
@@ -96,6 +96,7 @@ class Search:
         self.scorer, self.settings, self.trials, self.seeds = scorer, settings, trials, seeds
         self.watch = watch or (lambda _: None)
         self.phase = "searching"
+        self.rungs, self.ranked = kendall_tau([]), 0  # of so many draws
         self.workers = 1
         self.jobs: dict[Key, Job] = {}  # of the contest
         self.results: dict[Key, Result] = {}
@@ -247,6 +248,10 @@ class Search:
     def _tell(self, said: str, running: int) -> None:
         self.ledger.keep()
         finished = self.study.finished()
+        if (
+            len(finished) != self.ranked
+        ):  # thousands of resamples, and this is called twice a second
+            self.ranked, self.rungs = len(finished), between_rungs(finished, self.proxy)
         self.watch(
             Progress(
                 self.phase,
@@ -255,7 +260,7 @@ class Search:
                 running,
                 self.study.outcomes(),
                 best(finished)[:5],
-                between_rungs(finished, self.proxy),
+                self.rungs,
                 said,
             )
         )
