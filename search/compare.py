@@ -89,8 +89,3 @@ def kendall_tau(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Correlat
     resampled = ((drawn @ agree) * drawn).sum(1) / (n * (n - 1))
     low, high = (float(q) for q in np.percentile(resampled, (2.5, 97.5)))
     return Correlation(tau, min(low, tau), max(high, tau), n)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Middle and half of the range."""
-    return (min(values) + max(values)) / 2, (max(values) - min(values)) / 2

@@ -19,7 +19,6 @@ from optuna.storages import BaseStorage
 
 from archdsl.search.pool import Pool, Work
 from archdsl.search.proxy import Score
-from archdsl.spec import Budget
 
 SECONDS_BETWEEN_RECORDS = 5.0
 R = TypeVar("R")
@@ -166,13 +165,8 @@ class _Paying:
 def account_of(storage: BaseStorage, study_id: int) -> Account:
     """What was spent, for one who spends nothing."""
     ledger = Ledger(storage, study_id, Limits())
-    now = replace(ledger.account())
     wall = covered([(r["from"], r["to"]) for r in ledger.others.values()])
-    return replace(now, wall=wall, workers=len(ledger.others))
-
-
-def limits(seconds: float | None, budget: Budget) -> Limits:
-    return Limits(seconds, getattr(budget, "train_flops", None))
+    return replace(ledger.account(), wall=wall, workers=len(ledger.others))
 
 
 def covered(sessions: list[tuple[float, float]]) -> float:

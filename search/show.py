@@ -16,7 +16,7 @@ from rich.text import Text
 
 from archdsl.cost import cost
 from archdsl.search.report import describe, on_front, weighted
-from archdsl.search.tables import contestants, failures, gaps
+from archdsl.search.tables import contestants, failures, gaps, plain_table
 from archdsl.search.verdict import what_matters
 from archdsl.search.words import in_words
 from archdsl.show import Facts, parameters, short
@@ -74,7 +74,7 @@ def _live(progress: Progress) -> RenderableType:
 def candidates(trials: Sequence[Finished]) -> Table:
     """Proxy scores, and what the model costs at full size; FLOPs as executed, if so searched."""
     tasks = list(trials[0].rungs[-1]) if trials else []
-    table = _table("draw", "objective", *tasks, "params", "FLOPs/token")
+    table = plain_table("draw", "objective", *tasks, "params", "FLOPs/token")
     for trial in trials:
         receipt = cost(trial.spec)
         last = trial.rungs[-1]
@@ -141,7 +141,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 def listing(found: Sequence[Listed]) -> Table:
     """A line for each study."""
-    table = _table("study", "draws", "best", "front", "spent", "training")
+    table = plain_table("study", "draws", "best", "front", "spent", "training")
     for one in found:
         told = one.as_json()
         top = told["best"]
@@ -178,11 +178,3 @@ def standing(listed: Listed) -> RenderableType:
     if listed.folder is not None:
         facts.append(("folder", str(listed.folder)))
     return Group(*parts, Facts(facts))
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for title in others:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table

@@ -61,7 +61,7 @@ def result(found: Ablation) -> RenderableType:
 def contestants(entries: Sequence[Entry], proxy: Proxy) -> Table:
     """Parameters and FLOPs of full size; FLOPs of the proxies as shares of the winner's; losses."""
     own = winner_of(entries)
-    table = _table("", "params", "FLOPs/token", "trained", *proxy.tasks)
+    table = plain_table("", "params", "FLOPs/token", "trained", *proxy.tasks)
     for entry in entries:
         table.add_row(
             entry.name,
@@ -76,7 +76,7 @@ def contestants(entries: Sequence[Entry], proxy: Proxy) -> Table:
 def gaps(entries: Sequence[Entry], proxy: Proxy) -> Table:
     """By how many nats each loss is above the winner's, with the 95% interval; or what failed."""
     found = differences(entries, proxy)
-    table = _table("", "objective", *proxy.tasks)
+    table = plain_table("", "objective", *proxy.tasks)
     for entry in entries:
         if entry.name in found:
             table.add_row(entry.name, *(str(gap) for gap in found[entry.name].values()))
@@ -104,7 +104,8 @@ def _mean(losses: Sequence[float]) -> str:
     return f"{fmean(losses):.3f}" if losses else ""
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
+    """Without lines; all columns but the first to the right."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for title in others:

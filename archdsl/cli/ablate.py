@@ -8,25 +8,16 @@ from typing import Annotated
 import typer
 
 from archdsl.cli.options import INTERRUPTED, Json, Overrides, Source, Spec, print_json, print_parts
-from archdsl.cli.search import duration
+from archdsl.cli.search import ProxySizes, Workers, duration
 
 
 def ablate(
     spec: Spec,
     overrides: Overrides = None,
-    proxy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES|none",
-            help="What is trained in the model's place, as dim=32,head_size=16,repeat=1,steps=300; "
-            "none: the model itself.",
-        ),
-    ] = None,
+    proxy: ProxySizes = None,
     source: Source = None,
     seeds: Annotated[int, typer.Option(min=1, help="That each of them is trained with.")] = 3,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of one thread; default: the cores.")
-    ] = None,
+    workers: Workers = None,
     time: Annotated[
         float | None,
         typer.Option(parser=duration, metavar="TIME", help="Then no training is begun, as 30m."),

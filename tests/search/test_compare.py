@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archdsl.search.compare import kendall_tau, paired, spread
+from archdsl.search.compare import kendall_tau, paired
 
 
 def test_the_interval_is_students() -> None:
@@ -75,7 +75,3 @@ def test_tau_needs_three_trials() -> None:
     found = kendall_tau([(1.0, 2.0), (2.0, 3.0)])
     assert (found.tau, found.low, found.high, found.pairs) == (None, None, None, 2)
     assert str(found) == "too few to say (2)"
-
-
-def test_spread_is_the_range() -> None:
-    assert spread([1.0, 4.0, 2.0]) == (2.5, 1.5)
