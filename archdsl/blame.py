@@ -8,9 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from archdsl.block import Block
-from archdsl.blocks.loop import Loop, LoopSpec
-from archdsl.blocks.stack import Stack, StackSpec
-from archdsl.blocks.threshold import TopK
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.stack import Stack
+from archdsl.blocks.modules.threshold import TopK
+from archdsl.blocks.stack import StackSpec
 from archdsl.model import LanguageModel
 from archdsl.passes import LEAKS, MEASURES, Kind, Plan, Subject
 from archdsl.spec import BlockSpec, children

@@ -89,7 +89,10 @@ def imports(written: Mapping[Name, str], tree: Iterable[ast.stmt]) -> str:
 
 
 def in_import_order(modules: Iterable[str]) -> list[str]:
-    """With all modules of the project they import, those first: as Python runs them."""
+    """With all modules of the project they import, those first: as Python runs them.
+
+    What functions import comes after whoever imports it at once.
+    """
     order: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -101,8 +104,11 @@ def in_import_order(modules: Iterable[str]) -> list[str]:
                 visit(target.module)
         order[name] = None
 
-    for module in modules:
-        visit(module)
+    waiting = list(modules)
+    while waiting:
+        visit(waiting[0])
+        later = {origin.module for module in order for origin in read(module).later.values()}
+        waiting = waiting[1:] or sorted(later - order.keys())
     return list(order)
 
 

@@ -16,9 +16,10 @@ from torch import nn
 
 from archdsl import verbs
 from archdsl.blame import WHOLE, Place, earlier, leaks, origins_of, places
-from archdsl.blocks.loop import Loop, LoopSpec
-from archdsl.blocks.router import Router
-from archdsl.blocks.threshold import Predictor
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.router import Router
+from archdsl.blocks.modules.threshold import Predictor
 from archdsl.build import build, meta_model
 from archdsl.cost import sequence_cost
 from archdsl.model import LanguageModel

@@ -9,7 +9,7 @@ import importlib
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 
 class Name(NamedTuple):
@@ -30,17 +30,26 @@ REPLACED = dict.fromkeys([Name("archdsl.spec", "Strict"), Name("archdsl.spec", "
 
 @dataclass
 class Module:
-    """The top level of a source file, without what is there for type checkers alone."""
+    """The top level of a source file, without what is there for type checkers alone.
+
+    ``later``: what functions import of the project when they are called.
+    """
 
     name: str
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
     imports: dict[str, Name] = field(default_factory=dict)
+    later: dict[str, Name] = field(default_factory=dict)
 
 
 @cache
 def read(name: str) -> Module:
     module = Module(name)
-    for node in ast.parse(inspect.getsource(importlib.import_module(name))).body:
+    tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for inner in filter(is_own_import, function.body):
+                module.later |= _imported(inner)
+    for node in tree.body:
         match node:
             case ast.ClassDef(name=defined) | ast.FunctionDef(name=defined):
                 module.definitions[defined] = node
@@ -50,10 +59,17 @@ def read(name: str) -> Module:
                 for alias in aliases:
                     imported = alias.name if alias.asname else alias.name.partition(".")[0]
                     module.imports[alias.asname or imported] = Name(imported, "")
-            case ast.ImportFrom(module=str(origin), names=aliases) if origin != "__future__":
-                for alias in aliases:
-                    module.imports[alias.asname or alias.name] = Name(origin, alias.name)
+            case ast.ImportFrom(module=origin) if origin != "__future__":
+                module.imports |= _imported(node)
     return module
+
+
+def is_own_import(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
+    return isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == OWN
+
+
+def _imported(node: ast.ImportFrom) -> dict[str, Name]:
+    return {alias.asname or alias.name: Name(str(node.module), alias.name) for alias in node.names}
 
 
 def resolve(module: str, name: str) -> Name | None:
@@ -62,7 +78,7 @@ def resolve(module: str, name: str) -> Name | None:
     if name in source.definitions:
         found = Name(module, name)
         return REPLACED.get(found, found)
-    target = source.imports.get(name)
+    target = source.imports.get(name) or source.later.get(name)
     if target is not None and target.package == OWN and target.attribute:
         return resolve(*target)
     return target
@@ -125,7 +141,8 @@ class Reader(Scoped):
 
 
 class Writer(Scoped):
-    """Gives global names the name they have in the file; drops annotations that name others."""
+    """Gives global names the name they have in the file; drops annotations that name others, and
+    imports of the project in functions."""
 
     def __init__(self, module: str, written: dict[Name, str]) -> None:
         super().__init__(module)
@@ -140,6 +157,7 @@ class Writer(Scoped):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if node.returns is not None and not self._known(node.returns):
             node.returns = None
+        node.body = [statement for statement in node.body if not is_own_import(statement)]
         return super().visit_FunctionDef(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from archdsl.block import Block
-from archdsl.blocks.layer import Layer, LayerSpec
-from archdsl.blocks.loop import Loop, LoopSpec
-from archdsl.blocks.stack import Stack, StackSpec
+from archdsl.blocks.layer import LayerSpec
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.layer import Layer
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.stack import Stack
+from archdsl.blocks.stack import StackSpec
 from archdsl.cost import sequence_cost
 from archdsl.model import LanguageModel
 from archdsl.spec import BlockSpec, ModelSpec

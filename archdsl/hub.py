@@ -20,7 +20,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from archdsl.block import Primitive
-from archdsl.blocks.attention import Attention
+from archdsl.blocks.modules.attention import Attention
 from archdsl.cache import Cache
 from archdsl.errors import ArchdslError
 from archdsl.model import LanguageModel

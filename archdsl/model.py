@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archdsl.block import Context, Primitive, Trace, normal_
-from archdsl.blocks.attention import Attention
 from archdsl.blocks.dial import DialError
-from archdsl.blocks.loop import Loop, take
-from archdsl.blocks.norm import make_norm
-from archdsl.blocks.stack import Stack
-from archdsl.blocks.threshold import TopK
+from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.loop import Loop, take
+from archdsl.blocks.modules.norm import make_norm
+from archdsl.blocks.modules.stack import Stack
+from archdsl.blocks.modules.threshold import TopK
 from archdsl.cache import Cache, ContextFullError, Stream
 from archdsl.spec import ModelSpec
 

@@ -21,9 +21,11 @@ import torch
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from torch import nn
 
-from archdsl.blocks.loop import LAYER, Loop, LoopSpec
+from archdsl.blocks.loop import LAYER, LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.residual_thinking import DeltaSpec, ThinkingSpec
-from archdsl.blocks.stack import Stack, StackSpec
+from archdsl.blocks.stack import StackSpec
 from archdsl.blocks.step_encoding import ScaleSpec
 from archdsl.build import build
 from archdsl.checkpoint import Checkpoint

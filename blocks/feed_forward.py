@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
 
-from archdsl.block import Block, Context, into_stream_
 from archdsl.cost import Cost, Scope, linear
 from archdsl.spec import BlockSpec, Path, Size, Sizes
+
+if TYPE_CHECKING:
+    from archdsl.block import Block
+
 
 MULTIPLE = 32  # a hidden size from a ratio is rounded up to this, for the kernels' sake
 
@@ -52,29 +52,12 @@ class FeedForwardSpec(BlockSpec):
         hidden = max(1, round(self.hidden_size(old.dim) * new.dim / old.dim))
         return self.model_copy(update={"hidden": hidden, "ratio": None})
 
-    def build(self, dim: int) -> FeedForward:
+    def build(self, dim: int) -> Block:
+        from archdsl.blocks.modules.feed_forward import FeedForward
+
         return FeedForward(self, dim)
 
     def cost(self, scope: Scope) -> Cost:
         D, hidden = scope.dim, self.hidden_size(scope.dim)
         up = [(D, hidden)] * (2 if self.activation == "swiglu" else 1)
         return linear(scope.tokens, *up, (hidden, D))
-
-
-class FeedForward(Block):
-    def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
-        super().__init__()
-        hidden = spec.hidden_size(dim)
-        self.gate = nn.Linear(dim, hidden, bias=False) if spec.activation == "swiglu" else None
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-
-    def reset(self, rng: torch.Generator, depth: int) -> None:
-        super().reset(rng, depth)
-        into_stream_(self.down.weight, self.down.in_features, rng, depth)
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        up_BTF = self.up(x_BTD)
-        if self.gate is None:
-            return self.down(F.gelu(up_BTF))
-        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)

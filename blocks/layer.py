@@ -5,18 +5,18 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, SerializeAsAny, WithJsonSchema
-from torch import Tensor
 
-from archdsl.block import Block, Context
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
-from archdsl.blocks.norm import EPS, NormType, make_norm, norm_cost
+from archdsl.blocks.norm import EPS, NormType, norm_cost
 from archdsl.cost import Cost, Scope
 from archdsl.spec import BlockSpec, slot
+
+if TYPE_CHECKING:
+    from archdsl.block import Block
 
 
 class LayerSpec(BlockSpec):
@@ -38,7 +38,9 @@ class LayerSpec(BlockSpec):
     norm: NormType = Field("rms", description="the norm before each of the two")
     norm_eps: float = Field(EPS, gt=0, lt=1, description="added to the variance in both norms")
 
-    def build(self, dim: int) -> Layer:
+    def build(self, dim: int) -> Block:
+        from archdsl.blocks.modules.layer import Layer
+
         return Layer(self, dim)
 
     def cost(self, scope: Scope) -> Cost:
@@ -51,20 +53,3 @@ class LayerSpec(BlockSpec):
                 "ffn": self.ffn.cost(scope),
             }
         )
-
-
-class Layer(Block):
-    def __init__(self, spec: LayerSpec, dim: int) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(spec.norm, dim, spec.norm_eps)
-        self.attention = spec.attention.build(dim)
-        self.ffn_norm = make_norm(spec.norm, dim, spec.norm_eps)
-        self.ffn = spec.ffn.build(dim)
-
-    def reset(self, rng: torch.Generator, depth: int) -> None:
-        self.attention_norm.reset_parameters()
-        self.ffn_norm.reset_parameters()
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), ctx)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD), ctx)

@@ -5,17 +5,20 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from archdsl.block import Block, Context
 from archdsl.cost import Cost, Scope, vectors
 from archdsl.spec import BlockSpec
 
+if TYPE_CHECKING:
+    from archdsl.block import Block
+
+
 NormType = Literal["rms", "layer"]
+
+
 EPS = 1e-5
 
 
@@ -28,27 +31,13 @@ class NormSpec(BlockSpec):
     type: NormType = Field("rms", description="rms: no centring, no bias; layer: both")
     eps: float = Field(EPS, gt=0, lt=1, description="added to the variance, against tiny inputs")
 
-    def build(self, dim: int) -> Norm:
+    def build(self, dim: int) -> Block:
+        from archdsl.blocks.modules.norm import Norm
+
         return Norm(self, dim)
 
     def cost(self, scope: Scope) -> Cost:
         return norm_cost(self.type, scope.dim)
-
-
-class Norm(Block):
-    def __init__(self, spec: NormSpec, dim: int) -> None:
-        super().__init__()
-        self.norm = make_norm(spec.type, dim, spec.eps)
-
-    def reset(self, rng: torch.Generator, depth: int) -> None:
-        self.norm.reset_parameters()
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        return self.norm(x_BTD)
-
-
-def make_norm(type: NormType, dim: int, eps: float) -> nn.RMSNorm | nn.LayerNorm:
-    return (nn.RMSNorm if type == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
 def norm_cost(type: NormType, dim: int) -> Cost:

@@ -13,14 +13,16 @@ Unselected tokens keep Y(t-1); under ``thinking`` the formula taken literally ad
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from archdsl.spec import Part
 
-Scale = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Scale = Callable[[Tensor], Tensor]
 
 
 class ResidualSpec(Part):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
 
-from archdsl.block import Block, Context
 from archdsl.cost import Cost, Scope
 from archdsl.spec import Blocks, BlockSpec, Sizes
+
+if TYPE_CHECKING:
+    from archdsl.block import Block
 
 
 class StackSpec(BlockSpec):
@@ -43,20 +44,11 @@ class StackSpec(BlockSpec):
         assert isinstance(stack, StackSpec)
         return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
 
-    def build(self, dim: int) -> Stack:
+    def build(self, dim: int) -> Block:
+        from archdsl.blocks.modules.stack import Stack
+
         return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])
 
     def cost(self, scope: Scope) -> Cost:
         one = scope.together({f"body.{i}": block.cost(scope) for i, block in enumerate(self.body)})
         return one.copies(self.repeat)
-
-
-class Stack(Block):
-    def __init__(self, blocks: list[Block]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        for block in self.blocks:
-            x_BTD = block(x_BTD, ctx)
-        return x_BTD

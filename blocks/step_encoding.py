@@ -8,15 +8,15 @@ Shapes: S steps, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from archdsl.block import Primitive, normal_
 from archdsl.cost import Cost, vectors
 from archdsl.spec import Part
+
+if TYPE_CHECKING:
+    from archdsl.blocks.modules.step_encoding import Encoding
 
 
 class EncodingSpec(Part):
@@ -47,7 +47,9 @@ class ScaleSpec(EncodingSpec):
         "(thinking), else 1. At 0 a summed model starts as its plain backbone",
     )
 
-    def build(self, dim: int, steps: int, further_phi: float) -> Scale:
+    def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
+        from archdsl.blocks.modules.step_encoding import Scale
+
         further = further_phi if self.init is None else self.init
         return Scale(dim, steps, self.first, further)
 
@@ -60,43 +62,7 @@ class AddSpec(EncodingSpec):
     kind: Literal["add"] = "add"
     std: float = Field(0.02, ge=0, le=10, description="spread of e at the start")
 
-    def build(self, dim: int, steps: int, further_phi: float) -> Add:
+    def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
+        from archdsl.blocks.modules.step_encoding import Add
+
         return Add(dim, steps, self.std)
-
-
-class Encoding(Primitive):
-    """No encoding: every step looks the same."""
-
-    def before(self, x: Tensor, step: int) -> Tensor:
-        return x
-
-    def after(self, y: Tensor, step: int) -> Tensor:
-        return y
-
-
-class Scale(Encoding):
-    def __init__(self, dim: int, steps: int, first: float, further: float) -> None:
-        super().__init__()
-        self.start = (first, further)
-        self.phi_SD = nn.Parameter(torch.empty(steps, dim))
-
-    def reset(self, rng: torch.Generator, depth: int) -> None:
-        first, further = self.start
-        nn.init.constant_(self.phi_SD, further)
-        nn.init.constant_(self.phi_SD[0], first)
-
-    def after(self, y: Tensor, step: int) -> Tensor:
-        return y * self.phi_SD[step]
-
-
-class Add(Encoding):
-    def __init__(self, dim: int, steps: int, std: float) -> None:
-        super().__init__()
-        self.std = std
-        self.e_SD = nn.Parameter(torch.empty(steps, dim))
-
-    def reset(self, rng: torch.Generator, depth: int) -> None:
-        normal_(self.e_SD, self.std, rng)
-
-    def before(self, x: Tensor, step: int) -> Tensor:
-        return x + self.e_SD[step]

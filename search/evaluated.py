@@ -12,7 +12,7 @@ from torch import nn
 
 from archdsl import __version__
 from archdsl.blocks.dial import Pass
-from archdsl.blocks.loop import Loop
+from archdsl.blocks.modules.loop import Loop
 from archdsl.build import meta_model
 from archdsl.cost import sequence_cost
 from archdsl.files import write_text

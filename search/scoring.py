@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archdsl.block import Context
-from archdsl.blocks.router import Choice, Learned, Step
+from archdsl.blocks.modules.router import Choice, Learned
+from archdsl.blocks.router import Step
 from archdsl.evaluate import Evaluation
 from archdsl.meter import Meter
 from archdsl.trainer import Trainer

@@ -18,7 +18,7 @@ import torch
 
 from archdsl.batch import Batch, Data
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.threshold import Predictor, Threshold
+from archdsl.blocks.modules.threshold import Predictor, Threshold
 from archdsl.build import build
 from archdsl.cost import sequence_cost
 from archdsl.model import LanguageModel

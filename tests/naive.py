@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from archdsl.block import Block, Context, Primitive
-from archdsl.blocks.attention import Attention
-from archdsl.blocks.feed_forward import FeedForward
-from archdsl.blocks.layer import Layer
-from archdsl.blocks.loop import Loop
-from archdsl.blocks.norm import Norm
+from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.feed_forward import FeedForward
+from archdsl.blocks.modules.layer import Layer
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.norm import Norm
+from archdsl.blocks.modules.router import Learned, Random
+from archdsl.blocks.modules.stack import Stack
+from archdsl.blocks.modules.step_encoding import Add, Scale
+from archdsl.blocks.modules.threshold import Predictor, Threshold
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
-from archdsl.blocks.router import AllSpec, Learned, LearnedSpec, PrefixSpec, Random, RandomSpec
-from archdsl.blocks.stack import Stack
-from archdsl.blocks.step_encoding import Add, Scale
-from archdsl.blocks.threshold import Predictor, PredictorSpec, Threshold, ThresholdSpec, TopKSpec
+from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, RandomSpec
+from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.model import LanguageModel
 from archdsl.rope import LinearSpec, Llama3Spec, RopeScalingSpec
 from archdsl.spec import BlockSpec

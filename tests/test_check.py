@@ -14,10 +14,11 @@ from torch import Tensor
 import archdsl
 from archdsl import model as model_module
 from archdsl.block import Context, KeysValues
-from archdsl.blocks.attention import Attention
-from archdsl.blocks.feed_forward import FeedForward
-from archdsl.blocks.loop import Loop
-from archdsl.blocks.router import Prefix, Router, Step
+from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.feed_forward import FeedForward
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.router import Prefix, Router
+from archdsl.blocks.router import Step
 from archdsl.build import meta_model
 from archdsl.cache import Kept, Stream
 from archdsl.check import Report, check

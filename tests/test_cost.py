@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import archdsl
-from archdsl.blocks.attention import Attention
+from archdsl.blocks.modules.attention import Attention
 from archdsl.build import meta_model
 from archdsl.cost import Cost, cost, paper_flops, sequence_cost
 from archdsl.spec import ModelSpec

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
-from archdsl.blocks.loop import Loop, LoopSpec
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
 from archdsl.blocks.stack import StackSpec
 from archdsl.build import build
 from archdsl.checkpoint import Checkpoint

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from archdsl.block import Context
-from archdsl.blocks.attention import Attention, AttentionSpec
+from archdsl.blocks.attention import AttentionSpec
+from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.stack import StackSpec
 from archdsl.cache import Stream
 from archdsl.cost import Scope

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 import archdsl
 from archdsl.block import Context
-from archdsl.blocks.loop import Loop, LoopSpec
-from archdsl.blocks.router import Choice
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.router import Choice
 from archdsl.spec import FAMILIES, ModelSpec
 from tests import naive
 

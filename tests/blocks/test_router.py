@@ -12,24 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from archdsl.block import Context
-from archdsl.blocks.router import (
-    PrefixSpec,
-    RandomSpec,
-    Router,
-    RouterSpec,
-    Step,
-    prefix_rank,
-    share_of,
-)
-from archdsl.blocks.threshold import (
-    MOMENTUM,
-    Predictor,
-    PredictorSpec,
-    Threshold,
-    ThresholdSpec,
-    TopK,
-    TopKSpec,
-)
+from archdsl.blocks.modules.router import Router, prefix_rank
+from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
+from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, Step, share_of
+from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.cache import Stream
 from tests import naive
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from archdsl.blocks.loop import Loop, LoopSpec
-from archdsl.blocks.step_encoding import AddSpec, Encoding, ScaleSpec
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.step_encoding import Encoding
+from archdsl.blocks.step_encoding import AddSpec, ScaleSpec
 
 X = torch.tensor([[[1.0, -2.0, 3.0]]])
 

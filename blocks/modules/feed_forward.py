@@ -1,0 +1,36 @@
+"""Feed-forward as a module.
+
+Shapes: B batch, T tokens, D width, F hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context, into_stream_
+
+if TYPE_CHECKING:
+    from archdsl.blocks.feed_forward import FeedForwardSpec
+
+
+class FeedForward(Block):
+    def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
+        super().__init__()
+        hidden = spec.hidden_size(dim)
+        self.gate = nn.Linear(dim, hidden, bias=False) if spec.activation == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        into_stream_(self.down.weight, self.down.in_features, rng, depth)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            return self.down(F.gelu(up_BTF))
+        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)

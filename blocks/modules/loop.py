@@ -1,0 +1,134 @@
+"""Loop as a module: its passes, one after the other.
+
+Shapes: B batch, T tokens, K selected tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from archdsl.block import Block, Context
+from archdsl.blocks.dial import Pass, plan
+from archdsl.blocks.modules.router import Choice
+from archdsl.blocks.modules.step_encoding import Encoding
+from archdsl.blocks.router import Step
+
+if TYPE_CHECKING:
+    from archdsl.blocks.loop import LoopSpec
+
+
+class Loop(Block):
+    def __init__(self, spec: LoopSpec, dim: int) -> None:
+        super().__init__()
+        self.spec, self.label = spec, "loop"
+        copies = spec.steps if spec.parameters == "per_step" else 1
+        self.bodies = nn.ModuleList([spec.body.build(dim) for _ in range(copies)])
+        routed = [row for row in spec.rows() if row is not None]
+        # a pass that takes every token has no row among the router's weights
+        self.rows = [None if row is None else routed.index(row) for row in spec.rows()]
+        self.router = spec.router.build(dim, routed) if spec.router and routed else None
+        self.encoding = (
+            spec.encoding.build(dim, spec.steps, spec.residual.further_phi)
+            if spec.encoding
+            else Encoding()
+        )
+        self.inject = nn.Linear(2 * dim, dim, bias=False) if spec.injection == "linear" else None
+        self.dial()
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        if self.inject is not None:  # starts as no injection at all
+            nn.init.eye_(self.inject.weight)
+
+    def dial(
+        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+    ) -> None:
+        """Other capacities for the routed passes, another number of passes; None: as trained.
+
+        Passes beyond the trained ones use what the last of those learned. Raises DialError.
+        """
+        self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        start_BTD, chosen = x_BTD, None
+        first = {} if self.spec.kv == "shared" else ctx.first
+        for one in self.passes:
+            reads = one.step > 0 if self.spec.kv == "shared" else ctx.reads_first
+            now = replace(
+                ctx, first=first, reads_first=reads, order_BT=None, path=(*ctx.path, one.step)
+            )
+            if one.routed is None:
+                x_BTD = self._full(x_BTD, start_BTD, one, now)
+            elif one.routed.capacity == 0:
+                x_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
+            else:
+                chosen = self._choose(x_BTD, one.routed, now, chosen)
+                x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
+        return x_BTD
+
+    def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
+        y_BTD = self._body(x_BTD, start_BTD, one, ctx)
+        if one.step == 0:
+            return self.encoding.after(y_BTD, 0)
+        ctx.count_step(x_BTD)
+        return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
+
+    def _routed(
+        self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Choice
+    ) -> Tensor:
+        scale, index_BK = self._scale(one), chosen.index_BK
+        rest_BTD = self.spec.residual.rest(x_BTD, scale)
+        if index_BK.size(1) == 0:  # while decoding, often nobody is selected
+            return rest_BTD
+        inner = ctx.at(index_BK, chosen.stream)
+        x_BKD = take(x_BTD, index_BK)
+        inner.count_step(x_BKD)
+        start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
+        y_BKD = self._body(x_BKD, start_BKD, one, inner)
+
+        new_BKD = self.spec.residual.join(x_BKD, y_BKD, chosen.gate_BK, scale)
+        if chosen.keep_BK is not None:
+            rest_BKD = take(rest_BTD, index_BK)
+            new_BKD = torch.where(chosen.keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
+        return put(rest_BTD, index_BK, new_BKD)
+
+    def _body(self, x: Tensor, start: Tensor, one: Pass, ctx: Context) -> Tensor:
+        if one.step > 0 and self.spec.injection == "add":
+            x = x + start
+        elif one.step > 0 and self.inject is not None:
+            x = self.inject(torch.cat((x, start), -1))
+        body = self.bodies[one.like if len(self.bodies) > 1 else 0]
+        return body(self.encoding.before(x, one.like), ctx)
+
+    def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Choice | None) -> Choice:
+        assert self.router is not None
+        assert self.spec.router is not None
+        active_BT = before.mask(x_BTD.size(1)) if self.spec.router.nested and before else None
+        chosen = self.router(x_BTD, at, ctx, active_BT)
+        ctx.trace.shares[at.name] = chosen.stream.tokens(chosen.index_BK) / ctx.stream.tokens(x_BTD)
+        return chosen
+
+    def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
+        return lambda y: self.encoding.after(y, one.like)
+
+
+def take(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
+    """Tokens by index, [B, K, D]; index_select over flattened rows is the fastest gather."""
+    B, T, D = x_BTD.shape
+    return x_BTD.reshape(B * T, D).index_select(0, _flat(index_BK, T)).view(B, -1, D)
+
+
+def put(x_BTD: Tensor, index_BK: Tensor, new_BKD: Tensor) -> Tensor:
+    """A copy of ``x_BTD`` with the indexed tokens replaced; indices are distinct."""
+    B, T, D = x_BTD.shape
+    flat = x_BTD.reshape(B * T, D).index_copy(0, _flat(index_BK, T), new_BKD.reshape(-1, D))
+    return flat.view(B, T, D)
+
+
+def _flat(index_BK: Tensor, T: int) -> Tensor:
+    rows_B1 = torch.arange(len(index_BK), device=index_BK.device).unsqueeze(1)
+    return (index_BK + rows_B1 * T).flatten()

@@ -1,0 +1,171 @@
+"""Routers with quantiles, as modules.
+
+Shapes: B batch, T tokens, K selected tokens, D width, R routed steps, Q quantiles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archdsl.block import Context, normal_
+from archdsl.blocks.modules.router import Learned, Router
+from archdsl.blocks.router import Step, share_of
+from archdsl.cache import Stream
+from archdsl.spec import at_step
+
+if TYPE_CHECKING:
+    from archdsl.blocks.router import LearnedSpec
+    from archdsl.blocks.threshold import PredictorSpec
+
+
+QUANTILES = 257  # of the scores, kept for each routed step
+
+
+MOMENTUM = 0.02  # the least share of a new pass in them
+
+
+class Threshold(Learned):
+    """Keeps the quantiles of its scores, so that it knows a threshold for every capacity."""
+
+    quantiles_RQ: Tensor
+    seen_R: Tensor
+
+    def __init__(self, spec: LearnedSpec, dim: int, steps: list[int]) -> None:
+        super().__init__(spec, dim, steps)
+        self.register_buffer("quantiles_RQ", torch.empty(len(steps), QUANTILES))
+        self.register_buffer("seen_R", torch.empty(len(steps)))
+        self.pending: dict[int, Tensor] = {}
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        levels_Q = torch.linspace(0, 1, QUANTILES + 2)[1:-1]
+        self.quantiles_RQ.copy_(torch.special.ndtri(levels_Q))  # what untrained scores look like
+        self.seen_R.zero_()
+
+    def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        if self.training:
+            self.note(score_BT, at.row)
+        return score_BT >= self.threshold(at)
+
+    def threshold(self, at: Step) -> Tensor:
+        """What the wanted share of the scores was above; among those a nested choice has left."""
+        place = (1 - at.capacity / at.among) * (QUANTILES - 1)
+        low, high = math.floor(place), math.ceil(place)
+        return torch.lerp(
+            self.quantiles_RQ[at.row, low], self.quantiles_RQ[at.row, high], place - low
+        )
+
+    def note(self, score_BT: Tensor, row: int) -> None:
+        """Remembers the quantiles of a training pass; the table stays as it is until `commit`."""
+        score = score_BT.float().masked_fill(score_BT == -math.inf, math.nan).flatten()
+        score = score[:: score.numel() // 2**16 | 1]  # a sample will do, of all places alike
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
+        self.pending[row] = torch.nanquantile(score, levels_Q)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        for row, new_Q in self.pending.items():
+            known = new_Q.isfinite().all()
+            self.seen_R[row] += known
+            share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
+            moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
+            self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
+        self.pending.clear()
+
+
+class TopK(Threshold):
+    causal = False  # selects by threshold while this is set: the honest way to score it
+
+    @property
+    def leaks(self) -> bool:
+        return not self.causal
+
+    def select(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        if self.causal or ctx.cache is not None or at.capacity == 1:
+            return super().select(x_BTD, score_BT, at, ctx)
+        if self.training:
+            self.note(score_BT, at.row)
+        return self.best(score_BT, at, ctx)
+
+    def best(
+        self, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The best of each sequence, of which there are as many as it has real tokens for."""
+        order_BT = score_BT.sort(dim=1, descending=True, stable=True).indices
+        best_BK = order_BT[:, : share_of(at.capacity, score_BT.size(1))]
+        if ctx.stream.length_B is None:
+            return best_BK.sort(dim=1).values, None, Stream()
+        share_B = (at.capacity * ctx.stream.length_B.double() + 0.5).floor().clamp(min=1).long()
+        length_B = torch.minimum(share_B, ctx.stream.length_B)
+        stream = Stream(0, length_B)
+        keep_BK = stream.real(best_BK)
+        assert keep_BK is not None
+        last_first_BK = best_BK + score_BT.size(1) * ~keep_BK
+        return last_first_BK.sort(dim=1).values % score_BT.size(1), keep_BK, stream
+
+
+class Predictor(TopK):
+    """Has learned what top_k would choose; its quantiles are those of its own scores."""
+
+    def __init__(self, spec: PredictorSpec, dim: int, steps: list[int]) -> None:
+        super().__init__(spec, dim, steps)
+        self.loss_weight = spec.weight
+        self.trained = [at_step(spec.capacity, step) for step in steps]
+        self.predict_RD = nn.Parameter(torch.empty(len(steps), dim))
+        self.bias_R = nn.Parameter(torch.empty(len(steps)))
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        super().reset(rng, depth)
+        normal_(self.predict_RD, self.predict_RD.size(1) ** -0.5, rng)
+        nn.init.zeros_(self.bias_R)
+
+    @property
+    def leaks(self) -> bool:
+        return False
+
+    def select(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        if not self.training or self.causal or ctx.cache is not None:
+            return Router.select(self, x_BTD, score_BT, at, ctx)
+        chosen = self.best(score_BT, at, ctx)
+        self.learn(x_BTD, score_BT, chosen, at, ctx)
+        return chosen
+
+    def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        likely_BT = self.likely(x_BTD, at.row)
+        if at.capacity == self.trained[at.row]:
+            return likely_BT > 0
+        return likely_BT >= self.threshold(at)
+
+    def likely(self, x_BTD: Tensor, row: int) -> Tensor:
+        """The log-odds that a token is chosen; the stream does not learn from it."""
+        rows = slice(row, row + 1)
+        return F.linear(x_BTD.detach(), self.predict_RD[rows], self.bias_R[rows]).squeeze(-1)
+
+    def learn(
+        self,
+        x_BTD: Tensor,
+        score_BT: Tensor,
+        chosen: tuple[Tensor, Tensor | None, Stream],
+        at: Step,
+        ctx: Context,
+    ) -> None:
+        index_BK, keep_BK, _ = chosen
+        keep_BK = torch.ones_like(index_BK, dtype=torch.bool) if keep_BK is None else keep_BK
+        target_BT = torch.zeros_like(score_BT, dtype=torch.bool).scatter(1, index_BK, keep_BK)
+        likely_BT = self.likely(x_BTD, at.row).float()
+        asked_BT = (score_BT > -math.inf).float()
+        loss_BT = F.binary_cross_entropy_with_logits(likely_BT, target_BT.float(), reduction="none")
+        asked = asked_BT.sum().clamp(min=1)
+        right_BT = ((likely_BT > 0) == target_BT).float()
+        ctx.trace.losses[at.name] = self.loss_weight * (loss_BT * asked_BT).sum() / asked
+        ctx.trace.accuracies[at.name] = ((right_BT * asked_BT).sum() / asked).detach()
+        self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)
