@@ -18,7 +18,7 @@ from archdsl.rope import RopeScalingSpec
 from archdsl.spec import BlockSpec, Path, Size, Sizes, slot
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.blocks.modules.attention import Attention
 
 
 class AttentionSpec(BlockSpec):
@@ -79,7 +79,7 @@ class AttentionSpec(BlockSpec):
             }
         )
 
-    def build(self, dim: int) -> Block:
+    def build(self, dim: int) -> Attention:
         from archdsl.blocks.modules.attention import Attention
 
         return Attention(self, dim)

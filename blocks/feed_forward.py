@@ -17,7 +17,7 @@ from archdsl.cost import Cost, Scope, linear
 from archdsl.spec import BlockSpec, Path, Size, Sizes
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.blocks.modules.feed_forward import FeedForward
 
 
 MULTIPLE = 32  # a hidden size from a ratio is rounded up to this, for the kernels' sake
@@ -52,7 +52,7 @@ class FeedForwardSpec(BlockSpec):
         hidden = max(1, round(self.hidden_size(old.dim) * new.dim / old.dim))
         return self.model_copy(update={"hidden": hidden, "ratio": None})
 
-    def build(self, dim: int) -> Block:
+    def build(self, dim: int) -> FeedForward:
         from archdsl.blocks.modules.feed_forward import FeedForward
 
         return FeedForward(self, dim)

@@ -16,7 +16,7 @@ from archdsl.cost import Cost, Scope
 from archdsl.spec import BlockSpec, slot
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.blocks.modules.layer import Layer
 
 
 class LayerSpec(BlockSpec):
@@ -38,7 +38,7 @@ class LayerSpec(BlockSpec):
     norm: NormType = Field("rms", description="the norm before each of the two")
     norm_eps: float = Field(EPS, gt=0, lt=1, description="added to the variance in both norms")
 
-    def build(self, dim: int) -> Block:
+    def build(self, dim: int) -> Layer:
         from archdsl.blocks.modules.layer import Layer
 
         return Layer(self, dim)

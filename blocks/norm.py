@@ -13,7 +13,7 @@ from archdsl.cost import Cost, Scope, vectors
 from archdsl.spec import BlockSpec
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.blocks.modules.norm import Norm
 
 
 NormType = Literal["rms", "layer"]
@@ -31,7 +31,7 @@ class NormSpec(BlockSpec):
     type: NormType = Field("rms", description="rms: no centring, no bias; layer: both")
     eps: float = Field(EPS, gt=0, lt=1, description="added to the variance, against tiny inputs")
 
-    def build(self, dim: int) -> Block:
+    def build(self, dim: int) -> Norm:
         from archdsl.blocks.modules.norm import Norm
 
         return Norm(self, dim)

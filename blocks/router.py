@@ -27,7 +27,7 @@ from archdsl.cost import Cost
 from archdsl.spec import Part, Path, PerStep, at_step
 
 if TYPE_CHECKING:
-    from archdsl.blocks.modules.router import Router
+    from archdsl.blocks.modules.router import Prefix, Random, Router
 
 
 Positive = Annotated[float, Field(gt=0, le=100)]
@@ -97,7 +97,7 @@ class PrefixSpec(LearnedSpec):
 
     kind: Literal["prefix"] = "prefix"
 
-    def build(self, dim: int, steps: list[int]) -> Router:
+    def build(self, dim: int, steps: list[int]) -> Prefix:
         from archdsl.blocks.modules.router import Prefix
 
         return Prefix(self, dim, steps)
@@ -113,7 +113,7 @@ class RandomSpec(RouterSpec):
     kind: Literal["random"] = "random"
     seed: int = Field(0, ge=0, le=2**31, description="other seeds select other positions")
 
-    def build(self, dim: int, steps: list[int]) -> Router:
+    def build(self, dim: int, steps: list[int]) -> Random:
         from archdsl.blocks.modules.router import Random
 
         return Random(self, steps)

@@ -10,7 +10,7 @@ from archdsl.cost import Cost, Scope
 from archdsl.spec import Blocks, BlockSpec, Sizes
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.blocks.modules.stack import Stack
 
 
 class StackSpec(BlockSpec):
@@ -44,7 +44,7 @@ class StackSpec(BlockSpec):
         assert isinstance(stack, StackSpec)
         return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
 
-    def build(self, dim: int) -> Block:
+    def build(self, dim: int) -> Stack:
         from archdsl.blocks.modules.stack import Stack
 
         return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])

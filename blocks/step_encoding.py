@@ -16,7 +16,7 @@ from archdsl.cost import Cost, vectors
 from archdsl.spec import Part
 
 if TYPE_CHECKING:
-    from archdsl.blocks.modules.step_encoding import Encoding
+    from archdsl.blocks.modules.step_encoding import Add, Encoding, Scale
 
 
 class EncodingSpec(Part):
@@ -47,7 +47,7 @@ class ScaleSpec(EncodingSpec):
         "(thinking), else 1. At 0 a summed model starts as its plain backbone",
     )
 
-    def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
+    def build(self, dim: int, steps: int, further_phi: float) -> Scale:
         from archdsl.blocks.modules.step_encoding import Scale
 
         further = further_phi if self.init is None else self.init
@@ -62,7 +62,7 @@ class AddSpec(EncodingSpec):
     kind: Literal["add"] = "add"
     std: float = Field(0.02, ge=0, le=10, description="spread of e at the start")
 
-    def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
+    def build(self, dim: int, steps: int, further_phi: float) -> Add:
         from archdsl.blocks.modules.step_encoding import Add
 
         return Add(dim, steps, self.std)

@@ -21,7 +21,7 @@ from archdsl.blocks.router import LearnedSpec
 from archdsl.cost import Cost
 
 if TYPE_CHECKING:
-    from archdsl.blocks.modules.router import Router
+    from archdsl.blocks.modules.threshold import Predictor, Threshold, TopK
 
 
 class ThresholdSpec(LearnedSpec):
@@ -31,7 +31,7 @@ class ThresholdSpec(LearnedSpec):
 
     kind: Literal["threshold"] = "threshold"
 
-    def build(self, dim: int, steps: list[int]) -> Router:
+    def build(self, dim: int, steps: list[int]) -> Threshold:
         from archdsl.blocks.modules.threshold import Threshold
 
         return Threshold(self, dim, steps)
@@ -45,7 +45,7 @@ class TopKSpec(LearnedSpec):
 
     kind: Literal["top_k"] = "top_k"
 
-    def build(self, dim: int, steps: list[int]) -> Router:
+    def build(self, dim: int, steps: list[int]) -> TopK:
         from archdsl.blocks.modules.threshold import TopK
 
         return TopK(self, dim, steps)
@@ -65,7 +65,7 @@ class PredictorSpec(LearnedSpec):
         router = super().cost(dim, tokens, steps)
         return router.plus(router).weights(2)._replace(params=2 * steps * dim + steps)
 
-    def build(self, dim: int, steps: list[int]) -> Router:
+    def build(self, dim: int, steps: list[int]) -> Predictor:
         from archdsl.blocks.modules.threshold import Predictor
 
         return Predictor(self, dim, steps)
