@@ -1,0 +1,254 @@
+"""The ground that all benchmarks share: contenders take turns, and nothing wrong is timed.
+
+On a CPU with one thread a call costs what the process spent on it, so neighbours hardly count;
+with several threads it is wall time, on CUDA the time between two events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "results" / "bench.jsonl"
+PACKAGES = ("archdsl", "torch", "transformers", "litgpt", "x-transformers", "optuna")
+
+
+class NotEqual(SystemExit):
+    """Contenders compute different things: the script ends with status 1 before any speed."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, in each round."""
+
+    name: str
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.rounds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        return quartiles(self.rounds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One contender's time over another's, round by round."""
+
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.rounds)
+
+    @property
+    def low(self) -> float:
+        return quartiles(self.rounds)[0]
+
+    @property
+    def high(self) -> float:
+        return quartiles(self.rounds)[1]
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 1,
+    device: str = "cpu",
+) -> dict[str, Timing]:
+    """Each contender is called ``calls`` times a round, in an order that turns with the rounds."""
+    for _ in range(3 if device == "cuda" else 1):
+        for call in contenders.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds(contenders[name], calls, device))
+    return {name: Timing(name, taken) for name, taken in seconds.items()}
+
+
+def _seconds(call: Callable[[], object], calls: int, device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    before = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - before) / calls
+
+
+def ratio(a: Timing, b: Timing) -> Ratio:
+    """How much longer ``a`` takes than ``b``."""
+    return Ratio([x / y for x, y in zip(a.rounds, b.rounds, strict=True)])
+
+
+def precision(device: str) -> torch.dtype:
+    """What a model is trained in: bfloat16 is nine times slower than float32 on a CPU."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of this machine's own big matrix product, now."""
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / interleaved({"gemm": lambda: a @ b}, rounds=7, device=device)["gemm"].median
+
+
+def check_equal(name: str, a: Tensor, b: Tensor, tolerance: float = 1e-4) -> float:
+    """The largest difference over the largest number of ``b``. Raises NotEqual above tolerance."""
+    if a.shape != b.shape:
+        raise NotEqual(f"not equal: {name}: {list(a.shape)} and {list(b.shape)}")
+    far = ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+    if not far <= tolerance:  # so written that NaN is red, too
+        raise NotEqual(f"not equal: {name}: they differ by {far:.1e} (tolerance {tolerance:.0e})")
+    progress(f"equal: {name} (to {far:.0e}, tolerance {tolerance:.0e})")
+    return far
+
+
+def bar(value: float, reach: float, beat: float | None = None, lower_is_better: bool = True) -> str:
+    """What a figure has come to: beat, reach or short."""
+    sign = 1 if lower_is_better else -1
+    if beat is not None and sign * value <= sign * beat:
+        return "beat"
+    return "reach" if sign * value <= sign * reach else "short"
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def arguments(doc: str | None, **extra: Mapping[str, Any]) -> argparse.Namespace:
+    """The command line. ``extra``: options of the script alone, as ``add_argument`` takes them."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help=f"append the figures to results/{RECORD.name}")
+    add("--small", action="store_true", help="seconds instead of minutes, as CI runs it")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=int, default=1, help="with several, wall time counts")
+    add("--rounds", type=int, help="turns of each contender (default: the script's own)")
+    for name, options in extra.items():
+        add(f"--{name.replace('_', '-')}", **options)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is available; use --device cpu")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def record(
+    benchmark: str,
+    settings: Mapping[str, object],
+    figures: Mapping[str, object],
+    args: argparse.Namespace,
+) -> None:
+    """Prints the figures, one a line; with --json their line of results/bench.jsonl, too.
+
+    A figure is a number, a word, a Ratio, a Timing (in seconds), or a dict of these.
+    """
+    width = max(map(len, figures), default=0)
+    for name, figure in figures.items():
+        print(f"{name:{width}}  {shown(figure)}")
+    if args.json:
+        line = json.dumps(
+            {
+                "benchmark": benchmark,
+                "settings": {"small": args.small, "threads": args.threads} | dict(settings),
+                "figures": figures,
+                "versions": versions(),
+                "device": device_name(args.device),
+                "commit": commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            default=plain,
+        )
+        print(line)
+        RECORD.parent.mkdir(exist_ok=True)
+        with RECORD.open("ab", buffering=0) as file:  # one write: lines of two runs never mix
+            file.write(f"{line}\n".encode())
+
+
+def shown(figure: object) -> str:
+    match figure:
+        case Mapping():
+            return "  ".join(f"{name} {shown(value)}" for name, value in figure.items())
+        case Ratio():
+            return f"{figure.median:.3f} ({figure.low:.3f}-{figure.high:.3f})"
+        case Timing():
+            low, high = figure.spread
+            return f"{1e3 * figure.median:.4g} ms ({1e3 * low:.4g}-{1e3 * high:.4g})"
+        case float():
+            return f"{figure:.4g}"
+        case _:
+            return str(figure)
+
+
+def plain(figure: object) -> dict[str, float]:
+    """What JSON keeps of a Timing or a Ratio: median and quartiles."""
+    low, high = quartiles(figure.rounds)  # type: ignore[attr-defined]
+    return {"median": median(figure.rounds), "low": low, "high": high}  # type: ignore[attr-defined]
+
+
+def versions() -> dict[str, str]:
+    imported = {name for name in PACKAGES if name.replace("-", "_") in sys.modules}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in sorted(imported)
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit() -> str:
+    """Of the code; "+dirty" where tracked files outside results/ differ from it."""
+
+    def git(*words: str) -> str:
+        call = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # no git here, or no repository
