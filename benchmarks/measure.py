@@ -125,7 +125,8 @@ def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of this machine's own big matrix product, now."""
     n = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / interleaved({"gemm": lambda: a @ b}, rounds=7, device=device)["gemm"].median
+    taken = interleaved({"gemm": lambda: a @ b}, rounds=7, device=device)["gemm"].median
+    return 2.0 * n**3 / taken
 
 
 def check_equal(name: str, a: Tensor, b: Tensor, tolerance: float = 1e-4) -> float:

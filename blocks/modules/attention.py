@@ -18,6 +18,8 @@ from archdsl.cache import Kept
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec
 
+QUERIES = 128  # at a time where a mask is needed
+
 
 class Attention(Block):
     def __init__(self, spec: AttentionSpec, dim: int) -> None:
@@ -44,15 +46,7 @@ class Attention(Block):
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         q_BHTE = self._turn(self.q_norm(self._heads(self.q(x_BTD))), ctx)
         kv = self._keys_values(x_BTD, ctx)
-        mask = self._mask(ctx, kv, x_BTD)
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            kv.k_BGSE,
-            kv.v_BGSE,
-            attn_mask=mask,
-            is_causal=mask is None and x_BTD.size(1) > 1,
-            enable_gqa=self.grouped,
-        )
+        y_BHTE = self._attend(q_BHTE, kv, ctx)
         return self.o(y_BHTE.transpose(1, 2).flatten(2))
 
     def _keys_values(self, x_BTD: Tensor, ctx: Context) -> KeysValues:
@@ -98,27 +92,59 @@ class Attention(Block):
             kept.write(entries, stream)
         return both
 
-    def _mask(self, ctx: Context, kv: KeysValues, x_BTD: Tensor) -> Tensor | None:
-        """Which keys a query sees, [B, 1, T, S]; None where that is plain causal order.
+    def _attend(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> Tensor:
+        """By order, not by place: what fills up a selection stands last, and nobody may look at it.
 
-        By order, not by place: what fills up a selection stands last, and nobody may look at it.
+        Where that is no plain causal order, some queries at a time, each time with those keys
+        alone that one of them may see: otherwise a mask would cost what it hides.
         """
-        stream, T, S = ctx.stream, x_BTD.size(1), kv.k_BGSE.size(2)
+        stream, T = ctx.stream, q_BHTE.size(2)
         order_BT = ctx.order_BT if ctx.reads_first else None
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
         if order_BT is None and same_past and self.window is None:
-            return None
-        order_BT = stream.order(x_BTD) if order_BT is None else order_BT
-        order_BS = kv.order_BS
-        if order_BS is None:
-            order_BS = torch.arange(S, device=x_BTD.device).unsqueeze(0)
+            return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
+        asking_BT = stream.order(q_BHTE[:, 0]) if order_BT is None else order_BT
+        pos_BT = asking_BT if ctx.pos_BT is None else ctx.pos_BT
+        parts = []
+        for start in range(0, T, QUERIES):
+            part = slice(start, min(start + QUERIES, T))
+            keys = self._visible(part, T, kv, ctx)
+            k_BGSE, v_BGSE = kv.k_BGSE[:, :, keys], kv.v_BGSE[:, :, keys]
+            mask = self._mask(asking_BT[:, part], pos_BT[:, part], kv, keys)
+            parts.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, mask))
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+    def _visible(self, part: slice, T: int, kv: KeysValues, ctx: Context) -> slice:
+        """Keys that none of these queries can do without; it may be more where to look is slow."""
+        S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
+        if kv.order_BS is not None or (not ctx.reads_first and not ctx.stream.begins):
+            return slice(0, S)
+        if not ctx.reads_first or ctx.order_BT is None:
+            return slice(max(0, part.start - back), part.stop)
+        if ctx.order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            order = ctx.order_BT[:, part]
+            return slice(max(0, int(order.min()) - back), int(order.max()) + 1)
+        return slice(0, S - T + part.stop)  # as far as the last of so many distinct tokens can be
+
+    def _mask(self, order_BT: Tensor, pos_BT: Tensor, kv: KeysValues, keys: slice) -> Tensor:
+        """Which keys a query sees, [B, 1, T, S]."""
+        if kv.order_BS is None:
+            order_BS = torch.arange(keys.start, keys.stop, device=order_BT.device).unsqueeze(0)
+        else:
+            order_BS = kv.order_BS[:, keys]
         seen_BTS = order_BT.unsqueeze(2) >= order_BS.unsqueeze(1)
         if self.window is not None:
-            pos_BT = order_BT if ctx.pos_BT is None else ctx.pos_BT
-            pos_BS = order_BS if kv.pos_BS is None else kv.pos_BS
+            pos_BS = order_BS if kv.pos_BS is None else kv.pos_BS[:, keys]
             near_BTS = pos_BT.unsqueeze(2) - pos_BS.unsqueeze(1) < self.window
             seen_BTS = seen_BTS & near_BTS & (order_BS >= 0).unsqueeze(1)
         return seen_BTS.unsqueeze(1)
+
+    def _scaled(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
+        )
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
