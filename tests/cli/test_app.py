@@ -74,6 +74,7 @@ def test_answers_about_itself_with_next_to_no_imports(arguments: list[str], stat
         (["build", "it"], 2),
         (["build", "itt", "--set", "dim=0"], 2),
         (["build", "itt", "--budget", "1M"], 1),
+        (["search", "serch"], 2),
         (["search", "--budget", "162Q"], 2),
         (["train", "tiny", "--lr", "fast"], 2),
     ],
