@@ -19,15 +19,21 @@ from archdsl.cli.options import (
     with_options_of,
 )
 from archdsl.errors import ArchdslError
-from archdsl.schedule import TrainConfig
 
 if TYPE_CHECKING:
     from archdsl.batch import Data
     from archdsl.checkpoint import Checkpoint
+    from archdsl.schedule import TrainConfig
     from archdsl.spec import ModelSpec
 
 
-@with_options_of(TrainConfig, "config")
+def _config() -> type[TrainConfig]:
+    from archdsl.schedule import TrainConfig
+
+    return TrainConfig
+
+
+@with_options_of(_config, "config")
 def train(
     spec: Spec,
     config: TrainConfig,
