@@ -9,11 +9,13 @@ Counted for float32 on a CPU, and held against what its allocator counts (benchm
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from archdsl.blocks.norm import norm_cost, norm_footprint
 from archdsl.cost import TRAIN_BYTES, Scope, sequence_cost
 from archdsl.footprint import Footprint, Rows, in_a_row
+from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
 
 
@@ -50,7 +52,7 @@ def training_memory(
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
-    '8.9 GB'
+    '6.8 GB'
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
@@ -65,6 +67,28 @@ def training_memory(
         moments.append((max(gradients, before), alive + part.work))
         alive -= part.kept + rows.stream * part.reads
     return TrainingMemory(weights, 2 * weights, *max(moments, key=sum))
+
+
+def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
+    """What to say where a training in float32 on a CPU needs more than this machine has."""
+    size, parts = config.batch_size, config.accumulate
+    checkpointed = config.activation_checkpointing
+    need = training_memory(
+        spec, size, config.context, accumulate=parts, checkpointed=checkpointed
+    ).peak
+    have = installed()
+    if need <= have:
+        return None
+    return (
+        f"{spec.name}: a step needs about {need / 2**30:,.1f} GiB and this machine has "
+        f"{have / 2**30:,.1f} GiB; less with a smaller --batch-size (now {size}), "
+        f"a larger --accumulate (now {parts}) or --activation-checkpointing"
+    )
+
+
+def installed() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def whole(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:

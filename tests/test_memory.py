@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import archdsl
 from archdsl.blocks.loop import LoopSpec
-from archdsl.memory import kept, training_memory, whole
+from archdsl.memory import installed, kept, shortage, training_memory, whole
+from archdsl.schedule import TrainConfig
 from archdsl.source import shipped_specs
 from archdsl.spec import ModelSpec, Sizes, walk
 from benchmarks.memory import allocated, measured
@@ -168,3 +169,14 @@ def test_only_activations_grow_with_the_batch() -> None:
     assert one.weights == two.weights == 4 * archdsl.cost(spec).params
     assert one.optimizer == 2 * one.weights
     assert four.peak - two.peak == 2 * (two.peak - one.peak) > 0
+
+
+def test_a_training_that_needs_more_than_there_is_says_what_needs_less() -> None:
+    spec = archdsl.load("itt")
+    huge = TrainConfig(batch_size=10_000, accumulate=2)
+    assert training_memory(spec, 10_000, accumulate=2).peak > installed() > 2**20
+    said = shortage(spec, huge)
+    assert said is not None
+    assert "--batch-size (now 10000)" in said
+    assert "--accumulate (now 2)" in said
+    assert shortage(spec, TrainConfig(batch_size=10_000, accumulate=10_000, context=16)) is None
