@@ -117,12 +117,13 @@ class Attention(Block):
     def _visible(self, part: slice, T: int, kv: KeysValues, ctx: Context) -> slice:
         """Keys that none of these queries can do without; it may be more where to look is slow."""
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
-        if kv.order_BS is not None or (not ctx.reads_first and not ctx.stream.begins):
+        order_BT = ctx.order_BT if ctx.reads_first else None
+        if kv.order_BS is not None or (order_BT is None and not ctx.stream.begins):
             return slice(0, S)
-        if not ctx.reads_first or ctx.order_BT is None:
+        if order_BT is None:
             return slice(max(0, part.start - back), part.stop)
-        if ctx.order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-            order = ctx.order_BT[:, part]
+        if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            order = order_BT[:, part]
             return slice(max(0, int(order.min()) - back), int(order.max()) + 1)
         return slice(0, S - T + part.stop)  # as far as the last of so many distinct tokens can be
 
