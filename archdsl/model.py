@@ -104,7 +104,7 @@ class LanguageModel(Primitive):
             if each is not None:
                 each.append(_as_before(x_BTD, index_BT))
         if cache is not None:
-            cache.length = ctx.stream.after(x_BTD.size(1))
+            cache.move(ctx.stream.after(x_BTD.size(1)))
         self.trace = ctx.trace
         if self.trace.steps_BT is not None and index_BT is not None:
             self.trace.steps_BT = self.trace.steps_BT.gather(1, index_BT.argsort(1))
@@ -119,13 +119,17 @@ class LanguageModel(Primitive):
             if self.spec.context < T:
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
             return Context(Stream(length_B=length_B), trace=trace)
+        self.check_dial(cache)
+        stream = cache.stream(T, length_B)
+        pos_BT = None if stream.begins else stream.order(x_BTD)
+        return Context(stream, pos_BT, cache=cache, trace=trace)
+
+    def check_dial(self, cache: Cache) -> None:
+        """Raises DialError unless all tokens of a cache come at the same setting."""
         settings = [loop.passes for loop in self.loops]
         if cache.settings not in (None, settings):
             raise DialError("the dial was turned while a cache was in use; begin with a new one")
         cache.settings = settings
-        stream = cache.stream(T, length_B)
-        pos_BT = None if stream.begins else stream.order(x_BTD)
-        return Context(stream, pos_BT, cache=cache, trace=trace)
 
     def new_cache(self, max_length: int | None = None) -> Cache:
         """An empty cache for ``max_length`` tokens (default: the context) of each row."""
@@ -259,6 +263,8 @@ def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if mask_BT is None:
         return None, None
     mask_BT = mask_BT.bool()
+    if mask_BT.size(1) == 1:
+        return None, mask_BT.sum(1)
     return (~mask_BT).to(torch.int8).sort(dim=1, stable=True).indices, mask_BT.sum(1)
 
 
