@@ -118,7 +118,9 @@ class Attention(Block):
         """Keys that none of these queries can do without; it may be more where to look is slow."""
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
         order_BT = ctx.order_BT if ctx.reads_first else None
-        if kv.order_BS is not None or (order_BT is None and not ctx.stream.begins):
+        if kv.order_BS is not None or ctx.stream.static:
+            return slice(0, S)
+        if order_BT is None and not ctx.stream.begins:
             return slice(0, S)
         if order_BT is None:
             return slice(max(0, part.start - back), part.stop)
