@@ -7,6 +7,9 @@ step's is as much smaller as its capacity says.
 Rows of a batch may have got unequally far. Their real tokens stand first, what fills up a chunk
 stands last and is never kept.
 
+A cache can be made static: then one token of each row comes at a time, counts are tensors that
+change in place, and no shape and no branch depends on any number that a tensor holds.
+
 Shapes: B batch, T tokens of a chunk, S tokens kept, G heads, E head size.
 """
 
@@ -32,12 +35,13 @@ class Stream:
     """A chunk of tokens in its sequence: ``past`` tokens went before it.
 
     ``length_B``: how many of the chunk's tokens are real; None: all. ``limit``: how many the
-    sequence can ever have; 0 where nothing is kept.
+    sequence can ever have; 0 where nothing is kept. ``static``: of one token a row, see above.
     """
 
     past: Count = 0
     length_B: Tensor | None = None
     limit: int = 0
+    static: bool = False
 
     @property
     def begins(self) -> bool:
@@ -64,12 +68,23 @@ class Stream:
 
     def after(self, tokens: int) -> Count:
         """The past of the next chunk."""
-        return alike(self.past + (tokens if self.length_B is None else self.length_B))
+        end = self.past + (tokens if self.length_B is None else self.length_B)
+        return end if self.static else alike(end)
 
     def reach(self, tokens: int) -> int:
         """The end of the row that got furthest, with this chunk."""
-        end = self.after(tokens)
-        return end if isinstance(end, int) else int(end.max())
+        return self._furthest(self.after(tokens))
+
+    @property
+    def begin(self) -> int:
+        """The past of the row that got furthest."""
+        return self._furthest(self.past)
+
+    def _furthest(self, count: Count) -> int:
+        """If static, as far as any row can ever get."""
+        if self.static:
+            return self.limit
+        return count if isinstance(count, int) else int(count.max())
 
 
 def column(count: Count) -> Count:
@@ -97,6 +112,9 @@ class Kept:
 
     def write(self, new: Tensor, stream: Stream) -> None:
         """Adds a chunk, [B, ..., T, E]."""
+        if stream.static:
+            self._write_one(new, stream)
+            return
         T, past = new.size(-2), stream.past
         if isinstance(past, int) and stream.length_B is None and past + T <= self.limit:
             self.data[..., past : past + T, :] = new
@@ -109,6 +127,16 @@ class Kept:
             written_BT = written_BT & real_BT
         b, t = written_BT.nonzero(as_tuple=True)
         self.data.movedim(-2, 1)[b, order_BT[b, t] % self.limit] = new_BT[b, t]
+
+    def _write_one(self, new: Tensor, stream: Stream) -> None:
+        """A token of each row; where it is none, what is there is written once more."""
+        assert isinstance(stream.past, Tensor)
+        shape = (-1, *[1] * (new.dim() - 1))
+        index = (stream.past % self.limit).view(shape).expand_as(new)
+        if stream.length_B is not None:
+            real = (stream.length_B > 0).view(shape)
+            new = torch.where(real, new, self.data.gather(-2, index))
+        self.data.scatter_(-2, index, new)
 
     def read(self, stop: int) -> Tensor:
         """The first ``stop`` entries of each row, as far as there are so many."""
@@ -140,11 +168,13 @@ class Cache:
         self.max_length = max_length
         self.length: Count = 0  # tokens so far
         self.settings: object = None  # of the dial, when the first token came
+        self.static = False
         self._memories: dict[tuple[Hashable, tuple[int, ...]], Memory] = {}  # module and step
 
     def stream(self, tokens: int, length_B: Tensor | None) -> Stream:
-        """The next chunk's. Raises ContextFullError, with the cache as it was."""
-        stream = Stream(self.length, length_B, self.max_length)
+        """The next chunk's. Raises ContextFullError, with the cache as it was; a static cache
+        leaves that question to the caller."""
+        stream = Stream(self.length, length_B, self.max_length, self.static)
         if stream.reach(tokens) > self.max_length:
             raise ContextFullError(
                 f"{stream.reach(tokens):,} tokens exceed the {self.max_length:,} "
@@ -152,11 +182,35 @@ class Cache:
             )
         return stream
 
+    def move(self, length: Count) -> None:
+        """Notes that so many tokens have come."""
+        if self.static and isinstance(self.length, Tensor):
+            self.length.copy_(torch.as_tensor(length))
+        else:
+            self.length = length
+
     def memory(self, key: tuple[Hashable, tuple[int, ...]]) -> Memory:
-        return self._memories.setdefault(key, Memory())
+        if key not in self._memories:
+            none_yet = torch.zeros_like(torch.as_tensor(self.length)) if self.static else 0
+            self._memories[key] = Memory(taken=none_yet)
+        return self._memories[key]
+
+    def make_static(self, rows: int, device: torch.device) -> None:
+        """From now on a token of each of the ``rows`` comes at a time, see above."""
+
+        def counts(count: Count) -> Tensor:
+            return torch.as_tensor(count, device=device).expand(rows).clone()
+
+        self.static, self.length = True, counts(self.length)
+        for memory in self._memories.values():
+            memory.taken = counts(memory.taken)
 
     def reorder(self, index_B: Tensor) -> None:
-        """Row ``i`` becomes what row ``index_B[i]`` was; rows may be doubled or left out."""
+        """Row ``i`` becomes what row ``index_B[i]`` was; rows may be doubled or left out.
+
+        A static cache is static no longer.
+        """
+        self.static = False
 
         def rows(count: Count) -> Count:
             return count if isinstance(count, int) else alike(count[index_B])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archdsl.batch import IGNORE, Batch, Data
 from archdsl.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
 from archdsl.errors import ArchdslError
-from archdsl.evaluate import Evaluation, check_fit, cross_entropy, evaluate
+from archdsl.evaluate import Evaluation, check_fit, evaluate
 from archdsl.model import LanguageModel
 from archdsl.schedule import TrainConfig
 
@@ -140,8 +140,8 @@ class Trainer:
 
     def _backward_part(self, tokens_BT: Tensor, targets_BT: Tensor, asked: int) -> float:
         with self.autocast():
-            logits_BTV = self.model(tokens_BT.to(self.device))
-        loss = cross_entropy(logits_BTV, targets_BT.to(self.device)).sum() / asked
+            nats = self.model.loss(tokens_BT.to(self.device), targets_BT.to(self.device))
+        loss = nats / asked
         of_routers = sum(self.model.trace.losses.values()) / self.config.accumulate
         (loss + of_routers).backward()
         return float(loss.detach())

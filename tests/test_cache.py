@@ -75,6 +75,17 @@ def test_shared_keys_and_values_are_kept_once() -> None:
 
 
 @torch.inference_mode()
+def test_further_passes_of_all_tokens_see_the_first_pass_s_keys_of_earlier_chunks() -> None:
+    model, tokens_BT = built(LOOP | {"router": None, "kv": "shared"}), tokens()
+    mask_BT = torch.ones(3, T, dtype=torch.bool)
+    mask_BT[0, 2:5] = False  # this row is behind the others then
+    cache, sizes = Cache(T), [6, 1, 1, 8]
+    chunks = zip(tokens_BT.split(sizes, 1), mask_BT.split(sizes, 1), strict=True)
+    found = torch.cat([model(part, mask, cache) for part, mask in chunks], 1)
+    torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
+
+
+@torch.inference_mode()
 def test_rows_can_be_doubled_left_out_and_reordered() -> None:
     model, tokens_BT = built(LOOP, LAYER), tokens()
     cache = model.new_cache()

@@ -483,7 +483,7 @@ def poison(model: LanguageModel, factor: float) -> Callable[[], None]:
     """From when it is called on, multiplies the logits."""
 
     def start() -> None:
-        model.head.register_forward_hook(lambda module, inputs, logits_BTV: logits_BTV * factor)
+        model.norm.register_forward_hook(lambda module, inputs, x_BTD: x_BTD * factor)
 
     return start
 
@@ -535,10 +535,10 @@ def test_absurd_losses_that_pass_are_let_pass() -> None:
     run = trainer(steps=100)
     absurd = {*range(5, 45), *range(50, 90)}  # longer than the patience, but not in a row
 
-    def exaggerate(module: object, inputs: object, logits_BTV: Tensor) -> Tensor:
-        return logits_BTV * 1e4 if run.step in absurd else logits_BTV
+    def exaggerate(module: object, inputs: object, x_BTD: Tensor) -> Tensor:
+        return x_BTD * 1e4 if run.step in absurd else x_BTD
 
-    run.model.head.register_forward_hook(exaggerate)
+    run.model.norm.register_forward_hook(exaggerate)
     run.run()
     assert run.step == 100
 

@@ -135,12 +135,15 @@ class Attention(Block):
         to look would take long."""
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
         parts = [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
-        if kv.order_BS is not None or (not ctx.reads_first and not ctx.stream.begins):
+        order_BT = ctx.order_BT if ctx.reads_first else None
+        if kv.order_BS is not None or ctx.stream.static:
             return ((part, slice(0, S)) for part in parts)
-        if not ctx.reads_first or ctx.order_BT is None:
+        if order_BT is None and not ctx.stream.begins:
+            return ((part, slice(0, S)) for part in parts)
+        if order_BT is None:
             return ((part, slice(max(0, part.start - back), part.stop)) for part in parts)
-        if ctx.order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-            first, last = ctx.order_BT.amin(0).tolist(), ctx.order_BT.amax(0).tolist()
+        if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()
             return (
                 (part, slice(max(0, min(first[part]) - back), max(last[part]) + 1))
                 for part in parts

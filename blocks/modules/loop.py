@@ -109,7 +109,11 @@ class Loop(Block):
         assert self.spec.router is not None
         active_BT = before.mask(x_BTD.size(1)) if self.spec.router.nested and before else None
         chosen = self.router(x_BTD, at, ctx, active_BT)
-        ctx.trace.shares[at.name] = chosen.stream.tokens(chosen.index_BK) / ctx.stream.tokens(x_BTD)
+        tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
+        share = chosen.stream.tokens(chosen.index_BK) / tokens
+        if ctx.stream.static:  # it may run for nobody; then the share of its last run stands
+            share = torch.where(tokens > 0, share, shares.get(at.name, torch.zeros_like(share)))
+        shares[at.name] = share
         return chosen
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:

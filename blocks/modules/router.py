@@ -74,14 +74,12 @@ class Router(Primitive):
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         memory = ctx.memory(self)
+        if memory is not None and ctx.stream.static:
+            return self._select_static(x_BTD, score_BT, at, ctx, memory)
         if memory is not None and x_BTD.shape[:2] == (1, 1):
             return self._select_one(x_BTD, score_BT, at, ctx, memory)
         taken = memory.taken if memory else 0
-        if at.capacity == 1:
-            wanted_BT = score_BT > -math.inf
-        else:
-            wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & (score_BT > -math.inf)
-        selected_BT = within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
+        selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken)
         length_B = selected_BT.sum(1)
         stream = Stream(taken, length_B, share_of(at.capacity, ctx.stream.limit))
         if memory is None:
@@ -95,6 +93,26 @@ class Router(Primitive):
         index_BK = order_BT[:, :K]
         keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
         return index_BK, keep_BK, stream
+
+    def _selected(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, taken: Count
+    ) -> Tensor:
+        wanted_BT = score_BT > -math.inf
+        if at.capacity < 1:
+            wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
+        return within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
+
+    def _select_static(
+        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
+    ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The same for one token of each row: all of them are computed, not all of them kept."""
+        assert isinstance(memory.taken, Tensor)
+        taken_B = memory.taken.clone()
+        selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken_B)
+        limit = share_of(at.capacity, ctx.stream.limit)
+        stream = Stream(taken_B, selected_BT.sum(1), limit, static=True)
+        memory.taken.copy_(taken_B + selected_BT.sum(1))
+        return torch.zeros_like(selected_BT, dtype=torch.long), selected_BT, stream
 
     def _select_one(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
@@ -212,7 +230,7 @@ def prefix_rank(score_BT: Tensor, rows: int = 256) -> Tensor:
 
 def _ranked_above(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
     """How many of the scores before this chunk are above each of its own."""
-    stop = stream.past if isinstance(stream.past, int) else int(stream.past.max())
+    stop = stream.begin
     score_BS = kept.read(stop)[..., 0]
     if not isinstance(stream.past, int):
         none_BS = torch.arange(stop, device=score_BS.device) >= stream.past.unsqueeze(1)
