@@ -65,7 +65,9 @@ class TrainConfig(Strict):
         "auto", description="of the arithmetic; auto: bfloat16 on cuda, else float32"
     )
     compile: bool = Field(False, description="pays on long runs: 6% faster after up to a minute")
-    activation_checkpointing: bool = Field(False, description="0.2 x the memory, 1.6 x the time")
+    activation_checkpointing: bool = Field(
+        False, description="0.2 x the activations, 1.2 x the time"
+    )
 
     @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Self:

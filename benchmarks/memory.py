@@ -182,8 +182,8 @@ def kept(batch_size: int, context: int, device: str) -> dict[str, object]:
     thinking = bytes_["routed"] / bytes_["looped"]
     recomputed = bytes_["plain, recomputed"] / bytes_["plain"]
     return figures | {
-        "kept: routed .5 / looped": {"": thinking, "bar": bar(thinking, 0.80)},
-        "kept: all recomputed / plain": {"": recomputed, "bar": bar(recomputed, 0.25)},
+        "kept: routed .5 / looped": {"ratio": thinking, "bar": bar(thinking, 0.80)},
+        "kept: all recomputed / plain": {"ratio": recomputed, "bar": bar(recomputed, 0.25)},
     }
 
 

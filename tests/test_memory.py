@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import archdsl
 from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.threshold import PredictorSpec
 from archdsl.memory import installed, kept, shortage, training_memory, whole
 from archdsl.schedule import TrainConfig
 from archdsl.source import shipped_specs
@@ -94,13 +95,20 @@ def test_any_of_400_specs_keeps_what_autograd_saves(spec: ModelSpec) -> None:
 
 
 def keeps_what_autograd_saves(spec: ModelSpec) -> None:
-    assume(not any(depends_on_the_choice(part) for _, part in walk(spec)))
+    parts = [part for _, part in walk(spec)]
+    assume(not any(depends_on_the_choice(part) or forgets_losses(part) for part in parts))
     assert kept(spec, whole(spec, 3)) == saved_bytes(spec, 3)
 
 
 def depends_on_the_choice(part: Any) -> bool:
     """Which of the first pass's keys a selected query may see."""
     return isinstance(part, LoopSpec) and part.kv == "shared" and part.router is not None
+
+
+def forgets_losses(part: Any) -> bool:
+    """Of a predictor that runs several times, the last run's loss alone is kept."""
+    below = [inner for _, inner in walk(part)] if isinstance(part, LoopSpec) else []
+    return any(isinstance(inner, PredictorSpec) and inner is not part.router for inner in below)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,8 @@ def off(spec: ModelSpec, batch_size: int, **config: Any) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_a_shipped_spec_needs_what_is_estimated(name: str, recomputed: bool) -> None:
     spec = archdsl.load(name).resized(SMALL)
-    assert off(spec, 2, activation_checkpointing=recomputed) < 0.10
+    # what is kept is counted to the byte, what a backward pass needs besides is not
+    assert off(spec, 2, activation_checkpointing=recomputed) < (0.06 if recomputed else 0.01)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -160,7 +169,7 @@ def test_the_peak_is_found_wherever_it_is(
 ) -> None:
     spec = archdsl.load("itt", overrides=[f"tie_embeddings={str(tied).lower()}"])
     spec = spec.resized(SMALL._replace(dim=64, context=context))
-    assert off(spec, batch_size, accumulate=accumulate) < 0.10
+    assert off(spec, batch_size, accumulate=accumulate) < 0.05
 
 
 def test_only_activations_grow_with_the_batch() -> None:
