@@ -125,7 +125,8 @@ class Context:
     def rope(
         self, x_BHTE: Tensor, theta: float, scaling: RopeScalingSpec | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, shaped to multiply x_BHTE; computed once a pass."""
+        """cos of the rotary angles and sin, this one negative for the first half of a head, both
+        shaped to multiply x_BHTE; computed once a pass."""
         T, E = x_BHTE.shape[-2:]
         key = (theta, scaling, T, E, x_BHTE.dtype)
         if key not in self.tables:
@@ -141,10 +142,10 @@ class Context:
         pos = self.pos_BT if self.pos_BT is not None else torch.arange(T, device=x_BHTE.device)
         freq = inverse_frequencies(theta, E, scaling, dtype=precise, device=x_BHTE.device)
         angle = pos.to(precise).unsqueeze(-1) * freq
-        angle = torch.cat((angle, angle), -1)
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # heads
-        return angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
+        cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
@@ -156,5 +157,5 @@ def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
 def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (Su et al. 2104.09864), halves convention of LLaMA."""
     cos, sin = table
-    low, high = x_BHTE.chunk(2, -1)
-    return x_BHTE * cos + torch.cat((-high, low), -1) * sin
+    halves_swapped = x_BHTE.roll(x_BHTE.size(-1) // 2, -1)
+    return torch.addcmul(x_BHTE * cos, halves_swapped, sin)

@@ -336,8 +336,7 @@ def _reading(model: LanguageModel) -> Iterator[None]:
     if training:  # going through all modules takes time for each token
         model.eval()
     try:
-        # not inference_mode: what a module keeps would be useless for training afterwards
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         if training:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from archdsl.cost import Receipt, cost, paper_flops
 from archdsl.load import kept
+from archdsl.memory import training_memory
 from archdsl.outline import Node, outline
 from archdsl.spec import Budget, ModelSpec
 
@@ -71,6 +72,13 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
         "convention": convention,
         "counted": COUNTED[convention],
         "receipt": asdict(cost(spec)),
+        "training_memory": {
+            name: asdict(need) | {"peak": need.peak}
+            for name, need in (
+                ("stored", training_memory(spec)),
+                ("checkpointed", training_memory(spec, checkpointed=True)),
+            )
+        },
         "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
         "leaks": [node.path for node in root.walk() if node.leaks],
         "budget": budget and _budget_data(spec, budget),
@@ -102,7 +110,7 @@ def _node_data(node: Node) -> dict[str, Any]:
 def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
     """The tree, and below it the totals."""
     root, total = outline(spec), cost(spec)
-    facts = _paper(spec, root) if convention == "paper" else _node_by_node(total)
+    facts = _paper(spec, root) if convention == "paper" else [*_node_by_node(total), *_memory(spec)]
     facts += [("counted", COUNTED[convention])]
     facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
     facts += [("budget", line) for line in _kept(spec, budget)] if budget else []
@@ -186,7 +194,6 @@ class Facts:
 
 
 def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
-    memory = total.weight_bytes + total.gradient_bytes + total.optimizer_bytes
     return [
         (
             "parameters",
@@ -201,13 +208,18 @@ def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
         ),
         ("training", f"{short(total.train_flops_per_token)} FLOPs/token"),
         ("KV cache", f"{quantity(total.kv_bytes_per_token, 'B')} per token in bfloat16"),
-        (
-            "memory",
-            f"weights {quantity(total.weight_bytes, 'B')}, gradients "
-            f"{quantity(total.gradient_bytes, 'B')}, AdamW {quantity(total.optimizer_bytes, 'B')}: "
-            f"{quantity(memory, 'B')} in float32, activations not counted",
-        ),
     ]
+
+
+def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    sizes = asdict(training_memory(spec))
+    sizes["AdamW"] = sizes.pop("optimizer")
+    parts = ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
+    yield "memory", f"to train in float32 on one sequence of {spec.context:,} tokens: {parts}"
+    for how in ("", " with activation checkpointing"):
+        one, two = (training_memory(spec, n, checkpointed=bool(how)).peak for n in (1, 2))
+        each = f"{quantity(two - one, 'B')} for each further sequence"
+        yield "", f"{quantity(one, 'B')} in all{how}, {each}"
 
 
 def _forward(total: Receipt) -> str:

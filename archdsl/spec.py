@@ -28,6 +28,7 @@ from archdsl.explain import explain
 if TYPE_CHECKING:
     from archdsl.block import Block
     from archdsl.cost import Cost, Scope
+    from archdsl.footprint import Footprint, Rows
 
 Path = tuple[str | int, ...]
 
@@ -135,6 +136,9 @@ class BlockSpec(Part):
         raise NotImplementedError
 
     def cost(self, scope: Scope) -> Cost:
+        raise NotImplementedError
+
+    def footprint(self, rows: Rows) -> Footprint:
         raise NotImplementedError
 
     def unrolled(self) -> tuple[BlockSpec, ...]:

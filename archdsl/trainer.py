@@ -84,7 +84,7 @@ class Trainer:
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
             for layer in model.layers:
-                layer.compile()
+                layer.compile(dynamic=False)
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[Step], None] | None = None

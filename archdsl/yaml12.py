@@ -29,10 +29,11 @@ MAX_COLUMNS = 100
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is some 20 times faster
 
-# YAML's own list of printable characters, less the line breaks that no editor counts and BOMs
-PRINTABLE = r"\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff"
-REFUSED = re.compile(rf"[^\t\n\r{PRINTABLE}]")
-ESCAPED = re.compile(rf'["\\]|[^{PRINTABLE}]')
+# all but YAML's own printable characters, with the line breaks that no editor counts and BOMs; so,
+# and not as what is left of the printable ones, they compile in a tenth of the time
+NOT_PRINTABLE = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff"
+REFUSED = re.compile(f"[{NOT_PRINTABLE}]")
+ESCAPED = re.compile(rf'["\\\t\n\r{NOT_PRINTABLE}]')
 NULL = re.compile(r"null|Null|NULL|~|")
 BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")

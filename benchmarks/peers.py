@@ -189,6 +189,7 @@ def _x_transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> 
         max_seq_len=spec.context,
         use_abs_pos_emb=False,
         tie_embedding=spec.tie_embeddings,
+        tie_embedding_scale=1.0,
         attn_layers=decoder,
     ).to(device)
     with torch.no_grad():

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
 from archdsl.cost import Cost, Scope
+from archdsl.footprint import FLOAT, Angles, Footprint, Rows
 from archdsl.rope import RopeScalingSpec
 from archdsl.spec import BlockSpec, Path, Size, Sizes, slot
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.attention import Attention
+
+
+QUERIES = 128  # at a time where a mask is needed
 
 
 class AttentionSpec(BlockSpec):
@@ -99,3 +103,33 @@ class AttentionSpec(BlockSpec):
             passes=scope.tokens,
             scores=4 * scope.tokens * scope.tokens * q,
         )
+
+    def footprint(self, rows: Rows) -> Footprint:
+        """Kept: queries, keys and values as they are multiplied, the result, a sum per query."""
+        heads, E = self.head_count(rows.dim), self.head_size
+        q, kv = rows.floats(heads * E), rows.floats(heads // self.queries_per_kv * E)
+        made = q + (2 * kv if rows.projects else 0)
+        kept = made + q + rows.floats(heads)
+        in_parts = self.window is not None or (rows.selected and not rows.projects)
+        if in_parts:
+            kept += self._masks(rows)
+        if self.qk_norm:  # what is normalised, before and after its scale, and the scale
+            normed = q + kv if rows.projects else q
+            kept += 2 * normed + normed // E
+        if (self.qk_norm and rows.tokens > 1) or (in_parts and rows.tokens > QUERIES):
+            kept += q  # heads are put side by side again in a copy
+        angles: frozenset[Angles] = frozenset()
+        if self.rope_theta is not None:
+            angles = frozenset([(self.rope_theta, self.rope_scaling, E)])
+        return Footprint(kept, work=rows.stream + q + made, angles=angles)
+
+    def _masks(self, rows: Rows) -> int:
+        """Of some queries at a time, with the keys that they may see."""
+        own, total = rows.projects or not rows.selected, 0
+        for start in range(0, rows.tokens, QUERIES):
+            stop = min(start + QUERIES, rows.tokens)
+            back = (self.window or rows.keys) - 1
+            # of selected queries it depends on the choice which keys come before them
+            seen = stop - max(0, start - back) if own else -(-rows.keys * stop // rows.tokens)
+            total += FLOAT * (stop - start) * seen
+        return total * (rows.batch if rows.selected else 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from archdsl.cost import Cost, Scope, linear
+from archdsl.footprint import Footprint, Rows
 from archdsl.spec import BlockSpec, Path, Size, Sizes
 
 if TYPE_CHECKING:
@@ -61,3 +62,11 @@ class FeedForwardSpec(BlockSpec):
         D, hidden = scope.dim, self.hidden_size(scope.dim)
         up = [(D, hidden)] * (2 if self.activation == "swiglu" else 1)
         return linear(scope.tokens, *up, (hidden, D))
+
+    def footprint(self, rows: Rows) -> Footprint:
+        """Kept: gate, silu of it, up and their product; or up and gelu of it."""
+        hidden = rows.floats(self.hidden_size(rows.dim))
+        gated = self.activation == "swiglu"
+        return Footprint(
+            (4 if gated else 2) * hidden, work=rows.stream + (2 if gated else 1) * hidden
+        )

@@ -11,8 +11,9 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema
 
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
-from archdsl.blocks.norm import EPS, NormType, norm_cost
+from archdsl.blocks.norm import EPS, NormType, norm_cost, norm_footprint
 from archdsl.cost import Cost, Scope
+from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import BlockSpec, slot
 
 if TYPE_CHECKING:
@@ -53,3 +54,8 @@ class LayerSpec(BlockSpec):
                 "ffn": self.ffn.cost(scope),
             }
         )
+
+    def footprint(self, rows: Rows) -> Footprint:
+        norm = norm_footprint(self.norm, rows)
+        parts = [norm, self.attention.footprint(rows), norm, self.ffn.footprint(rows)]
+        return in_a_row(rows.stream, parts)

@@ -29,6 +29,7 @@ from archdsl.blocks.residual_thinking import (
 from archdsl.blocks.router import RouterSpec
 from archdsl.blocks.step_encoding import EncodingSpec
 from archdsl.cost import Cost, Scope, linear
+from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class LoopSpec(BlockSpec):
     @property
     def nodes(self) -> int:
         return 1 + self.body.nodes * self.steps
+
+    def unrolled(self) -> tuple[BlockSpec, ...]:
+        return self.body.unrolled() if self.is_body else (self,)
 
     @property
     def is_body(self) -> bool:
@@ -194,6 +198,48 @@ class LoopSpec(BlockSpec):
             tokens = sum(at.tokens for at in runs[1:])
             slots["injection"] = linear(tokens, (2 * scope.dim, scope.dim))
         return slots
+
+    def footprint(self, rows: Rows) -> Footprint:
+        if self.is_body:
+            return self.body.footprint(rows)
+        passes = [
+            self._full_pass(rows, step) if row is None else self._routed_pass(rows, step, row)
+            for step, row in enumerate(self.rows())
+        ]
+        return in_a_row(rows.stream, passes)
+
+    def _full_pass(self, rows: Rows, step: int) -> Footprint:
+        """Kept besides: the result, where it is multiplied."""
+        at = rows._replace(projects=False) if self.kv == "shared" and step else rows
+        body, made = self._body_pass(at, step, taken=False)
+        kept = body.kept + at.stream * self._scales
+        return Footprint(kept, body.reads and not made, body.work + at.stream, body.angles)
+
+    def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
+        """Kept besides: places to take from and put to, what is put, and what is multiplied."""
+        assert self.router is not None
+        padded = self.router.fills or rows.padded
+        shared = self.kv == "shared" and step > 0
+        at = rows.routed(self.router.tokens(rows.tokens, row), shared, padded)
+        choice = self.router.footprint(rows, at)
+        body, _ = self._body_pass(at, step, taken=True)
+        kept = body.kept + choice.kept + at.tables(body.angles)
+        kept += at.stream * (1 + self.router.learned + self._scales)
+        takes = 1 + padded + (self.injection is not None and step > 0)  # also the rest, the start
+        kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
+        rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
+        return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
+
+    def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
+        """The body, on what is made for it, which is then among the kept, or on the stream."""
+        body, injects = self.body.footprint(at), self.injection if step else None
+        made = taken or injects is not None or (self.encoding is not None and not self._scales)
+        both = 2 * at.stream if injects == "linear" else 0
+        return body.plus(both + at.stream * (body.reads and made)), made
+
+    @property
+    def _scales(self) -> bool:
+        return self.encoding is not None and self.encoding.multiplies
 
 
 def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:

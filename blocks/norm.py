@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from archdsl.cost import Cost, Scope, vectors
+from archdsl.footprint import Footprint, Rows
 from archdsl.spec import BlockSpec
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ class NormSpec(BlockSpec):
     def cost(self, scope: Scope) -> Cost:
         return norm_cost(self.type, scope.dim)
 
+    def footprint(self, rows: Rows) -> Footprint:
+        return norm_footprint(self.type, rows)
+
 
 def norm_cost(type: NormType, dim: int) -> Cost:
     return vectors(dim if type == "rms" else 2 * dim)
+
+
+def norm_footprint(type: NormType, rows: Rows) -> Footprint:
+    """Reads its input. rms: the scaled input and its scale; layer: mean and scale."""
+    if type == "rms":
+        return Footprint(rows.stream + rows.floats(), work=3 * rows.stream)
+    return Footprint(2 * rows.floats(), work=2 * rows.stream)

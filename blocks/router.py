@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from archdsl.cost import Cost
+from archdsl.footprint import Footprint, Rows
 from archdsl.spec import Part, Path, PerStep, at_step
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class RouterSpec(Part):
     leaks: ClassVar[bool] = False  # whether a choice depends on later tokens, outside training
     learned: ClassVar[bool] = True
     ranks: ClassVar[bool] = False  # whether decoding needs the scores of all tokens so far
+    fills: ClassVar[bool] = True  # whether fewer than its share may be selected, and others fill up
 
     capacity: PerStep[Annotated[float, Field(gt=0, le=1)]] = Field(
         (0.5,), min_length=1, max_length=64, description="share of the tokens selected, per step"
@@ -80,6 +82,13 @@ class RouterSpec(Part):
         # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
         kept = 2 * steps * tokens if self.ranks else 0
         return Cost(params=weights, matrices=weights, flops=2 * tokens * weights, kv=kept)
+
+    def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
+        """Of one choice. Kept: each weight; if it is learned, the scores and where they stand."""
+        if not self.learned:
+            return Footprint(chosen.floats(), reads=False)
+        places = rows.indices if self.fills else chosen.indices
+        return Footprint(rows.floats() + places + 2 * chosen.floats())
 
     def build(self, dim: int, steps: list[int]) -> Router:
         raise NotImplementedError

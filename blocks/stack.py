@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from archdsl.cost import Cost, Scope
+from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import Blocks, BlockSpec, Sizes
 
 if TYPE_CHECKING:
@@ -52,3 +53,6 @@ class StackSpec(BlockSpec):
     def cost(self, scope: Scope) -> Cost:
         one = scope.together({f"body.{i}": block.cost(scope) for i, block in enumerate(self.body)})
         return one.copies(self.repeat)
+
+    def footprint(self, rows: Rows) -> Footprint:
+        return in_a_row(rows.stream, [block.footprint(rows) for block in self.body] * self.repeat)

@@ -23,6 +23,7 @@ class EncodingSpec(Part):
     """Marks the steps of a loop, before or after the body."""
 
     family: ClassVar[str] = "encoding"
+    multiplies: ClassVar[bool] = False  # the result, which is then kept; else it adds to the input
 
     def cost(self, dim: int, steps: int) -> Cost:
         return vectors(steps * dim)
@@ -35,6 +36,7 @@ class EncodingSpec(Part):
 class ScaleSpec(EncodingSpec):
     """The result of step t is multiplied by phi(t)."""
 
+    multiplies: ClassVar[bool] = True
     example: ClassVar = {"kind": "scale"}
 
     kind: Literal["scale"] = "scale"

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from archdsl.blocks.router import LearnedSpec
 from archdsl.cost import Cost
+from archdsl.footprint import Footprint, Rows
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.threshold import Predictor, Threshold, TopK
@@ -41,6 +42,7 @@ class TopKSpec(LearnedSpec):
     """The best-scored share of the sequence, as in the paper. Sees the future."""
 
     leaks: ClassVar[bool] = True
+    fills: ClassVar[bool] = False
     example: ClassVar = {"kind": "top_k", "capacity": 0.7}
 
     kind: Literal["top_k"] = "top_k"
@@ -54,6 +56,7 @@ class TopKSpec(LearnedSpec):
 class PredictorSpec(LearnedSpec):
     """Trained as top_k; from then on a predictor of that choice chooses. Causal after training."""
 
+    fills: ClassVar[bool] = False
     example: ClassVar = {"kind": "predictor", "capacity": 0.7}
 
     kind: Literal["predictor"] = "predictor"
@@ -64,6 +67,10 @@ class PredictorSpec(LearnedSpec):
     def cost(self, dim: int, tokens: int, steps: int) -> Cost:
         router = super().cost(dim, tokens, steps)
         return router.plus(router).weights(2)._replace(params=2 * steps * dim + steps)
+
+    def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
+        """For its own loss besides: what it said, what is true, and of which tokens."""
+        return super().footprint(rows, chosen).plus(3 * rows.floats())
 
     def build(self, dim: int, steps: list[int]) -> Predictor:
         from archdsl.blocks.modules.threshold import Predictor

@@ -15,13 +15,23 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Literal, Protocol, TypeVar
 
 from archdsl.search.child import Beat, JobFailed, Work, be_a_child, failure
 
-__all__ = ["Beat", "InProcess", "JobFailed", "Pool", "Processes", "Work", "first_done", "processes"]
+__all__ = [
+    "Beat",
+    "InProcess",
+    "JobFailed",
+    "Pool",
+    "Processes",
+    "Work",
+    "first_done",
+    "processes",
+    "start_server",
+]
 
 R = TypeVar("R")
 
@@ -78,6 +88,23 @@ def processes(
         raise
 
 
+def start_server() -> None:
+    """Starts what children are forked from, if it is not there.
+
+    It imports torch for seconds: who is about to import torch as well calls this before.
+    """
+    # each child runs the main module again, and what that of the command line imports is much
+    loaded = [name for name in ("archdsl.cli",) if name in sys.modules]
+    multiprocessing.set_forkserver_preload(["archdsl.search.preload", *loaded])
+    # Ctrl-C is the coordinator's to handle; the server itself ignores it only once all is imported
+    resource_tracker.ensure_running()  # which the next would do, and unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @dataclass
 class _Order:
     work: Work[Any]
@@ -98,10 +125,7 @@ class Processes:
     def __init__(self, workers: int, memory: int | None, patience: float) -> None:
         self.workers, self.memory, self.patience = workers, memory, patience
         self._context = multiprocessing.get_context("forkserver")
-        # each child runs the main module again, and what that of the command line imports is much
-        loaded = [name for name in ("archdsl.cli",) if name in sys.modules]
-        self._context.set_forkserver_preload(["archdsl.search.preload", *loaded])
-        forkserver.ensure_running()  # it takes seconds, in which others can be at work
+        start_server()
         self._queue: deque[_Order] = deque()
         self._children: dict[connection.Connection[Any, Any], _Child] = {}
         self._bell, self._ring = self._context.Pipe(duplex=False)

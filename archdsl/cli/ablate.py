@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from archdsl.cli.options import INTERRUPTED, Json, Overrides, Source, Spec, print_json, print_parts
-from archdsl.cli.search import ProxySizes, Workers, duration
+from archdsl.cli.search import ProxySizes, Workers, begin, duration
 
 
 def ablate(
@@ -37,6 +37,7 @@ def ablate(
 
       archdsl ablate my-spec.yaml --data skill:p-hop --seeds 5 --time 1h
     """
+    begin(spec, overrides)
     from archdsl.search.ablation import ablate
     from archdsl.search.proxy import Proxy
     from archdsl.search.tables import result, saying

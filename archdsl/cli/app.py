@@ -1,39 +1,28 @@
-"""The commands together, and what becomes of the errors they raise."""
+"""The commands together, and what becomes of the errors they raise.
+
+Help, completion and mistyped options answer at once: a command gets its options when it is the one
+asked for, and what none of these need, pydantic above all, is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 import archdsl
 from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study
 from archdsl.cli import eval as evaluation
-from archdsl.cli.options import INTERRUPTED
+from archdsl.cli.options import INTERRUPTED, Command
 from archdsl.errors import ArchdslError
 
-
-class Group(TyperGroup):
-    """Prints mistakes plainly: a traceback is for faults in the code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ArchdslError as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(error.exit_status) from None
-        except KeyboardInterrupt as interrupt:
-            print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
-
-
 # no rich markup: help and errors are the same in a terminal, in a pipe and in a log
-app = typer.Typer(
-    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
-)
-for command in (
+PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+COMMANDS = (
     specs.build,
     search.search,
     ablate.ablate,
@@ -47,8 +36,70 @@ for command in (
     specs.diff,
     specs.blocks,
     specs.schema,
-):
-    app.command(command.__name__.rstrip("_"))(command)
+)
+
+
+_processed = TyperOption.process_value  # of arguments, too
+
+
+def _converted(self: TyperArgument | TyperOption, ctx: Any, value: Any) -> Any:
+    """typer has pydantic convert also a default, which is what it should be, and to complete words.
+
+    Its import would take longer than all else that a help or a mistyped option needs.
+    """
+    if ctx.resilient_parsing:
+        return value
+    if value is self.default and not self.required:
+        return self.callback(ctx, self, value) if self.callback else value
+    return _processed(self, ctx, value)
+
+
+for kind in (TyperArgument, TyperOption):
+    kind.process_value = _converted  # type: ignore[assignment, method-assign]
+
+
+class Group(TyperGroup):
+    """Knows of each command its name and what it does; the one that is asked for gets its options.
+
+    Mistakes are printed plainly: a traceback is for faults in the code.
+    """
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.functions = {name_of(function): function for function in COMMANDS}
+        listed = {
+            name: TyperCommand(name, help=inspect.getdoc(function), rich_markup_mode=None)
+            for name, function in self.functions.items()
+        }
+        self.commands = {**listed, **self.commands}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        function = self.functions.get(name or "")
+        return name, with_options(function) if function else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ArchdslError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def name_of(function: Command) -> str:
+    return function.__name__.rstrip("_")
+
+
+def with_options(function: Command) -> Any:
+    alone = typer.Typer(add_completion=False, **PLAIN)
+    alone.command(name_of(function))(function)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=Group, no_args_is_help=True, **PLAIN)
 app.add_typer(study.app, name="study")
 
 

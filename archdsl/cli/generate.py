@@ -13,8 +13,6 @@ import typer
 
 from archdsl.cli.options import Capacity, Json, Steps, print_json, with_options_of
 from archdsl.errors import ArchdslError
-from archdsl.files import write_text
-from archdsl.sampling import Sampling
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from archdsl.checkpoint import Checkpoint
     from archdsl.generate import Generation, Pace, Run
+    from archdsl.sampling import Sampling
 
 # a text may hold what would steer a terminal
 SHOWN = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
@@ -30,7 +29,13 @@ SHOWN |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 MOST_NAMED = 4  # routed steps; of more, --json tells each
 
 
-@with_options_of(Sampling, "sampling")
+def _sampling() -> type[Sampling]:
+    from archdsl.sampling import Sampling
+
+    return Sampling
+
+
+@with_options_of(_sampling, "sampling")
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
     sampling: Sampling,
@@ -259,6 +264,8 @@ def _setting(capacity: float | list[float] | None, steps: int | None) -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    from archdsl.files import write_text
+
     try:
         write_text(path, text)
     except OSError as error:

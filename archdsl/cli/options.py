@@ -6,28 +6,30 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from archdsl.errors import Problem, SpecError
-from archdsl.explain import explain
-from archdsl.source import dump_inline, parse, parse_size
-from archdsl.spec import Budget
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
     from rich.console import RenderableType
+
+    from archdsl.spec import Budget
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-Config = TypeVar("Config", bound=BaseModel)
+Config = TypeVar("Config", bound="BaseModel")
 Command = Callable[..., None]
 
 
 def size(text: str) -> int:
     """``162M`` as a number above zero."""
+    from archdsl.source import parse_size
+
     try:
         number = parse_size(text)
     except ValueError as error:
@@ -123,6 +125,8 @@ def budget(
     ``of`` says what ``params`` counts; a size without embedding and head also lifts the file's
     limit on all parameters.
     """
+    from archdsl.spec import Budget
+
     if of and params is None:
         raise typer.BadParameter("--budget-of says what --budget counts: give --budget too")
     sizes = {"params": params}
@@ -133,29 +137,43 @@ def budget(
     return Budget(**given) if given else None
 
 
-def with_options_of(config: type[BaseModel], parameter: str) -> Callable[[Command], Command]:
-    """Gives a command an option for each field of ``config`` and hands it over as ``parameter``.
+def with_options_of(
+    config: Callable[[], type[BaseModel]], parameter: str
+) -> Callable[[Command], Command]:
+    """Gives a command an option for each field of a config and hands that over as ``parameter``.
 
-    Values are YAML: ``--lr 1e-3``, ``--clip null``, ``--betas '[0.9, 0.99]'``.
+    Values are YAML: ``--lr 1e-3``, ``--clip null``, ``--betas '[0.9, 0.99]'``. ``config`` is called
+    when the options are asked for, as importing pydantic takes longer than all else in a help.
     """
+    return lambda command: _WithOptions(command, config, parameter)
 
-    def decorate(command: Command) -> Command:
-        def with_options(**given: Any) -> None:
-            texts = {name: given.pop(name) for name in config.model_fields}
-            command(**given, **{parameter: _read(config, texts)})
 
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [p for p in own if p.name != parameter]
+class _WithOptions:
+    def __init__(
+        self, command: Command, config: Callable[[], type[BaseModel]], parameter: str
+    ) -> None:
+        self.command, self.config, self.parameter = command, config, parameter
+        self.__name__, self.__doc__ = command.__name__, command.__doc__
+        self.__annotations__ = {}
+
+    @cached_property
+    def __signature__(self) -> inspect.Signature:
+        config = self.config()
+        known = {config.__name__: config}  # its module imports it for type checking alone
+        own = inspect.signature(self.command, locals=known, eval_str=True).parameters.values()
+        kept = [p for p in own if p.name != self.parameter]
         options = [_option(name, field) for name, field in config.model_fields.items()]
-        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
-        with_options.__annotations__ = {}
-        with_options.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
-        return with_options
+        return inspect.Signature([*kept, *options])
 
-    return decorate
+    def __call__(self, **given: Any) -> None:
+        config = self.config()
+        texts = {name: given.pop(name) for name in config.model_fields}
+        self.command(**given, **{self.parameter: _read(config, texts)})
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    from archdsl.source import dump_inline
+
     is_flag = field.annotation is bool
     words = [field.description or name.replace("_", " ")]
     if not is_flag and "default:" not in words[0]:
@@ -183,6 +201,10 @@ def _metavar(field: FieldInfo) -> str:
 
 def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Config:
     """The config that the options ask for; raises SpecError with all that is wrong."""
+    from pydantic import ValidationError
+
+    from archdsl.explain import explain
+
     given: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, text in texts.items():
@@ -203,6 +225,8 @@ def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Confi
 
 
 def _value(text: str | bool) -> Any:
+    from archdsl.source import parse
+
     return parse(text, "").value if isinstance(text, str) else text
 
 

@@ -19,15 +19,21 @@ from archdsl.cli.options import (
     with_options_of,
 )
 from archdsl.errors import ArchdslError
-from archdsl.schedule import TrainConfig
 
 if TYPE_CHECKING:
     from archdsl.batch import Data
     from archdsl.checkpoint import Checkpoint
+    from archdsl.schedule import TrainConfig
     from archdsl.spec import ModelSpec
 
 
-@with_options_of(TrainConfig, "config")
+def _config() -> type[TrainConfig]:
+    from archdsl.schedule import TrainConfig
+
+    return TrainConfig
+
+
+@with_options_of(_config, "config")
 def train(
     spec: Spec,
     config: TrainConfig,
@@ -51,12 +57,15 @@ def train(
     """
     from archdsl import show
     from archdsl.load import load
+    from archdsl.memory import shortage
     from archdsl.train import train
 
     start = checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
     data = data_of(start, source) if start else data_for(model, source, tokenizer)
     folder = out or Path("runs") / model.name
+    if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
     result = train(start or model, data, config, folder, progress=True)
     if result.resumed_from == result.steps:
@@ -74,6 +83,13 @@ def train(
     else:
         print_parts(show.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
+
+
+def _in_float32_on_cpu(config: TrainConfig) -> bool:
+    import torch
+
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return on_cpu and config.dtype != "bfloat16"
 
 
 def checkpoint_at(

@@ -97,6 +97,17 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def begin(spec: str, overrides: list[str] | None) -> None:
+    """Says what is wrong with a spec at once; if nothing is, has the workers' server import torch
+    while this process does.
+    """
+    from archdsl.load import read
+    from archdsl.search.pool import start_server
+
+    read(spec, overrides or ())
+    start_server()
+
+
 def search(
     space: Annotated[
         str, typer.Argument(metavar="SPACE", help="A spec that leaves values open.")
@@ -157,6 +168,10 @@ def search(
 
       archdsl search --objective loss --trials 50 --workers 4
     """
+    limits = budget(params, flops, kv, of, train_flops)
+    if plan and strategy == "shared":
+        raise typer.BadParameter("--plan forecasts --strategy separate only")
+    begin(space, overrides)
     from archdsl.search import search
     from archdsl.search.proxy import Proxy
     from archdsl.search.run import SECONDS, planned
@@ -165,9 +180,6 @@ def search(
     from archdsl.search.stages import Machine
 
     machine = Machine(workers or 0, memory, patience or Machine.patience)
-    limits = budget(params, flops, kv, of, train_flops)
-    if plan and strategy == "shared":
-        raise typer.BadParameter("--plan forecasts --strategy separate only")
     if plan:
         forecast = planned(
             space,

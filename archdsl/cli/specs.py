@@ -64,10 +64,11 @@ def build(
 
       archdsl build itt --budget 100M --budget-of non_embedding --kv 64KiB
     """
-    from archdsl import show
     from archdsl.load import exceeds, load, over
 
     model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
+    from archdsl import show  # a mistaken spec needs no tables
+
     counted = model.model_copy(update={"context": tokens}) if tokens else model
     if as_json:
         print_json(show.receipt_data(counted, convention, model.budget))

@@ -5,6 +5,7 @@ Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,8 @@ from archdsl.cache import Kept
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec
 
-QUERIES = 128  # at a time where a mask is needed
+QUERIES = 256  # at a time where a mask is needed; fewer make smaller matrix products
+MOST = 0.8  # of the tokens: so many queries cost less among all, in causal order, than under a mask
 
 
 class Attention(Block):
@@ -103,31 +105,51 @@ class Attention(Block):
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
         if order_BT is None and same_past and self.window is None:
             return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
+        if order_BT is not None and self._are_most(q_BHTE, kv, ctx):
+            return self._among_all(q_BHTE, kv, order_BT)
         asking_BT = stream.order(q_BHTE[:, 0]) if order_BT is None else order_BT
         pos_BT = asking_BT if ctx.pos_BT is None else ctx.pos_BT
-        parts = []
-        for start in range(0, T, QUERIES):
-            part = slice(start, min(start + QUERIES, T))
-            keys = self._visible(part, T, kv, ctx)
+        y = []
+        for part, keys in self._parts(T, kv, ctx):
             k_BGSE, v_BGSE = kv.k_BGSE[:, :, keys], kv.v_BGSE[:, :, keys]
             mask = self._mask(asking_BT[:, part], pos_BT[:, part], kv, keys)
-            parts.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, mask))
-        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            # as numbers: from a mask of booleans each kernel would make them again
+            bias = q_BHTE.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            y.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, bias))
+        return torch.cat(y, 2) if len(y) > 1 else y[0]
 
-    def _visible(self, part: slice, T: int, kv: KeysValues, ctx: Context) -> slice:
-        """Keys that none of these queries can do without; it may be more where to look is slow."""
+    def _are_most(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> bool:
+        plain = self.window is None and ctx.stream.begins and q_BHTE.device.type == "cpu"
+        return plain and q_BHTE.size(2) > MOST * kv.k_BGSE.size(2)
+
+    def _among_all(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
+        """Each query at its place in causal order, nothing at the others."""
+        index = order_BT[:, None, :, None].expand_as(q_BHTE)
+        q_BHSE = torch.zeros_like(kv.k_BGSE[:, :1]).expand(-1, q_BHTE.size(1), -1, -1)
+        q_BHSE = q_BHSE.scatter(2, index, q_BHTE)
+        y_BHSE = self._scaled(q_BHSE, kv.k_BGSE, kv.v_BGSE, None, causal=True)
+        return y_BHSE.gather(2, index)
+
+    def _parts(self, T: int, kv: KeysValues, ctx: Context) -> Iterator[tuple[slice, slice]]:
+        """Some queries, and the keys that none of them can do without; it may be more keys where
+        to look would take long."""
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
+        parts = [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
         order_BT = ctx.order_BT if ctx.reads_first else None
         if kv.order_BS is not None or ctx.stream.static:
-            return slice(0, S)
+            return ((part, slice(0, S)) for part in parts)
         if order_BT is None and not ctx.stream.begins:
-            return slice(0, S)
+            return ((part, slice(0, S)) for part in parts)
         if order_BT is None:
-            return slice(max(0, part.start - back), part.stop)
+            return ((part, slice(max(0, part.start - back), part.stop)) for part in parts)
         if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-            order = order_BT[:, part]
-            return slice(max(0, int(order.min()) - back), int(order.max()) + 1)
-        return slice(0, S - T + part.stop)  # as far as the last of so many distinct tokens can be
+            first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()
+            return (
+                (part, slice(max(0, min(first[part]) - back), max(last[part]) + 1))
+                for part in parts
+            )
+        # as far as the last of so many distinct tokens can be
+        return ((part, slice(0, S - T + part.stop)) for part in parts)
 
     def _mask(self, order_BT: Tensor, pos_BT: Tensor, kv: KeysValues, keys: slice) -> Tensor:
         """Which keys a query sees, [B, 1, T, S]."""

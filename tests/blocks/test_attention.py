@@ -100,7 +100,7 @@ def test_rotary_positions_stay_apart_in_half_precision() -> None:
     cos, sin = Context().rope(x, 10_000.0)
     want = torch.arange(4096).double()
     torch.testing.assert_close(cos[:, 0].double(), want.cos(), atol=5e-3, rtol=0)
-    torch.testing.assert_close(sin[:, 0].double(), want.sin(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(sin[:, 4].double(), want.sin(), atol=5e-3, rtol=0)
 
 
 def test_what_a_window_no_longer_sees_is_not_kept() -> None:

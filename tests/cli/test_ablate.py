@@ -63,6 +63,7 @@ def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
         yield Pool(trainings)
 
     monkeypatch.setattr("archdsl.search.ablation.processes", pool)
+    monkeypatch.setattr("archdsl.search.pool.start_server", lambda: None)
 
 
 def test_ends_with_what_was_found_and_goes_on(

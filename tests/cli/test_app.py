@@ -16,7 +16,31 @@ import archdsl
 from archdsl import load as load_module
 from tests.cli.command import SKILL, Cli
 
-HEAVY = ["torch", "transformers", "datasets", "optuna", "numpy"]
+HEAVY = {"torch", "transformers", "datasets", "optuna", "numpy"}
+OF_SPECS = {"pydantic", "rich"}  # what takes longest where a spec is read and shown
+
+ANSWER = """
+import sys
+from archdsl.cli import main
+try: main()
+except SystemExit as end: status = end.code or 0
+print("\\nFACTS", status, *sys.modules)
+"""
+
+
+def answer(*arguments: str, **environment: str) -> tuple[int, str, set[str]]:
+    """Status, output and imported modules of a command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+    out, _, facts = done.stdout.rpartition("\nFACTS ")
+    status, *modules = facts.split()
+    return int(status), out, set(modules)
 
 
 @pytest.mark.parametrize(
@@ -26,32 +50,52 @@ HEAVY = ["torch", "transformers", "datasets", "optuna", "numpy"]
         (["--version"], 0),
         (["build", "--help"], 0),
         (["search", "--help"], 0),
-        (["train", "--help"], 0),
+        (["study", "ls", "--help"], 0),
         (["buidl"], 2),
         (["build", "itt", "--bugdet", "162M"], 2),
+        (["train", "tiny", "--step", "3"], 2),
+    ],
+)
+def test_answers_about_itself_with_next_to_no_imports(arguments: list[str], status: int) -> None:
+    found, _, modules = answer(*arguments)
+    assert found == status
+    # its options are the fields of a config
+    assert not modules & (HEAVY if arguments[0] == "train" else HEAVY | OF_SPECS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["train", "--help"], 0),
+        (["schema"], 0),
+        (["blocks"], 0),
+        (["diff", "loop", "itt"], 0),
+        (["build", "itt"], 0),
+        (["build", "it"], 2),
+        (["build", "itt", "--set", "dim=0"], 2),
+        (["build", "itt", "--budget", "1M"], 1),
+        (["search", "serch"], 2),
         (["search", "--budget", "162Q"], 2),
         (["train", "tiny", "--lr", "fast"], 2),
     ],
 )
-def test_answers_without_importing_what_is_heavy(arguments: list[str], status: int) -> None:
-    code = (
-        "import sys, time\n"
-        "from archdsl.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: status = end.code\n"
-        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
-        "print('FACTS', status or 0, round(time.process_time(), 2), heavy)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    said, seconds, heavy = done.stdout.splitlines()[-1].removeprefix("FACTS ").split(" ", 2)
-    assert (int(said), heavy) == (status, "[]")
-    assert float(seconds) < 0.8  # of the processor; importing torch alone takes twice that
+def test_answers_about_specs_without_importing_what_is_heavy(
+    arguments: list[str], status: int
+) -> None:
+    found, _, modules = answer(*arguments)
+    assert found == status
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("archdsl bu", ["build"]), ("archdsl build itt --bu", ["--budget", "--budget-of"])],
+)
+def test_completes_at_once(words: str, completed: list[str]) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    status, out, modules = answer(_ARCHDSL_COMPLETE="complete_bash", **asked)
+    assert (status, out.split()) == (0, completed)
+    assert not modules & (HEAVY | OF_SPECS)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,28 @@ def test_a_vocabulary_too_small_for_the_data_is_told_the_fix(cli: Cli) -> None:
     assert cli("train", "tiny", *fixed).status == 0
 
 
+def test_warns_before_it_takes_more_memory_than_there_is(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = [
+        "train",
+        "tiny",
+        "--data",
+        SKILL,
+        "--context",
+        "8",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    assert "warning" not in cli(*train, "--out", "first").err
+    monkeypatch.setattr("archdsl.memory.installed", lambda: 2**20)
+    found = cli(*train, "--out", "second")
+    assert found.status == 0
+    assert "warning: tiny: a step needs about" in found.err
+
+
 @pytest.mark.parametrize(("vocabulary", "choice"), [(257, "bytes"), (4096, "bpe:4096")])
 def test_the_tokenizer_fills_the_vocabulary(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, vocabulary: int, choice: str

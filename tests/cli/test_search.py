@@ -29,6 +29,7 @@ def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("archdsl.search.run.search", note)
+    monkeypatch.setattr("archdsl.search.pool.start_server", lambda: None)  # nothing is trained
     assert cli("search", *options).status == 130
     return seen
 
@@ -71,6 +72,7 @@ def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyP
         "--data",
         SKILL,
     ]
+    Path("mine.yaml").write_text("extends: search.yaml\n")
     seen = asked(cli, monkeypatch, *options, "--trials", "3", "--out", "there")
     assert seen["space"] == "mine.yaml"
     assert seen["budget"] == Budget(params=20_000_000, flops=100_000_000)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 import archdsl
+from archdsl.memory import training_memory
 from archdsl.outline import Node, outline
 from archdsl.source import shipped_specs
 from archdsl.spec import ModelSpec
@@ -105,6 +106,8 @@ def test_json_holds_the_same_facts(cli: Cli) -> None:
     assert found["receipt"]["expected"] == receipt.expected
     assert found["paper"]["flops_per_context"] / 1e12 == pytest.approx(3.85, abs=0.005)
     assert found["leaks"] == ["blocks.0.body.1.router"]
+    memory = training_memory(archdsl.load("itt"), checkpointed=True)
+    assert found["training_memory"]["checkpointed"]["peak"] == memory.peak
     assert found["tree"]["params"] == receipt.params
     assert found["tree"]["below"][1]["below"][1]["path"] == "blocks.0.body.1"
 

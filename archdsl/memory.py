@@ -1,0 +1,123 @@
+"""What a training step needs of memory, in closed form.
+
+Weights and AdamW's two moments are always there. A pass leaves what it keeps for the backward pass,
+which gives that back layer by layer and leaves gradients instead. So most is needed either where it
+begins, at the logits and their gradients, or at some layer further down, or where it ends.
+
+Counted for float32 on a CPU, and held against what its allocator counts (benchmarks/memory.py).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from archdsl.blocks.norm import norm_cost, norm_footprint
+from archdsl.cost import TRAIN_BYTES, Scope, sequence_cost
+from archdsl.footprint import Footprint, Rows, in_a_row
+from archdsl.schedule import TrainConfig
+from archdsl.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training step at the time when it needs most.
+
+    ``optimizer``: AdamW's two moments. ``gradients``: those there are at that time.
+    ``activations``: all else, logits and their gradients included.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.optimizer + self.gradients + self.activations
+
+
+def training_memory(
+    spec: ModelSpec,
+    batch_size: int = 1,
+    context: int | None = None,
+    *,
+    accumulate: int = 1,
+    checkpointed: bool = False,
+) -> TrainingMemory:
+    """What a step on ``batch_size`` sequences of ``context`` tokens (default: the spec's) needs.
+
+    ``accumulate``: parts that the batch is cut into. ``checkpointed``: each layer is recomputed in
+    the backward pass.
+
+    >>> import archdsl
+    >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
+    '6.8 GB'
+    """
+    rows = whole(spec, batch_size // accumulate, context)
+    weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
+    logits = rows.floats(spec.vocab_size)
+    # their log-softmax is kept; the gradients of both come one after the other
+    loss = Footprint(logits, work=2 * logits)
+    alive = logits + kept(spec, rows, checkpointed) + loss.kept
+    gradients, before = 0, weights if accumulate > 1 else 0  # of the parts before this one
+    moments = []
+    for part, own in reversed([*_parts(spec, rows, checkpointed), (loss, 0)]):
+        gradients += own
+        moments.append((max(gradients, before), alive + part.work))
+        alive -= part.kept + rows.stream * part.reads
+    return TrainingMemory(weights, 2 * weights, *max(moments, key=sum))
+
+
+def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
+    """What to say where a training in float32 on a CPU needs more than this machine has."""
+    size, parts = config.batch_size, config.accumulate
+    checkpointed = config.activation_checkpointing
+    need = training_memory(
+        spec, size, config.context, accumulate=parts, checkpointed=checkpointed
+    ).peak
+    have = installed()
+    if need <= have:
+        return None
+    return (
+        f"{spec.name}: a step needs about {need / 2**30:,.1f} GiB and this machine has "
+        f"{have / 2**30:,.1f} GiB; less with a smaller --batch-size (now {size}), "
+        f"a larger --accumulate (now {parts}) or --activation-checkpointing"
+    )
+
+
+def installed() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def whole(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
+    """The batch that a model is given."""
+    T = context or spec.context
+    return Rows(spec.dim, batch_size, T, T)
+
+
+def kept(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
+    """Bytes that the pass from tokens to logits keeps, the logits not counted."""
+    model = in_a_row(rows.stream, [part for part, _ in _parts(spec, rows, checkpointed)])
+    return model.kept + rows.tables(model.angles)
+
+
+def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footprint, int]]:
+    """Embedding, layers, norm and head, each with the bytes of the gradients that it leaves."""
+    layers = [layer for block in spec.blocks for layer in block.unrolled()]
+    footprints = [layer.footprint(rows) for layer in layers]
+    if checkpointed:
+        footprints = [footprint.recomputed() for footprint in footprints]
+    scope = Scope(rows.dim, rows.tokens, rows.keys)
+    costs = [layer.cost(scope) for layer in layers]
+    table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
+    # a table of both has two gradients, until they are added up
+    embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
+    head = Footprint(work=rows.floats(spec.vocab_size) + rows.stream)
+    return [
+        (embedding, 0 if tied else table),
+        *((part, TRAIN_BYTES * cost.params) for part, cost in zip(footprints, costs, strict=True)),
+        (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_cost(spec.norm, rows.dim).params),
+        (head, table),
+    ]

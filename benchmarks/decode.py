@@ -1,0 +1,227 @@
+"""Decoding with a cache, token by token: archdsl and others, and what routing saves there.
+
+python -m benchmarks.decode [--spec benchmarks/specs/llama-10m.yaml] [--prompt 128] [--batch 1]
+
+All go on from the same prompt greedily, with the same weights, and must find the same tokens. Then
+the model of benchmarks/specs/itt-10m.yaml, with a threshold that nobody, about half of the tokens
+and everybody is above.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from archdsl.blocks.modules.threshold import Threshold
+from archdsl.build import build
+from archdsl.load import load
+from archdsl.meter import metered
+from archdsl.model import LanguageModel
+from benchmarks.measure import (
+    ROOT,
+    NotEqual,
+    Ratio,
+    arguments,
+    bar,
+    interleaved,
+    precision,
+    progress,
+    ratio,
+    record,
+)
+from benchmarks.peers import Peer, peers_of, random_batch
+
+CALLS = 8  # tokens a turn
+CONTEXT = 1024  # that caches have room for
+Read = Callable[[Tensor], Tensor]  # tokens [B, T], which go on from those before, to logits [B, V]
+
+
+class Greedy:
+    """Goes on from a prompt, some tokens at each call."""
+
+    def __init__(self, read: Read, prompt_BT: Tensor) -> None:
+        self.read = read
+        self.token_B1 = self._next(prompt_BT)
+        self.found = [self.token_B1]
+
+    def _next(self, tokens_BT: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.read(tokens_BT).argmax(-1, keepdim=True)
+
+    def __call__(self) -> None:
+        for _ in range(CALLS):
+            self.token_B1 = self._next(self.token_B1)
+            self.found.append(self.token_B1)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return torch.cat(self.found, 1).tolist()
+
+
+def ours(model: LanguageModel) -> Read:
+    cache = model.eval().new_cache(CONTEXT)
+    return lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1]
+
+
+def theirs(peer: Peer, batch: int) -> Read:
+    """By the cache that each of them has."""
+    model = peer.model.eval()
+    if peer.name == "transformers":
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        return lambda tokens_BT: model(
+            tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+    if peer.name == "LitGPT":
+        device = next(model.parameters()).device
+        model.max_seq_length = CONTEXT
+        model.set_kv_cache(batch_size=batch, device=device, dtype=next(model.parameters()).dtype)
+        place = [0]
+
+        def read(tokens_BT: Tensor) -> Tensor:
+            pos_T = torch.arange(place[0], place[0] + tokens_BT.size(1), device=device)
+            place[0] += tokens_BT.size(1)
+            return model(tokens_BT, pos_T, input_pos_maxp1=place[0])[:, -1]
+
+        return read
+    return _x_transformers(model)
+
+
+def _x_transformers(model: torch.nn.Module) -> Read:
+    """It wants to be given all tokens so far, and reads the last."""
+    so_far: list[Tensor] = []
+    cache = None
+
+    def read(tokens_BT: Tensor) -> Tensor:
+        nonlocal cache
+        so_far.append(tokens_BT)
+        logits_BTV, cache = model(torch.cat(so_far, 1), cache=cache, return_intermediates=True)
+        return logits_BTV[:, -1]
+
+    return read
+
+
+def theirs_static(peer: Peer, device: torch.device) -> Read:
+    """transformers at its best on a GPU: one graph of the whole step."""
+    from transformers import StaticCache
+
+    model = peer.model.eval()
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+    step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    past = 0
+
+    def read(tokens_BT: Tensor) -> Tensor:
+        nonlocal past
+        pos_T = torch.arange(past, past + tokens_BT.size(1), device=device)
+        past += tokens_BT.size(1)
+        call = model.forward if tokens_BT.size(1) > 1 else step
+        return (
+            call(
+                tokens_BT,
+                past_key_values=cache,
+                cache_position=pos_T,
+                position_ids=pos_T.unsqueeze(0),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .clone()
+        )
+
+    return read
+
+
+def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
+    spec = load(args.spec)
+    model = build(spec, device=args.device)
+    prompt_BT = random_batch(spec, args.batch, args.prompt, args.device).tokens_BT
+    peers = list(peers_of(model, extras=not args.small))
+    dtype = precision(args.device)
+    for one in (model, *(peer.model for peer in peers)):
+        one.to(dtype)
+    made = {"archdsl": Greedy(ours(model), prompt_BT)}
+    for peer in peers:
+        made[peer.name] = Greedy(theirs(peer, args.batch), prompt_BT)
+    if args.compile:
+        peer = peers[0]
+        made[f"{peer.name} static"] = Greedy(theirs_static(peer, prompt_BT.device), prompt_BT)
+    for name, greedy in made.items():
+        greedy()
+        if greedy.tokens != made["archdsl"].tokens:
+            raise NotEqual(f"not equal: {name} goes on with other tokens")
+        progress(f"equal: {name} goes on with the same {CALLS + 1} tokens")
+    return made, prompt_BT
+
+
+def routed(args: Namespace) -> dict[str, LanguageModel]:
+    """Nobody, about half of the tokens and everybody takes the further steps."""
+    spec = load(args.routed).patch("blocks.0.body.1.router.kind", "threshold")
+    made = {}
+    for name in ("nobody", "half", "all"):
+        model = made[name] = build(spec, device=args.device)
+        model.train()(random_batch(spec, 2, 256, args.device).tokens_BT)
+        model.commit()  # knows its thresholds now
+        for router in model.routers:
+            if name == "nobody" and isinstance(router, Threshold):
+                router.quantiles_RQ.fill_(math.inf)
+        model.dial(1.0 if name == "all" else None)
+        model.to(precision(args.device)).eval()
+    return made
+
+
+def executed_flops(model: LanguageModel, prompt_BT: Tensor, turns: int) -> float:
+    """Of a token, as many as are timed; apart from that, as counting takes time."""
+    greedy = Greedy(ours(model), prompt_BT)
+    with metered(model) as meter:
+        for _ in range(turns):
+            greedy()
+    return meter.flops_per_token
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
+        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "one that routes"},
+        prompt={"type": int, "default": 128, "help": "tokens before"},
+        batch={"type": int, "default": 1, "help": "sequences"},
+        compile={"action": "store_true", "help": "transformers with a static cache, too"},
+    )
+    made, prompt_BT = plain(args)
+    models = routed(args)
+    for name, model in models.items():
+        made[name] = Greedy(ours(model), prompt_BT)
+    rounds = args.rounds or (3 if args.small else 15)
+    taken = interleaved(made, rounds=rounds, device=args.device)
+    found: dict[str, object] = {}
+    for name, timing in taken.items():
+        found[name] = {
+            "ms/token": 1e3 * timing.median / CALLS,
+            "tokens/s": args.batch * CALLS / timing.median,
+            "time / archdsl": ratio(timing, taken["archdsl"]),
+        }
+    against = ratio(taken["archdsl"], taken["transformers"])
+    found["archdsl / transformers"] = {"": against, "bar": bar(against.median, 0.9, 0.75)}
+    none = ratio(taken["nobody"], taken["archdsl"])
+    found["nobody / plain"] = {"": none, "bar": bar(none.median, 1.10, 1.05)}
+    flops = {name: executed_flops(model, prompt_BT, rounds) for name, model in models.items()}
+    part = 1 - flops["half"] / flops["all"]
+    saved = Ratio([(1 - r) / part for r in ratio(taken["half"], taken["all"]).rounds])
+    found["half: saved/ideal"] = {
+        "": saved,
+        "FLOPs / all": flops["half"] / flops["all"],
+        "bar": bar(saved.median, 0.7, 0.9, lower_is_better=False),
+    }
+    settings = {"spec": args.spec, "prompt": args.prompt, "batch": args.batch}
+    record("decode", settings, found, args)
+
+
+if __name__ == "__main__":
+    main()

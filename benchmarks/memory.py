@@ -1,0 +1,212 @@
+"""What a training step takes of memory: the closed form against what the allocator counts.
+
+Then what a pass keeps for its backward pass: routed over looped, recomputed over plain, and what
+recomputing costs of time.
+
+python -m benchmarks.memory [--json] [--small] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import archdsl
+from archdsl.batch import Batch, HeldOut, Split
+from archdsl.evaluate import cross_entropy
+from archdsl.memory import training_memory
+from archdsl.model import LanguageModel
+from archdsl.schedule import TrainConfig
+from archdsl.spec import ModelSpec, Sizes
+from archdsl.trainer import Trainer
+from benchmarks.measure import arguments, bar, interleaved, progress, ratio, record
+
+SPECS = {
+    "transformer": [],
+    "loop": [],
+    "itt": [],
+    "itt, prefix router": ["blocks.0.body.1.router.kind=prefix"],
+    "mod": [],
+    "mor": [],
+    "hybrid": [],
+    "universal": [],
+    "search": [],
+    "tiny": [],
+}
+SIZES = [  # width, context, vocabulary, head size, copies at most
+    Sizes(128, 256, 1024, 32, 2),
+    Sizes(256, 512, 4096, 64, 4),
+    Sizes(512, 1024, 8192, 64, 8),
+]
+REACH = 0.10  # how far an estimate may be off
+BENCH = Path(__file__).parent / "specs"
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Bytes that a call took at most, and those that it left behind."""
+
+    peak: int
+    left: int
+
+
+def allocated(call: Callable[[], object], device: str = "cpu") -> Allocated:
+    """Of tensors; what the call returns is among what it left."""
+    return (_on_cuda if device == "cuda" else _on_cpu)(call)
+
+
+def _on_cuda(call: Callable[[], object]) -> Allocated:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = call()
+    torch.cuda.synchronize()
+    peak, left = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del made
+    return Allocated(peak - before, left - before)
+
+
+def _on_cpu(call: Callable[[], object]) -> Allocated:
+    """Every allocation and release, as the profiler sees them, in the order of their times."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        made = call()
+    del made
+    assert profiled.profiler is not None
+    tree = profiled.profiler.kineto_results.experimental_event_tree()
+    events = [event for event in _walk(tree) if str(event.tag).endswith("Allocation")]
+    sizes: dict[int, int] = {}
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        what = event.extra_fields
+        if what.alloc_size > 0:
+            sizes[what.ptr] = what.alloc_size
+            alive += what.alloc_size
+        else:  # what was there before the call is not of it
+            alive -= sizes.pop(what.ptr, 0)
+        peak = max(peak, alive)
+    return Allocated(peak, alive)
+
+
+def _walk(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _walk(event.children)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random tokens to train on."""
+
+    vocab_size: int
+    name: str = "noise"
+    fingerprint: str = "0" * 64
+    chance: float | None = None
+
+    def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
+        rng = torch.Generator().manual_seed(index)
+        drawn = torch.randint(self.vocab_size, (batch_size, context + 1), generator=rng)
+        return Batch(drawn[:, :-1], drawn[:, 1:])
+
+    def held_out(
+        self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        yield self.batch(0, batch_size, context, 0)
+
+    def bytes_per_token(self, split: Split) -> float | None:
+        return None
+
+    def save_tokenizer(self, path: Path) -> None:
+        pass
+
+
+def training(spec: ModelSpec, batch_size: int, device: str = "cpu", **config: Any) -> Trainer:
+    """``config``: other fields of TrainConfig."""
+    fields = TrainConfig(steps=10**6, batch_size=batch_size, device=device, **config)
+    return Trainer(archdsl.build(spec), Noise(spec.vocab_size), fields)
+
+
+def measured(spec: ModelSpec, batch_size: int, device: str = "cpu", **config: Any) -> int:
+    """The peak of building a model and two steps: AdamW has its moments from the second on."""
+    return allocated(lambda: training(spec, batch_size, device, **config).run(2), device).peak
+
+
+def estimates(sizes: list[Sizes], batch_size: int, device: str) -> dict[str, object]:
+    """Closed form over measured peak, by spec and size."""
+    figures: dict[str, object] = {}
+    for label, overrides in SPECS.items():
+        for size in sizes:
+            spec = archdsl.load(label.partition(",")[0], overrides=overrides).resized(size)
+            for recomputed in (False, True):
+                found = measured(spec, batch_size, device, activation_checkpointing=recomputed)
+                closed = training_memory(spec, batch_size, checkpointed=recomputed)
+                name = f"{label}, {closed.weights / 4e6:.1f}M{', recomputed' * recomputed}"
+                off = closed.peak / found
+                figures[name] = {
+                    "closed/measured": off,
+                    "MiB": found / 2**20,
+                    "bar": bar(abs(off - 1), REACH),
+                }
+                progress(f"{name}: {figures[name]}")
+    return figures
+
+
+def pass_keeps(model: LanguageModel, batch: Batch, device: str) -> int:
+    """Bytes that a pass leaves for the backward pass, from the tokens to the loss."""
+    forward = lambda: cross_entropy(model(batch.tokens_BT), batch.targets_BT).mean()  # noqa: E731
+    return allocated(forward, device).left
+
+
+def kept(batch_size: int, context: int, device: str) -> dict[str, object]:
+    """Kept by the 10M pair, over its plain model; and how much the loop keeps, which all take."""
+    plain, routed = (archdsl.load(BENCH / f"{name}.yaml") for name in ("llama-10m", "itt-10m"))
+    looped = archdsl.load(BENCH / "itt-10m.yaml", overrides=["blocks.0.body.1.router=null"])
+    bytes_: dict[str, int] = {}
+    for name, spec in (("plain", plain), ("routed", routed), ("looped", looped)):
+        model = archdsl.build(spec).to(device).train()
+        drawn = Noise(spec.vocab_size).batch(0, batch_size, context, 0)
+        batch = Batch(drawn.tokens_BT.to(device), drawn.targets_BT.to(device))
+        bytes_[name] = pass_keeps(model, batch, device)
+        model.checkpoint_activations = True
+        bytes_[f"{name}, recomputed"] = pass_keeps(model, batch, device)
+    figures: dict[str, object] = {
+        f"kept: {name} / plain": found / bytes_["plain"] for name, found in bytes_.items()
+    }
+    thinking = bytes_["routed"] / bytes_["looped"]
+    recomputed = bytes_["plain, recomputed"] / bytes_["plain"]
+    return figures | {
+        "kept: routed .5 / looped": {"": thinking, "bar": bar(thinking, 0.80)},
+        "kept: all recomputed / plain": {"": recomputed, "bar": bar(recomputed, 0.25)},
+    }
+
+
+def recomputing_takes(batch_size: int, rounds: int, device: str) -> dict[str, object]:
+    """Time of a training step that recomputes its layers over one that does not."""
+    spec = archdsl.load(BENCH / "llama-10m.yaml").model_copy(update={"context": 512})
+    contenders = {}
+    for name, recomputed in (("stored", False), ("recomputed", True)):
+        trainer = training(spec, batch_size, device, activation_checkpointing=recomputed)
+        contenders[name] = lambda trainer=trainer: trainer.run(trainer.step + 1)
+    timed = interleaved(contenders, rounds=rounds, device=device)
+    return {"time: recomputed / stored": ratio(timed["recomputed"], timed["stored"])}
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    sizes = SIZES[:1] if args.small else SIZES
+    figures = estimates(sizes, 2, args.device)
+    figures |= kept(1 if args.small else 4, 512, args.device)
+    rounds = args.rounds or (2 if args.small else 7)
+    figures |= recomputing_takes(1 if args.small else 2, rounds, args.device)
+    record("memory", {"sizes": sizes, "batch_size": 2}, figures, args)
+
+
+if __name__ == "__main__":
+    main()

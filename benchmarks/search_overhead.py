@@ -1,0 +1,251 @@
+"""What a search costs besides training.
+
+python -m benchmarks.search_overhead [--draws 200] [--time 9m] [--json] [--small]
+
+CPU seconds of drawing, fitting and telling per draw as the history grows, with scores that are made
+up; of the trainings of a proxy, the CPU time of their processes that is no training or scoring;
+memory of the coordinator and of the server that workers are forked from, over as many trials of
+hardly any training; and in a search of the default space, the share of the workers' time that was
+not training or scoring. First equal jobs must have equal scores, and tokens must lie in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from optuna.storages import BaseStorage
+
+from archdsl.data import TextData
+from archdsl.load import budget_of, load, read
+from archdsl.search import training
+from archdsl.search.draws import Draws
+from archdsl.search.pool import processes
+from archdsl.search.proxy import Job, Proxy, Score
+from archdsl.search.storage import journal
+from archdsl.search.study import Study
+from archdsl.trainer import Trainer
+from benchmarks.measure import NotEqual, arguments, bar, progress, record
+from benchmarks.search.strategies import WINDOW
+
+RUNGS = 2
+WORKERS = 2
+BAR = 0.02
+SPECS = ("transformer", "itt")  # the least and nearly the most to train
+HARDLY_ANY = ["--proxy", "dim=8,head_size=4,steps=3", "--data", "skill:p-hop,hops=1,length=8"]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A job, and where the CPU time of its process went."""
+
+    job: Job
+
+    def run(self, beat: Callable[[], None]) -> tuple[Score, dict[str, float]]:
+        taken: dict[str, float] = defaultdict(float)
+        with _timed(Trainer, "run", taken), _timed(training, "held_out", taken):
+            score = self.job.run(beat)
+        taken["process"] = time.process_time()  # since it was forked
+        return score, dict(taken)
+
+    def smaller(self) -> None:
+        return None
+
+
+@contextmanager
+def _timed(owner: Any, name: str, taken: dict[str, float]) -> Iterator[None]:
+    """Meanwhile the CPU seconds of calls add up under their name."""
+    function = getattr(owner, name)
+
+    def timed(*args: Any, **options: Any) -> Any:
+        started = time.process_time()
+        try:
+            return function(*args, **options)
+        finally:
+            taken[name] += time.process_time() - started
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, float]:
+    """Of each spec's trainings, all tasks and rungs: the share of CPU time besides training.
+
+    Each rung runs twice, in two stores. Raises NotEqual where its scores differ.
+    """
+    shares = {}
+    with processes(1) as pool:
+        for name in specs:
+            seconds = {"run": 0.0, "held_out": 0.0, "process": 0.0}
+            for task in proxy.tasks.values():
+                small = proxy.shrink(load(name), task)
+                for rung in task.rungs:
+                    jobs = [Job(folder / store, small, task, 0, rung) for store in ("one", "two")]
+                    results = [pool.submit(Timed(job)).result() for job in jobs]
+                    if _found(results[0][0]) != _found(results[1][0]):
+                        raise NotEqual(f"not equal: scores of {name} after {rung} steps")
+                    for _, taken in results:
+                        seconds = {key: seconds[key] + taken[key] for key in seconds}
+            progress(f"equal: the scores of {name}, trained twice")
+            trained = seconds["run"] + seconds["held_out"]
+            shares[name] = 1 - trained / seconds["process"]
+    return shares
+
+
+def _found(score: Score) -> Score:
+    """Without what a score says of the machine."""
+    return score.model_copy(update={"seconds": 0.0, "peak_bytes": 0})
+
+
+def check_mapped(proxy: Proxy) -> None:
+    """Raises NotEqual unless the text's tokens are read from a file that processes share."""
+    data = proxy.tasks["text"].load()
+    assert isinstance(data, TextData)
+    if not all(isinstance(tokens, np.memmap) for tokens in data.tokens.values()):
+        raise NotEqual("not equal: tokens lie in memory, not in a mapped file")
+    progress("equal: the tokens of every split lie in a mapped file")
+
+
+def draw_seconds(storage: BaseStorage, draws: int) -> list[float]:
+    """Of each draw of the default space: everything but the training."""
+    tree = read("search")
+    study = Study(
+        storage, "overhead", Draws(tree, budget_of(tree), 2, 0), ("loss", "flops"), WINDOW
+    )
+    rng = Random(0)
+    taken: list[float] = []
+    while len(taken) < draws:
+        started = time.process_time()  # neighbours do not count
+        trial = study.take(lambda number: True)
+        assert trial is not None
+        for rung in range(1, RUNGS + 1):
+            score = _score(rung, rng.random())
+            values = (3.0 - rung / 2 + score.seconds, 1e9 * rng.random())
+            study.climbed(trial, {"text": score, "skill": score}, values)
+            if rung == RUNGS:
+                study.close(trial, "complete", values)
+            elif not study.goes_on(trial, values):
+                study.close(trial, "pruned")
+                break
+        taken.append(time.process_time() - started)
+    return taken
+
+
+def _score(rung: int, luck: float) -> Score:
+    """As large as a real one: a curve of 50 points."""
+    curve = tuple((step, 3.0 / step) for step in range(1, 51))
+    return Score(
+        steps=50 * rung, loss=3.0, accuracy=0.2, bits_per_byte=None, seconds=luck, curve=curve
+    )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A search by the command line: its result, and what was held in memory twice a second."""
+
+    result: dict[str, Any]
+    seconds: float
+    coordinator: list[int]
+    server: list[int]
+
+    def outside(self, seconds: float) -> float:
+        """Share of the workers' time that went into no training or scoring."""
+        return 1 - self.result["spent"]["worker_seconds"] / (WORKERS * seconds)
+
+
+def watched(folder: Path, *given: str) -> Watched:
+    folder.mkdir()
+    words = [sys.executable, "-m", "archdsl", "search", "--json", "--out", str(folder / "run")]
+    started, coordinator, server = time.perf_counter(), [], []
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(
+            [*words, "--workers", str(WORKERS), *given],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        while process.poll() is None:
+            coordinator.append(_resident(process.pid))
+            server.append(max(map(_resident, _children(process.pid)), default=0))
+            time.sleep(0.5)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(output.read())
+    result = json.loads((folder / "run" / "result.json").read_text())
+    return Watched(result, seconds, coordinator, server)
+
+
+def _resident(pid: int) -> int:
+    """Bytes; 0 of a process that has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def _children(pid: int) -> list[int]:
+    """Of a coordinator: the server, and what keeps count of the resources of both."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(word) for word in text.split()]
+
+
+def growth(held: list[int]) -> dict[str, float]:
+    """MB after a tenth of the time, at half of it and shortly before the end."""
+    return {f"at {share:.0%}": held[int(share * len(held))] / 1e6 for share in (0.1, 0.5, 0.95)}
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        draws={"type": int, "help": "in a study, and of trials that are hardly trained"},
+        time={"help": "of the search of the default space (default: 9m; with --small, none)"},
+    )
+    draws = args.draws or (10 if args.small else 200)
+    proxy = Proxy.parse("dim=16,head_size=8,steps=12" if args.small else None)
+    figures: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        check_mapped(proxy)
+        shares = job_shares(folder / "jobs", proxy, SPECS[:1] if args.small else SPECS)
+        figures |= {f"{name}: CPU besides training": share for name, share in shares.items()}
+        taken = draw_seconds(journal(folder), draws)
+        quarter = max(1, draws // 4)
+        figures["CPU s of a draw, first quarter"] = fmean(taken[:quarter])
+        figures["CPU s of a draw, last quarter"] = fmean(taken[-quarter:])
+
+        trials = 2 if args.small else draws
+        many = watched(folder / "many", *HARDLY_ANY, "--trials", str(trials), "--time", "1h")
+        figures[f"coordinator, MB, {trials} trials"] = growth(many.coordinator)
+        figures[f"server, MB, {trials} trials"] = growth(many.server)
+
+        if length := args.time or (None if args.small else "9m"):
+            real = watched(folder / "real", "--time", length)
+            outside = real.outside(real.seconds)
+            figures[f"search of {length}, outside training"] = outside
+            during = real.outside(real.result["spent"]["wall_seconds"])
+            figures[f"search of {length}, without start and report"] = during
+            figures["verdict"] = bar(outside, BAR)
+    record("search_overhead", {"draws": draws, "workers": WORKERS}, figures, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What a command costs before it does anything: its CPU time over that of `import torch`.
+
+python -m benchmarks.startup [--json] [--small]
+
+First each command must end with the right status and say what it should. Bytecode is written
+first, as where the package is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.measure import (
+    ROOT,
+    NotEqual,
+    Timing,
+    arguments,
+    bar,
+    progress,
+    ratio,
+    record,
+)
+
+BAR = 0.1
+BAD_SPEC = """\
+name: bad
+vocab_size: 10
+context: 8
+dim: 8
+blocks:
+  - {kind: loop, stepz: 2, body: layer}
+"""
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class Command(NamedTuple):
+    words: Sequence[str]  # of the interpreter
+    says: str
+    status: int = 0
+
+
+def archdsl(*words: str) -> list[str]:
+    return ["-m", "archdsl", *words]
+
+
+def script(module: str, function: str, *words: str) -> list[str]:
+    """As a console script calls it."""
+    return ["-c", f"from {module} import {function}; {function}()", *words]
+
+
+def commands(folder: Path) -> dict[str, Command]:
+    bad = folder / "bad.yaml"
+    bad.write_text(BAD_SPEC)
+    return {
+        "--help": Command(archdsl("--help"), "Check a spec and show what it costs"),
+        "--help, script": Command(script("archdsl.cli", "main", "--help"), "Commands:"),
+        "build --help": Command(archdsl("build", "--help"), "--budget SIZE"),
+        "mistyped option": Command(archdsl("build", "itt", "--bugdet", "1M"), "--budget", 2),
+        "schema": Command(archdsl("schema"), "https://json-schema.org/draft/2020-12/schema"),
+        "blocks": Command(archdsl("blocks"), "feed_forward"),
+        "diff": Command(archdsl("diff", "loop", "itt"), "parameters"),
+        "build": Command(archdsl("build", "itt"), "162,051,072"),
+        "validation error": Command(archdsl("build", str(bad)), "did you mean 'steps'?", 2),
+    }
+
+
+PEERS = {
+    "litgpt": Command(["-m", "litgpt", "--help"], "usage"),
+    "transformers": Command(script("transformers.cli.transformers", "main", "--help"), "Usage"),
+    "lm_eval": Command(script("lm_eval.__main__", "cli_evaluate", "--help"), "usage"),
+}
+
+
+def peers() -> dict[str, Command]:
+    """Other libraries' help, of those that are installed."""
+    for name in PEERS:
+        if not find_spec(name):
+            progress(f"{name} is not installed")
+    return {f"{name} --help": peer for name, peer in PEERS.items() if find_spec(name)}
+
+
+def check(name: str, command: Command) -> None:
+    """Raises NotEqual where a command does not end and say what it should."""
+    done = subprocess.run(
+        [sys.executable, *command.words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
+    said = done.stdout + done.stderr
+    if done.returncode != command.status or command.says not in said:
+        raise NotEqual(
+            f"not equal: {name} ended with {done.returncode} (not {command.status}), or did not "
+            f"say {command.says!r}:\n{said[-2000:]}"
+        )
+    progress(f"equal: {name} ends with {command.status} and says {command.says!r}")
+
+
+def cpu_seconds(words: Sequence[str]) -> float:
+    """User and system time of a child process."""
+    quiet = subprocess.DEVNULL
+    child = subprocess.Popen(
+        [sys.executable, *words], stdout=quiet, stderr=quiet, cwd=ROOT, env=ENVIRONMENT
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measured(contenders: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Timing]:
+    """Each once a round, in an order that turns with the rounds."""
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(cpu_seconds(contenders[name]))
+    return {name: Timing(name, taken) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {f"archdsl {name}": command for name, command in commands(Path(folder)).items()}
+        every = ours if args.small else ours | peers()
+        for name, command in every.items():
+            check(name, command)
+        words = {name: command.words for name, command in every.items()}
+        words |= {"import torch": ["-c", "import torch"], "python alone": ["-c", "pass"]}
+        taken = measured(words, args.rounds or (2 if args.small else 9))
+    torch = taken.pop("import torch")
+    figures: dict[str, object] = {"import torch": torch}
+    figures |= {name: ratio(timing, torch) for name, timing in taken.items()}
+    verdicts = {name: bar(ratio(taken[name], torch).median, BAR) for name in ours}
+    record(
+        "startup", {"bar": BAR}, figures | {f"verdict, {n}": v for n, v in verdicts.items()}, args
+    )
+
+
+if __name__ == "__main__":
+    main()
