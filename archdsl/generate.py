@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from archdsl import verbs
 from archdsl.errors import ArchdslError
+from archdsl.graphed import TokenStep
 from archdsl.model import LanguageModel
 from archdsl.next_token import draw, generators, probabilities
 from archdsl.pieces import Pieces, Text
@@ -31,6 +33,7 @@ Stopped = Literal["end", "stop", "length", "context"]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 READ_AT_ONCE = 1024  # tokens of prompts: the logits of all of them are made
+FIXED_SHAPES = {"cuda"}  # where every step is computed for every row; `archdsl.graphed` says why
 
 
 class GenerateError(ArchdslError):
@@ -172,7 +175,7 @@ class Run:
         random = generators(self.sampling, len(live))
         cache = self.model.new_cache(self._longest())
         logits_BV = self._read_prompts(cache)
-        pace = self.prefill
+        fixed, step, pace = logits_BV.device.type in FIXED_SHAPES, None, self.prefill
         while live:
             with _clock(pace):
                 share_BV = probabilities(logits_BV, self.sampling)
@@ -180,11 +183,15 @@ class Run:
             for i, token in zip(live, tokens, strict=True):
                 yield self._take(i, token)
             going = [place for place, i in enumerate(live) if self.rows[i].stopped is None]
-            if 0 < len(going) < len(live):
+            if 0 < len(going) < len(live) and not fixed:
                 cache.reorder(torch.tensor(going, device=logits_BV.device))
             live, pace = [live[place] for place in going], self.decode
-            if live:
-                logits_BV = self._read(cache, [[tokens[place]] for place in going], live, pace)
+            tokens = [tokens[place] for place in going]
+            if live and fixed:
+                step = step or self._fix(cache)
+                logits_BV = self._step(step, dict(zip(live, tokens, strict=True)))
+            elif live:
+                logits_BV = self._read(cache, [[token] for token in tokens], live, pace)
 
     def _longest(self) -> int:
         """Tokens that the cache may have to hold."""
@@ -211,24 +218,40 @@ class Run:
         filled = min(map(min, tokens)) < 0
         with _clock(pace), _reading(self.model):
             logits_BTV = self.model(tokens_BT.clamp(min=0), mask_BT if filled else None, cache)
-            logits_BV = logits_BTV[:, -1]
-            if not logits_BV.isfinite().all():
-                raise GenerateError(f"{self.model.spec.name} gives logits that are not finite")
+            logits_BV = self._finite(logits_BTV[:, -1])
         self._note(mask_BT, rows, pace)
         return logits_BV
 
+    def _fix(self, cache: Cache) -> TokenStep:
+        with _clock(self.decode), _reading(self.model):
+            return TokenStep(self.model, cache, len(self.rows))
+
+    def _step(self, step: TokenStep, tokens: dict[int, int]) -> Tensor:
+        """The logits after a token of each live row, [B, V]; those that have ended go along."""
+        given = [tokens.get(i, -1) for i in range(len(self.rows))]
+        with _clock(self.decode), _reading(self.model):
+            logits_BV = self._finite(step(given)[list(tokens)])
+        self._note(torch.tensor(given).unsqueeze(1) >= 0, range(len(given)), self.decode)
+        return logits_BV
+
+    def _finite(self, logits_BV: Tensor) -> Tensor:
+        if not logits_BV.isfinite().all():
+            raise GenerateError(f"{self.model.spec.name} gives logits that are not finite")
+        return logits_BV
+
     def _note(self, mask_BT: Tensor, rows: Sequence[int], pace: Pace) -> None:
-        """What the pass that has just been did."""
+        """What the pass that has just been did; two questions to the device, whatever it was."""
         trace = self.model.trace
         assert trace.steps_BT is not None  # no gradients were asked for
         taken = [
-            steps_T[mask_T].tolist()
-            for steps_T, mask_T in zip(trace.steps_BT, mask_BT, strict=True)
+            list(compress(steps, real))
+            for steps, real in zip(trace.steps_BT.tolist(), mask_BT.tolist(), strict=True)
         ]
         for i, steps in zip(rows, taken, strict=True):
             self.rows[i].steps += steps
         count = sum(map(len, taken))
-        selected = {name: float(share) * count for name, share in trace.shares.items()}
+        shares = torch.stack(list(trace.shares.values())).tolist() if trace.shares else []
+        selected = {name: s * count for name, s in zip(trace.shares, shares, strict=True)}
         pace.add(Pace(count, 0.0, sum(map(sum, taken)), selected))
 
     def _take(self, i: int, token: int) -> Piece:

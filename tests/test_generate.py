@@ -191,6 +191,25 @@ def test_a_text_that_stops_in_a_batch_leaves_the_others_alone() -> None:
         assert archdsl.generate(model, [row.prompt], tokenizer=BYTES) == [row]
 
 
+@pytest.mark.parametrize("router", ["prefix", "top_k"])
+def test_at_fixed_shapes_as_on_cuda_all_is_the_same(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(f"{ROUTER}={router}")
+    with torch.no_grad():
+        model.head.weight[END] *= 3
+    prompts, sampling = [[i, *[7] * (i % 5)] for i in range(20)], Sampling(seed=1)
+    found = []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(generate_module, "FIXED_SHAPES", devices)
+        [run] = runs(model, prompts, sampling, tokenizer=BYTES)
+        found.append((list(run), run.rows, run.decode.selected, run.decode.tokens))
+    assert {"end", "context"} <= {row.stopped for row in found[0][1]}
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2])
+    assert found[0][3] == found[1][3]
+
+
 def test_pieces_are_the_text_as_it_comes() -> None:
     model = tiny()
     Scripted(model, *"né€".encode(), END)
