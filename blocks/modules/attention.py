@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
+from archdsl.blocks.attention import MOST, QUERIES
 from archdsl.blocks.norm import EPS
 from archdsl.cache import Kept
 
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec
-
-QUERIES = 256  # at a time where a mask is needed; fewer make smaller matrix products
-MOST = 0.8  # of the tokens: so many queries cost less among all, in causal order, than under a mask
 
 
 class Attention(Block):
