@@ -2,7 +2,7 @@
 
 Weights and AdamW's two moments are always there. A pass leaves what it keeps for the backward pass,
 which gives that back layer by layer and leaves gradients instead. So most is needed either where it
-begins, at the logits and their gradients, or at some layer further down, or where it ends.
+begins, at the head and the loss, or at some layer further down, or where it ends.
 
 Counted for float32 on a CPU, and held against what its allocator counts (benchmarks/memory.py).
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from archdsl.blocks.norm import norm_cost, norm_footprint
 from archdsl.cost import TRAIN_BYTES, Scope, sequence_cost
-from archdsl.footprint import Footprint, Rows, in_a_row
+from archdsl.footprint import FLOAT, LOGITS, Footprint, Rows, in_a_row
 from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
 
@@ -24,7 +24,7 @@ class TrainingMemory:
     """Bytes of a training step at the time when it needs most.
 
     ``optimizer``: AdamW's two moments. ``gradients``: those there are at that time.
-    ``activations``: all else, logits and their gradients included.
+    ``activations``: all else, the logits included that exist at a time.
     """
 
     weights: int
@@ -56,13 +56,10 @@ def training_memory(
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
-    logits = rows.floats(spec.vocab_size)
-    # their log-softmax is kept; the gradients of both come one after the other
-    loss = Footprint(logits, work=2 * logits)
-    alive = logits + kept(spec, rows, checkpointed) + loss.kept
+    alive = kept(spec, rows, checkpointed)
     gradients, before = 0, weights if accumulate > 1 else 0  # of the parts before this one
     moments = []
-    for part, own in reversed([*_parts(spec, rows, checkpointed), (loss, 0)]):
+    for part, own in reversed(_parts(spec, rows, checkpointed)):
         gradients += own
         moments.append((max(gradients, before), alive + part.work))
         alive -= part.kept + rows.stream * part.reads
@@ -114,7 +111,9 @@ def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footpr
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a table of both has two gradients, until they are added up
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
-    head = Footprint(work=rows.floats(spec.vocab_size) + rows.stream)
+    at_once = min(rows.batch * rows.tokens, max(1, LOGITS["cpu"] // spec.vocab_size))
+    # the loss's, which makes the gradient of what the head reads with it
+    head = Footprint(work=FLOAT * at_once * (spec.vocab_size + rows.dim) + rows.stream)
     return [
         (embedding, 0 if tied else table),
         *((part, TRAIN_BYTES * cost.params) for part, cost in zip(footprints, costs, strict=True)),

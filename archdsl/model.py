@@ -25,13 +25,10 @@ from archdsl.blocks.modules.norm import make_norm
 from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.modules.threshold import TopK
 from archdsl.cache import Cache, ContextFullError, Stream
+from archdsl.footprint import LOGITS
 from archdsl.spec import ModelSpec
 
 __all__ = ["DialError", "LanguageModel"]
-
-# that the loss holds at a time. On a CPU head and loss then take 0.6-0.8 x the time that they take
-# on all at once, from 2,000 tokens on; on CUDA, unmeasured, enough for large matrix products
-LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
 class LanguageModel(Primitive):

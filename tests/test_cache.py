@@ -86,6 +86,19 @@ def test_further_passes_of_all_tokens_see_the_first_pass_s_keys_of_earlier_chunk
 
 
 @torch.inference_mode()
+def test_a_row_that_is_ahead_may_have_no_token_while_the_others_have() -> None:
+    router = {"kind": "prefix", "capacity": 0.9}
+    model, tokens_BT = built(LOOP | {"kv": "shared", "router": router}), tokens()
+    mask_BT = torch.ones(3, T, dtype=torch.bool)
+    mask_BT[1:, 2:5] = False
+    mask_BT[0, 8:10] = False
+    cache, sizes = Cache(T), [8, *[1] * 8]
+    chunks = zip(tokens_BT.split(sizes, 1), mask_BT.split(sizes, 1), strict=True)
+    found = torch.cat([model(part, mask, cache) for part, mask in chunks], 1)
+    torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
+
+
+@torch.inference_mode()
 def test_rows_can_be_doubled_left_out_and_reordered() -> None:
     model, tokens_BT = built(LOOP, LAYER), tokens()
     cache = model.new_cache()

@@ -13,7 +13,8 @@ from torch.profiler import profile
 import archdsl
 from archdsl.batch import IGNORE
 from archdsl.evaluate import cross_entropy
-from archdsl.model import LOGITS, LanguageModel
+from archdsl.footprint import LOGITS
+from archdsl.model import LanguageModel
 from archdsl.spec import ModelSpec
 from tests import naive
 

@@ -174,10 +174,11 @@ def test_the_peak_is_found_wherever_it_is(
 
 def test_only_activations_grow_with_the_batch() -> None:
     spec = archdsl.load("itt").resized(SMALL)
-    one, two, four = (training_memory(spec, size) for size in (1, 2, 4))
-    assert one.weights == two.weights == 4 * archdsl.cost(spec).params
-    assert one.optimizer == 2 * one.weights
-    assert four.peak - two.peak == 2 * (two.peak - one.peak) > 0
+    # so large that most is needed at the same time
+    four, eight, sixteen = (training_memory(spec, size) for size in (4, 8, 16))
+    assert four.weights == eight.weights == 4 * archdsl.cost(spec).params
+    assert four.optimizer == 2 * four.weights
+    assert sixteen.peak - eight.peak == 2 * (eight.peak - four.peak) > 0
 
 
 def test_a_training_that_needs_more_than_there_is_says_what_needs_less() -> None:

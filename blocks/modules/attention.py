@@ -143,7 +143,8 @@ class Attention(Block):
         if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()
             return (
-                (part, slice(max(0, min(first[part]) - back), max(last[part]) + 1))
+                # what only fills up a chunk may lie beyond the keys
+                (part, slice(max(0, min(first[part]) - back), min(S, max(last[part]) + 1)))
                 for part in parts
             )
         # as far as the last of so many distinct tokens can be
