@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Stopped = Literal["end", "stop", "length", "context"]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
-READ_AT_ONCE = 1024  # tokens of prompts: the logits of all of them are made
+READ_AT_ONCE = 4096  # tokens of prompts
 FIXED_SHAPES = {"cuda"}  # where every step is computed for every row; `archdsl.graphed` says why
 
 
@@ -217,8 +217,9 @@ class Run:
         mask_BT = tokens_BT >= 0
         filled = min(map(min, tokens)) < 0
         with _clock(pace), _reading(self.model):
-            logits_BTV = self.model(tokens_BT.clamp(min=0), mask_BT if filled else None, cache)
-            logits_BV = self._finite(logits_BTV[:, -1])
+            logits_BV = self._finite(
+                self.model.next_logits(tokens_BT.clamp(min=0), mask_BT if filled else None, cache)
+            )
         self._note(mask_BT, rows, pace)
         return logits_BV
 

@@ -68,7 +68,7 @@ class TokenStep:
 
     @torch.no_grad()
     def _run(self) -> Tensor:
-        return self.model(self.tokens_B1, self.mask_B1, self.cache)[:, -1]
+        return self.model.next_logits(self.tokens_B1, self.mask_B1, self.cache)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Of the step, after some on another stream: so libraries are set up outside of it."""

@@ -71,6 +71,13 @@ class LanguageModel(Primitive):
         """
         return self.head(self.norm(self.hidden(self.embedding(tokens_BT), mask_BT, cache)))
 
+    def next_logits(
+        self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Those of `forward` after the last token of each row alone, [B, V]."""
+        x_BTD = self.hidden(self.embedding(tokens_BT), mask_BT, cache)
+        return self.head(self.norm(x_BTD[:, -1]))
+
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Nats of all targets together, at least in float32; IGNORE asks nothing.
 

@@ -66,7 +66,7 @@ class Greedy:
 
 def ours(model: LanguageModel) -> Read:
     cache = model.eval().new_cache(CONTEXT)
-    return lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1]
+    return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
 
 
 def theirs(peer: Peer, batch: int) -> Read:

@@ -136,10 +136,13 @@ class Attention(Block):
         order_BT = ctx.order_BT if ctx.reads_first else None
         if kv.order_BS is not None or ctx.stream.static:
             return ((part, slice(0, S)) for part in parts)
-        if order_BT is None and not ctx.stream.begins:
-            return ((part, slice(0, S)) for part in parts)
         if order_BT is None:
-            return ((part, slice(max(0, part.start - back), part.stop)) for part in parts)
+            past = ctx.stream.past
+            if not isinstance(past, int):
+                return ((part, slice(0, S)) for part in parts)
+            return (
+                (part, slice(max(0, past + part.start - back), past + part.stop)) for part in parts
+            )
         if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()
             return (

@@ -217,14 +217,19 @@ def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: C
     return taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1]) + column(taken)) > 0
 
 
-def prefix_rank(score_BT: Tensor, rows: int = 256) -> Tensor:
-    """The rank of each score among those up to it, best is 1; ties go to the later one."""
-    T = score_BT.size(1)
+def prefix_rank(score_BT: Tensor, size: int = 256) -> Tensor:
+    """The rank of each score among those up to it, best is 1; ties go to the later one.
+
+    In parts: within a part each score is held against each, those before it are sorted.
+    """
     ranks = []
-    for start in range(0, T, rows):  # in slices: T x T at once is too much at long contexts
-        stop = min(start + rows, T)
-        above = score_BT[:, None, :stop] > score_BT[:, start:stop, None]
-        ranks.append(above.tril(start - 1).sum(-1) + 1)
+    for start in range(0, score_BT.size(1), size):
+        part_BP = score_BT[:, start : start + size].contiguous()
+        above = (part_BP.unsqueeze(1) > part_BP.unsqueeze(2)).tril(-1).sum(-1)
+        if start:
+            before = score_BT[:, :start].sort().values
+            above = above + start - torch.searchsorted(before, part_BP, right=True)
+        ranks.append(above + 1)
     return torch.cat(ranks, 1)
 
 

@@ -1,0 +1,133 @@
+"""Reading a prompt with a cache, up to the logits after its last token.
+
+python -m benchmarks.prefill [--spec benchmarks/specs/llama-10m.yaml] [--tokens 1024] [--batch 1]
+
+archdsl and others with the same weights, each into an empty cache of its own; then archdsl in parts
+of 256 tokens, and the model of benchmarks/specs/itt-10m.yaml with each router that decodes exactly.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from archdsl.build import build
+from archdsl.cost import sequence_cost
+from archdsl.load import load
+from archdsl.model import LanguageModel
+from archdsl.spec import ModelSpec
+from benchmarks.decode import Read, ours, theirs
+from benchmarks.measure import (
+    ROOT,
+    Timing,
+    arguments,
+    bar,
+    check_equal,
+    gemm_rate,
+    interleaved,
+    precision,
+    ratio,
+    record,
+)
+from benchmarks.peers import Peer, peers_of, random_batch
+
+PART = 256  # tokens, where a prompt is read in parts
+ROUTERS = ("prefix", "threshold", "random")
+Reading = Callable[[], Tensor]
+
+
+def reading(new: Callable[[], Read], prompt_BT: Tensor, part: int | None = None) -> Reading:
+    """The whole prompt, from nothing, each time that it is called."""
+
+    def read() -> Tensor:
+        with torch.inference_mode():
+            go_on = new()
+            parts = prompt_BT.split(part or prompt_BT.size(1), 1)
+            return [go_on(tokens_BT) for tokens_BT in parts][-1]
+
+    return read
+
+
+def plain(args: Namespace) -> tuple[dict[str, Reading], Tensor]:
+    spec = load(args.spec)
+    model = build(spec, device=args.device)
+    prompt_BT = random_batch(spec, args.batch, args.tokens, args.device).tokens_BT
+    peers = list(peers_of(model, extras=not args.small))
+    dtype = precision(args.device)
+    for one in (model, *(peer.model for peer in peers)):
+        one.to(dtype)
+
+    def of_peer(peer: Peer) -> Reading:
+        return reading(lambda: theirs(peer, args.batch), prompt_BT)
+
+    made = {"archdsl": reading(lambda: ours(model), prompt_BT)}
+    made |= {peer.name: of_peer(peer) for peer in peers}
+    made["archdsl in parts"] = reading(lambda: ours(model), prompt_BT, PART)
+    wanted_BV = made["archdsl"]()
+    for name, read in made.items():
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        check_equal(f"logits of {name}", read(), wanted_BV, tolerance)
+    return made, prompt_BT
+
+
+def routed(args: Namespace) -> dict[str, LanguageModel]:
+    spec = load(args.routed)
+    made = {}
+    for kind in ROUTERS[: 1 if args.small else None]:
+        model = build(spec.patch("blocks.0.body.1.router.kind", kind), device=args.device)
+        made[kind] = model.to(precision(args.device)).eval()
+    return made
+
+
+def flops_of(spec: ModelSpec, tokens: int) -> int:
+    """The head runs once, for the last token."""
+    head = 2 * spec.dim * spec.vocab_size
+    return sequence_cost(spec, tokens=tokens).flops - (tokens - 1) * head
+
+
+def figures(taken: dict[str, Timing], flops: dict[str, int], args: Namespace) -> dict[str, object]:
+    gemm = gemm_rate(args.device, precision(args.device))
+    found: dict[str, object] = {"GEMM, GFLOP/s": gemm / 1e9}
+    for name, timing in taken.items():
+        cost = args.batch * flops.get(name, flops["archdsl"])
+        row: dict[str, object] = {
+            "prompt": timing,
+            "tokens/s": args.batch * args.tokens / timing.median,
+            "of GEMM": cost / timing.median / gemm,
+            "time / transformers": ratio(timing, taken["transformers"]),
+        }
+        if name in flops and name != "archdsl":
+            time, part = ratio(taken[name], taken["archdsl"]), flops[name] / flops["archdsl"]
+            value = time.median / part
+            row |= {"time / plain": time, "FLOPs": part, "": bar(value, 1.05, 1.0)}
+        found[name] = row
+    against = ratio(taken["archdsl"], taken["transformers"])
+    found["archdsl / transformers"] = {"": against, "bar": bar(against.median, 1.03, 0.95)}
+    return found
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
+        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "one that routes"},
+        tokens={"type": int, "help": "of the prompt (default: 1024)"},
+        batch={"type": int, "default": 1, "help": "sequences"},
+    )
+    args.tokens = args.tokens or (300 if args.small else 1024)
+    made, prompt_BT = plain(args)
+    flops = {"archdsl": flops_of(load(args.spec), args.tokens)}
+    for name, model in routed(args).items():
+        made[name] = reading(lambda model=model: ours(model), prompt_BT)  # type: ignore[misc]
+        flops[name] = flops_of(model.spec, args.tokens)
+    rounds = args.rounds or (3 if args.small else 11)
+    taken = interleaved(made, rounds=rounds, device=args.device)
+    settings = {"spec": args.spec, "tokens": args.tokens, "batch": args.batch}
+    record("prefill", settings, figures(taken, flops, args), args)
+
+
+if __name__ == "__main__":
+    main()
