@@ -4,9 +4,9 @@ Decoding otherwise asks the host at each routed step whether anybody takes it, a
 nobody does. On a CPU that saves the step's time. On a GPU it would cost more than it saves
 (estimated, not measured): a layer of the 162M spec is 24 MB of bfloat16 weights, which an H100
 reads in 7 us, and a question to the host takes 10 to 20 us, in which nothing is queued. And a token
-of that model takes over a thousand kernels, each some microseconds of the host's time; as a graph
-they are one launch. So here every step is computed for every row, and a row that does not take it
-keeps what it had.
+of that model takes 2,000 operations (counted), each some microseconds of the host's time; as a
+graph they are one launch. So here every step is computed for every row, and a row that does not
+take it keeps what it had.
 
 Shapes: B rows, V vocabulary.
 """
