@@ -187,17 +187,19 @@ def cost(spec: ModelSpec) -> Receipt:
     >>> f"{receipt.matrices / 1e6:.1f}M"
     '162.0M'
     """
-    expected = sequence_cost(spec)
-    T = spec.context
+    expected, T = sequence_cost(spec), spec.context
+    heaviest = sequence_cost(spec, routing="all").flops
+    routes = heaviest != expected.flops
+    lightest = sequence_cost(spec, routing="none").flops if routes else heaviest
     tables = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
     return Receipt(
         params=expected.params,
         matrices=expected.matrices,
         non_embedding=expected.params - tables,
         context=T,
-        lightest=sequence_cost(spec, routing="none").flops / T,
+        lightest=lightest / T,
         expected=expected.flops / T,
-        heaviest=sequence_cost(spec, routing="all").flops / T,
+        heaviest=heaviest / T,
         flops_per_context=expected.flops,
         train_flops_per_token=3 * expected.flops / T,
         kv_bytes_per_token=KV_BYTES * expected.kv / T,

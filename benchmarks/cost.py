@@ -5,14 +5,10 @@ python -m benchmarks.cost [--json]
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
-
-import torch
+from functools import partial
 
 from archdsl.build import meta_model
 from archdsl.cost import cost
@@ -20,7 +16,9 @@ from archdsl.leaves import defaults, fill
 from archdsl.load import fitted, load, read
 from archdsl.source import shipped_specs
 from archdsl.spec import Budget
+from benchmarks.measure import NotEqual, arguments, bar, interleaved, ratio, record
 
+BAR = 1 / 500  # of the time of building the model on the meta device
 BUILD = """
 import resource, time
 import torch
@@ -35,36 +33,36 @@ print(time.perf_counter() - start, (rss() - before) / weights)
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    figures: dict[str, float] = {}
-    for name in sorted(shipped_specs()):
+    args = arguments(__doc__)
+    rounds = args.rounds or (3 if args.small else 11)
+    found: dict[str, object] = {}
+    for name in ("tiny",) if args.small else sorted(shipped_specs()):
         spec = load(name)
-        figures[f"cost {name}, us"] = 1e6 * seconds(lambda spec=spec: cost(spec), 200)
-    itt, space = load("itt"), fill(read("search"), defaults)
-    meta = seconds(lambda: meta_model(itt), 10)
-    figures["meta build itt / its cost"] = meta / seconds(lambda: cost(itt), 200)
-    figures["fit, ms"] = 1e3 * seconds(lambda: fitted(space, Budget(params=162_000_000)), 10)
-    done = subprocess.run([sys.executable, "-c", BUILD], capture_output=True, text=True, check=True)
-    took, memory = map(float, done.stdout.split())
-    figures["build itt, s"] = took
-    figures["build itt, peak memory / weights"] = memory
-    if "--json" in sys.argv:
-        print(json.dumps(figures, indent=1))
-    else:
-        for name, value in figures.items():
-            print(f"{name:36} {value:10.2f}")
-
-
-def seconds(call: Callable[[], object], runs: int) -> float:
-    """CPU seconds of one call, the median of five batches: neighbours do not count."""
-    call()
-    batches = []
-    for _ in range(5):
-        start = time.process_time()
-        for _ in range(max(1, runs // 5)):
-            call()
-        batches.append((time.process_time() - start) / max(1, runs // 5))
-    return median(batches)
+        parameters = sum(weight.numel() for weight in meta_model(spec).parameters())
+        if cost(spec).params != parameters:
+            raise NotEqual(f"not equal: parameters of {name}")
+        taken = interleaved({"cost": partial(cost, spec)}, rounds=rounds, calls=50)
+        meta = interleaved({"meta": partial(meta_model, spec)}, rounds=3)
+        against = taken["cost"].median / meta["meta"].median
+        found[name] = {
+            "cost, us": 1e6 * taken["cost"].median,
+            "cost / meta build": against,
+            "": bar(against, BAR),
+        }
+    space = fill(read("search"), defaults)
+    fits: dict[str, Callable[[], object]] = {
+        "fit": partial(fitted, space, Budget(params=162_000_000)),
+        "cost": partial(cost, load("itt")),
+    }
+    taken = interleaved(fits, rounds=rounds)
+    found["fit"] = taken["fit"]
+    found["fit / cost of itt"] = ratio(taken["fit"], taken["cost"])
+    if not args.small:
+        call = [sys.executable, "-c", BUILD]
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        seconds, memory = map(float, done.stdout.split())
+        found["build itt, s"], found["build itt, peak memory / weights"] = seconds, memory
+    record("cost", {}, found, args)
 
 
 if __name__ == "__main__":

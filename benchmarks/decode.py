@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +65,14 @@ class Greedy:
         return torch.cat(self.found, 1).tolist()
 
 
-def ours(model: LanguageModel) -> Read:
-    cache = model.eval().new_cache(CONTEXT)
+def ours(model: LanguageModel, room: int = CONTEXT) -> Read:
+    cache = model.eval().new_cache(room)
     return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
 
 
 def theirs(peer: Peer, batch: int) -> Read:
     """By the cache that each of them has."""
-    model = peer.model.eval()
+    model: Any = peer.model.eval()
     if peer.name == "transformers":
         from transformers import DynamicCache
 
@@ -112,7 +113,7 @@ def theirs_static(peer: Peer, device: torch.device) -> Read:
     """transformers at its best on a GPU: one graph of the whole step."""
     from transformers import StaticCache
 
-    model = peer.model.eval()
+    model: Any = peer.model.eval()
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
     step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
     past = 0

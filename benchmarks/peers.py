@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from archdsl import build
 from archdsl.batch import Batch
+from archdsl.blocks.attention import AttentionSpec
+from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.evaluate import cross_entropy
@@ -74,33 +75,55 @@ def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
         yield peer
 
 
-def layer_of(spec: ModelSpec) -> tuple[LayerSpec, int]:
-    """The layer of a plain model, and how often it stands there."""
+class Shape(NamedTuple):
+    """Of a LLaMA."""
+
+    depth: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    theta: float
+
+
+def shape_of(spec: ModelSpec) -> Shape:
     (stack,) = spec.blocks
     assert isinstance(stack, StackSpec)
     (layer,) = stack.body
     assert isinstance(layer, LayerSpec)
-    return layer, stack.repeat
+    attention, ffn = layer.attention, layer.ffn
+    assert isinstance(attention, AttentionSpec)
+    assert isinstance(ffn, FeedForwardSpec)
+    assert attention.rope_theta is not None
+    heads = attention.head_count(spec.dim)
+    return Shape(
+        stack.repeat,
+        heads,
+        heads // attention.queries_per_kv,
+        attention.head_size,
+        ffn.hidden_size(spec.dim),
+        attention.rope_theta,
+    )
 
 
 def _transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
-    layer, depth = layer_of(spec)
-    heads = layer.attention.head_count(spec.dim)
-    config = transformers.LlamaConfig(
+    shape = shape_of(spec)
+    config = cast(Any, transformers.LlamaConfig)(
         vocab_size=spec.vocab_size,
         hidden_size=spec.dim,
-        intermediate_size=layer.ffn.hidden_size(spec.dim),
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // layer.attention.queries_per_kv,
-        head_dim=layer.attention.head_size,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
         max_position_embeddings=spec.context,
         rms_norm_eps=spec.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": layer.attention.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
         tie_word_embeddings=spec.tie_embeddings,
         attn_implementation="sdpa",
     )
-    model = transformers.LlamaForCausalLM(config).to(device)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(device)
     model.load_state_dict(weights)
     return Peer(
         "transformers",
@@ -116,23 +139,22 @@ def _litgpt(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
     from litgpt.config import Config
     from litgpt.model import GPT
 
-    layer, depth = layer_of(spec)
-    heads = layer.attention.head_count(spec.dim)
+    shape = shape_of(spec)
     config = Config(
         block_size=spec.context,
-        n_layer=depth,
+        n_layer=shape.depth,
         n_embd=spec.dim,
         padded_vocab_size=spec.vocab_size,
         vocab_size=spec.vocab_size,
         norm_class_name="RMSNorm",
         norm_eps=spec.norm_eps,
         parallel_residual=False,
-        n_head=heads,
-        head_size=layer.attention.head_size,
-        n_query_groups=heads // layer.attention.queries_per_kv,
+        n_head=shape.heads,
+        head_size=shape.head_size,
+        n_query_groups=shape.kv_heads,
         rotary_percentage=1.0,
-        rope_base=layer.attention.rope_theta,
-        intermediate_size=layer.ffn.hidden_size(spec.dim),
+        rope_base=shape.theta,
+        intermediate_size=shape.hidden,
         mlp_class_name="LLaMAMLP",
         bias=False,
     )
@@ -144,7 +166,7 @@ def _litgpt(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
         "transformer.ln_f.weight": weights["model.norm.weight"],
         "lm_head.weight": weights["lm_head.weight"],
     }
-    for n in range(depth):
+    for n in range(shape.depth):
         of = _layer_weights(weights, n)
         qkv = torch.cat([of["self_attn.q_proj"], of["self_attn.k_proj"], of["self_attn.v_proj"]])
         state |= {
@@ -166,20 +188,19 @@ def _litgpt(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
 def _x_transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
     from x_transformers import Decoder, TransformerWrapper
 
-    layer, depth = layer_of(spec)
-    head_size, heads = layer.attention.head_size, layer.attention.head_count(spec.dim)
+    shape = shape_of(spec)
     decoder = Decoder(
         dim=spec.dim,
-        depth=depth,
-        heads=heads,
-        attn_dim_head=head_size,
-        attn_kv_heads=heads // layer.attention.queries_per_kv,
+        depth=shape.depth,
+        heads=shape.heads,
+        attn_dim_head=shape.head_size,
+        attn_kv_heads=shape.kv_heads,
         attn_flash=True,
         rotary_pos_emb=True,
-        rotary_emb_dim=head_size,
+        rotary_emb_dim=shape.head_size,
         use_rmsnorm=True,
         norm_add_unit_offset=False,
-        ff_mult=layer.ffn.hidden_size(spec.dim) / spec.dim,
+        ff_mult=shape.hidden / spec.dim,
         ff_glu=True,
         ff_swish=True,
         ff_no_bias=True,
@@ -193,7 +214,7 @@ def _x_transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> 
         attn_layers=decoder,
     ).to(device)
     with torch.no_grad():
-        for name, weight in _x_transformers_weights(weights, depth, head_size).items():
+        for name, weight in _x_transformers_weights(weights, shape.depth, shape.head_size).items():
             model.get_parameter(name).copy_(weight)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # its gated projection has one, LLaMA's has none
@@ -244,7 +265,3 @@ def _plain_loss(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda tokens_BT, targets_BT: F.cross_entropy(
         model(tokens_BT).flatten(0, 1), targets_BT.flatten()
     )
-
-
-def plain(spec: ModelSpec, device: str = "cpu") -> LanguageModel:
-    return build(spec, device=device)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from archdsl.block import Context, rotate
 from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import Loop
 from archdsl.cost import Scope, sequence_cost
@@ -104,6 +105,8 @@ def _layer(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A plain layer in which a query sees the earlier ones among the masked keys."""
     attention, T = layer.attention, x_BTD.size(1)
+    assert isinstance(attention, Attention)
+    assert attention.theta is not None
     n_BTD = layer.attention_norm(x_BTD)
 
     def heads(linear: nn.Linear) -> Tensor:

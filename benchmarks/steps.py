@@ -5,79 +5,35 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from archdsl.batch import Batch, HeldOut, Split
-from archdsl.build import build
-from archdsl.schedule import TrainConfig
+from archdsl.batch import Batch
 from archdsl.spec import ModelSpec
 from archdsl.trainer import Trainer
 from benchmarks.measure import precision
+from benchmarks.memory import training
 from benchmarks.peers import Peer
 
 LR = 1e-4
 Step = Callable[[], float]  # the loss before its update
 
 
-@dataclass(frozen=True)
-class OneBatch:
-    """Data that is the same at every step."""
-
-    only: Batch
-    vocab_size: int
-    name: str = "one batch"
-    fingerprint: str = "one batch"
-    chance: float | None = None
-
-    def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
-        return self.only
-
-    def held_out(
-        self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
-    ) -> Iterator[Batch]:
-        yield self.only
-
-    def bytes_per_token(self, split: Split) -> float | None:
-        return None
-
-    def save_tokenizer(self, path: object) -> None:
-        """There is none."""
-
-
-def trainer(
-    spec: ModelSpec,
-    batch: Batch,
-    device: str = "cpu",
-    *,
-    compiled: bool = False,
-    checkpointed: bool = False,
-) -> Trainer:
+def trainer(spec: ModelSpec, batch: Batch, device: str = "cpu", **config: Any) -> Trainer:
+    """Ready for `own_step`; ``config``: other fields of TrainConfig."""
     rows, tokens = batch.tokens_BT.shape
-    config = TrainConfig(
-        steps=10**6,
-        batch_size=rows,
-        context=tokens,
-        lr=LR,
-        schedule="constant",
-        warmup_steps=0,
-        weight_decay=0,
-        clip=None,
-        device=device,
-        compile=compiled,
-        activation_checkpointing=checkpointed,
-    )
-    made = Trainer(build(spec, seed=0), OneBatch(batch, spec.vocab_size), config)
+    fixed = {"lr": LR, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0, "clip": None}
+    made = training(spec, rows, device, context=tokens, **fixed, **config)
     made.model.train()
     return made
 
 
-def own_step(trainer: Trainer, batch: Batch) -> Step:
+def own_step(trained: Trainer, batch: Batch) -> Step:
     def step() -> float:
-        loss = trainer.backward(batch)
-        trainer.optimizer.step()
+        loss = trained.backward(batch)
+        trained.optimizer.step()
         return loss
 
     return step

@@ -42,7 +42,7 @@ def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
         made[peer.name] = peer_step(peer, batch, args.device)
     if args.compile:
         progress("compiling")
-        compiled = trainer(spec, batch, args.device, compiled=True)
+        compiled = trainer(spec, batch, args.device, compile=True)
         made["archdsl compiled"] = own_step(compiled, batch)
         for peer in peers_of(ours.model, extras=False):
             name = f"{peer.name} compiled"

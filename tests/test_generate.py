@@ -102,7 +102,9 @@ def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(generate_module, "READ_AT_ONCE", 8)  # two tokens of each prompt
     assert continued(TINY, PROMPTS, Sampling()) == whole
     lengths: list[int] = []
-    with TINY.embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].size(1))):
+    with TINY.embedding.register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].size(1))
+    ):
         continued(TINY, PROMPTS, Sampling(max_tokens=1))
     assert lengths == [2, 2, 2, 1]
 

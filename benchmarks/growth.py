@@ -1,0 +1,162 @@
+"""How costs grow with context, capacity, steps, layers and batch, beside the closed form.
+
+python -m benchmarks.growth [--small] [--out results/growth]
+
+A small ITT is made larger along one axis at a time. Measured: seconds of a training step, bytes at
+its peak, milliseconds of decoding a token, microseconds of the cost model itself. The lines are
+closed forms: bytes as they are; FLOPs over the rate that the first point of the axis had. What the
+cost model takes has none: it should not grow with anything but the number of different parts.
+Writes growth.json and growth.png.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from archdsl.build import build
+from archdsl.cost import cost, sequence_cost
+from archdsl.memory import training_memory
+from archdsl.source import from_value
+from archdsl.spec import ModelSpec, parse_spec
+from benchmarks.decode import CALLS, Greedy, ours
+from benchmarks.measure import ROOT, arguments, commit, device_name, interleaved, progress, versions
+from benchmarks.memory import measured
+from benchmarks.peers import random_batch
+from benchmarks.steps import own_step, trainer
+
+BASE = {"context": 1024, "capacity": 0.5, "steps": 3, "layers": 4, "batch": 1}
+AXES: dict[str, tuple[float, ...]] = {
+    "context": (256, 512, 1024, 2048, 4096, 8192),
+    "capacity": (0.1, 0.25, 0.5, 0.75, 0.95),
+    "steps": (1, 2, 3, 4, 6, 8),
+    "layers": (2, 4, 8, 16, 32),
+    "batch": (1, 2, 4, 8, 16),
+}
+MEASURES = {
+    "step": "training step, s",
+    "memory": "its peak, MB",
+    "decode": "decoding, ms/token",
+    "cost": "cost model, us",
+}
+
+
+def spec_at(point: Mapping[str, float]) -> ModelSpec:
+    layer = {"kind": "layer", "attention": {"head_size": 64}, "ffn": {"hidden": 384}}
+    loop = {
+        "kind": "loop",
+        "steps": int(point["steps"]),
+        "router": {"kind": "prefix", "capacity": point["capacity"]},
+        "residual": {"kind": "thinking"},
+        "encoding": {"kind": "scale"},
+        "body": layer,
+    }
+    stack = {"kind": "stack", "repeat": int(point["layers"]) // 2, "body": [layer, loop]}
+    tree = {
+        "name": "growth",
+        "vocab_size": 1024,
+        "context": int(point["context"]),
+        "dim": 128,
+        "tie_embeddings": True,
+        "blocks": [stack],
+    }
+    return parse_spec(from_value(tree, "growth"))
+
+
+def measure(point: Mapping[str, float], args: Namespace) -> dict[str, float]:
+    spec, rows, tokens = spec_at(point), int(point["batch"]), int(point["context"])
+    batch = random_batch(spec, rows, tokens)
+    rounds = args.rounds or 3
+    step = own_step(trainer(spec, batch, args.device), batch)
+    found = {"step": interleaved({"": step}, rounds=rounds, device=args.device)[""].median}
+    found["memory"] = measured(spec, rows, args.device, context=tokens) / 1e6
+    # the cache is nearly full, and has room for all that is decoded
+    left = CALLS * (rounds + 1) + 1
+    prompt_BT = batch.tokens_BT[:, : tokens - left].to(args.device)
+    greedy = Greedy(ours(build(spec, device=args.device), tokens), prompt_BT)
+    taken = interleaved({"": greedy}, rounds=rounds, device=args.device)[""]
+    found["decode"] = 1e3 * taken.median / CALLS
+    found["cost"] = 1e6 * interleaved({"": lambda: cost(spec)}, rounds=5, calls=20)[""].median
+    return found
+
+
+def closed(point: Mapping[str, float]) -> dict[str, float]:
+    """FLOPs of a step and of a token, and bytes."""
+    spec, rows, tokens = spec_at(point), int(point["batch"]), int(point["context"])
+    return {
+        "step": 3.0 * rows * sequence_cost(spec, tokens=tokens).flops,
+        "memory": training_memory(spec, rows, tokens).peak / 1e6,
+        "decode": rows * sequence_cost(spec, tokens=tokens).flops / tokens,
+    }
+
+
+def grown(args: Namespace) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for axis, values in AXES.items():
+        found[axis] = []
+        for value in values[:2] if args.small else values:
+            point = BASE | ({"context": 128} if args.small else {}) | {axis: value}
+            figures = measure(point, args)
+            progress(f"{axis} {value:g}: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+            found[axis].append({"at": value, "measured": figures, "closed": closed(point)})
+    return found
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(
+        len(MEASURES), len(found), figsize=(3 * len(found), 2.6 * len(MEASURES)), squeeze=False
+    )
+    for column, (axis, points) in enumerate(found.items()):
+        at = [point["at"] for point in points]
+        for row, (name, label) in enumerate(MEASURES.items()):
+            plot = grid[row][column]
+            seen = [point["measured"][name] for point in points]
+            plot.plot(at, seen, "o-", label="measured")
+            if name in points[0]["closed"]:
+                formula = [point["closed"][name] for point in points]
+                scale = 1.0 if name == "memory" else seen[0] / formula[0]
+                plot.plot(at, [scale * one for one in formula], "k--", label="closed form")
+            if axis != "capacity":
+                plot.set_xscale("log", base=2)
+                plot.set_xticks(at, [f"{one:g}" for one in at])
+                if name in ("step", "memory"):
+                    plot.set_yscale("log", base=2)
+                    plot.yaxis.set_major_formatter("{x:.3g}")
+            if plot.get_yscale() == "linear":
+                plot.set_ylim(0)
+            plot.minorticks_off()
+            if column == 0:
+                plot.set_ylabel(label)
+            if row == len(MEASURES) - 1:
+                plot.set_xlabel(axis)
+    grid[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        out={"type": Path, "default": ROOT / "results" / "growth", "help": "a folder"},
+    )
+    found = grown(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    made_by = {"base": BASE, "versions": versions(), "commit": commit()}
+    made_by |= {"device": device_name(args.device), "threads": torch.get_num_threads()}
+    (args.out / "growth.json").write_text(json.dumps(made_by | {"axes": found}, indent=1) + "\n")
+    draw(found, args.out / "growth.png")
+    print(f"wrote {args.out}/growth.json and growth.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Benchmarks: the ground that they share, and that each of them runs, in its small setting."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import NotEqual, Ratio, Timing, bar, check_equal, interleaved, ratio
+
+SMALL = {
+    "cost": [],
+    "decode": ["--prompt", "16"],
+    "growth": [],
+    "memory": [],
+    "prefill": [],
+    "routed_step": [],
+    "search_overhead": [],
+    "startup": [],
+    "train_step": [],
+}
+
+
+def test_every_benchmark_is_run_here() -> None:
+    scripts = {
+        path.stem
+        for path in (measure.ROOT / "benchmarks").glob("*.py")
+        if "__main__" in path.read_text()
+    }
+    assert scripts == set(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_runs_in_its_small_setting(name: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)] if name == "growth" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--small", *SMALL[name], *out],
+        cwd=measure.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if name == "growth":
+        assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
+    else:
+        assert any(word in done.stdout for word in ("beat", "reach", "short"))
+
+
+def test_contenders_take_turns_and_each_is_called_as_often() -> None:
+    calls: list[str] = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
+    timings = interleaved(contenders, rounds=3)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # once to warm up
+    assert {name: len(timing.rounds) for name, timing in timings.items()} == dict.fromkeys("abc", 3)
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    found = ratio(Timing("a", [1.0, 4.0, 9.0]), Timing("b", [1.0, 2.0, 1.0]))
+    assert (found.median, found.low, found.high) == (2.0, 1.5, 5.5)
+
+
+@pytest.mark.parametrize(
+    ("found", "tolerance"), [([1.0, 2.1], 1e-2), ([1.0, float("nan")], 1.0), ([1.0], 1.0)]
+)
+def test_what_differs_is_not_timed(found: list[float], tolerance: float) -> None:
+    with pytest.raises(NotEqual, match="not equal: logits"):
+        check_equal("logits", torch.tensor(found), torch.tensor([1.0, 2.0]), tolerance)
+
+
+def test_a_bar_is_beaten_reached_or_missed() -> None:
+    assert [bar(value, 1.0, 0.9) for value in (0.9, 0.95, 1.0, 1.1)] == [
+        "beat",
+        "reach",
+        "reach",
+        "short",
+    ]
+    assert [bar(value, 0.8, 0.9, lower_is_better=False) for value in (0.9, 0.8, 0.7)] == [
+        "beat",
+        "reach",
+        "short",
+    ]
+
+
+def test_figures_are_one_line_of_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "RECORD", tmp_path / "bench.jsonl")
+    args = argparse.Namespace(small=False, threads=1, device="cpu", json=True)
+    figures = {"time": Ratio([1.0, 2.0, 3.0]), "part": {"of": 0.5, "": "reach"}}
+    for _ in range(2):
+        measure.record("nothing", {"tokens": 8}, figures, args)
+    assert "time  2.000 (1.500-2.500)" in capsys.readouterr().out
+    lines = (tmp_path / "bench.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    found = json.loads(lines[0])
+    assert found["figures"]["time"] == {"median": 2.0, "low": 1.5, "high": 2.5}
+    assert found["settings"] == {"small": False, "threads": 1, "tokens": 8}
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["commit"]
