@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import timeit
 from typing import Any
 
 import pytest
@@ -131,13 +129,6 @@ def adds_up(node: Cost) -> None:
             assert getattr(node, name) == sum(getattr(p, name) for p in node.parts.values())
     for part in node.parts.values():
         adds_up(part)
-
-
-@pytest.mark.parametrize("name", ["transformer", "itt", "mor"])
-def test_a_cost_is_cheap_enough_to_ask_for_at_every_draw(name: str) -> None:
-    spec = archdsl.load(name)
-    seconds = timeit.repeat(lambda: cost(spec), number=20, repeat=10, timer=time.process_time)
-    assert min(seconds) / 20 < 200e-6
 
 
 def tiny(**fields: Any) -> ModelSpec:
