@@ -83,8 +83,7 @@ class Trainer:
         self.absurd_steps = 0
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
-            for layer in model.layers:
-                layer.compile(dynamic=False)
+            compile_layers(model)
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[Step], None] | None = None
@@ -302,6 +301,16 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ArchdslError(f"device {name!r}: no CUDA device is available; use cpu")
     return torch.device(name)
+
+
+def compile_layers(model: LanguageModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Each by itself and in one graph, at shapes that do not change; an error where that cannot be.
+
+    Plain layers share a graph, each loop has its own, another one for every mode of scoring.
+    """
+    limit = 4 * (1 + len(model.layers))
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=backend, recompile_limit=limit)
 
 
 def _mix(seed: int, step: int) -> int:

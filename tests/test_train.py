@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from archdsl.batch import IGNORE, Batch
 from archdsl.build import build
@@ -27,8 +28,8 @@ from archdsl.load import load
 from archdsl.model import LanguageModel
 from archdsl.retrofit import parse_overlay, retrofit
 from archdsl.skills import parse_skill
-from archdsl.source import from_value
-from archdsl.spec import ModelSpec
+from archdsl.source import from_value, shipped_specs
+from archdsl.spec import ModelSpec, Sizes
 from archdsl.train import (
     RunMismatchError,
     Step,
@@ -38,6 +39,7 @@ from archdsl.train import (
     last_checkpoint,
     train,
 )
+from archdsl.trainer import compile_layers
 
 SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
 CONFIG = TrainConfig(
@@ -187,6 +189,33 @@ def test_a_compiled_model_trains_alike_and_saves_under_the_same_names() -> None:
         assert name == other
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert compiled.model.router_shares().keys() == plain.model.router_shares().keys()
+
+
+SMALL = Sizes(dim=16, context=24, vocab_size=8, head_size=8, repeat=3)
+STRUCTURES = [name for name in shipped_specs() if not name.endswith(("230m", "466m"))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "tiny" else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES],
+)
+def test_a_layer_is_one_graph_and_stays_it(name: str) -> None:
+    torch._dynamo.reset()
+    model = load(name).resized(SMALL)
+    plain, compiled = (
+        Trainer(build(model), SKILL, config(context=24, eval_every=0)) for _ in range(2)
+    )
+    counter = CompileCounter()
+    compile_layers(compiled.model, backend=counter)
+    counts = []
+    for step in (1, 2, 5):
+        plain.run(step)
+        compiled.run(step)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] <= 2 * len(compiled.model.layers)
+    for a, b in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # Stopping and going on
