@@ -213,7 +213,10 @@ class LoopSpec(BlockSpec):
         at = rows._replace(projects=False) if self.kv == "shared" and step else rows
         body, made = self._body_pass(at, step, taken=False)
         kept = body.kept + at.stream * self._scales
-        return Footprint(kept, body.reads and not made, body.work + at.stream, body.angles)
+        # the gradient of what a pass is added to waits for the body's
+        waits = step > 0 and not isinstance(self.residual, OverwriteSpec)
+        work = body.work + at.stream * waits
+        return Footprint(kept, body.reads and not made, work, body.angles)
 
     def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
         """Kept besides: places to take from and put to, and what is multiplied."""

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 import archdsl
+from archdsl.blocks.attention import QUERIES
 from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.threshold import PredictorSpec
 from archdsl.memory import installed, kept, shortage, training_memory, whole
@@ -118,11 +119,22 @@ def forgets_losses(part: Any) -> bool:
 )
 @pytest.mark.parametrize("router", [None, "top_k", "prefix"])
 def test_attention_under_a_mask_keeps_what_autograd_saves(attention: Any, router: Any) -> None:
-    layer = {"kind": "layer", "attention": {"head_size": 8} | attention, "ffn": {"hidden": 24}}
-    loop = {"kind": "loop", "router": router and {"kind": router, "capacity": 0.9}, "body": layer}
-    sizes = {"name": "parts", "vocab_size": 11, "context": 160, "dim": 16}
-    spec = ModelSpec.model_validate(sizes | {"blocks": [loop]})
+    spec = looped(attention, router and {"kind": router, "capacity": 0.9}, context=2 * QUERIES)
     assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+
+
+@pytest.mark.parametrize("attention", [{}, {"queries_per_kv": 2}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("router", ["top_k", "prefix", "random"])
+def test_most_queries_are_kept_at_the_places_of_all(attention: Any, router: Any) -> None:
+    spec = looped(attention, {"kind": router, "capacity": 0.9}, context=40, kv="shared")
+    assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+
+
+def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpec:
+    layer = {"kind": "layer", "attention": {"head_size": 8} | attention, "ffn": {"hidden": 24}}
+    loop = {"kind": "loop", "router": router, "body": layer} | fields
+    sizes = {"name": "parts", "vocab_size": 11, "context": context, "dim": 16}
+    return ModelSpec.model_validate(sizes | {"blocks": [loop]})
 
 
 def test_under_shared_keys_it_keeps_nearly_what_autograd_saves() -> None:
