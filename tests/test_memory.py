@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import archdsl
 from archdsl.blocks.attention import QUERIES
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.threshold import PredictorSpec
 from archdsl.memory import installed, kept, shortage, training_memory, whole
 from archdsl.schedule import TrainConfig
 from archdsl.source import shipped_specs
@@ -97,19 +96,13 @@ def test_any_of_400_specs_keeps_what_autograd_saves(spec: ModelSpec) -> None:
 
 def keeps_what_autograd_saves(spec: ModelSpec) -> None:
     parts = [part for _, part in walk(spec)]
-    assume(not any(depends_on_the_choice(part) or forgets_losses(part) for part in parts))
+    assume(not any(depends_on_the_choice(part) for part in parts))
     assert kept(spec, whole(spec, 3)) == saved_bytes(spec, 3)
 
 
 def depends_on_the_choice(part: Any) -> bool:
     """Which of the first pass's keys a selected query may see."""
     return isinstance(part, LoopSpec) and part.kv == "shared" and part.router is not None
-
-
-def forgets_losses(part: Any) -> bool:
-    """Of a predictor that runs several times, the last run's loss alone is kept."""
-    below = [inner for _, inner in walk(part)] if isinstance(part, LoopSpec) else []
-    return any(isinstance(inner, PredictorSpec) and inner is not part.router for inner in below)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +173,8 @@ def test_the_peak_is_found_wherever_it_is(
     context: int, batch_size: int, accumulate: int, tied: bool
 ) -> None:
     spec = archdsl.load("itt", overrides=[f"tie_embeddings={str(tied).lower()}"])
-    spec = spec.resized(SMALL._replace(dim=64, context=context))
-    assert off(spec, batch_size, accumulate=accumulate) < 0.05
+    spec = spec.resized(SMALL._replace(dim=64, context=context, vocab_size=1000))
+    assert off(spec, batch_size, accumulate=accumulate) < 0.01
 
 
 def test_only_activations_grow_with_the_batch() -> None:
