@@ -52,7 +52,7 @@ def training_memory(
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
-    '6.8 GB'
+    '4.9 GB'
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
