@@ -64,8 +64,9 @@ class Trace:
     """What a pass did, by loop and routed step.
 
     ``shares``: of the tokens, those selected. ``losses``: the routers' own, to be added to the
-    model's; ``accuracies``: of predictors. ``steps_BT``: how many steps each token took in loops,
-    their first full ones not counted.
+    model's; ``accuracies``: of predictors. Of a loop that another runs several times the losses of
+    all runs together, else those of the last. ``steps_BT``: how many steps each token took in
+    loops, their first full ones not counted.
     """
 
     shares: dict[str, Tensor] = field(default_factory=dict)

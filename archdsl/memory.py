@@ -56,13 +56,15 @@ def training_memory(
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
-    alive = kept(spec, rows, checkpointed)
-    gradients, before = 0, weights if accumulate > 1 else 0  # of the parts before this one
+    alive, parts = kept(spec, rows, checkpointed), _parts(spec, rows, checkpointed)
+    before = weights if accumulate > 1 else 0  # gradients of the parts before this one
+    gradients, waiting = 0, parts[-1][1]  # to be added to those: the head's, made with the loss
     moments = []
-    for part, own in reversed(_parts(spec, rows, checkpointed)):
+    for part, own in reversed(parts):
         gradients += own
-        moments.append((max(gradients, before), alive + part.work))
+        moments.append((before + waiting if before else gradients, alive + part.work))
         alive -= part.kept + rows.stream * part.reads
+        waiting *= spec.tie_embeddings
     return TrainingMemory(weights, 2 * weights, *max(moments, key=sum))
 
 
@@ -111,12 +113,21 @@ def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footpr
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a table of both has two gradients, until they are added up
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
-    at_once = min(rows.batch * rows.tokens, max(1, LOGITS["cpu"] // spec.vocab_size))
-    # the loss's, which makes the gradient of what the head reads with it
-    head = Footprint(work=FLOAT * at_once * (spec.vocab_size + rows.dim) + rows.stream)
     return [
         (embedding, 0 if tied else table),
         *((part, TRAIN_BYTES * cost.params) for part, cost in zip(footprints, costs, strict=True)),
         (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_cost(spec.norm, rows.dim).params),
-        (head, table),
+        (_loss_footprint(spec, rows), table),
     ]
+
+
+def _loss_footprint(spec: ModelSpec, rows: Rows) -> Footprint:
+    """Head and loss at once: only some logits exist at a time, and the gradients are made there.
+
+    Besides: the rows of the head that the targets ask for, the gradient of what the head reads,
+    and numbers of each token: its target twice, its weight, whether it is asked for.
+    """
+    N = rows.batch * rows.tokens
+    at_once = min(N, max(1, LOGITS["cpu"] // spec.vocab_size))
+    logits = FLOAT * at_once * (spec.vocab_size + rows.dim + 2)  # also their maximum and sum
+    return Footprint(work=logits + rows.stream + 2 * rows.indices + rows.floats() + N)

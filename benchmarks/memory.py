@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import archdsl
 from archdsl.batch import Batch, HeldOut, Split
-from archdsl.evaluate import cross_entropy
 from archdsl.memory import training_memory
 from archdsl.model import LanguageModel
 from archdsl.schedule import TrainConfig
@@ -160,8 +159,7 @@ def estimates(sizes: list[Sizes], batch_size: int, device: str) -> dict[str, obj
 
 def pass_keeps(model: LanguageModel, batch: Batch, device: str) -> int:
     """Bytes that a pass leaves for the backward pass, from the tokens to the loss."""
-    forward = lambda: cross_entropy(model(batch.tokens_BT), batch.targets_BT).mean()  # noqa: E731
-    return allocated(forward, device).left
+    return allocated(lambda: model.loss(batch.tokens_BT, batch.targets_BT), device).left
 
 
 def kept(batch_size: int, context: int, device: str) -> dict[str, object]:

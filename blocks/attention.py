@@ -109,15 +109,21 @@ class AttentionSpec(BlockSpec):
         """Kept: queries, keys and values as they are multiplied, the result, a sum per query."""
         heads, E = self.head_count(rows.dim), self.head_size
         q, kv = rows.floats(heads * E), rows.floats(heads // self.queries_per_kv * E)
-        made = q + (2 * kv if rows.projects else 0)
-        kept = made + q + rows.floats(heads)
-        in_parts = self.window is not None or (rows.selected and not rows.projects)
+        reads_first = rows.selected and not rows.projects
+        among_all = reads_first and self.window is None and rows.tokens > MOST * rows.keys
+        in_parts = (reads_first and not among_all) or self.window is not None
+        asks = rows._replace(tokens=rows.keys) if among_all else rows
+        made = asks.floats(heads * E) + (2 * kv if rows.projects else 0)
+        kept = made + asks.floats(heads * E) + asks.floats(heads)
         if in_parts:
             kept += self._masks(rows)
+        if among_all:  # where the queries stand
+            kept += rows.indices
         if self.qk_norm:  # what is normalised, before and after its scale, and the scale
             normed = q + kv if rows.projects else q
             kept += 2 * normed + normed // E
-        if (self.qk_norm and rows.tokens > 1) or (in_parts and rows.tokens > QUERIES):
+        scattered = self.qk_norm and rows.tokens > 1
+        if scattered or among_all or (in_parts and rows.tokens > QUERIES):
             kept += q  # heads are put side by side again in a copy
         angles: frozenset[Angles] = frozenset()
         if self.rope_theta is not None:

@@ -213,10 +213,13 @@ class LoopSpec(BlockSpec):
         at = rows._replace(projects=False) if self.kv == "shared" and step else rows
         body, made = self._body_pass(at, step, taken=False)
         kept = body.kept + at.stream * self._scales
-        return Footprint(kept, body.reads and not made, body.work + at.stream, body.angles)
+        # the gradient of what a pass is added to waits for the body's
+        waits = step > 0 and not isinstance(self.residual, OverwriteSpec)
+        work = body.work + at.stream * waits
+        return Footprint(kept, body.reads and not made, work, body.angles)
 
     def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
-        """Kept besides: places to take from and put to, what is put, and what is multiplied."""
+        """Kept besides: places to take from and put to, and what is multiplied."""
         assert self.router is not None
         padded = self.router.fills or rows.padded
         shared = self.kv == "shared" and step > 0
@@ -224,7 +227,7 @@ class LoopSpec(BlockSpec):
         choice = self.router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)
-        kept += at.stream * (1 + self.router.learned + self._scales)
+        kept += at.stream * (self.router.learned + self._scales)
         takes = 1 + padded + (self.injection is not None and step > 0)  # also the rest, the start
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
         rest = self._scales and getattr(self.residual, "unselected", None) == "literal"

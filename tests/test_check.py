@@ -64,6 +64,11 @@ def failing(report: Report) -> set[str]:
     }
 
 
+def everything(attention: Attention, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> Tensor:
+    """Attention in which every query sees all keys."""
+    return attention._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None)
+
+
 # what is sound passes, and what leaks is named
 
 
@@ -188,10 +193,7 @@ def test_a_router_that_looks_one_token_ahead(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_attention_that_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def everything(attention: Attention, ctx: Context, kv: KeysValues, x_BTD: Tensor) -> Tensor:
-        return torch.ones(1, 1, x_BTD.size(1), kv.k_BGSE.size(2), dtype=torch.bool)
-
-    monkeypatch.setattr(Attention, "_mask", everything)
+    monkeypatch.setattr(Attention, "_attend", everything)
     report = tried(loop(PREFIX))
     assert {fault.place for fault in report.faults} == {"blocks.0.body.attention"}
     assert failing(report) >= {"change", "gradient", "decoding", "prefill"}
@@ -245,16 +247,13 @@ def test_a_loop_whose_further_steps_decode_wrongly(monkeypatch: pytest.MonkeyPat
 
 
 def test_attention_that_ignores_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = Attention._mask
+    attend = Attention._attend
 
-    def sees_padding(
-        attention: Attention, ctx: Context, kv: KeysValues, x_BTD: Tensor
-    ) -> Tensor | None:
-        if ctx.stream.length_B is None:
-            return mask(attention, ctx, kv, x_BTD)
-        return torch.ones(1, 1, x_BTD.size(1), kv.k_BGSE.size(2), dtype=torch.bool)
+    def sees_padding(attention: Attention, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> Tensor:
+        padded = ctx.stream.length_B is not None
+        return (everything if padded else attend)(attention, q_BHTE, kv, ctx)
 
-    monkeypatch.setattr(Attention, "_mask", sees_padding)
+    monkeypatch.setattr(Attention, "_attend", sees_padding)
     report = tried(LAYER)
     assert origins(report) == {("blocks.0.attention", None, "padding")}
     assert str(report.faults[0]).startswith(

@@ -166,6 +166,8 @@ class Predictor(TopK):
         loss_BT = F.binary_cross_entropy_with_logits(likely_BT, target_BT.float(), reduction="none")
         asked = asked_BT.sum().clamp(min=1)
         right_BT = ((likely_BT > 0) == target_BT).float()
-        ctx.trace.losses[at.name] = self.loss_weight * (loss_BT * asked_BT).sum() / asked
+        loss = self.loss_weight * (loss_BT * asked_BT).sum() / asked
+        losses = ctx.trace.losses  # there may be one already: a loop around runs this one again
+        losses[at.name] = losses[at.name] + loss if at.name in losses else loss
         ctx.trace.accuracies[at.name] = ((right_BT * asked_BT).sum() / asked).detach()
         self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)

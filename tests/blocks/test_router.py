@@ -254,6 +254,17 @@ def test_a_predictor_learns_the_choice_and_the_stream_does_not_learn_from_it() -
     assert ctx.trace.losses == {}
 
 
+def test_a_predictor_learns_from_each_of_its_runs() -> None:
+    router = built(PredictorSpec(capacity=(0.5,))).train()
+    runs = [naive.stream(2, 9, D) + shift for shift in (0, 1)]
+    apart, together = [Context(), Context()], Context()
+    for x_BTD, ctx in zip(runs, apart, strict=True):
+        router(x_BTD, at(0.5), ctx, None)
+        router(x_BTD, at(0.5), together, None)
+    first, second = (ctx.trace.losses["loop.0"] for ctx in apart)
+    naive.agree(together.trace.losses["loop.0"], first + second, list(router.parameters()))
+
+
 @pytest.mark.parametrize("capacity", [(0.0,), (1.1,), (), (float("nan"),), (0.5,) * 65])
 def test_rejects_a_capacity_that_is_no_share(capacity: tuple[float, ...]) -> None:
     with pytest.raises(ValidationError, match="capacity"):
