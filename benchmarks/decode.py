@@ -6,6 +6,8 @@ All go on from the same prompt greedily, with the same weights, and must find th
 the model of benchmarks/specs/itt-10m.yaml, with a threshold that nobody, about half of the tokens
 and everybody is above.
 
+On a GPU: --device cuda --compile --spec transformer --routed itt [--batch 64]
+
 Shapes: B rows, T tokens, V vocabulary.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from archdsl.blocks.modules.threshold import Threshold
 from archdsl.build import build
+from archdsl.graphed import TokenStep
 from archdsl.load import load
 from archdsl.meter import metered
 from archdsl.model import LanguageModel
@@ -68,6 +71,24 @@ class Greedy:
 def ours(model: LanguageModel, room: int = CONTEXT) -> Read:
     cache = model.eval().new_cache(room)
     return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
+
+
+def graphed(model: LanguageModel, rows: int) -> Read:
+    """As `generate` does on CUDA: the prompt as it comes, then each token by one captured graph."""
+    cache, step = model.eval().new_cache(CONTEXT), None
+
+    def read(tokens_BT: Tensor) -> Tensor:
+        nonlocal step
+        if tokens_BT.size(1) > 1:
+            return model.next_logits(tokens_BT, cache=cache)
+        step = step or TokenStep(model, cache, rows)
+        return step(tokens_BT[:, 0].tolist())
+
+    return read
+
+
+def reader(model: LanguageModel, args: Namespace) -> Read:
+    return graphed(model, args.batch) if args.device == "cuda" else ours(model)
 
 
 def theirs(peer: Peer, batch: int) -> Read:
@@ -147,7 +168,7 @@ def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
     dtype = precision(args.device)
     for one in (model, *(peer.model for peer in peers)):
         one.to(dtype)
-    made = {"archdsl": Greedy(ours(model), prompt_BT)}
+    made = {"archdsl": Greedy(reader(model, args), prompt_BT)}
     for peer in peers:
         made[peer.name] = Greedy(theirs(peer, args.batch), prompt_BT)
     if args.compile:
@@ -198,7 +219,7 @@ def main() -> None:
     made, prompt_BT = plain(args)
     models = routed(args)
     for name, model in models.items():
-        made[name] = Greedy(ours(model), prompt_BT)
+        made[name] = Greedy(reader(model, args), prompt_BT)
     rounds = args.rounds or (3 if args.small else 15)
     taken = interleaved(made, rounds=rounds, device=args.device)
     found: dict[str, object] = {}

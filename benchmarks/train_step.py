@@ -3,7 +3,9 @@
 python -m benchmarks.train_step [--spec benchmarks/specs/llama-10m.yaml] [--tokens 512] [--compile]
 
 All start from the same weights; logits, losses and the losses after two updates must agree before
-anything is timed. ``--compile``: archdsl and transformers compiled, too.
+anything is timed. ``--compile``: archdsl and transformers compiled, too, on CUDA also LitGPT.
+
+On a GPU: --device cuda --compile --spec transformer --tokens 4096 --batch 8
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from benchmarks.measure import (
     arguments,
     bar,
     check_equal,
+    device_name,
     gemm_rate,
     interleaved,
     precision,
@@ -32,6 +35,8 @@ from benchmarks.peers import peers_of, random_batch
 from benchmarks.steps import Step, own_step, peer_step, trainer
 
 REACH, BEAT = 1.03, 0.95  # of transformers' time, eager
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16 that cards promise
+MFU = 0.45
 
 
 def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
@@ -44,9 +49,10 @@ def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
         progress("compiling")
         compiled = trainer(spec, batch, args.device, compile=True)
         made["archdsl compiled"] = own_step(compiled, batch)
-        for peer in peers_of(ours.model, extras=False):
-            name = f"{peer.name} compiled"
-            made[name] = peer_step(peer, batch, args.device, compiled=True)
+        for peer in peers_of(ours.model, extras=args.device == "cuda"):
+            if peer.name != "x-transformers":
+                step = peer_step(peer, batch, args.device, compiled=True)
+                made[f"{peer.name} compiled"] = step
     ours.model.train()
     return made
 
@@ -82,6 +88,24 @@ def figures(spec: ModelSpec, taken: dict[str, Timing], args: Namespace) -> dict[
         f"reach {REACH}, beat {BEAT}": bar(against.median, REACH, BEAT),
     }
     return found
+
+
+def on_cuda(taken: dict[str, Timing], flops: float) -> dict[str, object]:
+    """Against the fastest peer, compiled or not; and the share of what the card promises."""
+
+    def fastest(ours: bool) -> str:
+        names = [name for name in taken if name.startswith("archdsl") == ours]
+        return min(names, key=lambda name: taken[name].median)
+
+    ours, theirs = fastest(True), fastest(False)
+    against = ratio(taken[theirs], taken[ours])  # of tokens per second
+    word = bar(against.median, 0.95, 1.0, lower_is_better=False)
+    bars: dict[str, object] = {f"tokens/s of {ours} / {theirs}": {"": against, "bar": word}}
+    for card, peak in PEAK.items():
+        if card in device_name("cuda"):
+            share = flops / taken[ours].median / peak
+            bars["MFU"] = {"": share, "bar": bar(share, MFU, lower_is_better=False)}
+    return bars
 
 
 def main() -> None:
