@@ -66,7 +66,7 @@ class TrainConfig(Strict):
     )
     compile: bool = Field(False, description="pays on long runs: 6% faster after up to a minute")
     activation_checkpointing: bool = Field(
-        False, description="0.2 x the activations, 1.2 x the time"
+        False, description="0.2 x the activations, 1.25 x the time"
     )
 
     @model_validator(mode="after")

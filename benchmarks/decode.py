@@ -200,7 +200,8 @@ def routed(args: Namespace) -> dict[str, LanguageModel]:
 
 def executed_flops(model: LanguageModel, prompt_BT: Tensor, turns: int) -> float:
     """Of a token, as many as are timed; apart from that, as counting takes time."""
-    greedy = Greedy(ours(model), prompt_BT)
+    cache = model.new_cache(CONTEXT)
+    greedy = Greedy(lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1], prompt_BT)
     with metered(model) as meter:
         for _ in range(turns):
             greedy()
