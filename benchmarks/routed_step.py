@@ -200,11 +200,11 @@ def figures(args: Namespace, kv: str, taken: dict[str, Timing]) -> dict[str, obj
 
 def whole(args: Namespace) -> dict[str, object]:
     """A training step of a model in which half of the layers think, per FLOP."""
-    routed = load(args.spec).patch("blocks.0.body.1.router.capacity", 0.5)
+    routed = load(args.spec)
     unrouted = routed.patch("blocks.0.body.1.router", None)
     plain = unrouted.patch("blocks.0.body.1.steps", 1)
     batch = random_batch(routed, args.batch, args.tokens)
-    specs = {"itt": routed, "loop": unrouted, "plain": plain}
+    specs = {"loop": unrouted, "plain": plain}
     specs |= {f"itt {c:g}": routed.patch("blocks.0.body.1.router.capacity", c) for c in CAPACITIES}
     made = {
         name: own_step(trainer(spec, batch, args.device), batch) for name, spec in specs.items()
