@@ -69,7 +69,7 @@ class Trace:
     loops, their first full ones not counted.
     """
 
-    shares: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, float | Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     accuracies: dict[str, Tensor] = field(default_factory=dict)
     steps_BT: Tensor | None = None

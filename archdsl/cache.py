@@ -60,11 +60,9 @@ class Stream:
         place_T = torch.arange(x_BT.size(1), device=x_BT.device)
         return place_T < self.length_B.unsqueeze(1)
 
-    def tokens(self, x_BT: Tensor) -> Tensor:
+    def tokens(self, x_BT: Tensor) -> int | Tensor:
         """How many real ones the chunk has in all rows together."""
-        if self.length_B is None:
-            return torch.tensor(x_BT.size(0) * x_BT.size(1), device=x_BT.device)
-        return self.length_B.sum()
+        return x_BT.size(0) * x_BT.size(1) if self.length_B is None else self.length_B.sum()
 
     def after(self, tokens: int) -> Count:
         """The past of the next chunk."""
@@ -117,7 +115,7 @@ class Kept:
             return
         T, past = new.size(-2), stream.past
         if isinstance(past, int) and stream.length_B is None and past + T <= self.limit:
-            self.data[..., past : past + T, :] = new
+            self.data.narrow(-2, past, T).copy_(new)
             return
         new_BT = new.movedim(-2, 1)
         order_BT = stream.order(new_BT).expand(new_BT.shape[:2])
@@ -140,7 +138,7 @@ class Kept:
 
     def read(self, stop: int) -> Tensor:
         """The first ``stop`` entries of each row, as far as there are so many."""
-        return self.data[..., :stop, :]
+        return self.data.narrow(-2, 0, min(stop, self.limit))
 
     def order(self, past: Count) -> Tensor:
         """Which token of its sequence each entry is, [1 or B, S]; negative: none yet."""

@@ -251,8 +251,7 @@ class Run:
         for i, steps in zip(rows, taken, strict=True):
             self.rows[i].steps += steps
         count = sum(map(len, taken))
-        shares = torch.stack(list(trace.shares.values())).tolist() if trace.shares else []
-        selected = {name: s * count for name, s in zip(trace.shares, shares, strict=True)}
+        selected = {name: share * count for name, share in self.model.router_shares().items()}
         pace.add(Pace(count, 0.0, sum(map(sum, taken)), selected))
 
     def _take(self, i: int, token: int) -> Piece:

@@ -187,7 +187,11 @@ class LanguageModel(Primitive):
 
     def router_shares(self) -> dict[str, float]:
         """Share of tokens that each routed step selected in the last pass, by loop and step."""
-        return {name: share.item() for name, share in self.trace.shares.items()}
+        shares = self.trace.shares
+        there = {name: share for name, share in shares.items() if isinstance(share, Tensor)}
+        told = torch.stack(list(there.values())).tolist() if there else []  # one question for all
+        known = shares | dict(zip(there, told, strict=True))
+        return {name: float(share) for name, share in known.items()}
 
     def predictor_accuracies(self) -> dict[str, float]:
         """How often predictors were right about the choice, by loop and step."""

@@ -51,7 +51,7 @@ def test_a_benchmark_runs_in_its_small_setting(name: str, tmp_path: Path) -> Non
     if name == "growth":
         assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
     else:
-        assert any(word in done.stdout for word in ("beat", "reach", "short"))
+        assert done.stdout.count("\n") >= 2  # figures, one a line
 
 
 def test_contenders_take_turns_and_each_is_called_as_often() -> None:

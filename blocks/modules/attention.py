@@ -174,7 +174,7 @@ class Attention(Block):
         )
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return x_BTD.view(*x_BTD.shape[:-1], -1, self.head_size).transpose(1, 2)
 
     def _turn(self, x_BHTE: Tensor, ctx: Context) -> Tensor:
         if self.theta is None:

@@ -111,8 +111,11 @@ class Loop(Block):
         chosen = self.router(x_BTD, at, ctx, active_BT)
         tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
         share = chosen.stream.tokens(chosen.index_BK) / tokens
-        if ctx.stream.static:  # it may run for nobody; then the share of its last run stands
-            share = torch.where(tokens > 0, share, shares.get(at.name, torch.zeros_like(share)))
+        if ctx.stream.static and isinstance(tokens, Tensor) and isinstance(share, Tensor):
+            # it may run for nobody; then the share of its last run stands
+            last = shares.get(at.name)
+            last = last if isinstance(last, Tensor) else torch.zeros_like(share)
+            share = torch.where(tokens > 0, share, last)
         shares[at.name] = share
         return chosen
 

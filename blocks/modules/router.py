@@ -67,6 +67,8 @@ class Router(Primitive):
             if allowed_BT is not None:
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
+        if index_BK.size(1) == 0:  # while decoding, often nobody is selected
+            return Choice(index_BK, x_BTD[:, :0, 0], keep_BK, stream)
         gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
         return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
 
@@ -122,7 +124,7 @@ class Router(Primitive):
         assert isinstance(past, int)
         assert isinstance(taken, int)
         wanted = at.capacity == 1 or self.wanted(x_BTD, score_BT, at, ctx)
-        allowed = taken < share_of(at.capacity, past + 1) and bool(score_BT > -math.inf)
+        allowed = taken < share_of(at.capacity, past + 1) and score_BT.item() > -math.inf
         selected = int(bool(wanted) and allowed)
         memory.taken = taken + selected
         index_BK = torch.zeros(1, selected, dtype=torch.long, device=x_BTD.device)

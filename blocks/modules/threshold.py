@@ -56,6 +56,8 @@ class Threshold(Learned):
         """What the wanted share of the scores was above; among those a nested choice has left."""
         place = (1 - at.capacity / at.among) * (QUANTILES - 1)
         low, high = math.floor(place), math.ceil(place)
+        if low == high:
+            return self.quantiles_RQ[at.row, low]
         return torch.lerp(
             self.quantiles_RQ[at.row, low], self.quantiles_RQ[at.row, high], place - low
         )
