@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
             real_B = mask_BT[:, t]
             logits_BV = step(torch.where(real_B, tokens_BT[:, t], -1).tolist())
             shares, steps_BT = model.trace.shares, model.trace.steps_BT
-            assert not any(share.isnan() for share in shares.values())
+            assert not any(math.isnan(share) for share in shares.values())
             assert logits_BV.isfinite().all() or not whole_BTV.isfinite().all()
             assert gap(logits_BV[real_B], whole_BTV[real_B, t]).share < 1e-11
             now_BV = model(tokens_BT[:, t : t + 1], mask_BT[:, t : t + 1], grown)[:, -1]
