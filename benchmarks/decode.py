@@ -242,7 +242,7 @@ def main() -> None:
         "FLOPs / all": flops["half"] / flops["all"],
         "bar": bar(saved.median, 0.7, 0.9, lower_is_better=False),
     }
-    settings = {"spec": args.spec, "prompt": args.prompt, "batch": args.batch}
+    settings = {"spec": load(args.spec).name, "prompt": args.prompt, "batch": args.batch}
     record("decode", settings, found, args)
 
 

@@ -125,7 +125,7 @@ def main() -> None:
         flops[name] = flops_of(model.spec, args.tokens)
     rounds = args.rounds or (3 if args.small else 11)
     taken = interleaved(made, rounds=rounds, device=args.device)
-    settings = {"spec": args.spec, "tokens": args.tokens, "batch": args.batch}
+    settings = {"spec": load(args.spec).name, "tokens": args.tokens, "batch": args.batch}
     record("prefill", settings, figures(taken, flops, args), args)
 
 
