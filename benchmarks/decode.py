@@ -160,14 +160,19 @@ def theirs_static(peer: Peer, device: torch.device) -> Read:
     return read
 
 
-def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
+def alike(args: Namespace, tokens: int) -> tuple[LanguageModel, list[Peer], Tensor]:
+    """The model, others with its weights, all in the precision of the device, and a prompt."""
     spec = load(args.spec)
     model = build(spec, device=args.device)
-    prompt_BT = random_batch(spec, args.batch, args.prompt, args.device).tokens_BT
+    prompt_BT = random_batch(spec, args.batch, tokens, args.device).tokens_BT
     peers = list(peers_of(model, extras=not args.small))
-    dtype = precision(args.device)
     for one in (model, *(peer.model for peer in peers)):
-        one.to(dtype)
+        one.to(precision(args.device))
+    return model, peers, prompt_BT
+
+
+def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
+    model, peers, prompt_BT = alike(args, args.prompt)
     made = {"archdsl": Greedy(reader(model, args), prompt_BT)}
     for peer in peers:
         made[peer.name] = Greedy(theirs(peer, args.batch), prompt_BT)

@@ -19,7 +19,7 @@ from archdsl.cost import sequence_cost
 from archdsl.load import load
 from archdsl.model import LanguageModel
 from archdsl.spec import ModelSpec
-from benchmarks.decode import Read, ours, theirs
+from benchmarks.decode import Read, alike, ours, theirs
 from benchmarks.measure import (
     ROOT,
     Timing,
@@ -32,7 +32,7 @@ from benchmarks.measure import (
     ratio,
     record,
 )
-from benchmarks.peers import Peer, peers_of, random_batch
+from benchmarks.peers import Peer
 
 PART = 256  # tokens, where a prompt is read in parts
 ROUTERS = ("prefix", "threshold", "random")
@@ -52,13 +52,7 @@ def reading(new: Callable[[], Read], prompt_BT: Tensor, part: int | None = None)
 
 
 def plain(args: Namespace) -> tuple[dict[str, Reading], Tensor]:
-    spec = load(args.spec)
-    model = build(spec, device=args.device)
-    prompt_BT = random_batch(spec, args.batch, args.tokens, args.device).tokens_BT
-    peers = list(peers_of(model, extras=not args.small))
-    dtype = precision(args.device)
-    for one in (model, *(peer.model for peer in peers)):
-        one.to(dtype)
+    model, peers, prompt_BT = alike(args, args.tokens)
 
     def of_peer(peer: Peer) -> Reading:
         return reading(lambda: theirs(peer, args.batch), prompt_BT)
@@ -68,7 +62,7 @@ def plain(args: Namespace) -> tuple[dict[str, Reading], Tensor]:
     made["archdsl in parts"] = reading(lambda: ours(model), prompt_BT, PART)
     wanted_BV = made["archdsl"]()
     for name, read in made.items():
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        tolerance = 1e-4 if precision(args.device) == torch.float32 else 5e-2
         check_equal(f"logits of {name}", read(), wanted_BV, tolerance)
     return made, prompt_BT
 

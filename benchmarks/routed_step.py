@@ -239,6 +239,7 @@ def main() -> None:
     args.tokens = args.tokens or (64 if args.small else 512)
     settings = {name: getattr(args, name) for name in ("dim", "tokens", "batch", "router")}
     if args.whole:
+        settings["spec"] = load(args.spec).name
         record("routed_step whole", settings, whole(args), args)
         return
     torch.manual_seed(0)
