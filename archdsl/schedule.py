@@ -64,7 +64,7 @@ class TrainConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the arithmetic; auto: bfloat16 on cuda, else float32"
     )
-    compile: bool = Field(False, description="pays on long runs: 6% faster after up to a minute")
+    compile: bool = Field(False, description="at most 6% faster on a CPU, after up to two minutes")
     activation_checkpointing: bool = Field(
         False, description="0.2 x the activations, 1.25 x the time"
     )
