@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
@@ -85,12 +86,18 @@ def interleaved(
     for _ in range(3 if device == "cuda" else 1):
         for call in contenders.values():
             call()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    timed = {name: partial(_seconds, call, calls, device) for name, call in contenders.items()}
+    return in_turns(timed, rounds)
+
+
+def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """Each is asked once a round for seconds it took, in an order that turns with the rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    names = list(timed)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(contenders[name], calls, device))
+            seconds[name].append(timed[name]())
     return {name: Timing(name, taken) for name, taken in seconds.items()}
 
 

@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +21,9 @@ from typing import NamedTuple
 from benchmarks.measure import (
     ROOT,
     NotEqual,
-    Timing,
     arguments,
     bar,
+    in_turns,
     progress,
     ratio,
     record,
@@ -117,17 +118,6 @@ def cpu_seconds(words: Sequence[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measured(contenders: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Timing]:
-    """Each once a round, in an order that turns with the rounds."""
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(cpu_seconds(contenders[name]))
-    return {name: Timing(name, taken) for name, taken in seconds.items()}
-
-
 def main() -> None:
     args = arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +127,8 @@ def main() -> None:
             check(name, command)
         words = {name: command.words for name, command in every.items()}
         words |= {"import torch": ["-c", "import torch"], "python alone": ["-c", "pass"]}
-        taken = measured(words, args.rounds or (2 if args.small else 9))
+        timed = {name: partial(cpu_seconds, these) for name, these in words.items()}
+        taken = in_turns(timed, args.rounds or (2 if args.small else 9))
     torch = taken.pop("import torch")
     figures: dict[str, object] = {"import torch": torch}
     figures |= {name: ratio(timing, torch) for name, timing in taken.items()}

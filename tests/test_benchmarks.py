@@ -23,6 +23,7 @@ SMALL = {
     "routed_step": [],
     "search_overhead": [],
     "startup": [],
+    "threads": [],
     "train_step": [],
 }
 

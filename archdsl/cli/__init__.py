@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 from archdsl.cli.app import app
@@ -10,7 +11,14 @@ from archdsl.cli.app import app
 __all__ = ["main"]
 
 
+def let_idle_threads_sleep() -> None:
+    """Before torch is imported. OpenMP's threads wait for each other by spinning, unless asked not
+    to: beside another busy process a training would take ten times as long."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main() -> None:
+    let_idle_threads_sleep()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows less than a name holds

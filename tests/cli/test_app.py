@@ -14,6 +14,7 @@ import pytest
 
 import archdsl
 from archdsl import load as load_module
+from archdsl.cli import let_idle_threads_sleep
 from tests.cli.command import SKILL, Cli
 
 HEAVY = {"torch", "transformers", "datasets", "optuna", "numpy"}
@@ -222,3 +223,14 @@ def test_a_reader_that_leaves_is_no_fault(command: list[str], tmp_path: Path) ->
     assert process.stderr.read() == ""
     process.wait(timeout=60)
     process.stderr.close()
+
+
+def test_idle_threads_sleep_unless_the_user_wants_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
