@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.blocks.attention import MOST, QUERIES
+from archdsl.blocks.modules.norm import make_norm
 from archdsl.blocks.norm import EPS
 from archdsl.cache import Kept
 
@@ -33,8 +34,8 @@ class Attention(Block):
         self.k = nn.Linear(dim, kv_size, bias=False)
         self.v = nn.Linear(dim, kv_size, bias=False)
         self.o = nn.Linear(q_size, dim, bias=False)
-        self.q_norm = nn.RMSNorm(spec.head_size, eps=EPS) if spec.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(spec.head_size, eps=EPS) if spec.qk_norm else nn.Identity()
+        self.q_norm = make_norm("rms", spec.head_size, EPS) if spec.qk_norm else nn.Identity()
+        self.k_norm = make_norm("rms", spec.head_size, EPS) if spec.qk_norm else nn.Identity()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         super().reset(rng, depth)

@@ -68,7 +68,7 @@ class Router(Primitive):
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
-            return Choice(index_BK, x_BTD[:, :0, 0], keep_BK, stream)
+            return Choice(index_BK, score_BT[:, :0], keep_BK, stream)
         gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
         return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
 
@@ -159,7 +159,7 @@ class Learned(Router):
         normal_(self.weight_RD, self.weight_RD.size(1) ** -0.5, rng)
 
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
-        return F.linear(x_BTD, self.weight_RD[row : row + 1]).squeeze(-1)
+        return F.linear(x_BTD, self.weight_RD[row])
 
     def gate(self, score_BK: Tensor) -> Tensor:
         return self.squash(score_BK)
@@ -195,9 +195,9 @@ def _hash(pos_BT: Tensor, stream: int) -> Tensor:
 def without_noise(score_BT: Tensor) -> Tensor:
     """Scores without their last bits, which differ between one pass and another: equal tokens
     shall tie in all of them. (Veltkamp's splitting of a number; half of the bits are kept.)"""
-    score_BT = score_BT.to(torch.promote_types(score_BT.dtype, torch.float32))
-    bits = 29 if score_BT.dtype == torch.float64 else 10
-    large_BT = score_BT * (2**bits + 1)
+    double = score_BT.dtype == torch.float64
+    score_BT = score_BT if double else score_BT.float()
+    large_BT = score_BT * (2 ** (29 if double else 10) + 1)
     return large_BT - (large_BT - score_BT)
 
 

@@ -149,8 +149,7 @@ class Predictor(TopK):
 
     def likely(self, x_BTD: Tensor, row: int) -> Tensor:
         """The log-odds that a token is chosen; the stream does not learn from it."""
-        rows = slice(row, row + 1)
-        return F.linear(x_BTD.detach(), self.predict_RD[rows], self.bias_R[rows]).squeeze(-1)
+        return F.linear(x_BTD.detach(), self.predict_RD[row], self.bias_R[row])
 
     def learn(
         self,
