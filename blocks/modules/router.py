@@ -159,7 +159,7 @@ class Learned(Router):
         normal_(self.weight_RD, self.weight_RD.size(1) ** -0.5, rng)
 
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
-        return F.linear(x_BTD, self.weight_RD[row])
+        return F.linear(x_BTD, self.weight_RD[row : row + 1]).squeeze(-1)
 
     def gate(self, score_BK: Tensor) -> Tensor:
         return self.squash(score_BK)

@@ -149,7 +149,8 @@ class Predictor(TopK):
 
     def likely(self, x_BTD: Tensor, row: int) -> Tensor:
         """The log-odds that a token is chosen; the stream does not learn from it."""
-        return F.linear(x_BTD.detach(), self.predict_RD[row], self.bias_R[row])
+        rows = slice(row, row + 1)
+        return F.linear(x_BTD.detach(), self.predict_RD[rows], self.bias_R[rows]).squeeze(-1)
 
     def learn(
         self,
