@@ -8,52 +8,30 @@ weights count once as parameters and every time they are used as FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from archdsl import verbs
 
 if TYPE_CHECKING:
-    from archdsl.spec import ModelSpec
+    from archdsl.spec import BlockSpec, ModelSpec
 
 Routing = Literal["none", "expected", "all"]
 NO_PARTS: Mapping[str, Cost] = MappingProxyType({})
 
 
-class Scope(NamedTuple):
-    """What a block runs on: one sequence, or what a router selected of it.
+class Runs(NamedTuple):
+    """How often a block is run in one sequence, and on how many tokens each time.
 
-    ``keys``: tokens that attention looks at; more than ``tokens`` where a routed step reads the
-    first pass's keys and values, which then cost no projection (``projects`` is False).
+    ``lengths``: tokens of each run. ``made``: of the runs that make keys and values; others read
+    those of a first pass. ``pairs``: of a query and a key that it may be multiplied by, all told.
     """
 
-    dim: int
-    tokens: int
-    keys: int
-    projects: bool = True
-    routing: Routing = "expected"
-    detailed: bool = False  # whether costs keep their parts, for a table by node
-
-    def routed(self, tokens: int, shared: bool) -> Scope:
-        """The same block on ``tokens`` of these tokens."""
-        keys = self.keys if shared else tokens
-        return Scope(self.dim, tokens, keys, not shared, self.routing, self.detailed)
-
-    def together(self, parts: Mapping[str, Cost]) -> Cost:
-        """Nodes run one after the other, each with its own weights."""
-        params = matrices = flops = kv = layers = passes = scores = 0
-        for part in parts.values():
-            params += part.params
-            matrices += part.matrices
-            flops += part.flops
-            kv += part.kv
-            layers += part.layers
-            passes += part.passes
-            scores += part.scores
-        kept = parts if self.detailed else NO_PARTS
-        return Cost(params, matrices, flops, kv, layers, passes, scores, kept)
+    routing: Routing
+    lengths: Sequence[int]
+    made: Sequence[int]
+    pairs: int
 
 
 class Cost(NamedTuple):
@@ -65,72 +43,103 @@ class Cost(NamedTuple):
     kv: int = 0  # numbers kept in a cache after the sequence
     layers: int = 0  # attention layers met in one full pass
     passes: int = 0  # tokens through attention layers, all steps counted
-    scores: int = 0  # FLOPs of attention scores of one full pass
+    queries: int = 0  # their width in all attention layers of one full pass
     parts: Mapping[str, Cost] = NO_PARTS
 
-    def plus(self, run: Cost) -> Cost:
-        """This node and a further run with the same weights."""
+
+class Bill:
+    """What blocks that share their runs have, each of them adding its own; the bill multiplies.
+
+    ``runs``: of one sequence, a set of them for each routing that is asked for.
+
+    A block adds to ``vectors`` parameters that are multiplied or added element by element, to
+    ``matrices`` and ``projections`` those that all tokens are multiplied by, these only where keys
+    and values are made, to ``tables`` those that are looked up; to ``queries`` the width of all its
+    heads and to ``layers`` one if it attends; to ``kv`` numbers that it keeps in a cache.
+    """
+
+    __slots__ = (
+        *("dim", "runs", "copies", "weights", "detailed", "name", "below"),
+        *("vectors", "matrices", "projections", "tables", "queries", "layers", "kv"),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        runs: Sequence[Runs],
+        detailed: bool = False,
+        name: str = "",
+        copies: int = 1,
+        weights: int = 1,
+    ) -> None:
+        self.dim, self.runs, self.detailed, self.name = dim, runs, detailed, name
+        self.copies, self.weights = copies, weights
+        self.below: list[Bill] = []
+        self.vectors = self.matrices = self.projections = self.tables = 0
+        self.queries = self.layers = self.kv = 0
+
+    def part(self, name: str) -> Bill:
+        """Where a part adds what it has: here, unless a table by node is wanted."""
+        return self._under(name, self.runs, 1, 1) if self.detailed else self
+
+    def copied(self, name: str, n: int) -> Bill:
+        """For a part that there are ``n`` of, each with weights of its own."""
+        return self._under(name, self.runs, n, n) if n > 1 else self.part(name)
+
+    def run(self, name: str, runs: Sequence[Runs], weights: int = 1) -> Bill:
+        """For a part that is run otherwise, on so many sets of weights in turn."""
+        return self._under(name, runs, 1, weights)
+
+    def _under(self, name: str, runs: Sequence[Runs], copies: int, weights: int) -> Bill:
+        copies, weights = self.copies * copies, self.weights * weights
+        bill = Bill(self.dim, runs, self.detailed, name, copies, weights)
+        self.below.append(bill)
+        return bill
+
+    def kept(self, window: int | None = None) -> int:
+        """Tokens whose keys and values are kept, of each run the last ``window``."""
+        made = self.runs[0].made
+        return sum(made) if window is None else sum([min(tokens, window) for tokens in made])
+
+    def flops(self, routing: int = 0) -> int:
+        """In one sequence, by the routing that was asked for in this place."""
+        runs = self.runs[routing]
+        multiplied = sum(runs.lengths) * self.matrices
+        if self.queries:  # of every pair a query by a key, a weight by a value
+            multiplied += sum(runs.made) * self.projections + 2 * runs.pairs * self.queries
+        return 2 * self.copies * multiplied + sum([bill.flops(routing) for bill in self.below])
+
+    def total(self) -> Cost:
+        """Of the first routing that was asked for."""
+        parts = [bill.total() for bill in self.below]
+        matrices = self.matrices + self.projections + self.tables
+        params, copies = matrices + self.vectors, self.copies
+        passes = self.layers * sum(self.runs[0].lengths)
         return Cost(
-            self.params,
-            self.matrices,
-            self.flops + run.flops,
-            self.kv + run.kv,
-            self.layers,
-            self.passes + run.passes,
-            self.scores,
-            self._each(lambda name, part: part.plus(run.parts[name])),
+            self.weights * params + sum([part.params for part in parts]),
+            self.weights * matrices + sum([part.matrices for part in parts]),
+            self.flops(),
+            copies * self.kv + sum([part.kv for part in parts]),
+            copies * self.layers + sum([part.layers for part in parts]),
+            copies * passes + sum([part.passes for part in parts]),
+            copies * self.queries + sum([part.queries for part in parts]),
+            {bill.name: part for bill, part in zip(self.below, parts, strict=True)}
+            if self.detailed
+            else NO_PARTS,
         )
 
-    def weights(self, n: int) -> Cost:
-        """The same runs, each of ``n`` with weights of its own."""
-        parts = self._each(lambda _, part: part.weights(n))
-        return self._replace(params=n * self.params, matrices=n * self.matrices, parts=parts)
 
-    def runs(self, n: int) -> Cost:
-        """``n`` runs with one set of weights."""
-        if n == 1:
-            return self
-        return Cost(
-            self.params,
-            self.matrices,
-            n * self.flops,
-            n * self.kv,
-            self.layers,
-            n * self.passes,
-            self.scores,
-            self._each(lambda _, part: part.runs(n)),
-        )
-
-    def copies(self, n: int) -> Cost:
-        """``n`` blocks in a row, each with its own weights; ``parts`` become their sums."""
-        if n == 1:
-            return self
-        return Cost(
-            n * self.params,
-            n * self.matrices,
-            n * self.flops,
-            n * self.kv,
-            n * self.layers,
-            n * self.passes,
-            n * self.scores,
-            self._each(lambda _, part: part.copies(n)),
-        )
-
-    def _each(self, change: Callable[[str, Cost], Cost]) -> Mapping[str, Cost]:
-        if not self.parts:  # most often: costs are asked for thousands of times in a search
-            return NO_PARTS
-        return {name: change(name, part) for name, part in self.parts.items()}
+def runs_of(tokens: int, *routings: Routing) -> tuple[Runs, ...]:
+    """One sequence, in which all tokens attend to each other."""
+    lengths = (tokens,)
+    return tuple([Runs(routing, lengths, lengths, tokens * tokens) for routing in routings])
 
 
-def linear(tokens: int, *sizes: tuple[int, int]) -> Cost:
-    """Matrices without bias, each applied to ``tokens`` tokens."""
-    weights = sum(n_in * n_out for n_in, n_out in sizes)
-    return Cost(params=weights, matrices=weights, flops=2 * tokens * weights)
-
-
-def vectors(n: int) -> Cost:
-    """Parameters that are multiplied or added element by element."""
-    return Cost(params=n)
+def block_cost(block: BlockSpec, dim: int, tokens: int) -> Cost:
+    """One block of a model of width ``dim``, on one sequence."""
+    bill = Bill(dim, runs_of(tokens, "expected"))
+    block.cost(bill)
+    return bill.total()
 
 
 def sequence_cost(
@@ -141,19 +150,24 @@ def sequence_cost(
     detailed: bool = False,
 ) -> Cost:
     """The whole model on one sequence of ``tokens`` (default: the context)."""
-    T, D, V = tokens or spec.context, spec.dim, spec.vocab_size
-    scope = Scope(D, T, T, routing=routing, detailed=detailed)
-    head = linear(T, (D, V))
-    parts = {"embedding": Cost(params=V * D, matrices=V * D)}
+    return _bill(spec, runs_of(tokens or spec.context, routing), detailed).total()
+
+
+def _bill(spec: ModelSpec, runs: Sequence[Runs], detailed: bool = False) -> Bill:
+    D, V = spec.dim, spec.vocab_size
+    bill = Bill(D, runs, detailed)
+    bill.part("embedding").tables += V * D
     for i, block in enumerate(spec.blocks):
-        parts[f"blocks.{i}"] = block.cost(scope)
-    parts["norm"] = vectors(D * (2 if spec.norm == "layer" else 1))
-    parts["head"] = Cost(flops=head.flops) if spec.tie_embeddings else head
-    return scope.together(parts)
+        block.cost(bill.part(f"blocks.{i}"))
+    bill.part("norm").vectors += D * (2 if spec.norm == "layer" else 1)
+    head = bill.part("head")
+    head.matrices += V * D
+    if spec.tie_embeddings:
+        head.tables -= V * D  # is the embedding's, and counted there
+    return bill
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What a spec costs; FLOPs are forward unless they say otherwise.
 
     ``lightest``/``expected``/``heaviest`` are FLOPs per token, averaged over the context, of a
@@ -187,10 +201,9 @@ def cost(spec: ModelSpec) -> Receipt:
     >>> f"{receipt.matrices / 1e6:.1f}M"
     '162.0M'
     """
-    expected, T = sequence_cost(spec), spec.context
-    lightest = heaviest = sequence_cost(spec, routing="none").flops
-    if lightest != expected.flops:  # something routes, and so selects a token at least
-        heaviest = sequence_cost(spec, routing="all").flops
+    T = spec.context
+    bill = _bill(spec, runs_of(T, "expected", "none", "all"))
+    expected, lightest, heaviest = bill.total(), bill.flops(1), bill.flops(2)
     tables = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
     return Receipt(
         params=expected.params,
@@ -219,7 +232,7 @@ def paper_flops(spec: ModelSpec, tokens: int | None = None) -> float:
     T = tokens or spec.context
     whole = sequence_cost(spec, tokens=T)
     tied = spec.vocab_size * spec.dim if spec.tie_embeddings else 0
-    base = float(f"{2 * (whole.matrices + tied) * T + whole.scores:.2e}")
+    base = float(f"{2 * (whole.matrices + tied) * T + 4 * T**2 * whole.queries:.2e}")
     return base * (whole.passes / (whole.layers * T) if whole.layers else 1.0)
 
 

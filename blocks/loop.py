@@ -28,7 +28,7 @@ from archdsl.blocks.residual_thinking import (
 )
 from archdsl.blocks.router import RouterSpec
 from archdsl.blocks.step_encoding import EncodingSpec
-from archdsl.cost import Cost, Scope, linear
+from archdsl.cost import Bill, Routing, Runs
 from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
 
@@ -92,7 +92,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_body(self) -> bool:
         """One pass of every token: nothing to choose, to join or to tell apart."""
-        return self.rows() == [None]
+        return self.steps == 1 and self.rows() == [None]
 
     def rows(self) -> list[int | None]:
         """For each pass, which step of the router selects its tokens; None: every token."""
@@ -160,44 +160,47 @@ class LoopSpec(BlockSpec):
 
         return self.body.build(dim) if self.is_body else Loop(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        full = self.body.cost(scope)
+    def cost(self, bill: Bill) -> None:
         if self.is_body:
-            return full
+            self.body.cost(bill)
+            return
         rows = self.rows()
-        runs = [self._scope(scope, step, row) for step, row in enumerate(rows)]
-        body = full.runs(0)
-        for at in dict.fromkeys(runs):
-            body = body.plus((full if at == scope else self.body.cost(at)).runs(runs.count(at)))
-        if self.parameters == "per_step":
-            body = body.weights(self.steps)
-        return scope.together({"body": body} | self._slots(scope, rows, runs))
-
-    def _scope(self, scope: Scope, step: int, row: int | None) -> Scope:
-        """What a pass runs on."""
-        shared = self.kv == "shared" and step > 0
-        if row is None:
-            return scope._replace(projects=False) if shared else scope
-        return scope.routed(self._tokens(scope, row), shared)
-
-    def _tokens(self, scope: Scope, row: int) -> int:
-        assert self.router is not None
-        expected = self.router.tokens(scope.tokens, row)
-        return {"none": 0, "expected": expected, "all": scope.tokens}[scope.routing]
-
-    def _slots(self, scope: Scope, rows: list[int | None], runs: list[Scope]) -> dict[str, Cost]:
-        slots: dict[str, Cost] = {}
+        runs = [self._runs(whole, rows) for whole in bill.runs]
+        weights = self.steps if self.parameters == "per_step" else 1
+        self.body.cost(bill.run("body", runs, weights))
         routed = [row for row in rows if row is not None]
         if self.router is not None and routed:
             # a step that the dial skips asks no router
-            choices = sum(at_step(self.router.capacity, row) > 0 for row in routed)
-            slots["router"] = self.router.cost(scope.dim, scope.tokens, choices)
+            choices = sum([at_step(self.router.capacity, row) > 0 for row in routed])
+            self.router.cost(bill.part("router"), choices)
         if self.encoding is not None:
-            slots["encoding"] = self.encoding.cost(scope.dim, self.steps)
+            self.encoding.cost(bill.part("encoding"), self.steps)
         if self.injection == "linear":
-            tokens = sum(at.tokens for at in runs[1:])
-            slots["injection"] = linear(tokens, (2 * scope.dim, scope.dim))
-        return slots
+            further = [self._runs(whole, rows[1:]) for whole in bill.runs]
+            bill.run("injection", further).matrices += 2 * bill.dim * bill.dim
+
+    def _runs(self, whole: Runs, rows: list[int | None]) -> Runs:
+        """Those of the body: for each run of the loop, its passes."""
+        lengths: list[int] = []
+        pairs = 0
+        for tokens in whole.lengths:
+            passes = [taken for row in rows if (taken := self._taken(tokens, row, whole.routing))]
+            lengths += passes
+            if self.kv == "shared":
+                pairs += tokens * sum(passes)
+            else:
+                pairs += sum([taken * taken for taken in passes])
+        made = whole.lengths if self.kv == "shared" else lengths
+        return Runs(whole.routing, lengths, made, pairs)
+
+    def _taken(self, tokens: int, row: int | None, routing: Routing) -> int:
+        """How many of ``tokens`` take a pass."""
+        if row is None or routing == "all":
+            return tokens
+        if routing == "none":
+            return 0
+        assert self.router is not None
+        return self.router.tokens(tokens, row)
 
     def footprint(self, rows: Rows) -> Footprint:
         if self.is_body:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from archdsl.cost import Cost
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows
 from archdsl.spec import Part, Path, PerStep, at_step
 
@@ -76,12 +76,13 @@ class RouterSpec(Part):
         """How many of ``tokens`` a routed step runs on."""
         return share_of(at_step(self.capacity, step), tokens)
 
-    def cost(self, dim: int, tokens: int, steps: int) -> Cost:
-        """``steps`` choices among ``tokens`` tokens each."""
-        weights = steps * dim if self.learned else 0
-        # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
-        kept = 2 * steps * tokens if self.ranks else 0
-        return Cost(params=weights, matrices=weights, flops=2 * tokens * weights, kv=kept)
+    def cost(self, bill: Bill, steps: int) -> None:
+        """``steps`` choices among all tokens of a run each."""
+        if self.learned:
+            bill.matrices += steps * bill.dim
+        if self.ranks:
+            # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
+            bill.kv += 2 * steps * bill.kept()
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """Of one choice. Kept: each weight; if it is learned, the scores and where they stand."""
