@@ -8,154 +8,156 @@ weights count once as parameters and every time they are used as FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from archdsl import verbs
 
 if TYPE_CHECKING:
     from archdsl.spec import BlockSpec, ModelSpec
 
-Routing = Literal["none", "expected", "all"]
 NO_PARTS: Mapping[str, Cost] = MappingProxyType({})
 
 
-class Runs(NamedTuple):
-    """How often a block is run in one sequence, and on how many tokens each time.
-
-    ``lengths``: tokens of each run. ``made``: of the runs that make keys and values; others read
-    those of a first pass. ``pairs``: of a query and a key that it may be multiplied by, all told.
-    """
-
-    routing: Routing
-    lengths: Sequence[int]
-    made: Sequence[int]
-    pairs: int
-
-
 class Cost(NamedTuple):
-    """Costs of one sequence through one node and everything below it."""
+    """Costs of one sequence through one node and everything below it.
+
+    ``lightest``, ``heaviest``: FLOPs if routers select no token, and if they select every one.
+    """
 
     params: int = 0
     matrices: int = 0  # of the parameters, those in matrices
     flops: int = 0
+    lightest: int = 0
+    heaviest: int = 0
     kv: int = 0  # numbers kept in a cache after the sequence
     layers: int = 0  # attention layers met in one full pass
     passes: int = 0  # tokens through attention layers, all steps counted
-    queries: int = 0  # their width in all attention layers of one full pass
+    queries: int = 0  # width of all heads of the attention layers met in one full pass
     parts: Mapping[str, Cost] = NO_PARTS
 
 
-class Bill:
-    """What blocks that share their runs have, each of them adding its own; the bill multiplies.
+class Runs(NamedTuple):
+    """How often a block is run in one sequence.
 
-    ``runs``: of one sequence, a set of them for each routing that is asked for.
-
-    A block adds to ``vectors`` parameters that are multiplied or added element by element, to
-    ``matrices`` and ``projections`` those that all tokens are multiplied by, these only where keys
-    and values are made, to ``tables`` those that are looked up; to ``queries`` the width of all its
-    heads and to ``layers`` one if it attends; to ``kv`` numbers that it keeps in a cache.
+    ``lengths``: tokens of each run, at the routers' capacities. ``pairs``: of a query and a key,
+    over all runs. ``fewest``, ``most``: runs if routers select no token, and if they select every
+    one; each of these is on the whole sequence.
     """
 
-    __slots__ = (
-        *("dim", "runs", "copies", "weights", "detailed", "name", "below"),
-        *("vectors", "matrices", "projections", "tables", "queries", "layers", "kv"),
-    )
+    lengths: list[int]
+    pairs: int
+    fewest: int = 1
+    most: int = 1
+
+
+class Bill:
+    """What blocks have that are run on the same: each adds its own, the bill multiplies.
+
+    ``runs``: of them all. ``makers``: the runs that make keys and values; others may read theirs.
+    ``copies``: of the blocks in a row, each with its own runs; ``weights``: of their parameters.
+    """
+
+    vectors = 0  # parameters that are multiplied or added element by element
+    matrices = 0  # that the tokens of all runs are multiplied by
+    projections = 0  # matrices that make keys and values
+    tables = 0  # matrices that are looked up
+    queries = 0  # width of all heads
+    layers = 0  # that attend
+    kv = 0  # numbers kept in a cache
 
     def __init__(
         self,
         dim: int,
-        runs: Sequence[Runs],
-        detailed: bool = False,
-        name: str = "",
+        tokens: int,
+        runs: Runs,
+        makers: Runs,
         copies: int = 1,
         weights: int = 1,
+        detailed: bool = False,
     ) -> None:
-        self.dim, self.runs, self.detailed, self.name = dim, runs, detailed, name
-        self.copies, self.weights = copies, weights
-        self.below: list[Bill] = []
-        self.vectors = self.matrices = self.projections = self.tables = 0
-        self.queries = self.layers = self.kv = 0
+        self.dim, self.tokens, self.detailed = dim, tokens, detailed
+        self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
+        self.below: list[tuple[str, Bill]] = []
 
     def part(self, name: str) -> Bill:
         """Where a part adds what it has: here, unless a table by node is wanted."""
-        return self._under(name, self.runs, 1, 1) if self.detailed else self
+        return self._under(name, self.runs, self.makers) if self.detailed else self
 
     def copied(self, name: str, n: int) -> Bill:
         """For a part that there are ``n`` of, each with weights of its own."""
-        return self._under(name, self.runs, n, n) if n > 1 else self.part(name)
+        return self.part(name) if n == 1 else self._under(name, self.runs, self.makers, n, n)
 
-    def run(self, name: str, runs: Sequence[Runs], weights: int = 1) -> Bill:
+    def run(self, name: str, runs: Runs, makers: Runs, weights: int = 1) -> Bill:
         """For a part that is run otherwise, on so many sets of weights in turn."""
-        return self._under(name, runs, 1, weights)
+        return self._under(name, runs, makers, 1, weights)
 
-    def _under(self, name: str, runs: Sequence[Runs], copies: int, weights: int) -> Bill:
+    def _under(
+        self, name: str, runs: Runs, makers: Runs, copies: int = 1, weights: int = 1
+    ) -> Bill:
         copies, weights = self.copies * copies, self.weights * weights
-        bill = Bill(self.dim, runs, self.detailed, name, copies, weights)
-        self.below.append(bill)
+        bill = Bill(self.dim, self.tokens, runs, makers, copies, weights, self.detailed)
+        self.below.append((name, bill))
         return bill
 
     def kept(self, window: int | None = None) -> int:
         """Tokens whose keys and values are kept, of each run the last ``window``."""
-        made = self.runs[0].made
+        made = self.makers.lengths
         return sum(made) if window is None else sum([min(tokens, window) for tokens in made])
 
-    def flops(self, routing: int = 0) -> int:
-        """In one sequence, by the routing that was asked for in this place."""
-        runs = self.runs[routing]
-        multiplied = sum(runs.lengths) * self.matrices
-        if self.queries:  # of every pair a query by a key, a weight by a value
-            multiplied += sum(runs.made) * self.projections + 2 * runs.pairs * self.queries
-        return 2 * self.copies * multiplied + sum([bill.flops(routing) for bill in self.below])
-
     def total(self) -> Cost:
-        """Of the first routing that was asked for."""
-        parts = [bill.total() for bill in self.below]
-        matrices = self.matrices + self.projections + self.tables
-        params, copies = matrices + self.vectors, self.copies
-        passes = self.layers * sum(self.runs[0].lengths)
+        params = matrices = flops = lightest = heaviest = kv = layers = passes = queries = 0
+        bills = [self]
+        for bill in bills:
+            bills += [below for _, below in bill.below]
+            runs, makers, copies = bill.runs, bill.makers, bill.copies
+            in_matrices = bill.matrices + bill.projections + bill.tables
+            params += bill.weights * (in_matrices + bill.vectors)
+            matrices += bill.weights * in_matrices
+            applied, made, tokens = (
+                copies * bill.matrices,
+                copies * bill.projections,
+                sum(runs.lengths),
+            )
+            flops += applied * tokens + made * sum(makers.lengths)
+            # a query is multiplied by a key, a weight by a value
+            attended = 2 * copies * bill.queries
+            flops += attended * runs.pairs
+            applied += attended * bill.tokens
+            lightest += applied * runs.fewest + made * makers.fewest
+            heaviest += applied * runs.most + made * makers.most
+            kv += copies * bill.kv
+            layers += copies * bill.layers
+            passes += copies * bill.layers * tokens
+            queries += copies * bill.queries
+        T = self.tokens
+        parts = {name: bill.total() for name, bill in self.below} if self.detailed else NO_PARTS
         return Cost(
-            self.weights * params + sum([part.params for part in parts]),
-            self.weights * matrices + sum([part.matrices for part in parts]),
-            self.flops(),
-            copies * self.kv + sum([part.kv for part in parts]),
-            copies * self.layers + sum([part.layers for part in parts]),
-            copies * passes + sum([part.passes for part in parts]),
-            copies * self.queries + sum([part.queries for part in parts]),
-            {bill.name: part for bill, part in zip(self.below, parts, strict=True)}
-            if self.detailed
-            else NO_PARTS,
+            params,
+            matrices,
+            2 * flops,
+            2 * T * lightest,
+            2 * T * heaviest,
+            kv,
+            layers,
+            passes,
+            queries,
+            parts,
         )
-
-
-def runs_of(tokens: int, *routings: Routing) -> tuple[Runs, ...]:
-    """One sequence, in which all tokens attend to each other."""
-    lengths = (tokens,)
-    return tuple([Runs(routing, lengths, lengths, tokens * tokens) for routing in routings])
 
 
 def block_cost(block: BlockSpec, dim: int, tokens: int) -> Cost:
     """One block of a model of width ``dim``, on one sequence."""
-    bill = Bill(dim, runs_of(tokens, "expected"))
+    bill = _bill(dim, tokens)
     block.cost(bill)
     return bill.total()
 
 
-def sequence_cost(
-    spec: ModelSpec,
-    *,
-    tokens: int | None = None,
-    routing: Routing = "expected",
-    detailed: bool = False,
-) -> Cost:
+def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool = False) -> Cost:
     """The whole model on one sequence of ``tokens`` (default: the context)."""
-    return _bill(spec, runs_of(tokens or spec.context, routing), detailed).total()
-
-
-def _bill(spec: ModelSpec, runs: Sequence[Runs], detailed: bool = False) -> Bill:
     D, V = spec.dim, spec.vocab_size
-    bill = Bill(D, runs, detailed)
+    bill = _bill(D, tokens or spec.context, detailed)
     bill.part("embedding").tables += V * D
     for i, block in enumerate(spec.blocks):
         block.cost(bill.part(f"blocks.{i}"))
@@ -164,7 +166,13 @@ def _bill(spec: ModelSpec, runs: Sequence[Runs], detailed: bool = False) -> Bill
     head.matrices += V * D
     if spec.tie_embeddings:
         head.tables -= V * D  # is the embedding's, and counted there
-    return bill
+    return bill.total()
+
+
+def _bill(dim: int, tokens: int, detailed: bool = False) -> Bill:
+    """Of one sequence, all tokens of which attend to each other."""
+    whole = Runs([tokens], tokens * tokens)
+    return Bill(dim, tokens, whole, whole, detailed=detailed)
 
 
 class Receipt(NamedTuple):
@@ -201,24 +209,22 @@ def cost(spec: ModelSpec) -> Receipt:
     >>> f"{receipt.matrices / 1e6:.1f}M"
     '162.0M'
     """
-    T = spec.context
-    bill = _bill(spec, runs_of(T, "expected", "none", "all"))
-    expected, lightest, heaviest = bill.total(), bill.flops(1), bill.flops(2)
+    whole, T = sequence_cost(spec), spec.context
     tables = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
     return Receipt(
-        params=expected.params,
-        matrices=expected.matrices,
-        non_embedding=expected.params - tables,
+        params=whole.params,
+        matrices=whole.matrices,
+        non_embedding=whole.params - tables,
         context=T,
-        lightest=lightest / T,
-        expected=expected.flops / T,
-        heaviest=heaviest / T,
-        flops_per_context=expected.flops,
-        train_flops_per_token=3 * expected.flops / T,
-        kv_bytes_per_token=KV_BYTES * expected.kv / T,
-        weight_bytes=TRAIN_BYTES * expected.params,
-        gradient_bytes=TRAIN_BYTES * expected.params,
-        optimizer_bytes=2 * TRAIN_BYTES * expected.params,
+        lightest=whole.lightest / T,
+        expected=whole.flops / T,
+        heaviest=whole.heaviest / T,
+        flops_per_context=whole.flops,
+        train_flops_per_token=3 * whole.flops / T,
+        kv_bytes_per_token=KV_BYTES * whole.kv / T,
+        weight_bytes=TRAIN_BYTES * whole.params,
+        gradient_bytes=TRAIN_BYTES * whole.params,
+        optimizer_bytes=2 * TRAIN_BYTES * whole.params,
     )
 
 

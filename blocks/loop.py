@@ -26,11 +26,11 @@ from archdsl.blocks.residual_thinking import (
     ResidualSpec,
     ThinkingSpec,
 )
-from archdsl.blocks.router import RouterSpec
+from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
-from archdsl.cost import Bill, Routing, Runs
+from archdsl.cost import Bill, Runs
 from archdsl.footprint import Footprint, Rows, in_a_row
-from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
+from archdsl.spec import AnyBlock, BlockSpec, Path, slot, walk
 
 if TYPE_CHECKING:
     from archdsl.block import Block
@@ -92,7 +92,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_body(self) -> bool:
         """One pass of every token: nothing to choose, to join or to tell apart."""
-        return self.steps == 1 and self.rows() == [None]
+        return self.steps == 1 and not self.shares
 
     def rows(self) -> list[int | None]:
         """For each pass, which step of the router selects its tokens; None: every token."""
@@ -101,6 +101,15 @@ class LoopSpec(BlockSpec):
             return [None] * self.steps
         shares = self.router.capacity
         return [None if r is None or shares[min(r, len(shares) - 1)] == 1 else r for r in routed]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the tokens, those that a router selects, for each pass that it does so."""
+        if self.router is None:
+            return []
+        given, further = self.router.capacity, max(0, self.steps - self.full_steps)
+        given = given[:further] + given[-1:] * (further - len(given))
+        return [share for share in given if share != 1]
 
     def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.router is not None:
@@ -161,46 +170,34 @@ class LoopSpec(BlockSpec):
         return self.body.build(dim) if self.is_body else Loop(self, dim)
 
     def cost(self, bill: Bill) -> None:
-        if self.is_body:
+        shares = self.shares
+        if self.steps == 1 and not shares:
             self.body.cost(bill)
             return
-        rows = self.rows()
-        runs = [self._runs(whole, rows) for whole in bill.runs]
+        full = self.steps - len(shares)
+        runs = self._passes(bill.runs, full, shares)
+        makers = bill.runs if self.kv == "shared" else runs
         weights = self.steps if self.parameters == "per_step" else 1
-        self.body.cost(bill.run("body", runs, weights))
-        routed = [row for row in rows if row is not None]
-        if self.router is not None and routed:
+        self.body.cost(bill.run("body", runs, makers, weights))
+        if self.router is not None and shares:
             # a step that the dial skips asks no router
-            choices = sum([at_step(self.router.capacity, row) > 0 for row in routed])
-            self.router.cost(bill.part("router"), choices)
+            self.router.cost(bill.part("router"), len(shares) - shares.count(0))
         if self.encoding is not None:
             self.encoding.cost(bill.part("encoding"), self.steps)
         if self.injection == "linear":
-            further = [self._runs(whole, rows[1:]) for whole in bill.runs]
-            bill.run("injection", further).matrices += 2 * bill.dim * bill.dim
+            starts_full = self.rows()[0] is None
+            further = self._passes(bill.runs, full - starts_full, shares[not starts_full :])
+            bill.run("injection", further, further).matrices += 2 * bill.dim * bill.dim
 
-    def _runs(self, whole: Runs, rows: list[int | None]) -> Runs:
-        """Those of the body: for each run of the loop, its passes."""
-        lengths: list[int] = []
-        pairs = 0
+    def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
+        """The passes that runs of the loop are: some of all tokens, one of each share of them."""
+        lengths, pairs = whole.lengths * full, whole.pairs * full
         for tokens in whole.lengths:
-            passes = [taken for row in rows if (taken := self._taken(tokens, row, whole.routing))]
-            lengths += passes
-            if self.kv == "shared":
-                pairs += tokens * sum(passes)
-            else:
-                pairs += sum([taken * taken for taken in passes])
-        made = whole.lengths if self.kv == "shared" else lengths
-        return Runs(whole.routing, lengths, made, pairs)
-
-    def _taken(self, tokens: int, row: int | None, routing: Routing) -> int:
-        """How many of ``tokens`` take a pass."""
-        if row is None or routing == "all":
-            return tokens
-        if routing == "none":
-            return 0
-        assert self.router is not None
-        return self.router.tokens(tokens, row)
+            for share in shares:
+                if taken := share_of(share, tokens):
+                    lengths.append(taken)
+                    pairs += taken * (tokens if self.kv == "shared" else taken)
+        return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)))
 
     def footprint(self, rows: Rows) -> Footprint:
         if self.is_body:
