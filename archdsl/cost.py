@@ -41,8 +41,8 @@ class Cost(NamedTuple):
 class Runs(NamedTuple):
     """How often a block is run in one sequence.
 
-    ``lengths``: tokens of each run, at the routers' capacities. ``pairs``: of a query and a key,
-    over all runs. ``fewest``, ``most``: runs if routers select no token, and if they select every
+    ``lengths``: tokens of each run, at the routers' capacities; ``pairs`` of a query and a key, in
+    all of them. ``fewest``, ``most``: runs if routers select no token, and if they select every
     one; each of these is on the whole sequence.
     """
 
@@ -53,52 +53,52 @@ class Runs(NamedTuple):
 
 
 class Bill:
-    """What blocks have that are run on the same: each adds its own, the bill multiplies.
+    """What blocks have that are run alike: each adds its own, ``total`` multiplies.
 
-    ``runs``: of them all. ``makers``: the runs that make keys and values; others may read theirs.
-    ``copies``: of the blocks in a row, each with its own runs; ``weights``: of their parameters.
+    ``tokens``: of the whole sequence. ``runs``: of each block. ``makers``: those that make keys and
+    values, which further runs may read. ``copies``: so often the blocks are there, one after the
+    other; ``weights``: so often their parameters are. ``below``: bills of parts that are run
+    otherwise, and where a table by node is wanted (``detailed``), of every part.
     """
 
-    vectors = 0  # parameters that are multiplied or added element by element
-    matrices = 0  # that the tokens of all runs are multiplied by
-    projections = 0  # matrices that make keys and values
-    tables = 0  # matrices that are looked up
-    queries = 0  # width of all heads
-    layers = 0  # that attend
-    kv = 0  # numbers kept in a cache
+    vectors: int  # parameters that are multiplied or added element by element
+    matrices: int  # parameters in matrices that all tokens of all runs are multiplied by
+    projections: int  # the same where keys and values are made
+    tables: int  # parameters in matrices that are looked up
+    queries: int  # width of all heads
+    layers: int  # that attend
+    kv: int  # numbers kept in a cache
 
     def __init__(
         self,
         dim: int,
         tokens: int,
+        detailed: bool,
+        name: str,
         runs: Runs,
         makers: Runs,
         copies: int = 1,
         weights: int = 1,
-        detailed: bool = False,
     ) -> None:
-        self.dim, self.tokens, self.detailed = dim, tokens, detailed
+        self.dim, self.tokens, self.detailed, self.name = dim, tokens, detailed, name
         self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
-        self.below: list[tuple[str, Bill]] = []
+        self.vectors = self.matrices = self.projections = self.tables = 0
+        self.queries = self.layers = self.kv = 0
+        self.below: list[Bill] = []
 
     def part(self, name: str) -> Bill:
-        """Where a part adds what it has: here, unless a table by node is wanted."""
-        return self._under(name, self.runs, self.makers) if self.detailed else self
+        """Where a part adds what it has."""
+        return self.run(name, self.runs, self.makers) if self.detailed else self
 
     def copied(self, name: str, n: int) -> Bill:
-        """For a part that there are ``n`` of, each with weights of its own."""
-        return self.part(name) if n == 1 else self._under(name, self.runs, self.makers, n, n)
+        """Where a part does that is there ``n`` times, each with weights of its own."""
+        return self.part(name) if n == 1 else self.run(name, self.runs, self.makers, n, n)
 
-    def run(self, name: str, runs: Runs, makers: Runs, weights: int = 1) -> Bill:
-        """For a part that is run otherwise, on so many sets of weights in turn."""
-        return self._under(name, runs, makers, 1, weights)
-
-    def _under(
-        self, name: str, runs: Runs, makers: Runs, copies: int = 1, weights: int = 1
-    ) -> Bill:
+    def run(self, name: str, runs: Runs, makers: Runs, copies: int = 1, weights: int = 1) -> Bill:
+        """Where a part does that is run otherwise."""
         copies, weights = self.copies * copies, self.weights * weights
-        bill = Bill(self.dim, self.tokens, runs, makers, copies, weights, self.detailed)
-        self.below.append((name, bill))
+        bill = Bill(self.dim, self.tokens, self.detailed, name, runs, makers, copies, weights)
+        self.below.append(bill)
         return bill
 
     def kept(self, window: int | None = None) -> int:
@@ -107,44 +107,29 @@ class Bill:
         return sum(made) if window is None else sum([min(tokens, window) for tokens in made])
 
     def total(self) -> Cost:
+        """Of all that was added here and below."""
         params = matrices = flops = lightest = heaviest = kv = layers = passes = queries = 0
-        bills = [self]
+        bills, T = [self], self.tokens
         for bill in bills:
-            bills += [below for _, below in bill.below]
-            runs, makers, copies = bill.runs, bill.makers, bill.copies
-            in_matrices = bill.matrices + bill.projections + bill.tables
-            params += bill.weights * (in_matrices + bill.vectors)
-            matrices += bill.weights * in_matrices
-            applied, made, tokens = (
-                copies * bill.matrices,
-                copies * bill.projections,
-                sum(runs.lengths),
-            )
-            flops += applied * tokens + made * sum(makers.lengths)
-            # a query is multiplied by a key, a weight by a value
-            attended = 2 * copies * bill.queries
-            flops += attended * runs.pairs
-            applied += attended * bill.tokens
-            lightest += applied * runs.fewest + made * makers.fewest
-            heaviest += applied * runs.most + made * makers.most
+            bills += bill.below  # their turn comes, too
+            lengths, pairs, fewest, most = bill.runs
+            makers, copies, tokens = bill.makers, bill.copies, sum(lengths)
+            numbers = bill.matrices + bill.projections + bill.tables
+            params += bill.weights * (numbers + bill.vectors)
+            matrices += bill.weights * numbers
+            applied, made = copies * bill.matrices, copies * bill.projections
+            attended = 2 * copies * bill.queries  # a query meets a key, its weight a value
+            flops += applied * tokens + made * sum(makers.lengths) + attended * pairs
+            applied += attended * T  # of runs on the whole sequence
+            lightest += applied * fewest + made * makers.fewest
+            heaviest += applied * most + made * makers.most
             kv += copies * bill.kv
             layers += copies * bill.layers
             passes += copies * bill.layers * tokens
             queries += copies * bill.queries
-        T = self.tokens
-        parts = {name: bill.total() for name, bill in self.below} if self.detailed else NO_PARTS
-        return Cost(
-            params,
-            matrices,
-            2 * flops,
-            2 * T * lightest,
-            2 * T * heaviest,
-            kv,
-            layers,
-            passes,
-            queries,
-            parts,
-        )
+        flops, lightest, heaviest = 2 * flops, 2 * T * lightest, 2 * T * heaviest
+        parts = {bill.name: bill.total() for bill in self.below} if self.detailed else NO_PARTS
+        return Cost(params, matrices, flops, lightest, heaviest, kv, layers, passes, queries, parts)
 
 
 def block_cost(block: BlockSpec, dim: int, tokens: int) -> Cost:
@@ -172,7 +157,7 @@ def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool 
 def _bill(dim: int, tokens: int, detailed: bool = False) -> Bill:
     """Of one sequence, all tokens of which attend to each other."""
     whole = Runs([tokens], tokens * tokens)
-    return Bill(dim, tokens, whole, whole, detailed=detailed)
+    return Bill(dim, tokens, detailed, "", whole, whole)
 
 
 class Receipt(NamedTuple):

@@ -94,7 +94,8 @@ class AttentionSpec(BlockSpec):
         q, kv = heads * E, heads // self.queries_per_kv * E
         bill.matrices += 2 * D * q
         bill.projections += 2 * D * kv
-        bill.vectors += 2 * E if self.qk_norm else 0
+        if self.qk_norm:
+            bill.vectors += 2 * E
         bill.queries += q
         bill.layers += 1
         bill.kv += 2 * kv * bill.kept(self.window)

@@ -104,12 +104,13 @@ class LoopSpec(BlockSpec):
 
     @property
     def shares(self) -> list[float]:
-        """Of the tokens, those that a router selects, for each pass that it does so."""
-        if self.router is None:
+        """Of the tokens, what each pass runs on that a router selects them for."""
+        router, further = self.router, self.steps - self.full_steps
+        if router is None or further < 1:
             return []
-        given, further = self.router.capacity, max(0, self.steps - self.full_steps)
-        given = given[:further] + given[-1:] * (further - len(given))
-        return [share for share in given if share != 1]
+        given = router.capacity[:further]
+        shares = [*given, *given[-1:] * (further - len(given))]
+        return [share for share in shares if share != 1] if 1 in shares else shares
 
     def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.router is not None:
@@ -142,7 +143,7 @@ class LoopSpec(BlockSpec):
             return loop.body
         further = loop.steps - loop.full_steps
         update: dict[str, object] = {}
-        if loop.router is None or all(row is None for row in loop.rows()):
+        if loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):
                 update["residual"] = ThinkingSpec()
@@ -160,7 +161,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_gated(self) -> bool:
         """Whether a pass weighs its results, token by token or by a constant."""
-        if self.router is None or all(row is None for row in self.rows()):
+        if self.router is None or not self.shares:
             return False
         return self.router.learned or set(self.router.alpha) != {1.0}
 
@@ -170,33 +171,34 @@ class LoopSpec(BlockSpec):
         return self.body.build(dim) if self.is_body else Loop(self, dim)
 
     def cost(self, bill: Bill) -> None:
-        shares = self.shares
-        if self.steps == 1 and not shares:
+        steps, shares, router, encoding = self.steps, self.shares, self.router, self.encoding
+        full = steps - len(shares)
+        if steps == full == 1:  # is its body
             self.body.cost(bill)
             return
-        full = self.steps - len(shares)
         runs = self._passes(bill.runs, full, shares)
         makers = bill.runs if self.kv == "shared" else runs
-        weights = self.steps if self.parameters == "per_step" else 1
-        self.body.cost(bill.run("body", runs, makers, weights))
-        if self.router is not None and shares:
+        weights = steps if self.parameters == "per_step" else 1
+        self.body.cost(bill.run("body", runs, makers, weights=weights))
+        if router is not None and shares:
             # a step that the dial skips asks no router
-            self.router.cost(bill.part("router"), len(shares) - shares.count(0))
-        if self.encoding is not None:
-            self.encoding.cost(bill.part("encoding"), self.steps)
+            router.cost(bill.part("router"), len(shares) - shares.count(0))
+        if encoding is not None:
+            encoding.cost(bill.part("encoding"), steps)
         if self.injection == "linear":
             starts_full = self.rows()[0] is None
             further = self._passes(bill.runs, full - starts_full, shares[not starts_full :])
             bill.run("injection", further, further).matrices += 2 * bill.dim * bill.dim
 
     def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
-        """The passes that runs of the loop are: some of all tokens, one of each share of them."""
+        """Of the body in runs of the loop: ``full`` of all tokens, one of each share of them."""
         lengths, pairs = whole.lengths * full, whole.pairs * full
+        shared = self.kv == "shared"
         for tokens in whole.lengths:
             for share in shares:
                 if taken := share_of(share, tokens):
                     lengths.append(taken)
-                    pairs += taken * (tokens if self.kv == "shared" else taken)
+                    pairs += taken * (tokens if shared else taken)
         return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)))
 
     def footprint(self, rows: Rows) -> Footprint:

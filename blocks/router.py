@@ -17,7 +17,6 @@ Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
@@ -82,7 +81,7 @@ class RouterSpec(Part):
             bill.matrices += steps * bill.dim
         if self.ranks:
             # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
-            bill.kv += 2 * steps * bill.kept()
+            bill.kv += 2 * steps * sum(bill.runs.lengths)
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """Of one choice. Kept: each weight; if it is learned, the scores and where they stand."""
@@ -141,4 +140,4 @@ class AllSpec(RouterSpec):
 
 def share_of(capacity: float, tokens: int) -> int:
     """``capacity`` of ``tokens``, rounded, at least one: grids yield 0.6000000000000001."""
-    return max(1, math.floor(capacity * tokens + 0.5)) if capacity > 0 else 0
+    return int(capacity * tokens + 0.5) or 1 if capacity > 0 else 0
