@@ -124,7 +124,7 @@ def comparison_data(both: Comparison) -> dict[str, Any]:
         "names": both.names,
         "same_model": both.same_model,
         "changes": [asdict(change) for change in both.changes],
-        "receipts": [asdict(receipt) for receipt in both.receipts],
+        "receipts": [receipt._asdict() for receipt in both.receipts],
         "nodes": [
             {
                 "path": node.path,

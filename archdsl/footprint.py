@@ -25,8 +25,10 @@ Angles = tuple[float, "RopeScalingSpec | None", int]  # theta, scaling, head siz
 class Rows(NamedTuple):
     """What a block runs on: ``batch`` sequences, or what a router selected of each.
 
-    ``keys``, ``projects``: as in Scope. ``selected``: whether a router did, so that each row has
-    positions of its own. ``padded``: whether some of them only fill up a row.
+    ``keys``: tokens that attention looks at; more than ``tokens`` where a routed step reads the
+    first pass's keys and values, which then need no projection (``projects`` is False).
+    ``selected``: whether a router did, so that each row has positions of its own. ``padded``:
+    whether some of them only fill up a row.
     """
 
     dim: int

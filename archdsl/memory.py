@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from archdsl.blocks.norm import norm_cost, norm_footprint
-from archdsl.cost import TRAIN_BYTES, Scope, sequence_cost
+from archdsl.blocks.norm import norm_footprint, norm_size
+from archdsl.cost import TRAIN_BYTES, block_cost, sequence_cost
 from archdsl.footprint import FLOAT, LOGITS, Footprint, Rows, in_a_row
 from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
@@ -108,15 +108,14 @@ def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footpr
     footprints = [layer.footprint(rows) for layer in layers]
     if checkpointed:
         footprints = [footprint.recomputed() for footprint in footprints]
-    scope = Scope(rows.dim, rows.tokens, rows.keys)
-    costs = [layer.cost(scope) for layer in layers]
+    costs = [block_cost(layer, rows.dim, rows.tokens) for layer in layers]
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a table of both has two gradients, until they are added up
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
     return [
         (embedding, 0 if tied else table),
         *((part, TRAIN_BYTES * cost.params) for part, cost in zip(footprints, costs, strict=True)),
-        (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_cost(spec.norm, rows.dim).params),
+        (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_size(spec.norm, rows.dim)),
         (_loss_footprint(spec, rows), table),
     ]
 

@@ -71,7 +71,7 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
         "fingerprint": spec.fingerprint(),
         "convention": convention,
         "counted": COUNTED[convention],
-        "receipt": asdict(cost(spec)),
+        "receipt": cost(spec)._asdict(),
         "training_memory": {
             name: asdict(need) | {"peak": need.peak}
             for name, need in (

@@ -27,7 +27,7 @@ from archdsl.explain import explain
 
 if TYPE_CHECKING:
     from archdsl.block import Block
-    from archdsl.cost import Cost, Scope
+    from archdsl.cost import Bill
     from archdsl.footprint import Footprint, Rows
 
 Path = tuple[str | int, ...]
@@ -135,7 +135,8 @@ class BlockSpec(Part):
     def build(self, dim: int) -> Block:
         raise NotImplementedError
 
-    def cost(self, scope: Scope) -> Cost:
+    def cost(self, bill: Bill) -> None:
+        """Adds what this block has to the bill."""
         raise NotImplementedError
 
     def footprint(self, rows: Rows) -> Footprint:

@@ -33,7 +33,7 @@ from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import Loop
-from archdsl.cost import Scope, sequence_cost
+from archdsl.cost import block_cost, sequence_cost
 from archdsl.load import load
 from archdsl.model import LanguageModel
 from archdsl.spec import ModelSpec
@@ -173,7 +173,7 @@ def check(
 
 def flops(args: Namespace, kv: str, capacity: float | None, steps: int) -> int:
     spec = looped(args, kv, capacity, steps)
-    return spec.cost(Scope(args.dim, args.tokens, args.tokens)).flops
+    return block_cost(spec, args.dim, args.tokens).flops
 
 
 def figures(args: Namespace, kv: str, taken: dict[str, Timing]) -> dict[str, object]:

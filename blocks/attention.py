@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
-from archdsl.cost import Cost, Scope
+from archdsl.cost import Bill
 from archdsl.footprint import FLOAT, Angles, Footprint, Rows
 from archdsl.rope import RopeScalingSpec
 from archdsl.spec import BlockSpec, Path, Size, Sizes, slot
@@ -89,21 +89,16 @@ class AttentionSpec(BlockSpec):
 
         return Attention(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        heads, E, D = self.head_count(scope.dim), self.head_size, scope.dim
+    def cost(self, bill: Bill) -> None:
+        heads, E, D = self.head_count(bill.dim), self.head_size, bill.dim
         q, kv = heads * E, heads // self.queries_per_kv * E
-        matrices = 2 * D * q + 2 * D * kv
-        applied = matrices if scope.projects else 2 * D * q
-        kept = min(scope.tokens, self.window or scope.tokens) if scope.projects else 0
-        return Cost(
-            params=matrices + (2 * E if self.qk_norm else 0),
-            matrices=matrices,
-            flops=2 * scope.tokens * applied + 4 * scope.tokens * scope.keys * q,
-            kv=2 * kv * kept,
-            layers=1,
-            passes=scope.tokens,
-            scores=4 * scope.tokens * scope.tokens * q,
-        )
+        bill.matrices += 2 * D * q
+        bill.projections += 2 * D * kv
+        if self.qk_norm:
+            bill.vectors += 2 * E
+        bill.queries += q
+        bill.layers += 1
+        bill.kv += 2 * kv * bill.kept(self.window)
 
     def footprint(self, rows: Rows) -> Footprint:
         """Kept: queries, keys and values as they are multiplied, the result, a sum per query."""

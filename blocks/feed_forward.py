@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Cost, Scope, linear
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows
 from archdsl.spec import BlockSpec, Path, Size, Sizes
 
@@ -58,10 +58,9 @@ class FeedForwardSpec(BlockSpec):
 
         return FeedForward(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        D, hidden = scope.dim, self.hidden_size(scope.dim)
-        up = [(D, hidden)] * (2 if self.activation == "swiglu" else 1)
-        return linear(scope.tokens, *up, (hidden, D))
+    def cost(self, bill: Bill) -> None:
+        matrices = 3 if self.activation == "swiglu" else 2
+        bill.matrices += matrices * bill.dim * self.hidden_size(bill.dim)
 
     def footprint(self, rows: Rows) -> Footprint:
         """Kept: gate, silu of it, up and their product; or up and gelu of it."""

@@ -11,8 +11,8 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema
 
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
-from archdsl.blocks.norm import EPS, NormType, norm_cost, norm_footprint
-from archdsl.cost import Cost, Scope
+from archdsl.blocks.norm import EPS, NormType, norm_footprint, norm_size
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import BlockSpec, slot
 
@@ -44,16 +44,12 @@ class LayerSpec(BlockSpec):
 
         return Layer(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        norm = norm_cost(self.norm, scope.dim)
-        return scope.together(
-            {
-                "attention_norm": norm,
-                "attention": self.attention.cost(scope),
-                "ffn_norm": norm,
-                "ffn": self.ffn.cost(scope),
-            }
-        )
+    def cost(self, bill: Bill) -> None:
+        norm = norm_size(self.norm, bill.dim)
+        bill.part("attention_norm").vectors += norm
+        self.attention.cost(bill.part("attention"))
+        bill.part("ffn_norm").vectors += norm
+        self.ffn.cost(bill.part("ffn"))
 
     def footprint(self, rows: Rows) -> Footprint:
         norm = norm_footprint(self.norm, rows)

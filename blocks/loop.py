@@ -26,11 +26,11 @@ from archdsl.blocks.residual_thinking import (
     ResidualSpec,
     ThinkingSpec,
 )
-from archdsl.blocks.router import RouterSpec
+from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
-from archdsl.cost import Cost, Scope, linear
+from archdsl.cost import Bill, Runs
 from archdsl.footprint import Footprint, Rows, in_a_row
-from archdsl.spec import AnyBlock, BlockSpec, Path, at_step, slot, walk
+from archdsl.spec import AnyBlock, BlockSpec, Path, slot, walk
 
 if TYPE_CHECKING:
     from archdsl.block import Block
@@ -92,7 +92,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_body(self) -> bool:
         """One pass of every token: nothing to choose, to join or to tell apart."""
-        return self.rows() == [None]
+        return self.steps == 1 and not self.shares
 
     def rows(self) -> list[int | None]:
         """For each pass, which step of the router selects its tokens; None: every token."""
@@ -101,6 +101,16 @@ class LoopSpec(BlockSpec):
             return [None] * self.steps
         shares = self.router.capacity
         return [None if r is None or shares[min(r, len(shares) - 1)] == 1 else r for r in routed]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the tokens, what each pass runs on that a router selects them for."""
+        router, further = self.router, self.steps - self.full_steps
+        if router is None or further < 1:
+            return []
+        given = router.capacity[:further]
+        shares = [*given, *given[-1:] * (further - len(given))]
+        return [share for share in shares if share != 1] if 1 in shares else shares
 
     def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.router is not None:
@@ -133,7 +143,7 @@ class LoopSpec(BlockSpec):
             return loop.body
         further = loop.steps - loop.full_steps
         update: dict[str, object] = {}
-        if loop.router is None or all(row is None for row in loop.rows()):
+        if loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):
                 update["residual"] = ThinkingSpec()
@@ -151,7 +161,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_gated(self) -> bool:
         """Whether a pass weighs its results, token by token or by a constant."""
-        if self.router is None or all(row is None for row in self.rows()):
+        if self.router is None or not self.shares:
             return False
         return self.router.learned or set(self.router.alpha) != {1.0}
 
@@ -160,44 +170,36 @@ class LoopSpec(BlockSpec):
 
         return self.body.build(dim) if self.is_body else Loop(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        full = self.body.cost(scope)
-        if self.is_body:
-            return full
-        rows = self.rows()
-        runs = [self._scope(scope, step, row) for step, row in enumerate(rows)]
-        body = full.runs(0)
-        for at in dict.fromkeys(runs):
-            body = body.plus((full if at == scope else self.body.cost(at)).runs(runs.count(at)))
-        if self.parameters == "per_step":
-            body = body.weights(self.steps)
-        return scope.together({"body": body} | self._slots(scope, rows, runs))
-
-    def _scope(self, scope: Scope, step: int, row: int | None) -> Scope:
-        """What a pass runs on."""
-        shared = self.kv == "shared" and step > 0
-        if row is None:
-            return scope._replace(projects=False) if shared else scope
-        return scope.routed(self._tokens(scope, row), shared)
-
-    def _tokens(self, scope: Scope, row: int) -> int:
-        assert self.router is not None
-        expected = self.router.tokens(scope.tokens, row)
-        return {"none": 0, "expected": expected, "all": scope.tokens}[scope.routing]
-
-    def _slots(self, scope: Scope, rows: list[int | None], runs: list[Scope]) -> dict[str, Cost]:
-        slots: dict[str, Cost] = {}
-        routed = [row for row in rows if row is not None]
-        if self.router is not None and routed:
+    def cost(self, bill: Bill) -> None:
+        steps, shares, router, encoding = self.steps, self.shares, self.router, self.encoding
+        full = steps - len(shares)
+        if steps == full == 1:  # is its body
+            self.body.cost(bill)
+            return
+        runs = self._passes(bill.runs, full, shares)
+        makers = bill.runs if self.kv == "shared" else runs
+        weights = steps if self.parameters == "per_step" else 1
+        self.body.cost(bill.run("body", runs, makers, weights=weights))
+        if router is not None and shares:
             # a step that the dial skips asks no router
-            choices = sum(at_step(self.router.capacity, row) > 0 for row in routed)
-            slots["router"] = self.router.cost(scope.dim, scope.tokens, choices)
-        if self.encoding is not None:
-            slots["encoding"] = self.encoding.cost(scope.dim, self.steps)
+            router.cost(bill.part("router"), len(shares) - shares.count(0))
+        if encoding is not None:
+            encoding.cost(bill.part("encoding"), steps)
         if self.injection == "linear":
-            tokens = sum(at.tokens for at in runs[1:])
-            slots["injection"] = linear(tokens, (2 * scope.dim, scope.dim))
-        return slots
+            starts_full = self.rows()[0] is None
+            further = self._passes(bill.runs, full - starts_full, shares[not starts_full :])
+            bill.run("injection", further, further).matrices += 2 * bill.dim * bill.dim
+
+    def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
+        """Of the body in runs of the loop: ``full`` of all tokens, one of each share of them."""
+        lengths, pairs = whole.lengths * full, whole.pairs * full
+        shared = self.kv == "shared"
+        for tokens in whole.lengths:
+            for share in shares:
+                if taken := share_of(share, tokens):
+                    lengths.append(taken)
+                    pairs += taken * (tokens if shared else taken)
+        return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)))
 
     def footprint(self, rows: Rows) -> Footprint:
         if self.is_body:

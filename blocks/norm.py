@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Cost, Scope, vectors
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows
 from archdsl.spec import BlockSpec
 
@@ -37,15 +37,16 @@ class NormSpec(BlockSpec):
 
         return Norm(self, dim)
 
-    def cost(self, scope: Scope) -> Cost:
-        return norm_cost(self.type, scope.dim)
+    def cost(self, bill: Bill) -> None:
+        bill.vectors += norm_size(self.type, bill.dim)
 
     def footprint(self, rows: Rows) -> Footprint:
         return norm_footprint(self.type, rows)
 
 
-def norm_cost(type: NormType, dim: int) -> Cost:
-    return vectors(dim if type == "rms" else 2 * dim)
+def norm_size(type: NormType, dim: int) -> int:
+    """Parameters."""
+    return dim if type == "rms" else 2 * dim
 
 
 def norm_footprint(type: NormType, rows: Rows) -> Footprint:

@@ -17,13 +17,12 @@ Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from archdsl.cost import Cost
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows
 from archdsl.spec import Part, Path, PerStep, at_step
 
@@ -76,12 +75,13 @@ class RouterSpec(Part):
         """How many of ``tokens`` a routed step runs on."""
         return share_of(at_step(self.capacity, step), tokens)
 
-    def cost(self, dim: int, tokens: int, steps: int) -> Cost:
-        """``steps`` choices among ``tokens`` tokens each."""
-        weights = steps * dim if self.learned else 0
-        # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
-        kept = 2 * steps * tokens if self.ranks else 0
-        return Cost(params=weights, matrices=weights, flops=2 * tokens * weights, kv=kept)
+    def cost(self, bill: Bill, steps: int) -> None:
+        """``steps`` choices among all tokens of a run each."""
+        if self.learned:
+            bill.matrices += steps * bill.dim
+        if self.ranks:
+            # scores are kept in float32, which takes as much as two numbers of a cache in bfloat16
+            bill.kv += 2 * steps * sum(bill.runs.lengths)
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """Of one choice. Kept: each weight; if it is learned, the scores and where they stand."""
@@ -140,4 +140,4 @@ class AllSpec(RouterSpec):
 
 def share_of(capacity: float, tokens: int) -> int:
     """``capacity`` of ``tokens``, rounded, at least one: grids yield 0.6000000000000001."""
-    return max(1, math.floor(capacity * tokens + 0.5)) if capacity > 0 else 0
+    return int(capacity * tokens + 0.5) or 1 if capacity > 0 else 0

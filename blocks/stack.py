@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Cost, Scope
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows, in_a_row
 from archdsl.spec import Blocks, BlockSpec, Sizes
 
@@ -50,9 +50,9 @@ class StackSpec(BlockSpec):
 
         return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])
 
-    def cost(self, scope: Scope) -> Cost:
-        one = scope.together({f"body.{i}": block.cost(scope) for i, block in enumerate(self.body)})
-        return one.copies(self.repeat)
+    def cost(self, bill: Bill) -> None:
+        for i, block in enumerate(self.body):
+            block.cost(bill.copied(f"body.{i}", self.repeat))
 
     def footprint(self, rows: Rows) -> Footprint:
         return in_a_row(rows.stream, [block.footprint(rows) for block in self.body] * self.repeat)

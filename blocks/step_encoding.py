@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Cost, vectors
+from archdsl.cost import Bill
 from archdsl.spec import Part
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class EncodingSpec(Part):
     family: ClassVar[str] = "encoding"
     multiplies: ClassVar[bool] = False  # the result, which is then kept; else it adds to the input
 
-    def cost(self, dim: int, steps: int) -> Cost:
-        return vectors(steps * dim)
+    def cost(self, bill: Bill, steps: int) -> None:
+        bill.vectors += steps * bill.dim
 
     def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
         """``further_phi``: where the loop's residual wants factors after the first to start."""

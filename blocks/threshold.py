@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from archdsl.blocks.router import LearnedSpec
-from archdsl.cost import Cost
+from archdsl.cost import Bill
 from archdsl.footprint import Footprint, Rows
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class PredictorSpec(LearnedSpec):
         0.01, gt=0, le=100, description="of the predictor's own loss beside the model's"
     )
 
-    def cost(self, dim: int, tokens: int, steps: int) -> Cost:
-        router = super().cost(dim, tokens, steps)
-        return router.plus(router).weights(2)._replace(params=2 * steps * dim + steps)
+    def cost(self, bill: Bill, steps: int) -> None:
+        bill.matrices += 2 * steps * bill.dim
+        bill.vectors += steps
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """For its own loss besides: what it said, what is true, and of which tokens."""

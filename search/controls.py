@@ -14,7 +14,7 @@ from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.residual_thinking import OverwriteSpec
 from archdsl.blocks.router import RandomSpec
 from archdsl.blocks.stack import StackSpec
-from archdsl.cost import Scope, sequence_cost
+from archdsl.cost import block_cost, sequence_cost
 from archdsl.spec import BlockSpec, ModelSpec, Part, walk
 
 WINNER = "winner"
@@ -203,5 +203,4 @@ def _unrolled(spec: ModelSpec) -> Iterator[BlockSpec]:
 
 def _flops(spec: ModelSpec) -> list[int]:
     """Of each block, for one context."""
-    scope = Scope(spec.dim, spec.context, spec.context)
-    return [block.cost(scope).flops for block in spec.blocks]
+    return [block_cost(block, spec.dim, spec.context).flops for block in spec.blocks]

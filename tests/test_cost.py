@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import archdsl
+from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.router import RouterSpec
 from archdsl.build import meta_model
 from archdsl.cost import Cost, cost, paper_flops, sequence_cost
-from archdsl.spec import ModelSpec
+from archdsl.spec import ModelSpec, Part
 from tests.strategies import specs
 
 CAPACITY = "blocks.0.body.1.router.capacity"
@@ -74,6 +76,42 @@ def test_a_routed_step_pays_for_the_tokens_it_selects_and_for_scoring_all() -> N
     assert receipt.heaviest == head + ffn + 2 * score + 2 * ffn
     assert receipt.flops_per_context == 16 * receipt.expected
     assert receipt.train_flops_per_token == 3 * receipt.expected
+
+
+def test_a_pass_that_the_dial_skips_runs_nothing_inside() -> None:
+    layer = {"kind": "layer", "attention": {"head_size": 8}}
+    inner = {"kind": "loop", "steps": 2, "router": "prefix", "body": layer}
+    whole = tiny(blocks=[{"kind": "loop", "router": "random", "body": inner}])
+    (loop,) = whole.blocks
+    assert isinstance(loop, LoopSpec)
+    assert loop.router is not None
+    skipped = loop.model_copy(update={"router": dialled(loop.router, 0.0)})
+    found, once = (
+        sequence_cost(whole.model_copy(update={"blocks": (block,)}))
+        for block in (skipped, loop.body)
+    )
+    assert (found.flops, found.passes) == (once.flops, once.passes)
+
+
+@settings(max_examples=60)
+@given(specs())
+def test_at_its_ends_the_dial_costs_least_and_most(spec: ModelSpec) -> None:
+    none, every = (
+        sequence_cost(
+            spec.model_copy(update={"blocks": tuple(dialled(b, share) for b in spec.blocks)})
+        )
+        for share in (0.0, 1 - 1e-12)
+    )
+    assert none.flops == none.lightest
+    assert every.flops == every.heaviest == sequence_cost(spec).heaviest
+
+
+def dialled(part: Part, share: float) -> Any:
+    """With this share of the tokens wherever a router selects."""
+    if isinstance(part, RouterSpec):
+        shares = tuple(1.0 if own == 1 else share for own in part.capacity)
+        return part.model_copy(update={"capacity": shares})
+    return part.with_each(lambda inner: dialled(inner, share))
 
 
 def test_memory_is_four_bytes_each_for_weight_gradient_and_two_moments() -> None:

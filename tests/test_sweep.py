@@ -98,7 +98,7 @@ def test_executed_flops_are_the_closed_form_where_the_shares_are_known() -> None
         model, Setting(capacity=1.0), Setting(capacity=0.0), Setting(capacity=(1.0, 0.0, 1.0))
     )
     plain = load("tiny", overrides=["dim=32", "context=16", "blocks.1.steps=1"])
-    flops = sequence_cost(plain).flops / 16, sequence_cost(model.spec, routing="all").flops / 16
+    flops = sequence_cost(plain).flops / 16, sequence_cost(model.spec).heaviest / 16
     assert (none.flops_per_token, every.flops_per_token) == pytest.approx(flops)
     assert skipped.flops_per_token == pytest.approx(flops[0] + 2 / 3 * (flops[1] - flops[0]))
     assert none.shares == {}

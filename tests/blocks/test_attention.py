@@ -13,7 +13,7 @@ from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.stack import StackSpec
 from archdsl.cache import Stream
-from archdsl.cost import Scope
+from archdsl.cost import block_cost
 from tests import naive
 
 D = 12
@@ -104,9 +104,9 @@ def test_rotary_positions_stay_apart_in_half_precision() -> None:
 
 
 def test_what_a_window_no_longer_sees_is_not_kept() -> None:
-    assert spec(window=5).cost(Scope(D, 9, 9)).kv == 2 * 5 * D
-    assert spec(window=5).cost(Scope(D, 3, 3)).kv == 2 * 3 * D
-    assert spec(queries_per_kv=3).cost(Scope(D, 9, 9)).kv == 2 * 9 * D // 3
+    assert block_cost(spec(window=5), D, 9).kv == 2 * 5 * D
+    assert block_cost(spec(window=5), D, 3).kv == 2 * 3 * D
+    assert block_cost(spec(queries_per_kv=3), D, 9).kv == 2 * 9 * D // 3
 
 
 def built(**fields: Any) -> Attention:
