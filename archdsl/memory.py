@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from archdsl.blocks.norm import norm_cost, norm_footprint
 from archdsl.cost import TRAIN_BYTES, Scope, sequence_cost
 from archdsl.footprint import FLOAT, LOGITS, Footprint, Rows, in_a_row
-from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from archdsl.schedule import TrainConfig
 
 
 @dataclass(frozen=True)
