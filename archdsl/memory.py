@@ -59,7 +59,8 @@ def training_memory(
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
-    alive, parts = kept(spec, rows, checkpointed), _parts(spec, rows, checkpointed)
+    parts = _parts(spec, rows, checkpointed)
+    alive = _kept(rows, parts)
     before = weights if accumulate > 1 else 0  # gradients of the parts before this one
     gradients, waiting = 0, parts[-1][1]  # to be added to those: the head's, made with the loss
     moments = []
@@ -101,7 +102,11 @@ def whole(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
 
 def kept(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
     """Bytes that the pass from tokens to logits keeps, the logits not counted."""
-    model = in_a_row(rows.stream, [part for part, _ in _parts(spec, rows, checkpointed)])
+    return _kept(rows, _parts(spec, rows, checkpointed))
+
+
+def _kept(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
+    model = in_a_row(rows.stream, [part for part, _ in parts])
     return model.kept + rows.tables(model.angles)
 
 
