@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
@@ -98,11 +97,11 @@ def _type(schema: Schema) -> str:
     return ""
 
 
-def listing(entries: Sequence[Entry]) -> RenderableType:
+def listing() -> RenderableType:
     """A line for each kind, family by family."""
     parts: list[RenderableType] = []
-    for family in dict.fromkeys(entry.family for entry in entries):
-        facts = [(f"  {e.kind}", e.sentence) for e in entries if e.family == family]
+    for family, kinds in FAMILIES.items():
+        facts = [(f"  {kind}", sentence(part)) for kind, part in kinds.items()]
         parts += [Text(family, "bold"), Facts(facts), ""]
     return Group(*parts, "`archdsl blocks KIND` shows one with its fields and an example")
 

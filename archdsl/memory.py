@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from archdsl.blocks.norm import norm_footprint, norm_size
 from archdsl.cost import TRAIN_BYTES, block_cost, sequence_cost
 from archdsl.footprint import FLOAT, LOGITS, Footprint, Rows, in_a_row
-from archdsl.schedule import TrainConfig
 from archdsl.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from archdsl.schedule import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def training_memory(
     """
     rows = whole(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
-    alive, parts = kept(spec, rows, checkpointed), _parts(spec, rows, checkpointed)
+    parts = _parts(spec, rows, checkpointed)
+    alive = _kept(rows, parts)
     before = weights if accumulate > 1 else 0  # gradients of the parts before this one
     gradients, waiting = 0, parts[-1][1]  # to be added to those: the head's, made with the loss
     moments = []
@@ -98,7 +102,11 @@ def whole(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
 
 def kept(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
     """Bytes that the pass from tokens to logits keeps, the logits not counted."""
-    model = in_a_row(rows.stream, [part for part, _ in _parts(spec, rows, checkpointed)])
+    return _kept(rows, _parts(spec, rows, checkpointed))
+
+
+def _kept(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
+    model = in_a_row(rows.stream, [part for part, _ in parts])
     return model.kept + rows.tables(model.angles)
 
 

@@ -7,6 +7,7 @@ values at once (a head size that divides the width) is beyond a schema; ``archds
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeAlias
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -109,9 +110,15 @@ def _choice(ref: str) -> Schema:
     """A choice among scalars, or among labelled subtrees of what ``ref`` describes."""
     labelled = {"type": "object", "minProperties": 1, "additionalProperties": {"$ref": ref}}
     listed = {"type": "array", "minItems": 1, "items": {"not": {"type": ["array", "object"]}}}
-    body = _tidy(Choice.model_json_schema(), {})
+    body = _tidy(_choice_itself(), {})
     body["properties"]["choices"] = {"anyOf": [listed, labelled]}
     return _object({"search": body}, ["search"])
+
+
+@cache
+def _choice_itself() -> Schema:
+    """The same at the hundred places where there may be one."""
+    return Choice.model_json_schema()
 
 
 def _object(properties: dict[str, Schema], required: list[str]) -> Schema:

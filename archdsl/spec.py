@@ -39,7 +39,13 @@ FAMILIES: dict[str, dict[str, type[Part]]] = {}  # filled as archdsl.blocks is i
 class Strict(BaseModel):
     """Immutable data; an unknown key is an error that names the known ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        defer_build=True,  # a spec names a few kinds, and no others need validators
+    )
 
     @model_validator(mode="wrap")
     @classmethod

@@ -7,6 +7,7 @@ nothing is trained here: autograd starts threads.
 from __future__ import annotations
 
 import gc
+from itertools import chain
 
 import numpy.ctypeslib  # noqa: F401  numpy itself imports it when it is first asked for
 import tokenizers  # noqa: F401  every text is read with one
@@ -15,6 +16,7 @@ import torch
 from archdsl.build import build
 from archdsl.load import load
 from archdsl.search.proxy import Proxy, default_tasks
+from archdsl.spec import FAMILIES
 from archdsl.trainer import Trainer
 
 
@@ -32,5 +34,7 @@ def _begin_like_a_job() -> None:
 
 
 torch.set_num_threads(1)
+for part in chain.from_iterable(kinds.values() for kinds in FAMILIES.values()):
+    part.model_rebuild()  # or each child would, of the kinds that it meets first
 _begin_like_a_job()
 gc.freeze()  # or a collection in a child would touch, and so copy, the memory it shares

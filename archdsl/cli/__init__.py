@@ -19,6 +19,8 @@ def let_idle_threads_sleep() -> None:
 
 def main() -> None:
     let_idle_threads_sleep()
+    # pydantic would look through all that is installed; its plugins, as tracers, are for services
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows less than a name holds

@@ -12,15 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+from typer.main import get_command
 
 import archdsl
 from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study
 from archdsl.cli import eval as evaluation
-from archdsl.cli.options import INTERRUPTED, Command
+from archdsl.cli.options import INTERRUPTED, PLAIN, Command
 from archdsl.errors import ArchdslError
-
-# no rich markup: help and errors are the same in a terminal, in a pipe and in a log
-PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 COMMANDS = (
     specs.build,
@@ -67,16 +65,19 @@ class Group(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.functions = {name_of(function): function for function in COMMANDS}
-        listed = {
-            name: TyperCommand(name, help=inspect.getdoc(function), rich_markup_mode=None)
-            for name, function in self.functions.items()
+        helps = {name: inspect.getdoc(function) for name, function in self.functions.items()}
+        self.commands = {
+            name: TyperCommand(name, help=words, rich_markup_mode=None)
+            for name, words in (helps | {"study": study.app.info.help}).items()
         }
-        self.commands = {**listed, **self.commands}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        function = self.functions.get(name or "")
-        return name, with_options(function) if function else command, rest
+        if name == "study":
+            command = get_command(study.app)
+        elif name:
+            command = with_options(self.functions[name])
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -96,11 +97,10 @@ def name_of(function: Command) -> str:
 def with_options(function: Command) -> Any:
     alone = typer.Typer(add_completion=False, **PLAIN)
     alone.command(name_of(function))(function)
-    return typer.main.get_command(alone)
+    return get_command(alone)
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, **PLAIN)
-app.add_typer(study.app, name="study")
 
 
 def _version(wanted: bool) -> None:

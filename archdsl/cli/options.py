@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+# no rich markup: help and errors are the same in a terminal, in a pipe and in a log
+PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+
 Config = TypeVar("Config", bound="BaseModel")
 Command = Callable[..., None]
 

@@ -133,13 +133,12 @@ def blocks(
     """
     from archdsl.catalogue import catalogue, listing, page
 
-    entries = catalogue(kind)
     if as_json:
-        print_json([asdict(entry) for entry in entries])
+        print_json([asdict(entry) for entry in catalogue(kind)])
     elif kind is None:
-        print_parts(listing(entries))
+        print_parts(listing())
     else:
-        print_parts(*(page(entry) for entry in entries))
+        print_parts(*(page(entry) for entry in catalogue(kind)))
 
 
 def schema() -> None:

@@ -7,10 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from archdsl.cli.options import KV, Flops, Json, Params, print_json, print_parts
+from archdsl.cli.options import KV, PLAIN, Flops, Json, Params, print_json, print_parts
 from archdsl.cli.search import Storage
 
-app = typer.Typer(no_args_is_help=True, help="List, show and take along what searches have found.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="List, show and take along what searches have found.",
+    **PLAIN,
+)
 
 Name = Annotated[
     str, typer.Argument(metavar="STUDY", help="A folder, or a name as `archdsl study ls` has it.")

@@ -90,7 +90,11 @@ def test_answers_about_specs_without_importing_what_is_heavy(
 
 @pytest.mark.parametrize(
     ("words", "completed"),
-    [("archdsl bu", ["build"]), ("archdsl build itt --bu", ["--budget", "--budget-of"])],
+    [
+        ("archdsl bu", ["build"]),
+        ("archdsl build itt --bu", ["--budget", "--budget-of"]),
+        ("archdsl study l", ["ls"]),
+    ],
 )
 def test_completes_at_once(words: str, completed: list[str]) -> None:
     asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
