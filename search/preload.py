@@ -25,6 +25,8 @@ def _begin_like_a_job() -> None:
     model = build(proxy.shrink(load("tiny"), task))
     trainer = Trainer(model, task.load(), task.config(seed=0))
     trainer.evaluate()
+    batch = task.load().batch(0, 1, task.context, 0)
+    trainer.model.loss(batch.tokens_BT, batch.targets_BT)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)

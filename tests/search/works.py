@@ -91,6 +91,19 @@ class Allocates(Whole):
         return len(bytearray(self.size))
 
 
+@dataclass(frozen=True)
+class Peaks(Whole):
+    """At a size, and tells the most bytes that were held."""
+
+    size: int
+
+    def run(self, beat: Beat) -> int:
+        from archdsl.search.training import _peak_bytes
+
+        held = bytearray(self.size)
+        return _peak_bytes() + 0 * len(held)
+
+
 def is_alive(pid: int) -> bool:
     """A process that has ended counts as dead, even if nobody has asked how."""
     said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
