@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,12 +37,8 @@ def build(
     True
     """
     _refuse_what_cannot_fit(spec, dtype)
-    model = meta_model(spec)
-    if dtype != torch.float32:
-        model.to(dtype)
-    model.to_empty(device="cpu")
-    if spec.tie_embeddings:
-        model.head.weight = model.embedding.weight  # to_empty makes two of one
+    with torch.device("cpu"), _default_dtype(dtype), _Undrawn():
+        model = LanguageModel(spec)
     with torch.no_grad():
         model.initialise(seed)
     return model if str(device) == "cpu" else model.to(device)
@@ -53,9 +50,19 @@ def meta_model(spec: ModelSpec) -> LanguageModel:
         return LanguageModel(spec)
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class _Undrawn(TorchFunctionMode):
-    """Meanwhile linear maps and embeddings come without the random numbers torch would draw: to
-    draw none, as there is no data, took a third of what a small model takes to be built."""
+    """Meanwhile linear maps and embeddings come without the random numbers that torch would draw:
+    they are to be drawn from a seed, or there is no data."""
 
     def __torch_function__(
         self,
