@@ -23,22 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.storages import BaseStorage
 
 from archdsl.data import TextData
 from archdsl.load import budget_of, load, read
 from archdsl.search import training
-from archdsl.search.draws import Draws
 from archdsl.search.pool import processes
 from archdsl.search.proxy import Job, Proxy, Score
-from archdsl.search.storage import journal
-from archdsl.search.study import Study
 from archdsl.trainer import Trainer
 from benchmarks.measure import NotEqual, arguments, bar, progress, record
-from benchmarks.search.strategies import WINDOW
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
 
 RUNGS = 2
 WORKERS = 2
@@ -126,6 +124,11 @@ def check_mapped(proxy: Proxy) -> None:
 
 def draw_seconds(storage: BaseStorage, draws: int) -> list[float]:
     """Of each draw of the default space: everything but the training."""
+    # here, as each child imports this module anew, and in a search none imports optuna
+    from archdsl.search.draws import Draws
+    from archdsl.search.study import Study
+    from benchmarks.search.strategies import WINDOW
+
     tree = read("search")
     study = Study(
         storage, "overhead", Draws(tree, budget_of(tree), 2, 0), ("loss", "flops"), WINDOW
@@ -217,6 +220,8 @@ def growth(held: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
+    from archdsl.search.storage import journal
+
     args = arguments(
         __doc__,
         draws={"type": int, "help": "in a study, and of trials that are hardly trained"},

@@ -12,6 +12,8 @@ import numpy.ctypeslib  # noqa: F401  numpy itself imports it when it is first a
 import tokenizers  # noqa: F401  every text is read with one
 import torch
 
+import archdsl.search.child
+import archdsl.search.evaluated  # noqa: F401  work that children may be given
 from archdsl.build import build
 from archdsl.load import load
 from archdsl.search.proxy import Proxy, default_tasks
