@@ -72,10 +72,11 @@ def be_a_child(
         signal.signal(ending, signal.SIG_IGN)
     threading.Thread(target=_end_with_coordinator, daemon=True).start()
     torch.set_num_threads(1)
+    limit = _allowed(memory)  # what earlier pieces may have kept counts, too
     with suppress(EOFError, ConnectionError):  # the coordinator needs no more, or is gone
         while True:
             said = line.recv_bytes()
-            line.send_bytes(_outcome(said, memory, _Beats(line, seconds_apart)))
+            line.send_bytes(_outcome(said, limit, _Beats(line, seconds_apart)))
             del said
             gc.collect()  # a model is a cycle, and may be large
             _forget_peak()
@@ -96,11 +97,11 @@ class _Beats:
             self.heard = time.monotonic()
 
 
-def _outcome(said: bytes, memory: int | None, beat: Beat) -> bytes:
+def _outcome(said: bytes, limit: int | None, beat: Beat) -> bytes:
     try:
         beat()
         work: Work[Any] = pickle.loads(said)
-        with _at_most(memory):
+        with _at_most(limit):
             done = work.run(beat)
         return bytes(ForkingPickler.dumps((done,)))
     except BaseException as error:  # whatever ends the work is said
@@ -113,16 +114,22 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-@contextmanager
-def _at_most(memory: int | None) -> Iterator[None]:
-    """Meanwhile no more than ``memory`` bytes can be allocated, where the system can tell."""
+def _allowed(memory: int | None) -> int | None:
+    """Bytes of data with ``memory`` more than there are, where the system can tell."""
     held = Path("/proc/self/statm")
     if memory is None or not held.exists():
+        return None
+    return memory + int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def _at_most(limit: int | None) -> Iterator[None]:
+    """Meanwhile there can be no more than ``limit`` bytes of data."""
+    if limit is None:
         yield
         return
     import resource
 
-    limit = memory + int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)

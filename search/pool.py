@@ -112,7 +112,8 @@ def start_server() -> None:
 class _Order:
     work: Work[Any]
     future: Future[Any]
-    again: bool = False
+    begun: bool = False  # once before: now in a new child
+    smaller: bool = False  # than it was
 
 
 @dataclass
@@ -184,12 +185,12 @@ class Processes:
                 order.future.cancel()
 
     def _start(self, order: _Order) -> None:
-        if not order.again and not order.future.set_running_or_notify_cancel():
+        if not order.begun and not order.future.set_running_or_notify_cancel():
             return
         try:
             work = ForkingPickler.dumps(order.work)
-            line = next((line for line, c in self._children.items() if not c.order), None)
-            line = line or self._fork()
+            waiting = [line for line, child in self._children.items() if not child.order]
+            line = waiting[0] if waiting and not order.begun else self._fork()
         except Exception as error:  # such as work that is no plain data
             order.future.set_exception(failure(error))
             return
@@ -235,7 +236,7 @@ class Processes:
         except (EOFError, OSError):
             self._take_leave(line)
             if order:
-                self._failed(order, _death(child.process))
+                self._failed(child, order, _death(child.process))
             return
         if said is None or order is None:
             child.heard = time.monotonic()
@@ -243,7 +244,7 @@ class Processes:
         child.order = None
         if isinstance(said, JobFailed):
             self._take_leave(line)
-            self._failed(order, said)
+            self._failed(child, order, said)
         else:
             if child.pieces == PIECES:
                 self._take_leave(line)
@@ -256,7 +257,7 @@ class Processes:
                 child.process.kill()
                 self._take_leave(line)
                 why = f"no step was made for {self.patience:g} s, so it was ended"
-                self._failed(order, JobFailed("hang", why))
+                self._failed(child, order, JobFailed("hang", why))
 
     def _take_leave(self, line: connection.Connection[Any, Any]) -> None:
         process = self._children.pop(line).process
@@ -265,14 +266,18 @@ class Processes:
         process.kill()  # of those that are gone nothing is left to kill
         process.join()
 
-    def _failed(self, order: _Order, failure: JobFailed) -> None:
-        smaller = None
-        if failure.reason == "out of memory" and not order.again:
-            smaller = order.work.smaller()
-        if smaller is None:
+    def _failed(self, child: _Child, order: _Order, failure: JobFailed) -> None:
+        again = None
+        if failure.reason == "out of memory":
+            if child.pieces > 1:  # an earlier piece may have kept some
+                again = order.work
+            elif not order.smaller:
+                again = order.work.smaller()
+        if again is None:
             order.future.set_exception(failure)
         else:
-            self._queue.appendleft(_Order(smaller, order.future, again=True))
+            smaller = order.smaller or again is not order.work
+            self._queue.appendleft(_Order(again, order.future, begun=True, smaller=smaller))
 
 
 def _death(process: ForkServerProcess) -> JobFailed:

@@ -16,6 +16,7 @@ from archdsl.search.pool import InProcess, JobFailed, Work, processes
 from tests.search.works import (
     Aborts,
     Allocates,
+    Keeps,
     Killed,
     Leaves,
     Peaks,
@@ -65,6 +66,14 @@ def test_the_limit_of_memory_holds(with_torch: bool) -> None:
         error = pool.submit(Allocates(512 * MIB, with_torch)).exception()
     assert isinstance(error, JobFailed)
     assert error.reason == "out of memory"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process allocates")
+def test_what_one_piece_kept_is_not_missing_to_the_next() -> None:
+    with processes(1, memory=256 * MIB) as pool:
+        errors = [pool.submit(Keeps(n * MIB)).exception() for n in (128, 192, 192, 300)]
+    assert errors[:3] == [None, None, None]
+    assert "out of memory" in str(errors[3])
 
 
 def test_one_that_is_silent_hangs_and_one_that_beats_does_not(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 Beat = Callable[[], None]
+KEPT: list[bytearray] = []
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,16 @@ class Allocates(Whole):
 
             return torch.ones(self.size, dtype=torch.uint8).numel()
         return len(bytearray(self.size))
+
+
+@dataclass(frozen=True)
+class Keeps(Whole):
+    """What it allocated."""
+
+    size: int
+
+    def run(self, beat: Beat) -> None:
+        KEPT.append(bytearray(self.size))
 
 
 @dataclass(frozen=True)
