@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from archdsl import verbs
 from archdsl.cost import sequence_cost
@@ -32,19 +37,44 @@ def build(
     True
     """
     _refuse_what_cannot_fit(spec, dtype)
-    model = meta_model(spec)
-    model.to(dtype).to_empty(device="cpu")
-    if spec.tie_embeddings:
-        model.head.weight = model.embedding.weight  # to_empty makes two of one
+    with torch.device("cpu"), _default_dtype(dtype), _Undrawn():
+        model = LanguageModel(spec)
     with torch.no_grad():
         model.initialise(seed)
-    return model.to(device)
+    return model if str(device) == "cpu" else model.to(device)
 
 
 def meta_model(spec: ModelSpec) -> LanguageModel:
     """Shapes without data: for counting, and for loading weights into."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return LanguageModel(spec)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Meanwhile linear maps and embeddings come without the random numbers that torch would draw:
+    they are to be drawn from a seed, or there is no data."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, torch.Tensor.normal_):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def _refuse_what_cannot_fit(spec: ModelSpec, dtype: torch.dtype) -> None:

@@ -43,27 +43,30 @@ def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the name ``path`` once the block ends without an error."""
+def whole_folder(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """A new folder to fill; it takes the name ``path`` once the block ends without an error.
+
+    Not ``lasting``: after a power failure what the files hold must be doubted.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left over from a crash
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in (*temporary.iterdir(), temporary) if lasting else ():
             _to_disk(file)
-        _to_disk(temporary)
-        _take_name(temporary, path)
+        _take_name(temporary, path, lasting)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _take_name(folder: Path, path: Path) -> None:
+def _take_name(folder: Path, path: Path, lasting: bool) -> None:
     """Renames, after moving a folder of that name out of the way: none can replace a full one."""
     old = _out_of_the_way(path) if path.exists() else None
     folder.rename(path)
-    _to_disk(path.parent)
+    if lasting:
+        _to_disk(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

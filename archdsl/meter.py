@@ -20,11 +20,14 @@ from archdsl.model import LanguageModel
 
 @dataclass
 class Meter:
-    """Sums over passes; padding is not counted as tokens."""
+    """Sums over passes of one model; padding is not counted as tokens."""
 
     tokens: int = 0
     flops: float = 0.0
     selected: dict[str, float] = field(default_factory=dict)  # tokens, by loop and routed step
+    fixed: dict[int, float] = field(
+        default_factory=dict
+    )  # FLOPs per token without loops, by length
 
     @property
     def flops_per_token(self) -> float:
@@ -46,9 +49,16 @@ class Meter:
         # with a cache, tokens attend to all that went before
         length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
         self.tokens += count
-        self.flops += count * flops_per_token(model, length)
+        self.flops += count * self._per_token(model, length)
         for name, share in model.router_shares().items():
             self.selected[name] = self.selected.get(name, 0.0) + count * share
+
+    def _per_token(self, model: LanguageModel, length: int) -> float:
+        if model.loops:
+            return flops_per_token(model, length)
+        if length not in self.fixed:  # every pass costs the same
+            self.fixed[length] = flops_per_token(model, length)
+        return self.fixed[length]
 
 
 @contextmanager

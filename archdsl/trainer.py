@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archdsl.batch import IGNORE, Batch, Data
 from archdsl.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
 from archdsl.errors import ArchdslError
-from archdsl.evaluate import Evaluation, check_fit, evaluate
+from archdsl.evaluate import Evaluation, check_fit, evaluate, seed_torch
 from archdsl.model import LanguageModel
 from archdsl.schedule import TrainConfig
 
@@ -103,7 +103,7 @@ class Trainer:
 
     def _advance(self) -> Step:
         started, config = time.perf_counter(), self.config
-        torch.manual_seed(_mix(config.seed, self.step))
+        seed_torch(_mix(config.seed, self.step), self.device)
         batch = self.data.batch(self.step, config.batch_size, self.context, config.seed)
         loss = self.backward(batch)
         grad_norm = float(
@@ -200,12 +200,12 @@ class Trainer:
         self.tokens = int(state["tokens"])
         self.lowest_loss = float(state["lowest_loss"])
         self.absurd_steps = int(state["absurd_steps"])
+        places = {name: index for index, name in enumerate(self._parameter_names())}
         moments: dict[int, dict[str, Tensor]] = {}
-        for index, name in enumerate(self._parameter_names()):
-            prefix = f"optimizer/{name}/"
-            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if found:
-                moments[index] = found
+        for key, value in state.items():
+            name, _, moment = key.removeprefix("optimizer/").rpartition("/")
+            if name in places:
+                moments.setdefault(places[name], {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -56,13 +59,12 @@ def failure(error: BaseException) -> JobFailed:
 
 
 def be_a_child(
-    sender: connection.Connection[Any, Any],
-    work: Work[Any],
-    memory: int | None,
-    seconds_apart: float,
+    line: connection.Connection[Any, Any], memory: int | None, seconds_apart: float
 ) -> None:
-    """Sends None as a sign of life, no oftener than every ``seconds_apart``; at last a tuple of
-    the result alone, or a JobFailed.
+    """Does one piece of work after the other, as they come, until there will be no more.
+
+    Of each it sends None as a sign of life, no oftener than every ``seconds_apart``; at last a
+    tuple of the result alone, or a JobFailed.
     """
     import torch
 
@@ -70,39 +72,64 @@ def be_a_child(
         signal.signal(ending, signal.SIG_IGN)
     threading.Thread(target=_end_with_coordinator, daemon=True).start()
     torch.set_num_threads(1)
-    heard = -math.inf
+    limit = _allowed(memory)  # what earlier pieces may have kept counts, too
+    with suppress(EOFError, ConnectionError):  # the coordinator needs no more, or is gone
+        while True:
+            said = line.recv_bytes()
+            line.send_bytes(_outcome(said, limit, _Beats(line, seconds_apart)))
+            del said
+            gc.collect()  # a model is a cycle, and may be large
+            _forget_peak()
 
-    def say(what: Any) -> None:
-        try:
-            sender.send(what)
-        except BrokenPipeError:  # the coordinator is gone
-            os._exit(1)
 
-    def beat() -> None:
-        nonlocal heard
-        if time.monotonic() - heard > seconds_apart:
-            say(None)
-            heard = time.monotonic()
+class _Beats:
+    """Signs of life, the first one at once."""
 
+    def __init__(self, line: connection.Connection[Any, Any], apart: float) -> None:
+        self.line, self.apart, self.heard = line, apart, -math.inf
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.heard > self.apart:
+            try:
+                self.line.send(None)
+            except ConnectionError:  # the coordinator is gone
+                os._exit(1)
+            self.heard = time.monotonic()
+
+
+def _outcome(said: bytes, limit: int | None, beat: Beat) -> bytes:
     try:
         beat()
-        with _at_most(memory):
+        work: Work[Any] = pickle.loads(said)
+        with _at_most(limit):
             done = work.run(beat)
-        say((done,))
+        return bytes(ForkingPickler.dumps((done,)))
     except BaseException as error:  # whatever ends the work is said
-        say(failure(error))
+        return bytes(ForkingPickler.dumps(failure(error)))
+
+
+def _forget_peak() -> None:
+    """The most memory that was held: of the next piece of work it is to be its own."""
+    with suppress(OSError):  # only Linux can
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _allowed(memory: int | None) -> int | None:
+    """Bytes of data with ``memory`` more than there are, where the system can tell."""
+    held = Path("/proc/self/statm")
+    if memory is None or not held.exists():
+        return None
+    return memory + int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
-def _at_most(memory: int | None) -> Iterator[None]:
-    """Meanwhile no more than ``memory`` bytes can be allocated, where the system can tell."""
-    held = Path("/proc/self/statm")
-    if memory is None or not held.exists():
+def _at_most(limit: int | None) -> Iterator[None]:
+    """Meanwhile there can be no more than ``limit`` bytes of data."""
+    if limit is None:
         yield
         return
     import resource
 
-    limit = memory + int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)

@@ -1,6 +1,7 @@
-"""Work in child processes of one thread, each piece in a child of its own, where it can fail alone.
+"""Work in child processes of one thread, where each piece can fail alone.
 
-Children are forked from a server that has torch loaded, and end when their coordinator does.
+Children are forked from a server that has torch loaded, do one piece after the other until one
+fails, and end when their coordinator does.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, Protocol, TypeVar
 
 from archdsl.search.child import Beat, JobFailed, Work, be_a_child, failure
@@ -37,6 +39,7 @@ R = TypeVar("R")
 
 BEATS_APART = 1.0  # seconds, at least, unless patience is short
 STARTING = 60.0  # seconds more for the first sign of life: the server may be loading torch
+PIECES = 50  # done by a child before another takes its place: what it may have lost is given back
 
 
 class Pool(Protocol):
@@ -109,14 +112,16 @@ def start_server() -> None:
 class _Order:
     work: Work[Any]
     future: Future[Any]
-    again: bool = False
+    begun: bool = False  # once before: now in a new child
+    smaller: bool = False  # than it was
 
 
 @dataclass
 class _Child:
-    order: _Order
     process: ForkServerProcess
     heard: float  # when it was last
+    order: _Order | None = None  # what it does; None: it waits
+    pieces: int = 0  # that it was given
 
 
 class Processes:
@@ -154,12 +159,16 @@ class Processes:
         self._bell.close()
         self._ring.close()
 
+    @property
+    def _busy(self) -> list[tuple[connection.Connection[Any, Any], _Child, _Order]]:
+        return [(line, c, c.order) for line, c in self._children.items() if c.order]
+
     def _serve(self) -> None:
         try:
             while self._until == "called" or (
-                self._until == "done" and (self._queue or self._children)
+                self._until == "done" and (self._queue or self._busy)
             ):
-                while self._queue and len(self._children) < self.workers:
+                while self._queue and len(self._busy) < self.workers:
                     self._start(self._queue.popleft())
                 self._listen()
                 self._kill_the_silent()
@@ -168,31 +177,49 @@ class Processes:
                 child.process.kill()
             for child in self._children.values():
                 child.process.join()
-                child.order.future.set_exception(CancelledError())
+                if child.order:
+                    child.order.future.set_exception(CancelledError())
+            for line in self._children:
+                line.close()
             for order in self._queue:
                 order.future.cancel()
 
     def _start(self, order: _Order) -> None:
-        if not order.again and not order.future.set_running_or_notify_cancel():
+        if not order.begun and not order.future.set_running_or_notify_cancel():
             return
-        receiver, sender = self._context.Pipe(duplex=False)
+        try:
+            work = ForkingPickler.dumps(order.work)
+            waiting = [line for line, child in self._children.items() if not child.order]
+            line = waiting[0] if waiting and not order.begun else self._fork()
+        except Exception as error:  # such as work that is no plain data
+            order.future.set_exception(failure(error))
+            return
+        child = self._children[line]
+        child.order, child.pieces = order, child.pieces + 1
+        child.heard = max(child.heard, time.monotonic())
+        with suppress(OSError):  # it has just died: that is about to be heard
+            line.send_bytes(work)
+
+    def _fork(self) -> connection.Connection[Any, Any]:
+        """A child that waits, by what is said to it and heard of it."""
+        mine, its = self._context.Pipe()
         apart = min(BEATS_APART, self.patience / 8)
         process = self._context.Process(
-            target=be_a_child, args=(sender, order.work, self.memory, apart), daemon=True
+            target=be_a_child, args=(its, self.memory, apart), daemon=True
         )
         try:
             process.start()
-        except Exception as error:  # such as work that is no plain data
-            receiver.close()
-            order.future.set_exception(failure(error))
-        else:
-            self._children[receiver] = _Child(order, process, time.monotonic() + STARTING)
+        except BaseException:
+            mine.close()
+            raise
         finally:
-            sender.close()
+            its.close()
+        self._children[mine] = _Child(process, time.monotonic() + STARTING)
+        return mine
 
     def _listen(self) -> None:
         """Until somebody says something, or was silent for too long."""
-        silent_at = min((c.heard for c in self._children.values()), default=None)
+        silent_at = min((child.heard for _, child, _ in self._busy), default=None)
         seconds = silent_at and max(0.0, silent_at + self.patience - time.monotonic())
         for ready in connection.wait([self._bell, *self._children], seconds):
             assert isinstance(ready, connection.Connection)
@@ -201,47 +228,56 @@ class Processes:
             else:
                 self._hear(ready)
 
-    def _hear(self, receiver: connection.Connection[Any, Any]) -> None:
-        child = self._children[receiver]
+    def _hear(self, line: connection.Connection[Any, Any]) -> None:
+        child = self._children[line]
+        order = child.order
         try:
-            said = receiver.recv()
+            said = line.recv()
         except (EOFError, OSError):
-            self._take_leave(receiver)
-            self._failed(child.order, _death(child.process))
+            self._take_leave(line)
+            if order:
+                self._failed(child, order, _death(child.process))
             return
-        if said is None:
+        if said is None or order is None:
             child.heard = time.monotonic()
             return
-        self._take_leave(receiver)
+        child.order = None
         if isinstance(said, JobFailed):
-            self._failed(child.order, said)
+            self._take_leave(line)
+            self._failed(child, order, said)
         else:
-            child.order.future.set_result(said[0])
+            if child.pieces == PIECES:
+                self._take_leave(line)
+            order.future.set_result(said[0])
 
     def _kill_the_silent(self) -> None:
         now = time.monotonic()
-        for receiver, child in list(self._children.items()):
+        for line, child, order in self._busy:
             if now - child.heard >= self.patience:
                 child.process.kill()
-                self._take_leave(receiver)
+                self._take_leave(line)
                 why = f"no step was made for {self.patience:g} s, so it was ended"
-                self._failed(child.order, JobFailed("hang", why))
+                self._failed(child, order, JobFailed("hang", why))
 
-    def _take_leave(self, receiver: connection.Connection[Any, Any]) -> None:
-        process = self._children.pop(receiver).process
-        receiver.close()
+    def _take_leave(self, line: connection.Connection[Any, Any]) -> None:
+        process = self._children.pop(line).process
+        line.close()
         process.join(10)
         process.kill()  # of those that are gone nothing is left to kill
         process.join()
 
-    def _failed(self, order: _Order, failure: JobFailed) -> None:
-        smaller = None
-        if failure.reason == "out of memory" and not order.again:
-            smaller = order.work.smaller()
-        if smaller is None:
+    def _failed(self, child: _Child, order: _Order, failure: JobFailed) -> None:
+        again = None
+        if failure.reason == "out of memory":
+            if child.pieces > 1:  # an earlier piece may have kept some
+                again = order.work
+            elif not order.smaller:
+                again = order.work.smaller()
+        if again is None:
             order.future.set_exception(failure)
         else:
-            self._queue.appendleft(_Order(smaller, order.future, again=True))
+            smaller = order.smaller or again is not order.work
+            self._queue.appendleft(_Order(again, order.future, begun=True, smaller=smaller))
 
 
 def _death(process: ForkServerProcess) -> JobFailed:

@@ -13,6 +13,8 @@ import numpy.ctypeslib  # noqa: F401  numpy itself imports it when it is first a
 import tokenizers  # noqa: F401  every text is read with one
 import torch
 
+import archdsl.search.child
+import archdsl.search.evaluated  # noqa: F401  work that children may be given
 from archdsl.build import build
 from archdsl.load import load
 from archdsl.search.proxy import Proxy, default_tasks
@@ -27,6 +29,8 @@ def _begin_like_a_job() -> None:
     model = build(proxy.shrink(load("tiny"), task))
     trainer = Trainer(model, task.load(), task.config(seed=0))
     trainer.evaluate()
+    batch = task.load().batch(0, 1, task.context, 0)
+    trainer.model.loss(batch.tokens_BT, batch.targets_BT)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)

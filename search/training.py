@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from archdsl.checkpoint import load_training, load_weights, save_checkpoint
+from archdsl.checkpoint import CheckpointError, load_training, load_weights, save_checkpoint
 from archdsl.cost import sequence_cost
-from archdsl.files import write_text
+from archdsl.files import remove_folder, write_text
 from archdsl.search.curve import Curve
 from archdsl.search.scoring import Held, held_out
 from archdsl.search.store import Place
@@ -87,10 +87,14 @@ class Training:
         """Goes on from the state, if there is one; False if that is beyond the rung."""
         if not self.place.state.exists():
             return True
-        state = load_training(self.place.state)
-        if state["step"] > self.config.steps:
-            return False
-        load_weights(self.place.state, self.trainer.model)
+        try:
+            state = load_training(self.place.state)
+            if state["step"] > self.config.steps:
+                return False
+            load_weights(self.place.state, self.trainer.model)
+        except CheckpointError:  # the power failed: what was trained is trained again
+            remove_folder(self.place.state)
+            return True
         self.trainer.restore(state)
         progress = state["progress"]
         self.progress.curve = Curve(**progress["curve"])
@@ -128,6 +132,7 @@ class Training:
             tokenizer_from=None,
             provenance={"step": self.trainer.step},
             training=self.trainer.state() | {"progress": asdict(spent)},
+            lasting=False,  # a score does not rest on it
         )
         self.saved = time.perf_counter()
 

@@ -239,7 +239,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     huge = spec(*[LAYER] * 4, dim=65_536, vocab_size=2**22)
-    monkeypatch.setattr("archdsl.build.meta_model", never)
+    monkeypatch.setattr("archdsl.build.LanguageModel", never)
     with pytest.raises(TooLargeError, match=r"weights need [\d,.]+ GiB and this machine has"):
         archdsl.build(huge)
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from archdsl.search import pool as pool_of
 from archdsl.search.pool import InProcess, JobFailed, Work, processes
 from tests.search.works import (
     Aborts,
     Allocates,
+    Keeps,
     Killed,
     Leaves,
+    Peaks,
     Raises,
     Sleeps,
     is_alive,
@@ -65,6 +68,14 @@ def test_the_limit_of_memory_holds(with_torch: bool) -> None:
     assert error.reason == "out of memory"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process allocates")
+def test_what_one_piece_kept_is_not_missing_to_the_next() -> None:
+    with processes(1, memory=256 * MIB) as pool:
+        errors = [pool.submit(Keeps(n * MIB)).exception() for n in (128, 192, 192, 300)]
+    assert errors[:3] == [None, None, None]
+    assert "out of memory" in str(errors[3])
+
+
 def test_one_that_is_silent_hangs_and_one_that_beats_does_not(tmp_path: Path) -> None:
     with processes(2, patience=1.5) as pool:
         hangs = pool.submit(Sleeps(tmp_path / "silent", 60, beats=False))
@@ -76,10 +87,39 @@ def test_one_that_is_silent_hangs_and_one_that_beats_does_not(tmp_path: Path) ->
     assert not is_alive(int((tmp_path / "silent").read_text().split()[0]))
 
 
+def test_a_child_goes_on_until_it_fails_or_has_done_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_of, "PIECES", 3)
+    works: list[Work[Any]] = [Sleeps(tmp_path / str(i), 0.0) for i in range(6)]
+    works.insert(1, Raises(KeyError("x")))
+    with processes(1) as pool:
+        futures = [pool.submit(work) for work in works]
+    children = [future.result() for future in futures if not future.exception()]
+    one, two, three = dict.fromkeys(children)
+    assert children == [one, two, two, two, three, three]
+
+
+def test_one_that_dies_while_it_waits_takes_no_work_with_it(tmp_path: Path) -> None:
+    with processes(1) as pool:
+        child = pool.submit(Sleeps(tmp_path / "first", 0.0)).result()
+        os.kill(child, signal.SIGKILL)
+        while is_alive(child):
+            time.sleep(0.01)
+        assert pool.submit(Sleeps(tmp_path / "second", 0.0)).result() != child
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets how much was held")
+def test_the_peak_of_memory_is_that_of_each_piece_alone() -> None:
+    with processes(1) as pool:
+        large, small = (pool.submit(Peaks(size * MIB)).result() for size in (512, 1))
+    assert large - small > 400 * MIB
+
+
 def test_no_more_than_the_workers_at_once_first_come_first_served(tmp_path: Path) -> None:
     with processes(2) as pool:
         jobs = [pool.submit(Sleeps(tmp_path / str(i), 0.15)) for i in range(6)]
-    assert len({job.result() for job in jobs}) == 6
+    assert len({job.result() for job in jobs}) == 2
     begun = [float((tmp_path / str(i)).read_text().split()[2]) for i in range(6)]
     order = sorted(range(6), key=begun.__getitem__)
     assert all(abs(place - i) <= 1 for place, i in enumerate(order))  # two begin together

@@ -131,6 +131,18 @@ def test_one_that_is_killed_on_the_way_goes_on_with_the_same_bits(tmp_path: Path
     assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
 
 
+@pytest.mark.parametrize("name", ["training.safetensors", "provenance.json"])
+def test_a_state_that_a_power_failure_has_damaged_is_trained_again(
+    tmp_path: Path, name: str
+) -> None:
+    run(job(tmp_path, 2))
+    file = job(tmp_path).place.state / name
+    file.write_bytes(bytes(file.stat().st_size))
+    resumed = run(job(tmp_path))
+    assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
+    assert load_training(job(tmp_path).place.state)["step"] == 4
+
+
 def test_smaller_batches_find_the_same_up_to_rounding(tmp_path: Path) -> None:
     whole = job(tmp_path / "whole")
     half = replace(whole, store=tmp_path / "half").smaller()

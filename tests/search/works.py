@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 Beat = Callable[[], None]
+KEPT: list[bytearray] = []
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,29 @@ class Allocates(Whole):
 
             return torch.ones(self.size, dtype=torch.uint8).numel()
         return len(bytearray(self.size))
+
+
+@dataclass(frozen=True)
+class Keeps(Whole):
+    """What it allocated."""
+
+    size: int
+
+    def run(self, beat: Beat) -> None:
+        KEPT.append(bytearray(self.size))
+
+
+@dataclass(frozen=True)
+class Peaks(Whole):
+    """At a size, and tells the most bytes that were held."""
+
+    size: int
+
+    def run(self, beat: Beat) -> int:
+        from archdsl.search.training import _peak_bytes
+
+        held = bytearray(self.size)
+        return _peak_bytes() + 0 * len(held)
 
 
 def is_alive(pid: int) -> bool:
