@@ -117,6 +117,8 @@ def save_checkpoint(
 def _write(
     folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
 ) -> None:
+    for parameter in model.parameters():  # `for_decoding` lays them out as no file does
+        parameter.data = parameter.data.contiguous()
     save_model(model, str(folder / WEIGHTS))
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
     if isinstance(tokenizer, Path):

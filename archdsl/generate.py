@@ -116,7 +116,8 @@ def generate(
 
     ``tokenizer``: needed for texts; its end of a document ends one, and begins an empty prompt.
     ``stop``: strings that end a text and are not part of it. ``batch_size``: prompts at a time;
-    default: all. Raises GenerateError, before anything is computed.
+    default: all. Faster on a CPU after `model.for_decoding()`. Raises GenerateError, before
+    anything is computed.
 
     >>> import archdsl
     >>> model = archdsl.build(archdsl.load("tiny"))

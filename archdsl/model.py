@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,18 @@ class LanguageModel(Primitive):
         stream = cache.stream(T, length_B)
         pos_BT = None if stream.begins else stream.order(x_BTD)
         return Context(stream, pos_BT, cache=cache, trace=trace)
+
+    def for_decoding(self) -> Self:
+        """This model, no longer to be trained, as it decodes fastest on a CPU.
+
+        Matrices are laid out column by column: a token's product with one is bound by memory, and
+        reads a sixth to a third faster so (MKL). Optimizers would take the layout for the old one.
+        """
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+                module.weight.data = module.weight.t().contiguous().t()
+        return self
 
     def check_dial(self, cache: Cache) -> None:
         """Raises DialError unless all tokens of a cache come at the same setting."""

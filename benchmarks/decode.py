@@ -69,13 +69,13 @@ class Greedy:
 
 
 def ours(model: LanguageModel, room: int = CONTEXT) -> Read:
-    cache = model.eval().new_cache(room)
+    cache = model.new_cache(room)
     return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
 
 
 def graphed(model: LanguageModel, rows: int) -> Read:
     """As `generate` does on CUDA: the prompt as it comes, then each token by one captured graph."""
-    cache, step = model.eval().new_cache(CONTEXT), None
+    cache, step = model.new_cache(CONTEXT), None
 
     def read(tokens_BT: Tensor) -> Tensor:
         nonlocal step
@@ -168,7 +168,7 @@ def alike(args: Namespace, tokens: int) -> tuple[LanguageModel, list[Peer], Tens
     peers = list(peers_of(model, extras=not args.small))
     for one in (model, *(peer.model for peer in peers)):
         one.to(precision(args.device))
-    return model, peers, prompt_BT
+    return model.for_decoding(), peers, prompt_BT
 
 
 def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
@@ -199,7 +199,7 @@ def routed(args: Namespace) -> dict[str, LanguageModel]:
             if name == "nobody" and isinstance(router, Threshold):
                 router.quantiles_RQ.fill_(math.inf)
         model.dial(1.0 if name == "all" else None)
-        model.to(precision(args.device)).eval()
+        model.to(precision(args.device)).for_decoding()
     return made
 
 

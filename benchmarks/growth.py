@@ -78,7 +78,7 @@ def measure(point: Mapping[str, float], args: Namespace) -> dict[str, float]:
     # the cache is nearly full, and has room for all that is decoded
     left = CALLS * (rounds + 1) + 1
     prompt_BT = batch.tokens_BT[:, : tokens - left].to(args.device)
-    greedy = Greedy(ours(build(spec, device=args.device), tokens), prompt_BT)
+    greedy = Greedy(ours(build(spec, device=args.device).for_decoding(), tokens), prompt_BT)
     taken = interleaved({"": greedy}, rounds=rounds, device=args.device)[""]
     found["decode"] = 1e3 * taken.median / CALLS
     found["cost"] = 1e6 * interleaved({"": lambda: cost(spec)}, rounds=5, calls=20)[""].median

@@ -72,7 +72,7 @@ def routed(args: Namespace) -> dict[str, LanguageModel]:
     made = {}
     for kind in ROUTERS[: 1 if args.small else None]:
         model = build(spec.patch("blocks.0.body.1.router.kind", kind), device=args.device)
-        made[kind] = model.to(precision(args.device)).eval()
+        made[kind] = model.to(precision(args.device)).for_decoding()
     return made
 
 

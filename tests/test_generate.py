@@ -6,6 +6,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 import archdsl
 from archdsl import generate as generate_module
+from archdsl.checkpoint import WEIGHTS, save_checkpoint
 from archdsl.generate import GenerateError, Generation, runs
 from archdsl.model import LanguageModel
 from archdsl.next_token import probabilities
@@ -241,6 +243,19 @@ def test_a_text_begins_as_the_tokenizer_of_a_pretrained_model_begins_it() -> Non
     model = tiny("vocab_size=258")
     texts = archdsl.generate(model, ["", "a"], tokenizer=tokenizer)
     assert [row.prompt for row in texts] == [[257], [257, 97]]
+
+
+def test_a_model_laid_out_for_decoding_is_the_same_and_is_saved_as_before(tmp_path: Path) -> None:
+    model = tiny("tie_embeddings=true")
+    want = continued(model, PROMPTS, Sampling(temperature=0))
+    assert model.for_decoding() is model
+    assert continued(model, PROMPTS, Sampling(temperature=0)) == want
+    assert model.head.weight is model.embedding.weight
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name, one in (("before", tiny("tie_embeddings=true")), ("after", model)):
+        save_checkpoint(tmp_path / name, one, tokenizer_from=None, provenance={})
+    before, after = (tmp_path / name / WEIGHTS for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
 
 
 def test_batches_change_nothing_but_the_time() -> None:

@@ -188,7 +188,7 @@ def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
     found = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     if found.tokenizer is None:
         raise ArchdslError(f"{path} has no tokenizer, as its data is no text: it cannot write any")
-    found.model.eval()
+    found.model.for_decoding()
     return found, read_tokenizer(found.tokenizer)
 
 
