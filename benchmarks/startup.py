@@ -128,7 +128,7 @@ def main() -> None:
         words = {name: command.words for name, command in every.items()}
         words |= {"import torch": ["-c", "import torch"], "python alone": ["-c", "pass"]}
         timed = {name: partial(cpu_seconds, these) for name, these in words.items()}
-        taken = in_turns(timed, args.rounds or (2 if args.small else 9))
+        taken = in_turns(timed, args.rounds or (1 if args.small else 9))
     torch = taken.pop("import torch")
     figures: dict[str, object] = {"import torch": torch}
     figures |= {name: ratio(timing, torch) for name, timing in taken.items()}

@@ -99,7 +99,7 @@ def main() -> None:
         tokens={"type": int, "default": 512, "help": "tokens of each"},
     )
     if args.small:
-        args.batch, args.tokens = 1, 32
+        args.spec, args.batch, args.tokens = "tiny", 1, 32
     rounds = args.rounds or (1 if args.small else 7)
     words = (args.spec, str(args.batch), str(args.tokens))
     with ExitStack() as open_:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -38,21 +38,21 @@ def test_every_benchmark_is_run_here() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of peers
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_in_its_small_setting(name: str, tmp_path: Path) -> None:
+def test_a_benchmark_runs_in_its_small_setting(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     out = ["--out", str(tmp_path)] if name == "growth" else []
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--small", *SMALL[name], *out],
-        cwd=measure.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", "--small", *SMALL[name], *out])
+    import_module(f"benchmarks.{name}").main()
     if name == "growth":
         assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
     else:
-        assert done.stdout.count("\n") >= 2  # figures, one a line
+        assert capfd.readouterr().out.count("\n") >= 2  # figures, one a line
 
 
 def test_contenders_take_turns_and_each_is_called_as_often() -> None:
