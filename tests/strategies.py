@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ def trees(kind: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Tree
     return st.fixed_dictionaries({"kind": st.just(kind)}, optional=fields)
 
 
+@cache
 def attentions() -> st.SearchStrategy[Tree]:
     def sized(tree: Tree) -> Tree:
         tree = {"head_size": HEAD_SIZE} | tree
@@ -40,6 +42,7 @@ def attentions() -> st.SearchStrategy[Tree]:
     ).map(sized)
 
 
+@cache
 def rope_scalings() -> st.SearchStrategy[Tree]:
     factors, contexts = st.sampled_from([1, 2.5, 8.0]), st.sampled_from([5, 13, 8192])
     linear = {"kind": st.just("linear"), "factor": factors}
@@ -48,6 +51,7 @@ def rope_scalings() -> st.SearchStrategy[Tree]:
     return st.fixed_dictionaries(linear) | st.fixed_dictionaries(llama3, optional=turns)
 
 
+@cache
 def feed_forwards() -> st.SearchStrategy[Tree]:
     size = st.fixed_dictionaries({}, optional={"hidden": st.integers(1, 9)}) | st.builds(
         lambda ratio: {"ratio": ratio}, st.sampled_from([0.01, 1, 2.5, 4])
@@ -56,10 +60,12 @@ def feed_forwards() -> st.SearchStrategy[Tree]:
     return st.builds(lambda one, other: one | other, kinds, size)
 
 
+@cache
 def norms() -> st.SearchStrategy[Tree]:
     return trees("norm", type=st.sampled_from(["rms", "layer"]), eps=EPSILONS)
 
 
+@cache
 def layers() -> st.SearchStrategy[Tree]:
     parts = attentions() | feed_forwards()
     layer = st.fixed_dictionaries(
@@ -69,6 +75,7 @@ def layers() -> st.SearchStrategy[Tree]:
     return layer | st.builds(lambda one, other: one | {"attention": other}, layer, parts)
 
 
+@cache
 def routers(further: int, nested: bool) -> st.SearchStrategy[Any]:
     """Words and mappings; values per step are numbers or lists that are long enough."""
 
@@ -120,6 +127,7 @@ def has_loop(tree: Any) -> bool:
     return isinstance(tree, list) and any(has_loop(value) for value in tree)
 
 
+@cache
 def stacks(bodies: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
     return st.fixed_dictionaries(
         {"kind": st.just("stack"), "body": st.lists(bodies, min_size=1, max_size=2)},
@@ -127,6 +135,7 @@ def stacks(bodies: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
     )
 
 
+@cache
 def blocks() -> st.SearchStrategy[Tree]:
     leaves = layers() | attentions() | feed_forwards() | norms()
     inner = leaves | stacks(leaves) | loops(leaves)
