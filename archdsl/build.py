@@ -41,7 +41,7 @@ def build(
         model = LanguageModel(spec)
     with torch.no_grad():
         model.initialise(seed)
-    return model if str(device) == "cpu" else model.to(device)
+    return model.to(device)
 
 
 def meta_model(spec: ModelSpec) -> LanguageModel:

@@ -25,9 +25,7 @@ class Meter:
     tokens: int = 0
     flops: float = 0.0
     selected: dict[str, float] = field(default_factory=dict)  # tokens, by loop and routed step
-    fixed: dict[int, float] = field(
-        default_factory=dict
-    )  # FLOPs per token without loops, by length
+    fixed: dict[int, float] = field(default_factory=dict)  # FLOPs a token without loops, by length
 
     @property
     def flops_per_token(self) -> float:
