@@ -14,25 +14,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from archdsl.build import build
-    from archdsl.check import check
-    from archdsl.cost import cost
-    from archdsl.data import load_data
-    from archdsl.evaluate import evaluate
-    from archdsl.generate import generate
-    from archdsl.load import load
-    from archdsl.search import search
-    from archdsl.train import train
+    from archdsl.checks.check import check
+    from archdsl.costs.receipt import cost
+    from archdsl.data.loading import load_data
+    from archdsl.evaluation.evaluate import evaluate
+    from archdsl.generation.generate import generate
+    from archdsl.lang.load import load
+    from archdsl.model.build import build
+    from archdsl.search.run import search
+    from archdsl.training.run import train
 
 __version__ = "0.1.0"
 __all__ = ["build", "check", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
 
+_VERBS = {
+    "build": "archdsl.model.build",
+    "check": "archdsl.checks.check",
+    "cost": "archdsl.costs.receipt",
+    "evaluate": "archdsl.evaluation.evaluate",
+    "generate": "archdsl.generation.generate",
+    "load": "archdsl.lang.load",
+    "load_data": "archdsl.data.loading",
+    "train": "archdsl.training.run",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "load_data":
-        return importlib.import_module("archdsl.data").load_data
-    if name in __all__:
-        return importlib.import_module(f"archdsl.{name}")  # see archdsl.verbs
+    if name in _VERBS:
+        return getattr(importlib.import_module(_VERBS[name]), name)
+    if name == "search":
+        return importlib.import_module("archdsl.search")  # a module that can be called
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

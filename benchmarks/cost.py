@@ -10,19 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from archdsl.build import meta_model
-from archdsl.cost import cost
-from archdsl.leaves import defaults, fill
-from archdsl.load import fitted, load, read
-from archdsl.source import shipped_specs
-from archdsl.spec import Budget
+from archdsl.costs.receipt import cost
+from archdsl.lang.load import fitted, load, read
+from archdsl.lang.source import shipped_specs
+from archdsl.lang.spec import Budget
+from archdsl.lang.template import defaults, fill
+from archdsl.model.build import meta_model
 from benchmarks.measure import NotEqual, arguments, bar, interleaved, ratio, record
 
 BAR = 1 / 500  # of the time of building the model on the meta device
 BUILD = """
 import resource, time
 import torch
-import archdsl.build, archdsl.load
+import archdsl.model.build, archdsl.lang.load
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 spec = archdsl.load("itt")
 before, start = rss(), time.perf_counter()

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from archdsl.blocks.modules.threshold import Threshold
-from archdsl.build import build
-from archdsl.graphed import TokenStep
-from archdsl.load import load
-from archdsl.meter import metered
-from archdsl.model import LanguageModel
+from archdsl.lang.load import load
+from archdsl.model.build import build
+from archdsl.model.compute_meter import metered
+from archdsl.model.cuda_graph_step import TokenStep
+from archdsl.model.language_model import LanguageModel
 from benchmarks.measure import (
     ROOT,
     NotEqual,

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from archdsl.build import build
-from archdsl.cost import cost, sequence_cost
-from archdsl.memory import training_memory
-from archdsl.source import from_value
-from archdsl.spec import ModelSpec, parse_spec
+from archdsl.costs.receipt import cost, sequence_cost
+from archdsl.lang.source import from_value
+from archdsl.lang.spec import ModelSpec, parse_spec
+from archdsl.model.build import build
+from archdsl.reports.training_memory import training_memory
 from benchmarks.decode import CALLS, Greedy, ours
 from benchmarks.measure import ROOT, arguments, commit, device_name, interleaved, progress, versions
 from benchmarks.memory import measured

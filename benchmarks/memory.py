@@ -18,12 +18,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import archdsl
-from archdsl.batch import Batch, HeldOut, Split
-from archdsl.memory import training_memory
-from archdsl.model import LanguageModel
-from archdsl.schedule import TrainConfig
-from archdsl.spec import ModelSpec, Sizes
-from archdsl.trainer import Trainer
+from archdsl.data.types import Batch, HeldOut, Split
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.language_model import LanguageModel
+from archdsl.reports.training_memory import training_memory
+from archdsl.training.config import TrainConfig
+from archdsl.training.trainer import Trainer
 from benchmarks.measure import arguments, bar, interleaved, progress, ratio, record
 
 SPECS = {

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from archdsl.batch import Batch
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.stack import StackSpec
-from archdsl.evaluate import cross_entropy
-from archdsl.llama import foreign_name
-from archdsl.model import LanguageModel
-from archdsl.spec import ModelSpec
+from archdsl.data.types import Batch
+from archdsl.evaluation.evaluate import cross_entropy
+from archdsl.interop.llama_config import foreign_name
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.language_model import LanguageModel
 from benchmarks.measure import check_equal, progress
 
 Weights = dict[str, Tensor]  # by the names of transformers

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from archdsl.build import build
-from archdsl.cost import sequence_cost
-from archdsl.load import load
-from archdsl.model import LanguageModel
-from archdsl.spec import ModelSpec
+from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.load import load
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.build import build
+from archdsl.model.language_model import LanguageModel
 from benchmarks.decode import Read, alike, ours, theirs
 from benchmarks.measure import (
     ROOT,

@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.block import Context, rotate
 from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import Loop
-from archdsl.cost import block_cost, sequence_cost
-from archdsl.load import load
-from archdsl.model import LanguageModel
-from archdsl.spec import ModelSpec
+from archdsl.costs.receipt import block_cost, sequence_cost
+from archdsl.lang.load import load
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.block import Context, rotate
 from benchmarks.measure import (
     ROOT,
     Ratio,

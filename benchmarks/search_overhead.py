@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from archdsl.data import TextData
-from archdsl.load import budget_of, load, read
-from archdsl.search import training
-from archdsl.search.pool import processes
-from archdsl.search.proxy import Job, Proxy, Score
-from archdsl.trainer import Trainer
+from archdsl.data.loading import TextData
+from archdsl.lang.load import budget_of, load, read
+from archdsl.search.trials import proxy_training
+from archdsl.search.trials.proxy import Job, Proxy, Score
+from archdsl.search.workers.pool import processes
+from archdsl.training.trainer import Trainer
 from benchmarks.measure import NotEqual, arguments, bar, progress, record
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Timed:
     def run(self, beat: Callable[[], None]) -> tuple[Score, dict[str, float]]:
         global accounted
         taken: dict[str, float] = defaultdict(float)
-        with _timed(Trainer, "run", taken), _timed(training, "held_out", taken):
+        with _timed(Trainer, "run", taken), _timed(proxy_training, "held_out", taken):
             score = self.job.run(beat)
         taken["process"] = time.process_time() - accounted  # of the first also since the fork
         accounted = time.process_time()
@@ -125,8 +125,8 @@ def check_mapped(proxy: Proxy) -> None:
 def draw_seconds(storage: BaseStorage, draws: int) -> list[float]:
     """Of each draw of the default space: everything but the training."""
     # here, as each child imports this module anew, and in a search none imports optuna
-    from archdsl.search.draws import Draws
-    from archdsl.search.study import Study
+    from archdsl.search.study.sampler import Draws
+    from archdsl.search.study.study import Study
     from benchmarks.search.strategies import WINDOW
 
     tree = read("search")
@@ -220,7 +220,7 @@ def growth(held: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
-    from archdsl.search.storage import journal
+    from archdsl.search.study.storage import journal
 
     args = arguments(
         __doc__,

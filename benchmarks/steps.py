@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from archdsl.batch import Batch
-from archdsl.spec import ModelSpec
-from archdsl.trainer import Trainer
+from archdsl.data.types import Batch
+from archdsl.lang.spec import ModelSpec
+from archdsl.training.trainer import Trainer
 from benchmarks.measure import precision
 from benchmarks.memory import training
 from benchmarks.peers import Peer

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from archdsl.batch import Batch
-from archdsl.load import load
+from archdsl.data.types import Batch
+from archdsl.lang.load import load
 from benchmarks.measure import (
     ROOT,
     NotEqual,

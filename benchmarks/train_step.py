@@ -14,9 +14,9 @@ from argparse import Namespace
 
 import torch
 
-from archdsl.cost import sequence_cost
-from archdsl.load import load
-from archdsl.spec import ModelSpec
+from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.load import load
+from archdsl.lang.spec import ModelSpec
 from benchmarks.measure import (
     ROOT,
     Timing,

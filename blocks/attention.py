@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
-from archdsl.cost import Bill
-from archdsl.footprint import FLOAT, Angles, Footprint, Rows
-from archdsl.rope import RopeScalingSpec
-from archdsl.spec import BlockSpec, Path, Size, Sizes, slot
+from archdsl.blocks.rope_scaling import RopeScalingSpec
+from archdsl.costs.activations import FLOAT, Angles, Footprint, Rows
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import BlockSpec, Path, Size, Sizes, slot
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.attention import Attention

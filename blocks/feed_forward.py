@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows
-from archdsl.spec import BlockSpec, Path, Size, Sizes
+from archdsl.costs.activations import Footprint, Rows
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import BlockSpec, Path, Size, Sizes
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.feed_forward import FeedForward

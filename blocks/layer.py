@@ -12,9 +12,9 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.norm import EPS, NormType, norm_footprint, norm_size
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows, in_a_row
-from archdsl.spec import BlockSpec, slot
+from archdsl.costs.activations import Footprint, Rows, in_a_row
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import BlockSpec, slot
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.layer import Layer

@@ -20,20 +20,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
-from archdsl.blocks.residual_thinking import (
-    DeltaSpec,
-    OverwriteSpec,
-    ResidualSpec,
-    ThinkingSpec,
-)
+from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
 from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
-from archdsl.cost import Bill, Runs
-from archdsl.footprint import Footprint, Rows, in_a_row
-from archdsl.spec import AnyBlock, BlockSpec, Path, slot, walk
+from archdsl.costs.activations import Footprint, Rows, in_a_row
+from archdsl.costs.bill import Bill, Runs
+from archdsl.lang.spec import AnyBlock, BlockSpec, Path, slot, walk
 
 if TYPE_CHECKING:
-    from archdsl.block import Block
+    from archdsl.nn.block import Block
 
 
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}

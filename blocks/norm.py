@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows
-from archdsl.spec import BlockSpec
+from archdsl.costs.activations import Footprint, Rows
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import BlockSpec
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.norm import Norm

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.spec import Part
+from archdsl.lang.spec import Part
 
 if TYPE_CHECKING:
     from torch import Tensor

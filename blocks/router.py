@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows
-from archdsl.spec import Part, Path, PerStep, at_step
+from archdsl.costs.activations import Footprint, Rows
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import Part, Path, PerStep, at_step
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.router import Prefix, Random, Router

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows, in_a_row
-from archdsl.spec import Blocks, BlockSpec, Sizes
+from archdsl.costs.activations import Footprint, Rows, in_a_row
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import Blocks, BlockSpec, Sizes
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.stack import Stack

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.cost import Bill
-from archdsl.spec import Part
+from archdsl.costs.bill import Bill
+from archdsl.lang.spec import Part
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.step_encoding import Add, Encoding, Scale

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from archdsl.blocks.router import LearnedSpec
-from archdsl.cost import Bill
-from archdsl.footprint import Footprint, Rows
+from archdsl.costs.activations import Footprint, Rows
+from archdsl.costs.bill import Bill
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.threshold import Predictor, Threshold, TopK

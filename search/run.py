@@ -11,21 +11,21 @@ from typing import Literal
 
 from optuna.storages import BaseStorage
 
-from archdsl.load import budget_of, read
-from archdsl.search.axes import parse_axes
-from archdsl.search.draws import Draws
-from archdsl.search.feasible import refuse_infeasible
-from archdsl.search.folder import Settings, claim
-from archdsl.search.ledger import Ledger, Limits
-from archdsl.search.plan import Plan, plan
-from archdsl.search.proxy import Proxy, default_tasks
-from archdsl.search.report import Report, write_report
-from archdsl.search.scorers import Scorer, Separate
-from archdsl.search.shared import LAYOUTS, served
-from archdsl.search.stages import WIDER_RUNS, Machine, Search, Watch
-from archdsl.search.storage import HEARTBEAT, alone, answering, database, journal
-from archdsl.search.study import Study
-from archdsl.spec import Budget
+from archdsl.lang.load import budget_of, read
+from archdsl.lang.spec import Budget
+from archdsl.search.analysis.forecast import Plan, plan
+from archdsl.search.engine import WIDER_RUNS, Machine, Search, Watch
+from archdsl.search.report.report import Report, write_report
+from archdsl.search.space.feasibility import refuse_infeasible
+from archdsl.search.space.objectives import parse_axes
+from archdsl.search.study.sampler import Draws
+from archdsl.search.study.settings import Settings, claim
+from archdsl.search.study.spending import Ledger, Limits
+from archdsl.search.study.storage import HEARTBEAT, alone, answering, database, journal
+from archdsl.search.study.study import Study
+from archdsl.search.supernet.layouts import LAYOUTS, served
+from archdsl.search.trials.proxy import Proxy, default_tasks
+from archdsl.search.trials.scorers import Scorer, Separate
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
 

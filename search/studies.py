@@ -13,11 +13,11 @@ from typing import Any
 
 from archdsl.errors import ArchdslError
 from archdsl.files import read_json
-from archdsl.load import LIMITS
-from archdsl.search.ledger import Account, account_of
-from archdsl.search.record import Finished, Record
-from archdsl.search.report import best, on_front, row
-from archdsl.search.storage import alone, database, journal
+from archdsl.lang.budget import LIMITS
+from archdsl.search.report.report import best, on_front, row
+from archdsl.search.study.record import Finished, Record
+from archdsl.search.study.spending import Account, account_of
+from archdsl.search.study.storage import alone, database, journal
 
 RUNS = Path("runs")
 
@@ -99,7 +99,7 @@ def study(name: str, storage: str | None = None) -> Listed:
 
 def choose(trials: Sequence[Finished], limits: Mapping[str, int | None]) -> Finished:
     """The lowest loss within limits on the cost of the model; raises StudyError."""
-    from archdsl.cost import cost
+    from archdsl.costs.receipt import cost
 
     given = {name: limit for name, limit in limits.items() if limit is not None}
     for trial in best(trials):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context, Primitive
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.layer import Layer
@@ -27,11 +26,12 @@ from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.modules.step_encoding import Add, Scale
 from archdsl.blocks.modules.threshold import Predictor, Threshold
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
+from archdsl.blocks.rope_scaling import LinearSpec, Llama3Spec, RopeScalingSpec
 from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, RandomSpec
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
-from archdsl.model import LanguageModel
-from archdsl.rope import LinearSpec, Llama3Spec, RopeScalingSpec
-from archdsl.spec import BlockSpec
+from archdsl.lang.spec import BlockSpec
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.block import Block, Context, Primitive
 
 Stream = list[Tensor]
 Memory = dict[

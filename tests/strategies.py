@@ -8,8 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-import archdsl.blocks  # noqa: F401  registers every kind
-from archdsl.spec import ModelSpec
+from archdsl.lang.spec import ModelSpec
 
 Tree = dict[str, Any]
 

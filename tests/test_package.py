@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Path) -> None
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == package_files()
     assert {"archdsl/py.typed", "archdsl/specs/itt.yaml", "archdsl/blocks/loop.py"} <= names
-    assert "archdsl/corpus/sotu.jsonl.xz" in names
+    assert "archdsl/data/corpus/sotu.jsonl.xz" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import archdsl
-from archdsl import leaves
 from archdsl.cli.app import app
-from archdsl.load import fitted, load, over, read
-from archdsl.source import resolve
+from archdsl.lang import template
+from archdsl.lang.budget import over
+from archdsl.lang.load import fitted, load, read
+from archdsl.lang.source import resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODULES = [module.name for module in pkgutil.walk_packages(archdsl.__path__, "archdsl.")]
@@ -69,13 +70,13 @@ def test_the_language_on_one_screen_builds_and_can_be_searched(tmp_path: Path) -
     assert archdsl.cost(spec).params <= 162e6
     assert over(spec.model_copy(update={"dim": spec.dim + 256}), spec.budget) > 0
 
-    found = leaves.find(read(file))
+    found = template.find(read(file))
     assert set(found) == {
         "blocks.2.steps",
         "blocks.2.router.capacity.0",
         "blocks.2.body",
     }
-    two = leaves.fill(
+    two = template.fill(
         read(file), lambda name, leaf: "two" if name.endswith("body") else leaf.default
     )
     assert fitted(two).blocks[2] != spec.blocks[2]

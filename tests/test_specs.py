@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import archdsl
-from archdsl.build import meta_model
-from archdsl.cost import cost, paper_flops
-from archdsl.source import parse, shipped_specs
-from archdsl.spec import parse_spec
+from archdsl.costs.receipt import cost, paper_flops
+from archdsl.lang.source import parse, shipped_specs
+from archdsl.lang.spec import parse_spec
+from archdsl.model.build import meta_model
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS = shipped_specs()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from archdsl.data import TextData, load_data
-from archdsl.documents import SPLITS
+from archdsl.data.documents import SPLITS
+from archdsl.data.loading import TextData, load_data
 
 END = 256
 WORDS = ["loop", "think", "depth", "token", "na\u00efve", "\U0001f600", "\n", "</s>"]

@@ -38,9 +38,9 @@ def ablate(
       archdsl ablate my-spec.yaml --data skill:p-hop --seeds 5 --time 1h
     """
     begin(spec, overrides)
-    from archdsl.search.ablation import ablate
-    from archdsl.search.proxy import Proxy
-    from archdsl.search.tables import result, saying
+    from archdsl.search.analysis.ablation import ablate
+    from archdsl.search.report.tables import result, saying
+    from archdsl.search.trials.proxy import Proxy
 
     with saying() as tell:
         found = ablate(

@@ -12,7 +12,7 @@ from archdsl.cli.runs import checkpoint_at
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from archdsl.check import Report, Row
+    from archdsl.checks.check import Report, Row
 
 MARKS = {"PASS": "green", "LEAK": "bold red", "FAIL": "bold red"}
 
@@ -38,8 +38,8 @@ def check(
 
       archdsl check runs/tiny/final --json
     """
-    from archdsl.check import check
-    from archdsl.load import load
+    from archdsl.checks.check import check
+    from archdsl.lang.load import load
 
     start = checkpoint_at(subject, overrides)
     report = check(start.model if start else load(subject, overrides=overrides or ()))

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from tokenizers import Tokenizer
 
-    from archdsl.batch import Data
-    from archdsl.checkpoint import Checkpoint
-    from archdsl.sweep import Setting
+    from archdsl.data.types import Data
+    from archdsl.evaluation.dial_sweep import Setting
+    from archdsl.model.checkpoint import Checkpoint
 
     Answer = tuple[dict[str, Any], list[RenderableType]]  # for programs, for readers
 
@@ -170,7 +170,7 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
 def _load(path: Path) -> Checkpoint:
     import torch
 
-    from archdsl.checkpoint import load_checkpoint
+    from archdsl.model.checkpoint import load_checkpoint
 
     return load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -182,7 +182,7 @@ def _settings(
     sweep: bool,
 ) -> list[Setting]:
     """Those asked for, after the trained one if they are to be compared. Raises DialError."""
-    from archdsl.sweep import TRAINED, Setting, check_settings, preset
+    from archdsl.evaluation.dial_sweep import TRAINED, Setting, check_settings, preset
 
     if sweep and not capacity and not steps:
         return [TRAINED, *preset(found.model)]
@@ -199,10 +199,10 @@ def _settings(
 
 def _at(found: Checkpoint, data: Data, setting: Setting, windows: dict[str, Any]) -> Answer:
     """Held-out text at one setting."""
-    from archdsl import show
-    from archdsl.evaluate import evaluate
-    from archdsl.meter import metered
-    from archdsl.sweep import dialled
+    from archdsl.evaluation.dial_sweep import dialled
+    from archdsl.evaluation.evaluate import evaluate
+    from archdsl.model.compute_meter import metered
+    from archdsl.reports import tables
 
     with dialled(found.model, setting), metered(found.model) as meter:
         result = evaluate(found.model, data, **windows)
@@ -214,12 +214,12 @@ def _at(found: Checkpoint, data: Data, setting: Setting, windows: dict[str, Any]
     head = f"{found.spec.name} on the {result.split} split of {data.name}"
     executed = [
         ("dial", str(setting)),
-        ("executed", f"{show.short(meter.flops_per_token)} FLOPs/token"),
+        ("executed", f"{tables.short(meter.flops_per_token)} FLOPs/token"),
     ]
     return facts | result.model_dump(), [
         head,
-        show.evaluation(result, data.chance),
-        show.Facts(executed),
+        tables.evaluation(result, data.chance),
+        tables.Facts(executed),
     ]
 
 
@@ -231,15 +231,15 @@ def _along(
     picture: Path | None,
 ) -> Answer:
     """Held-out text at many settings."""
-    from archdsl import show
-    from archdsl.sweep import plot, sweep
+    from archdsl.evaluation.dial_sweep import plot, sweep
+    from archdsl.reports import tables
 
     points = sweep(found.model, data, settings[1:], progress=True, **windows)
     if picture:
         plot(points, picture)
     head = f"{found.spec.name} on the {windows['split']} split of {data.name}"
     facts = {"data": data.name, "split": windows["split"]}
-    shown = [head, "", show.dial(points), *([f"plot: {picture}"] if picture else [])]
+    shown = [head, "", tables.dial(points), *([f"plot: {picture}"] if picture else [])]
     return facts | {"points": [point.model_dump() for point in points]}, shown
 
 
@@ -253,14 +253,14 @@ def _on_tasks(
 ) -> Answer:
     """Tasks of lm-evaluation-harness at each setting."""
     try:
-        from archdsl.harness import run_tasks, write_whole
-        from archdsl.tasks import load_tasks
+        from archdsl.evaluation.lm_eval_model import run_tasks, write_whole
+        from archdsl.evaluation.lm_eval_tasks import load_tasks
     except ModuleNotFoundError as error:
         raise ArchdslError(
             f"--tasks needs lm-evaluation-harness ({error}): pip install 'archdsl[lm-eval]'"
         ) from None
-    from archdsl import show
-    from archdsl.sweep import dialled
+    from archdsl.evaluation.dial_sweep import dialled
+    from archdsl.reports import tables
 
     tokenizer = _tokenizer(found)
     tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], **examples)
@@ -275,11 +275,11 @@ def _on_tasks(
         write_whole(out, whole)
     facts = [{"setting": at.model_dump()} | scores.model_dump() for at, scores in runs]
     head = f"{found.spec.name}{', scored causally, as it decodes' if found.model.leaks else ''}"
-    return {"routing": "causal", "settings": facts}, [head, "", show.scores(runs)]
+    return {"routing": "causal", "settings": facts}, [head, "", tables.scores(runs)]
 
 
 def _tokenizer(found: Checkpoint) -> Tokenizer:
-    from archdsl.tokenizer import read_tokenizer
+    from archdsl.data.tokenizers import read_tokenizer
 
     if found.tokenizer is None:
         raise ArchdslError(

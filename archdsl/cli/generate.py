@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from tokenizers import Tokenizer
 
-    from archdsl.checkpoint import Checkpoint
-    from archdsl.generate import Generation, Pace, Run
-    from archdsl.sampling import Sampling
+    from archdsl.generation.generate import Generation, Pace, Run
+    from archdsl.generation.sampling_config import Sampling
+    from archdsl.model.checkpoint import Checkpoint
 
 # a text may hold what would steer a terminal
 SHOWN = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
@@ -30,7 +30,7 @@ MOST_NAMED = 4  # routed steps; of more, --json tells each
 
 
 def _sampling() -> type[Sampling]:
-    from archdsl.sampling import Sampling
+    from archdsl.generation.sampling_config import Sampling
 
     return Sampling
 
@@ -79,12 +79,12 @@ def generate(
       archdsl generate runs/tiny/final --prompts prompts.txt --out texts.jsonl
     """
     _check(prompt, file, out, map_file, as_json)
-    from archdsl.prompts import read_prompts
+    from archdsl.generation.prompts import read_prompts
 
     prompts = read_prompts(file) if file else [_from_stdin() if prompt == "-" else prompt]
     found, tokenizer = _loaded(checkpoint)
     found.model.dial(capacity=capacity, steps=steps)
-    from archdsl.generate import runs
+    from archdsl.generation.generate import runs
 
     done = runs(
         found.model,
@@ -104,7 +104,7 @@ def generate(
         print("\n".join(_said(done)), file=sys.stderr)
     if map_file:
         rows = [row for run in done for row in run.rows]
-        from archdsl.think_map import think_map
+        from archdsl.generation.think_map import think_map
 
         setting = _setting(capacity, steps)
         _write(map_file, think_map(rows, tokenizer, name=found.spec.name, setting=setting))
@@ -127,7 +127,7 @@ def _check(
 
 def _from_stdin() -> str:
     """All of it, without the newline that ends it, as a shell's $(...) would be."""
-    from archdsl.prompts import decoded
+    from archdsl.generation.prompts import decoded
 
     return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
 
@@ -182,8 +182,8 @@ def _bar() -> Progress:
 def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
     import torch
 
-    from archdsl.checkpoint import load_checkpoint
-    from archdsl.tokenizer import read_tokenizer
+    from archdsl.data.tokenizers import read_tokenizer
+    from archdsl.model.checkpoint import load_checkpoint
 
     found = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     if found.tokenizer is None:
@@ -205,7 +205,7 @@ def _paces(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _summed(runs: Sequence[Run]) -> dict[str, Pace]:
-    from archdsl.generate import Pace
+    from archdsl.generation.generate import Pace
 
     paces = {"prefill": Pace(), "decode": Pace()}
     for run in runs:

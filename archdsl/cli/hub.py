@@ -12,7 +12,7 @@ from archdsl.cli.options import Json, print_json, print_parts, size
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
-    from archdsl.pretrained import Imported
+    from archdsl.interop.import_weights import Imported
 
 NEEDS_TRANSFORMERS = "this needs transformers: pip install 'archdsl[transformers]'"
 
@@ -46,8 +46,8 @@ def import_(
     """
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
-    from archdsl.pretrained import import_pretrained
-    from archdsl.show import Facts
+    from archdsl.interop.import_weights import import_pretrained
+    from archdsl.reports.tables import Facts
 
     facts = _imported(import_pretrained(source, out, name=name, context=context))
     if as_json:
@@ -62,7 +62,7 @@ def import_(
 
 
 def _imported(imported: Imported) -> dict[str, Any]:
-    from archdsl.cost import cost
+    from archdsl.costs.receipt import cost
 
     return {
         "name": imported.spec.name,
@@ -83,17 +83,17 @@ def export(
     """Write a checkpoint as a folder for transformers.
 
     It needs archdsl no more: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
-    After `import archdsl.hub` it loads without code of its own. Example:
+    After `import archdsl.interop.hf_model` it loads without code of its own. Example:
 
       archdsl export runs/tiny/final exported
     """
     try:
-        from archdsl.export import export
+        from archdsl.interop.hf_export import export
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
         raise ArchdslError(NEEDS_TRANSFORMERS) from None
-    from archdsl.checkpoint import load_checkpoint
+    from archdsl.model.checkpoint import load_checkpoint
 
     done = export(load_checkpoint(checkpoint), out)
     if as_json:

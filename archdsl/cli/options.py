@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import RenderableType
 
-    from archdsl.spec import Budget
+    from archdsl.lang.spec import Budget
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -31,7 +31,7 @@ Command = Callable[..., None]
 
 def size(text: str) -> int:
     """``162M`` as a number above zero."""
-    from archdsl.source import parse_size
+    from archdsl.lang.source import parse_size
 
     try:
         number = parse_size(text)
@@ -128,7 +128,7 @@ def budget(
     ``of`` says what ``params`` counts; a size without embedding and head also lifts the file's
     limit on all parameters.
     """
-    from archdsl.spec import Budget
+    from archdsl.lang.spec import Budget
 
     if of and params is None:
         raise typer.BadParameter("--budget-of says what --budget counts: give --budget too")
@@ -175,7 +175,7 @@ class _WithOptions:
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    from archdsl.source import dump_inline
+    from archdsl.lang.source import dump_inline
 
     is_flag = field.annotation is bool
     words = [field.description or name.replace("_", " ")]
@@ -206,7 +206,7 @@ def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Confi
     """The config that the options ask for; raises SpecError with all that is wrong."""
     from pydantic import ValidationError
 
-    from archdsl.explain import explain
+    from archdsl.lang.messages import explain
 
     given: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -228,7 +228,7 @@ def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Confi
 
 
 def _value(text: str | bool) -> Any:
-    from archdsl.source import parse
+    from archdsl.lang.source import parse
 
     return parse(text, "").value if isinstance(text, str) else text
 

@@ -12,8 +12,8 @@ from archdsl.cli.options import Json, Overrides, print_json
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
-    from archdsl.checkpoint import Checkpoint
-    from archdsl.retrofit import Retrofit
+    from archdsl.interop.retrofit import Retrofit
+    from archdsl.model.checkpoint import Checkpoint
 
 
 def retrofit(
@@ -37,9 +37,9 @@ def retrofit(
     """
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
-    from archdsl import source
-    from archdsl.checkpoint import load_checkpoint, save_checkpoint
-    from archdsl.retrofit import parse_overlay, retrofit
+    from archdsl.interop.retrofit import parse_overlay, retrofit
+    from archdsl.lang import source
+    from archdsl.model.checkpoint import load_checkpoint, save_checkpoint
 
     wanted = parse_overlay(source.override(source.read(overlay), overrides or ()))
     base = load_checkpoint(checkpoint)
@@ -54,7 +54,7 @@ def retrofit(
 
 
 def _facts(base: Checkpoint, grown: Retrofit) -> dict[str, Any]:
-    from archdsl.cost import cost
+    from archdsl.costs.receipt import cost
 
     before, after = cost(base.spec), cost(grown.model.spec)
     return {

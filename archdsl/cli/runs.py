@@ -21,14 +21,14 @@ from archdsl.cli.options import (
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
-    from archdsl.batch import Data
-    from archdsl.checkpoint import Checkpoint
-    from archdsl.schedule import TrainConfig
-    from archdsl.spec import ModelSpec
+    from archdsl.data.types import Data
+    from archdsl.lang.spec import ModelSpec
+    from archdsl.model.checkpoint import Checkpoint
+    from archdsl.training.config import TrainConfig
 
 
 def _config() -> type[TrainConfig]:
-    from archdsl.schedule import TrainConfig
+    from archdsl.training.config import TrainConfig
 
     return TrainConfig
 
@@ -55,10 +55,10 @@ def train(
 
       archdsl train runs/grafted --only new --out runs/thinking
     """
-    from archdsl import show
-    from archdsl.load import load
-    from archdsl.memory import shortage
-    from archdsl.train import train
+    from archdsl.lang.load import load
+    from archdsl.reports import tables
+    from archdsl.reports.training_memory import shortage
+    from archdsl.training.run import train
 
     start = checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
@@ -81,7 +81,7 @@ def train(
             }
         )
     else:
-        print_parts(show.evaluation(result.validation, data.chance))
+        print_parts(tables.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
 
 
@@ -96,7 +96,7 @@ def checkpoint_at(
     spec: str, overrides: list[str] | None, tokenizer: str | None = None
 ) -> Checkpoint | None:
     """The checkpoint, if that is what stands in the place of a spec."""
-    from archdsl.checkpoint import PROVENANCE, load_checkpoint
+    from archdsl.model.checkpoint import PROVENANCE, load_checkpoint
 
     if not (Path(spec) / PROVENANCE).is_file():
         return None
@@ -117,7 +117,7 @@ def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
 
 def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data:
     """The data, in tokens that the vocabulary has room for."""
-    from archdsl.data import load_data
+    from archdsl.data.loading import load_data
 
     choice = tokenizer or _filling(spec.vocab_size)
     data = load_data(source, tokenizer=choice)

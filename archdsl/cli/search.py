@@ -101,8 +101,8 @@ def begin(spec: str, overrides: list[str] | None) -> None:
     """Says what is wrong with a spec at once; if nothing is, has the workers' server import torch
     while this process does.
     """
-    from archdsl.load import read
-    from archdsl.search.pool import start_server
+    from archdsl.lang.load import read
+    from archdsl.search.workers.pool import start_server
 
     read(spec, overrides or ())
     start_server()
@@ -173,11 +173,11 @@ def search(
         raise typer.BadParameter("--plan forecasts --strategy separate only")
     begin(space, overrides)
     from archdsl.search import search
-    from archdsl.search.proxy import Proxy
+    from archdsl.search.engine import Machine
+    from archdsl.search.report.forecast_tables import shown
+    from archdsl.search.report.live import result, watching
     from archdsl.search.run import SECONDS, planned
-    from archdsl.search.show import result, watching
-    from archdsl.search.show_plan import shown
-    from archdsl.search.stages import Machine
+    from archdsl.search.trials.proxy import Proxy
 
     machine = Machine(workers or 0, memory, patience or Machine.patience)
     if plan:

@@ -26,7 +26,7 @@ from archdsl.cli.options import (
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
-    from archdsl.spec import ModelSpec
+    from archdsl.lang.spec import ModelSpec
 
 
 class OverBudgetError(ArchdslError):
@@ -64,16 +64,17 @@ def build(
 
       archdsl build itt --budget 100M --budget-of non_embedding --kv 64KiB
     """
-    from archdsl.load import exceeds, load, over
+    from archdsl.lang.budget import exceeds, over
+    from archdsl.lang.load import load
 
     model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
-    from archdsl import show  # a mistaken spec needs no tables
+    from archdsl.reports import tables  # a mistaken spec needs no tables
 
     counted = model.model_copy(update={"context": tokens}) if tokens else model
     if as_json:
-        print_json(show.receipt_data(counted, convention, model.budget))
+        print_json(tables.receipt_data(counted, convention, model.budget))
     else:
-        print_parts(show.receipt(counted, convention, model.budget))
+        print_parts(tables.receipt(counted, convention, model.budget))
     if model.budget and over(model, model.budget) > 0:
         raise OverBudgetError(f"{model.name} is over its budget: {exceeds(model, model.budget)}")
     if out:
@@ -84,9 +85,9 @@ def build(
 def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force: bool) -> None:
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
-    from archdsl.build import build as build_model
-    from archdsl.checkpoint import save_checkpoint
     from archdsl.cli.runs import BYTES, data_for
+    from archdsl.model.build import build as build_model
+    from archdsl.model.checkpoint import save_checkpoint
 
     has_room = model.vocab_size >= BYTES  # a model of a skill's few tokens has no tokenizer
     save_checkpoint(
@@ -111,8 +112,8 @@ def diff(
 
       archdsl diff itt itt --set blocks.0.repeat=2
     """
-    from archdsl.compare import compare, comparison, comparison_data
-    from archdsl.load import load
+    from archdsl.lang.load import load
+    from archdsl.reports.diff import compare, comparison, comparison_data
 
     both = compare(load(first), load(second, overrides=overrides or ()))
     if as_json:
@@ -131,7 +132,7 @@ def blocks(
 
       archdsl blocks loop
     """
-    from archdsl.catalogue import catalogue, listing, page
+    from archdsl.reports.catalogue import catalogue, listing, page
 
     if as_json:
         print_json([asdict(entry) for entry in catalogue(kind)])
@@ -148,6 +149,6 @@ def schema() -> None:
 
       archdsl schema > archdsl.schema.json
     """
-    from archdsl.schema import json_schema
+    from archdsl.lang.schema import json_schema
 
     print_json(json_schema())

@@ -38,7 +38,7 @@ def ls(
 
       archdsl study ls --storage postgresql+psycopg://user@host/name
     """
-    from archdsl.search.show import listing
+    from archdsl.search.report.live import listing
     from archdsl.search.studies import studies
 
     found = list(studies(folder, storage))
@@ -54,7 +54,7 @@ def show(name: Name, storage: Storage = None, as_json: Json = False) -> None:
 
     Example: archdsl study show search-1a2b3c4d
     """
-    from archdsl.search.show import standing
+    from archdsl.search.report.live import standing
     from archdsl.search.studies import study
 
     found = study(name, storage)

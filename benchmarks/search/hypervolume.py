@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from archdsl import __version__
-from archdsl.batch import IGNORE
-from archdsl.cost import cost
-from archdsl.leaves import Choice, Leaf, defaults, fill
-from archdsl.load import fitted
-from archdsl.search.front import Point, hypervolume
-from archdsl.search.proxy import Proxy, default_tasks
-from archdsl.spec import ModelSpec
+from archdsl.costs.receipt import cost
+from archdsl.data.types import IGNORE
+from archdsl.lang.load import fitted
+from archdsl.lang.spec import ModelSpec
+from archdsl.lang.template import Choice, Leaf, defaults, fill
+from archdsl.search.stats.pareto import Point, hypervolume
+from archdsl.search.trials.proxy import Proxy, default_tasks
 from benchmarks.search.strategies import STRATEGIES, Bench
 
 OUT = Path(__file__).parents[2] / "results" / "search-bench"

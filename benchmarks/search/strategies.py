@@ -11,17 +11,17 @@ from pathlib import Path
 import optuna
 
 from archdsl.errors import SpecError
-from archdsl.leaves import fill
-from archdsl.load import fitted, read
-from archdsl.search.draws import Draws
-from archdsl.search.front import Point, front
-from archdsl.search.proxy import Proxy, Score
-from archdsl.search.scorers import Scorer, Separate
-from archdsl.search.shared import served
-from archdsl.search.space import starting_points, suggest
-from archdsl.search.study import Study
-from archdsl.source import Tree
-from archdsl.spec import Budget, ModelSpec
+from archdsl.lang.load import fitted, read
+from archdsl.lang.source import Tree
+from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.lang.template import fill
+from archdsl.search.space.optuna_space import starting_points, suggest
+from archdsl.search.stats.pareto import Point, front
+from archdsl.search.study.sampler import Draws
+from archdsl.search.study.study import Study
+from archdsl.search.supernet.layouts import served
+from archdsl.search.trials.proxy import Proxy, Score
+from archdsl.search.trials.scorers import Scorer, Separate
 
 WINDOW = 8  # of `archdsl search`: draws that may be under way at once
 LAYOUTS = 3  # that super-nets are trained for: those of the starting points

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.blocks.attention import MOST, QUERIES
 from archdsl.blocks.modules.norm import make_norm
 from archdsl.blocks.norm import EPS
-from archdsl.cache import Kept
+from archdsl.nn.block import Block, Context, KeysValues, into_stream_, rotate
+from archdsl.nn.cache import Kept
 
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context, into_stream_
+from archdsl.nn.block import Block, Context, into_stream_
 
 if TYPE_CHECKING:
     from archdsl.blocks.feed_forward import FeedForwardSpec

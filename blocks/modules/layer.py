@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from archdsl.block import Block, Context
 from archdsl.blocks.modules.norm import make_norm
+from archdsl.nn.block import Block, Context
 
 if TYPE_CHECKING:
     from archdsl.blocks.layer import LayerSpec

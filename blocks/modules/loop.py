@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context
 from archdsl.blocks.dial import Pass, plan
 from archdsl.blocks.modules.router import Choice
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.blocks.router import Step
+from archdsl.nn.block import Block, Context
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec

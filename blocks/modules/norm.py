@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context
+from archdsl.nn.block import Block, Context
 
 if TYPE_CHECKING:
     from archdsl.blocks.norm import NormSpec, NormType

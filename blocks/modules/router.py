@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.block import Context, Primitive, normal_
 from archdsl.blocks.router import Step, share_of
-from archdsl.cache import Count, Kept, Memory, Stream, column
-from archdsl.spec import at_step
+from archdsl.lang.spec import at_step
+from archdsl.nn.block import Context, Primitive, normal_
+from archdsl.nn.cache import Count, Kept, Memory, Stream, column
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec

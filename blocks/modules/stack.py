@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from archdsl.block import Block, Context
+from archdsl.nn.block import Block, Context
 
 
 class Stack(Block):

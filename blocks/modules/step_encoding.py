@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from archdsl.block import Primitive, normal_
+from archdsl.nn.block import Primitive, normal_
 
 
 class Encoding(Primitive):

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.block import Context, normal_
 from archdsl.blocks.modules.router import Learned, Router
 from archdsl.blocks.router import Step, share_of
-from archdsl.cache import Stream
-from archdsl.spec import at_step
+from archdsl.lang.spec import at_step
+from archdsl.nn.block import Context, normal_
+from archdsl.nn.cache import Stream
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec

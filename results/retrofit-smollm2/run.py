@@ -31,14 +31,14 @@ import numpy as np
 import torch
 
 import archdsl
-from archdsl.checkpoint import Checkpoint, load_checkpoint
-from archdsl.cost import cost
-from archdsl.data import load_data
-from archdsl.evaluate import asking, score, undisturbed
-from archdsl.model import LanguageModel
-from archdsl.retrofit import logit_difference, parse_overlay, retrofit
-from archdsl.source import override, read
-from archdsl.train import TrainConfig, train
+from archdsl.costs.receipt import cost
+from archdsl.data.loading import load_data
+from archdsl.evaluation.evaluate import asking, score, undisturbed
+from archdsl.interop.retrofit import logit_difference, parse_overlay, retrofit
+from archdsl.lang.source import override, read
+from archdsl.model.checkpoint import Checkpoint, load_checkpoint
+from archdsl.model.language_model import LanguageModel
+from archdsl.training.run import TrainConfig, train
 
 HERE = Path(__file__).parent
 LAYERS = [20, 23, 26]

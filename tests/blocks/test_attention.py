@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from archdsl.block import Context
 from archdsl.blocks.attention import AttentionSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.stack import StackSpec
-from archdsl.cache import Stream
-from archdsl.cost import block_cost
+from archdsl.costs.receipt import block_cost
+from archdsl.nn.block import Context
+from archdsl.nn.cache import Stream
 from tests import naive
 
 D = 12

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import archdsl
-from archdsl.block import Context
 from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.loop import Loop
 from archdsl.blocks.modules.router import Choice
-from archdsl.spec import FAMILIES, ModelSpec
+from archdsl.lang.registry import families
+from archdsl.lang.spec import ModelSpec
+from archdsl.nn.block import Context
 from tests import naive
 
 D = 6
@@ -150,9 +151,9 @@ def agrees_as_part_of_a_model(fields: dict[str, Any], tokens: int, seed: int) ->
 
 def test_the_slots_of_the_tests_are_all_there_are() -> None:
     learned = {"top_k", "prefix", "threshold", "predictor"}
-    assert set(FAMILIES["router"]) == learned | {"random", "all"}
-    assert set(FAMILIES["residual"]) == {"thinking", "overwrite", "delta"}
-    assert set(FAMILIES["encoding"]) == {"scale", "add"}
+    assert set(families()["router"]) == learned | {"random", "all"}
+    assert set(families()["residual"]) == {"thinking", "overwrite", "delta"}
+    assert set(families()["encoding"]) == {"scale", "add"}
 
 
 def test_nested_choices_are_subsets_of_the_ones_before() -> None:

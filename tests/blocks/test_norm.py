@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from archdsl.block import Context
 from archdsl.blocks.norm import EPS, NormSpec, NormType
+from archdsl.nn.block import Context
 from tests import naive
 
 

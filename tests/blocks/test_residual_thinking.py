@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from archdsl.block import Context
 from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.loop import Loop
 from archdsl.blocks.modules.step_encoding import Scale
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
+from archdsl.nn.block import Context
 from tests import naive
 
 x, y, phi, gate = (torch.tensor([[[v]]]) for v in (2.0, 5.0, 0.5, 3.0))

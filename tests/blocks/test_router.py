@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from archdsl.block import Context
 from archdsl.blocks.modules.router import Router, prefix_rank
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, Step, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
-from archdsl.cache import Stream
+from archdsl.nn.block import Context
+from archdsl.nn.cache import Stream
 from tests import naive
 
 D = 6

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from archdsl.search.pool import InProcess
+from archdsl.search.workers.pool import InProcess
 from tests.cli.command import SKILL, Cli
 
 SPEC = """
@@ -62,8 +62,8 @@ def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
         assert workers >= 1
         yield Pool(trainings)
 
-    monkeypatch.setattr("archdsl.search.ablation.processes", pool)
-    monkeypatch.setattr("archdsl.search.pool.start_server", lambda: None)
+    monkeypatch.setattr("archdsl.search.analysis.ablation.processes", pool)
+    monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
 
 
 def test_ends_with_what_was_found_and_goes_on(

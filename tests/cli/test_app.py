@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import archdsl
-from archdsl import load as load_module
 from archdsl.cli import let_idle_threads_sleep
+from archdsl.lang import load as load_module
 from tests.cli.command import SKILL, Cli
 
 HEAVY = {"torch", "transformers", "datasets", "optuna", "numpy"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
-from archdsl import tasks
+from archdsl.evaluation import lm_eval_tasks
 from tests.cli.command import SKILL, Cli
 from tests.examples import SHIPPED, write_examples
 
@@ -27,7 +27,7 @@ def made(cli: Cli) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folders = [SHIPPED / name for name in ("arc", "piqa")]
     few = TaskManager(include_defaults=False, include_path=folders)
-    monkeypatch.setattr(tasks, "_manager", lambda names: few)
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda names: few)
     return write_examples(tmp_path / "data")
 
 
@@ -122,7 +122,7 @@ def test_without_the_harness_its_extra_is_named(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("archdsl.harness", "archdsl.tasks"):
+    for name in ("archdsl.evaluation.lm_eval_model", "archdsl.evaluation.lm_eval_tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     found = cli("eval", made, "--tasks", "piqa")

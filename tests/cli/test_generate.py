@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from archdsl.cli.app import app
-from archdsl.sampling import Sampling
+from archdsl.generation.sampling_config import Sampling
 from tests.cli.command import SKILL, Cli
 
 GREEDY = ["--temperature", "0", "--max-tokens", "6"]

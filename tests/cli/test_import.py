@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Cli
-from tests.test_pretrained import pretrained
+from tests.interop.test_import_weights import pretrained
 
 
 @pytest.fixture

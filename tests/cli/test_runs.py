@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from archdsl.schedule import TrainConfig
+from archdsl.training.config import TrainConfig
 from tests.cli.command import SKILL, Cli
 
 ROUTER = "blocks.1.router.kind"
@@ -72,7 +72,7 @@ def test_warns_before_it_takes_more_memory_than_there_is(
         "2",
     ]
     assert "warning" not in cli(*train, "--out", "first").err
-    monkeypatch.setattr("archdsl.memory.installed", lambda: 2**20)
+    monkeypatch.setattr("archdsl.reports.training_memory.installed", lambda: 2**20)
     found = cli(*train, "--out", "second")
     assert found.status == 0
     assert "warning: tiny: a step needs about" in found.err
@@ -88,7 +88,7 @@ def test_the_tokenizer_fills_the_vocabulary(
         asked.append(tokenizer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archdsl.data.load_data", load_data)
+    monkeypatch.setattr("archdsl.data.loading.load_data", load_data)
     cli("train", "tiny", "--set", f"vocab_size={vocabulary}")
     assert asked == [choice]
 
@@ -106,7 +106,7 @@ def test_options_are_read_as_yaml(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> 
         seen.append(config)
         raise KeyboardInterrupt
 
-    from archdsl import train as train_module
+    from archdsl.training import run as train_module
 
     monkeypatch.setattr(train_module, "train", train)
     options = ["--lr", "1e-4", "--clip", "null", "--betas", "[0.8, 0.9]", "--compile"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from archdsl.search.proxy import Proxy
+from archdsl.lang.spec import Budget
+from archdsl.search.engine import Machine
 from archdsl.search.run import search
-from archdsl.search.stages import Machine
-from archdsl.spec import Budget
+from archdsl.search.trials.proxy import Proxy
 from tests.cli.command import SKILL, Cli
 from tests.search.test_search import SPACE
 
@@ -29,7 +29,9 @@ def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("archdsl.search.run.search", note)
-    monkeypatch.setattr("archdsl.search.pool.start_server", lambda: None)  # nothing is trained
+    monkeypatch.setattr(
+        "archdsl.search.workers.pool.start_server", lambda: None
+    )  # nothing is trained
     assert cli("search", *options).status == 130
     return seen
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 
 import archdsl
-from archdsl.memory import training_memory
-from archdsl.outline import Node, outline
-from archdsl.source import shipped_specs
-from archdsl.spec import ModelSpec
+from archdsl.lang.source import shipped_specs
+from archdsl.lang.spec import ModelSpec
+from archdsl.reports.outline import Node, outline
+from archdsl.reports.training_memory import training_memory
 from tests.cli.command import Cli
 from tests.strategies import specs
 
@@ -162,7 +162,7 @@ def test_what_a_budget_counts_needs_a_budget(cli: Cli) -> None:
 
 
 def test_writes_a_checkpoint_that_loads(cli: Cli) -> None:
-    from archdsl.checkpoint import load_checkpoint
+    from archdsl.model.checkpoint import load_checkpoint
 
     assert cli("build", "tiny", "--out", "made", "--seed", "3").status == 0
     made = load_checkpoint(Path("made"))
@@ -225,10 +225,10 @@ def test_diff_stops_where_a_block_became_another(cli: Cli) -> None:
 
 
 def test_blocks_lists_every_kind_and_shows_one(cli: Cli) -> None:
-    from archdsl.spec import FAMILIES
+    from archdsl.lang.registry import families
 
     listed = cli("blocks").out
-    for family, kinds in FAMILIES.items():
+    for family, kinds in families().items():
         assert re.search(rf"^{family}$", listed, re.MULTILINE)
         for kind in kinds:
             assert re.search(rf"^  {kind} ", listed, re.MULTILINE)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from archdsl.load import load
-from archdsl.search.storage import alone
+from archdsl.lang.load import load
+from archdsl.search.study.storage import alone
 from tests.cli.command import Cli
 from tests.search.test_search import SPACE, go
 

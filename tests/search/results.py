@@ -6,21 +6,21 @@ import random
 from pathlib import Path
 from typing import Any
 
-from archdsl.cost import cost
-from archdsl.leaves import Choice, Leaf, fill
-from archdsl.search.axes import FLOPS, LOSS, others
-from archdsl.search.compare import Correlation
-from archdsl.search.contest import Entry, Role
-from archdsl.search.folder import Settings
-from archdsl.search.ledger import Account, Limits, Spent
-from archdsl.search.proof import ProofPoint, Shared
-from archdsl.search.proxy import Proxy, Task, objective
-from archdsl.search.record import Finished
-from archdsl.search.report import Report
-from archdsl.search.training import Score
-from archdsl.search.trust import Trust, WiderPoint
-from archdsl.source import parse
-from archdsl.spec import Budget, ModelSpec, parse_spec
+from archdsl.costs.receipt import cost
+from archdsl.lang.source import parse
+from archdsl.lang.spec import Budget, ModelSpec, parse_spec
+from archdsl.lang.template import Choice, Leaf, fill
+from archdsl.search.analysis.comparison import Entry, Role
+from archdsl.search.analysis.proxy_validation import Trust, WiderPoint
+from archdsl.search.analysis.supernet_validation import ProofPoint, Shared
+from archdsl.search.report.report import Report
+from archdsl.search.space.objectives import FLOPS, LOSS, others
+from archdsl.search.stats.paired import Correlation
+from archdsl.search.study.record import Finished
+from archdsl.search.study.settings import Settings
+from archdsl.search.study.spending import Account, Limits, Spent
+from archdsl.search.trials.proxy import Proxy, Task, objective
+from archdsl.search.trials.proxy_training import Score
 
 SPACE = """
 name: small

@@ -15,14 +15,14 @@ import torch
 
 import archdsl
 from archdsl.errors import ArchdslError, SpecError
-from archdsl.load import load
-from archdsl.search.feasible import NothingFitsError
-from archdsl.search.pool import InProcess
-from archdsl.search.proxy import Proxy, Task
-from archdsl.search.report import Report
-from archdsl.search.stages import Machine, Progress
-from archdsl.search.storage import StorageError, alone
-from archdsl.spec import Budget
+from archdsl.lang.load import load
+from archdsl.lang.spec import Budget
+from archdsl.search.engine import Machine, Progress
+from archdsl.search.report.report import Report
+from archdsl.search.space.feasibility import NothingFitsError
+from archdsl.search.study.storage import StorageError, alone
+from archdsl.search.trials.proxy import Proxy, Task
+from archdsl.search.workers.pool import InProcess
 
 SPACE = """
 name: small
@@ -67,7 +67,7 @@ def go(space: Path, out: Path, plots: bool = False, **given: object) -> Report:
     settings = {"budget": Budget(params=60_000), "proxy": PROXY, "seeds": 2, "machine": Here()}
     with pytest.MonkeyPatch.context() as patch:
         if not plots:  # they take longer than all else
-            patch.setattr("archdsl.search.report.plot", lambda result, folder: [])
+            patch.setattr("archdsl.search.report.report.plot", lambda result, folder: [])
         return archdsl.search(space, out=out, **(settings | given))  # type: ignore[arg-type]
 
 
@@ -202,7 +202,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from archdsl.search.stages import Machine
+from archdsl.search.engine import Machine
 from tests.search.test_search import go
 if __name__ == "__main__":
     go(Path(sys.argv[1]), Path(sys.argv[2]), trials=6, machine=Machine(2))

@@ -17,10 +17,10 @@ import pytest
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from archdsl.load import budget_of, read
-from archdsl.search.draws import Draws
-from archdsl.search.storage import database, journal
-from archdsl.search.study import Study
+from archdsl.lang.load import budget_of, read
+from archdsl.search.study.sampler import Draws
+from archdsl.search.study.storage import database, journal
+from archdsl.search.study.study import Study
 
 SPACE = """
 name: small

@@ -109,7 +109,7 @@ class Peaks(Whole):
     size: int
 
     def run(self, beat: Beat) -> int:
-        from archdsl.search.training import _peak_bytes
+        from archdsl.search.trials.proxy_training import _peak_bytes
 
         held = bytearray(self.size)
         return _peak_bytes() + 0 * len(held)
@@ -129,9 +129,9 @@ class DiesAt(Whole):
     step: int
 
     def run(self, beat: Beat) -> None:
-        from archdsl.search import training
+        from archdsl.search.trials import proxy_training
 
-        training.SECONDS_APART = 0
+        proxy_training.SECONDS_APART = 0
         steps = iter(range(1, self.step + 1))
 
         def die() -> None:

@@ -1,0 +1,338 @@
+"""Whether a model keeps what a language model promises: no sight of later tokens, and the same
+outputs however its tokens arrive. Tried on it all and on each of its blocks alone.
+
+In float64, where what is equal differs by rounding alone. A spec is tried on random weights that
+no initial value hides behind, at reduced sizes if it is large; a trained model on its own weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.router import Router
+from archdsl.blocks.modules.threshold import Predictor
+from archdsl.checks.invariants import (
+    LEAKS,
+    MEASURES,
+    VANISHED,
+    Gap,
+    Kind,
+    Plan,
+    Subject,
+    as_trained,
+    worst,
+)
+from archdsl.checks.localise import WHOLE, Place, earlier, leaks, origins_of, places
+from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.spec import ModelSpec, Part, Sizes, Strict, to_tree
+from archdsl.model.build import build, meta_model
+from archdsl.model.language_model import LanguageModel
+
+Mark = Literal["PASS", "LEAK", "FAIL"]
+
+LARGEST = Sizes(dim=48, context=32, vocab_size=97, head_size=8, repeat=1)
+WORK = 2e8  # forward FLOPs of a pass over changed rows
+HEAVY = 4e9  # of one over one row; beyond, one draw of half the tokens is tried
+SHRINK = (1.0, 0.5, 0.25, 0.125)  # of random weights, until nothing overflows
+CAPACITY = 0.4  # that the dial is turned to
+DIALLED = "model, dialled"
+
+SAID: dict[Kind, str] = {
+    "change": "changing a later token moves earlier outputs",
+    "gradient": "earlier outputs have a gradient with respect to later inputs",
+    "decoding": "decoding token by token differs from one pass",
+    "prefill": "a prefill in chunks differs from one pass",
+    "padding": "padding changes the outputs of other tokens",
+}
+
+
+class Row(Strict):
+    """``differences``: the largest, as a share of the largest output; None: not finite."""
+
+    place: str
+    kind: str
+    differences: dict[Kind, float | None]
+    mark: Mark
+
+
+class Fault(Strict):
+    """``step``: the first of a loop's passes that has it, counted from 1; ``router``: its kind.
+
+    ``difference``: at most, in units of the output, whose largest value is ``largest``; None: not
+    finite; 0: none was seen, but the router is made to look at later tokens.
+    """
+
+    place: str
+    step: int | None = None
+    router: str | None = None
+    check: Kind
+    difference: float | None
+    largest: float | None
+
+    def __str__(self) -> str:
+        where = self.place + (f", step {self.step}" if self.step else "")
+        where += f" (router {self.router})" if self.router else ""
+        if self.difference is None or self.largest is None:
+            return f"{where}: its numbers overflow or are none ({self.check})"
+        if self.difference == 0:
+            return f"{where}: looks at later tokens, though none moved an output here"
+        size = f"{self.difference:.3g}, where the largest is {self.largest:.3g}"
+        return f"{where}: {SAID[self.check]} by up to {size}"
+
+
+class Report(Strict):
+    """``setup``: what was tried, in words. ``notes``: what else a user should know.
+
+    ``leaking_pass``: how far the pass of a leaking model is from its decoding, in logits.
+    """
+
+    name: str
+    setup: str
+    rows: tuple[Row, ...]
+    faults: tuple[Fault, ...]
+    leaking_pass: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def leaks(self) -> tuple[Fault, ...]:
+        return tuple(fault for fault in self.faults if fault.check in LEAKS)
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    @property
+    def verdict(self) -> str:
+        if self.passed:
+            return f"{self.name} is causal, and its outputs are the same however its tokens arrive"
+        said = ["sees later tokens"] if self.leaks else []
+        if len(self.faults) > len(self.leaks):
+            said.append("does not give the same outputs however its tokens arrive")
+        return f"{self.name} {' and '.join(said)}"
+
+
+Key = tuple[str, Kind]  # place in the spec, and check
+
+
+class Trial(NamedTuple):
+    """One draw. ``origins``: where what fails comes from, with the step of a loop."""
+
+    gaps: dict[Key, Gap]
+    origins: dict[Key, int | None]
+    leaking_pass: Gap | None
+
+    @property
+    def overflows(self) -> bool:
+        return any(gap.share == math.inf for gap in self.gaps.values())
+
+
+def check(subject: ModelSpec | LanguageModel, *, seeds: int = 3) -> Report:
+    """Tries ``seeds`` draws of inputs, and of weights where a spec is given.
+
+    A model is tried as it is dialled, and left as it is; a large one in a single draw.
+
+    >>> import archdsl
+    >>> archdsl.check(archdsl.load("tiny", overrides=["context=8"]), seeds=1).verdict
+    'tiny is causal, and its outputs are the same however its tokens arrive'
+    """
+    if isinstance(subject, ModelSpec):
+        spec = _reduced(subject)
+        model = meta_model(spec)
+        plans = _plans(spec, seeds)
+        trials = [_on_random_weights(spec, plan) for plan in plans]
+        weights = "random weights"
+    else:
+        model = _in_float64(subject)
+        plans = _plans(model.spec, seeds)
+        trials = [tried(model, plan) for plan in plans]
+        weights = "its own weights"
+    return _report(model, _setup(subject, plans, weights), trials)
+
+
+def _reduced(spec: ModelSpec) -> ModelSpec:
+    """The same structure at sizes that take seconds."""
+    if spec.dim <= LARGEST.dim and spec.context <= LARGEST.context:
+        return spec
+    sizes = LARGEST._replace(
+        dim=min(spec.dim, LARGEST.dim),
+        context=min(spec.context, LARGEST.context),
+        vocab_size=min(spec.vocab_size, LARGEST.vocab_size),
+    )
+    return spec.resized(sizes)
+
+
+def _plans(spec: ModelSpec, seeds: int) -> list[Plan]:
+    tokens = min(spec.context, LARGEST.context)
+    if sequence_cost(spec, tokens=tokens).flops > HEAVY:
+        tokens, seeds = max(1, tokens // 2), 1
+    rows = max(2, int(WORK / sequence_cost(spec, tokens=tokens).flops))
+    return [Plan(tokens, min(tokens - 1, rows), seed) for seed in range(seeds)]
+
+
+def _on_random_weights(spec: ModelSpec, plan: Plan) -> Trial:
+    for share in SHRINK:
+        model = build(spec, seed=plan.seed, dtype=torch.float64).eval().requires_grad_(False)
+        _scatter(model, plan.rng(1), share)
+        trial = tried(model, plan)
+        if not trial.overflows:
+            break
+    return trial
+
+
+@torch.no_grad()
+def _scatter(model: LanguageModel, rng: torch.Generator, share: float) -> None:
+    """Moves every parameter well away from its initial value: a phi from 0, a norm from 1."""
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            fan_in = weight.size(-1) if isinstance(module, nn.Linear | Router) else 1
+            noise = torch.randn(weight.shape, generator=rng, dtype=weight.dtype)
+            weight.add_(noise, alpha=0.5 * fan_in**-0.5).mul_(share)
+
+
+def _in_float64(model: LanguageModel) -> LanguageModel:
+    """A copy, dialled alike."""
+    twin = build(model.spec, dtype=torch.float64).eval().requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    for loop, other in zip(model.loops, twin.loops, strict=True):
+        other.passes = loop.passes
+    return twin
+
+
+def tried(model: LanguageModel, plan: Plan) -> Trial:
+    whole = Subject(WHOLE, model)
+    subjects = [whole, *(Subject(one.path, model, one.block) for one in places(model))]
+    gaps: dict[Key, Gap] = {}
+    origins: dict[Key, int | None] = {}
+    for kind, measure in MEASURES.items():
+        failing: list[Subject] = []
+        for subject in subjects:
+            found, key = measure(subject, plan), (subject.place, kind)
+            gaps[key] = worst([found, gaps.get(key, found)])
+            if not found.holds:
+                failing.append(subject)
+        for place, step in origins_of(failing, kind, plan):
+            origins[place, kind] = earlier(step, origins.get((place, kind)))
+    leaking_pass = as_trained(whole, plan) if model.leaks else None
+    return Trial(gaps | _dialled(model, plan), origins, leaking_pass)
+
+
+def _dialled(model: LanguageModel, plan: Plan) -> dict[Key, Gap]:
+    """The whole model at another capacity, with a step more where its weights serve one."""
+    before = [loop.passes for loop in model.loops]
+    try:
+        for loop in model.loops:
+            loop.dial(CAPACITY, loop.spec.steps + (loop.spec.parameters == "shared"))
+        whole = Subject(WHOLE, model)
+        kinds = MEASURES.items() if model.loops else ()
+        return {(DIALLED, kind): measure(whole, plan) for kind, measure in kinds}
+    finally:
+        for loop, passes in zip(model.loops, before, strict=True):
+            loop.passes = passes
+
+
+def _setup(subject: ModelSpec | LanguageModel, plans: list[Plan], weights: str) -> str:
+    spec, tokens = (subject if isinstance(subject, ModelSpec) else subject.spec), plans[0].tokens
+    dim = min(spec.dim, LARGEST.dim) if isinstance(subject, ModelSpec) else spec.dim
+    width = f"width {dim}" + (f" for {spec.dim:,}" if dim < spec.dim else "")
+    cut = f"{tokens} tokens" + (f" for {spec.context:,}" if tokens < spec.context else "")
+    draws = f"{len(plans)} draw{'s' if len(plans) > 1 else ''}"
+    return (
+        f"in float64, {weights}, {width}, {cut}, {draws} with {plans[0].places} changed places each"
+    )
+
+
+def _report(model: LanguageModel, setup: str, trials: list[Trial]) -> Report:
+    gaps = {key: worst([trial.gaps[key] for trial in trials]) for key in trials[0].gaps}
+    origins: dict[Key, int | None] = {}
+    for trial in trials:
+        for key, step in trial.origins.items():
+            origins[key] = earlier(step, origins.get(key))
+    at = {place.path: place for place in places(model)}
+    apart = [trial.leaking_pass for trial in trials if trial.leaking_pass]
+    leaking_pass = _finite(worst(apart).difference) if apart else None
+    return Report(
+        name=model.spec.name,
+        setup=setup,
+        rows=tuple(_rows(gaps, at)),
+        faults=tuple(_faults(gaps, origins, at)),
+        leaking_pass=leaking_pass,
+        notes=tuple(_notes(gaps, at, leaking_pass)),
+    )
+
+
+def _rows(gaps: dict[Key, Gap], at: dict[str, Place]) -> Iterator[Row]:
+    for path in dict.fromkeys(path for path, _ in gaps):
+        failed = [kind for kind in MEASURES if not gaps[path, kind].holds]
+        mark: Mark = "PASS"
+        if failed:
+            mark = "LEAK" if set(failed) <= set(LEAKS) else "FAIL"
+        yield Row(
+            place=path,
+            kind=_kind(at[path].spec) if path in at else "",
+            differences={kind: _finite(gaps[path, kind].share) for kind in MEASURES},
+            mark=mark,
+        )
+
+
+def _faults(
+    gaps: dict[Key, Gap], origins: dict[Key, int | None], at: dict[str, Place]
+) -> Iterator[Fault]:
+    in_blocks = any(path != WHOLE for path, _ in origins)
+    for (path, kind), step in origins.items():
+        if path == WHOLE and in_blocks:  # what another draw has traced to a block
+            continue
+        if kind != "gradient" or (path, "change") not in origins:
+            yield _fault(path, kind, gaps[path, kind], step, at)
+    leaking = [path for path, one in at.items() if isinstance(one.block, Loop) and leaks(one.block)]
+    for (path, kind), gap in gaps.items():
+        explained = kind in LEAKS and leaking
+        if path == DIALLED and gaps[WHOLE, kind].holds and not gap.holds and not explained:
+            yield _fault(path, kind, gap, None, at)
+    traced = {path for path, kind in origins if kind in LEAKS}
+    for path in leaking:
+        if path not in traced:
+            yield _fault(path, "change", Gap(0.0, 0.0), None, at)
+
+
+def _fault(path: str, kind: Kind, gap: Gap, step: int | None, at: dict[str, Place]) -> Fault:
+    loop = at[path].spec if path in at else None
+    router = loop.router if isinstance(loop, LoopSpec) else None
+    return Fault(
+        place=path,
+        step=step,
+        router=_kind(router) if router else None,
+        check=kind,
+        difference=_finite(gap.difference),
+        largest=_finite(gap.largest),
+    )
+
+
+def _notes(gaps: dict[Key, Gap], at: dict[str, Place], leaking_pass: float | None) -> Iterator[str]:
+    if leaking_pass is not None:
+        yield (
+            "decoding always chooses causally: its logits are up to "
+            f"{leaking_pass:.3g} away from those of one pass with sight of later tokens"
+        )
+    for path, place in at.items():
+        if isinstance(place.block, Loop) and isinstance(place.block.router, Predictor):
+            yield f"{path}: chooses with sight of later tokens while it trains, and never else"
+    if any(path == DIALLED for path, _ in gaps):
+        yield f"dialled: capacity {CAPACITY:g}, one step more where weights allow"
+    for path in dict.fromkeys(path for path, _ in gaps):
+        if gaps[path, "decoding"].largest <= VANISHED:
+            yield f"{path}: its outputs vanish, so nothing is known about them"
+
+
+def _kind(part: Part) -> str:
+    return str(to_tree(part)["kind"])
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

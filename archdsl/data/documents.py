@@ -1,0 +1,263 @@
+"""Where text comes from, and which document belongs to which split.
+
+A document is a row of a dataset, or a whole .txt file. No document is in two splits:
+
+- the embedded corpus is split by year (archdsl/data/corpus/README.md);
+- splits that a dataset has are kept, and so are those told by file names beside a train file;
+- what is missing of validation and test is taken from training, 5% of the documents each, by the
+  hash of their content, so that equal documents stay together;
+- of fewer than 20 different documents each is cut instead: its end is validation, then test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from archdsl.data.types import DataError, Split
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+Texts = Callable[[], Iterator[str]]  # each call goes through the documents once more
+
+EMBEDDED = "sotu"
+SPLITS: tuple[Split, ...] = get_args(Split)
+OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".xz", ".gz")
+HELD_OUT_SHARE = 20  # one in
+ACCEPTED = (
+    "expected nothing (the embedded corpus), a file or folder of .txt, .jsonl, .json or .parquet "
+    "(also .xz or .gz), hf:DATASET/CONFIG, or skill:NAME"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    digest: str  # sha256 over the content and what decides its splits
+    read: Callable[[], dict[Split, Texts]]
+
+
+def find_source(source: str | None, cache: Path) -> Source:
+    """Identifies the text, and parses nothing of what lies in files; raises DataError."""
+    if source is None or source == EMBEDDED:
+        return _embedded(cache)
+    if source.startswith("hf:"):
+        return _from_hub(source, cache)
+    return _from_files(Path(source).expanduser(), cache)
+
+
+def _embedded(cache: Path) -> Source:
+    path = Path(__file__).parent / "corpus" / "sotu.jsonl.xz"
+    digest = _file_digest(path)
+
+    def read() -> dict[Split, Texts]:
+        rows = _load("json", {"train": [str(path)]}, digest, cache)["train"]
+        parts = [_split_of_year(year) for year in rows["year"]]
+        return _by_part(partial(_texts, rows, "text"), parts)
+
+    return Source(EMBEDDED, digest, read)
+
+
+def _split_of_year(year: int) -> Split:
+    return "validation" if year % 20 == 9 else "test" if year % 20 == 19 else "train"
+
+
+def _from_files(path: Path, cache: Path) -> Source:
+    found = _find_files(path)
+    loaders = sorted({LOADERS[_ending(file)] for file in found})
+    if len(loaders) > 1:
+        raise DataError(f"{str(path)!r} mixes {' and '.join(loaders)} files; keep one kind")
+    by_split: dict[str, list[str]] = {}
+    digest = hashlib.sha256(loaders[0].encode())
+    for file, split in zip(found, _splits_told_by_names(found), strict=True):
+        by_split.setdefault(split, []).append(str(file))
+        digest.update(f"{split} {_file_digest(file)}\n".encode())
+    key = digest.hexdigest()
+    return Source(str(path), key, lambda: _divided(_load(loaders[0], by_split, key, cache)))
+
+
+def _find_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = sorted(path.rglob("*"))
+        if found := [file for file in inside if _ending(file) in LOADERS and file.is_file()]:
+            return found
+        raise DataError(f"no {', '.join(LOADERS)} file in the folder {str(path)!r}")
+    if not path.is_file():
+        raise DataError(f"no file or folder {str(path)!r}; {ACCEPTED}")
+    if _ending(path) not in LOADERS:
+        raise DataError(f"{str(path)!r} does not end in {', '.join(LOADERS)}; {ACCEPTED}")
+    return [path]
+
+
+def _ending(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+
+
+def _splits_told_by_names(found: list[Path]) -> list[str]:
+    """train.jsonl, valid.jsonl, test-00000-of-00002.parquet ..., if any file is called train."""
+    names = [file.name.split(".")[0].split("-")[0] for file in found]
+    names = [OTHER_NAMES.get(name, name) for name in names]
+    told = "train" in names
+    return [name if told and name in SPLITS else "train" for name in names]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _load(loader: str, by_split: dict[str, list[str]], digest: str, cache: Path) -> DatasetDict:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    # datasets knows a file by its time stamp; a folder for each content cannot be out of date
+    folder = str(cache / "datasets" / digest[:32])
+    options = {"sample_by": "document"} if loader == "text" else {}
+    with _quiet():
+        try:
+            return load_dataset(loader, data_files=by_split, cache_dir=folder, **options)
+        except (DatasetsError, OSError, ValueError) as error:
+            where = ", ".join(name for names in by_split.values() for name in names[:3])
+            raise DataError(f"{where} is not readable as {loader}: {_cause(error)}") from None
+
+
+def _from_hub(source: str, cache: Path) -> Source:
+    dataset = _fetch(source, cache)
+    digest = hashlib.sha256()
+    splits = _divided(dataset)
+    for split in SPLITS:
+        for text in splits[split]():
+            content = text.encode()
+            digest.update(f"{split} {len(content)}\n".encode() + content)
+    return Source(source, digest.hexdigest(), lambda: splits)
+
+
+def _fetch(source: str, cache: Path) -> DatasetDict:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    failed: Exception | None = None
+    for name, config in _hub_names(source):
+        if Path(name).exists():
+            raise DataError(f"{source!r}: a local file or folder {name!r} is in the way")
+        with _quiet():
+            try:
+                return load_dataset(name, config, cache_dir=str(cache / "datasets" / "hub"))
+            except (DatasetNotFoundError, ConnectionError) as error:
+                failed = error
+            except (DatasetsError, OSError, ValueError) as error:
+                raise DataError(f"{source!r}: {_cause(error)}") from None
+    raise DataError(
+        f"{source!r} could not be fetched: {failed}. Check the name and the network "
+        "(HF_HUB_OFFLINE must not be set), or download the text and pass its path"
+    )
+
+
+def _hub_names(source: str) -> list[tuple[str, str | None]]:
+    """OWNER/DATASET/CONFIG; of two parts, DATASET/CONFIG or else OWNER/DATASET."""
+    parts = source.removeprefix("hf:").split("/")
+    if not all(parts) or len(parts) > 3:
+        raise DataError(
+            f"{source!r}: expected hf:DATASET, hf:DATASET/CONFIG or hf:OWNER/DATASET/CONFIG"
+        )
+    if len(parts) == 2:
+        return [(parts[0], parts[1]), ("/".join(parts), None)]
+    return [("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)]
+
+
+def _divided(dataset: DatasetDict) -> dict[Split, Texts]:
+    named = {OTHER_NAMES.get(name, name): rows for name, rows in dataset.items()}
+    if "train" not in named:
+        raise DataError(f"no split named train; found {', '.join(dataset)}")
+    kept: dict[Split, Texts] = {
+        split: partial(_texts, named[split], _text_column(named[split]))
+        for split in SPLITS
+        if split in named
+    }
+    missing = [split for split in SPLITS if split not in named]
+    return kept | divide(kept["train"], missing) if missing else kept
+
+
+def divide(texts: Texts, missing: Sequence[Split]) -> dict[Split, Texts]:
+    """Takes the missing splits from ``texts``; what remains is the training split."""
+    hashes = [hashlib.sha256(text.encode()).digest() for text in texts()]
+    ranked = sorted(set(hashes))
+    share = len(ranked) // HELD_OUT_SHARE
+    if share == 0:
+        return {split: partial(_cut, texts, missing, split) for split in ("train", *missing)}
+    place: Mapping[bytes, Split] = {
+        ranked[i * share + j]: split for i, split in enumerate(missing) for j in range(share)
+    }
+    return _by_part(texts, [place.get(content, "train") for content in hashes])
+
+
+def _by_part(texts: Texts, parts: list[Split]) -> dict[Split, Texts]:
+    def of(wanted: Split) -> Iterator[str]:
+        return (text for text, part in zip(texts(), parts, strict=True) if part == wanted)
+
+    return {split: partial(of, split) for split in SPLITS if split in parts}
+
+
+def _cut(texts: Texts, missing: Sequence[Split], wanted: Split) -> Iterator[str]:
+    for text in texts():
+        share = len(text) // HELD_OUT_SHARE
+        begin = len(text) - share * len(missing)
+        if wanted != "train":
+            begin += share * missing.index(wanted)
+            yield text[begin : begin + share]
+        else:
+            yield text[:begin]
+
+
+def _text_column(rows: Dataset) -> str:
+    strings = [
+        name
+        for name, feature in rows.features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        columns = ", ".join(rows.column_names)
+        raise DataError(f"expected a column 'text' or a single one of strings; found {columns}")
+    return strings[0]
+
+
+def _texts(rows: Dataset, column: str) -> Iterator[str]:
+    for some in rows.select_columns([column]).iter(batch_size=64):
+        yield from (text for text in some[column] if text is not None)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong at first: datasets wraps it in 'an error occurred'."""
+    while error.__cause__:
+        error = error.__cause__
+    return str(error).split("\n")[0][:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the progress bars and messages of datasets, which are not about our work."""
+    import datasets
+
+    bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,195 @@
+"""What a source file of the project defines and imports, and which of it a definition names."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple, TypeGuard
+
+
+class Name(NamedTuple):
+    """What a name stands for: a definition of the project, or what an import gives."""
+
+    module: str
+    attribute: str  # empty: the module itself
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+OWN = "archdsl"
+NODE = Name("archdsl.interop.plain_spec", "Node")
+REPLACED = dict.fromkeys(
+    [Name("archdsl.lang.spec", "Strict"), Name("archdsl.lang.spec", "Part")], NODE
+)
+
+
+@dataclass
+class Module:
+    """The top level of a source file, without what is there for type checkers alone.
+
+    ``later``: what functions import of the project when they are called.
+    """
+
+    name: str
+    definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    imports: dict[str, Name] = field(default_factory=dict)
+    later: dict[str, Name] = field(default_factory=dict)
+
+
+@cache
+def read(name: str) -> Module:
+    module = Module(name)
+    tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for inner in filter(is_own_import, function.body):
+                module.later |= _imported(inner)
+    for node in tree.body:
+        match node:
+            case ast.ClassDef(name=defined) | ast.FunctionDef(name=defined):
+                module.definitions[defined] = node
+            case ast.Assign() | ast.AnnAssign():
+                module.definitions |= dict.fromkeys(sorted(stored(node)), node)
+            case ast.Import(names=aliases):
+                for alias in aliases:
+                    imported = alias.name if alias.asname else alias.name.partition(".")[0]
+                    module.imports[alias.asname or imported] = Name(imported, "")
+            case ast.ImportFrom(module=origin) if origin != "__future__":
+                module.imports |= _imported(node)
+    return module
+
+
+def is_own_import(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
+    return isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == OWN
+
+
+def _imported(node: ast.ImportFrom) -> dict[str, Name]:
+    return {alias.asname or alias.name: Name(str(node.module), alias.name) for alias in node.names}
+
+
+def resolve(module: str, name: str) -> Name | None:
+    """What a global name of ``module`` stands for; None for a builtin or an unknown name."""
+    source = read(module)
+    if name in source.definitions:
+        found = Name(module, name)
+        return REPLACED.get(found, found)
+    target = source.imports.get(name) or source.later.get(name)
+    if target is not None and target.package == OWN and target.attribute:
+        return resolve(*target)
+    return target
+
+
+def stored(statement: ast.Assign | ast.AnnAssign) -> set[str]:
+    """The names that an assignment gives a value."""
+    assigned = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    return {node.id for one in assigned for node in ast.walk(one) if isinstance(node, ast.Name)}
+
+
+class Scoped(ast.NodeTransformer):
+    """Meets the global names of a definition, one function or method after the other."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.local: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        outer, self.local = self.local, self.local | _bound(node)
+        try:
+            return self.generic_visit(node)
+        finally:
+            self.local = outer
+
+    def meaning(self, node: ast.Name) -> Name | None:
+        return None if node.id in self.local else resolve(self.module, node.id)
+
+
+class Reader(Scoped):
+    """Collects what a definition names; what is only an annotation does not count."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.names: set[Name] = set()
+        self.words: set[str] = set()
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        if meaning := self.meaning(node):
+            self.names.add(meaning)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.words.add(node.attr)
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        if node.value is not None:
+            self.visit(node.value)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        bare = copy.copy(node)
+        bare.returns = None
+        super().visit_FunctionDef(bare)
+        return node
+
+
+class Writer(Scoped):
+    """Gives global names the name they have in the file; drops annotations that name others, and
+    imports of the project in functions."""
+
+    def __init__(self, module: str, written: dict[Name, str]) -> None:
+        super().__init__(module)
+        self.written = written
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        meaning = self.meaning(node)
+        if meaning in self.written:
+            node.id = self.written[meaning]
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if node.returns is not None and not self._known(node.returns):
+            node.returns = None
+        node.body = [statement for statement in node.body if not is_own_import(statement)]
+        return super().visit_FunctionDef(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        if node.annotation is not None and not self._known(node.annotation):
+            node.annotation = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if not self._known(node.annotation):
+            node.annotation = ast.Name("object")
+        return self.generic_visit(node)
+
+    def _known(self, annotation: ast.expr) -> bool:
+        names = [node for node in ast.walk(annotation) if isinstance(node, ast.Name)]
+        return all(
+            self.meaning(name) in self.written or name.id in vars(builtins) for name in names
+        )
+
+
+def _bound(function: ast.FunctionDef) -> set[str]:
+    """The names that are local somewhere in a function."""
+    bound: set[str] = set()
+    for node in ast.walk(function):
+        match node:
+            case ast.Name(id=str(name), ctx=ast.Store()) | ast.arg(arg=str(name)):
+                bound.add(name)
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                bound.add(name)
+            case ast.ExceptHandler(name=str(name)) | ast.MatchMapping(rest=str(name)):
+                bound.add(name)
+            case ast.FunctionDef(name=str(name)) if node is not function:
+                bound.add(name)
+    return bound

@@ -1,0 +1,333 @@
+"""Spec files -> trees with positions: inheritance, overrides, sizes.
+
+``extends: other.yaml`` takes over another file, key by key; ``set: {blocks.0.repeat: 2}`` then
+changes single places in it. Neither key is part of the resulting value.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from archdsl.errors import Mark, Problem, SpecError, described, did_you_mean
+from archdsl.lang.yaml import (
+    MAX_CHARS,
+    MAX_DEPTH,
+    MAX_PROBLEMS,
+    Path,
+    Tree,
+    dotted,
+    dump,
+    dump_inline,
+    parse,
+)
+
+__all__ = [
+    "Path",
+    "Tree",
+    "at_mark",
+    "dotted",
+    "dump",
+    "dump_inline",
+    "from_value",
+    "merge",
+    "override",
+    "parse",
+    "parse_size",
+    "put",
+    "read",
+    "resolve",
+    "shipped_specs",
+]
+
+SPECS = pathlib.Path(__file__).parents[1] / "specs"
+MAX_LEVELS = 16
+MAX_NAME = 300
+MISSING = "no such file"
+OVERLAY = "-overlay"  # ends the name of a file that changes a trained model
+LEAVES = {"search", "fit"}
+EXAMPLE = "blocks.0.repeat"
+INDEX = re.compile("0|[1-9][0-9]{0,5}")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "p": 10**15}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNORECASE | re.ASCII)
+
+
+def shipped_specs() -> dict[str, pathlib.Path]:
+    """The specs that come with archdsl: name without ``.yaml`` -> file."""
+    return {name: file for name, file in _shipped().items() if not name.endswith(OVERLAY)}
+
+
+def _shipped() -> dict[str, pathlib.Path]:
+    """Beside the specs, the overlays that ``archdsl retrofit`` takes."""
+    return {file.stem: file for file in sorted(SPECS.glob("*.yaml"))}
+
+
+def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The file if there is one, else the shipped ``itt``, ``itt.yaml`` or ``specs/itt.yaml``."""
+    return _find(pathlib.Path(name), pathlib.Path(name))
+
+
+def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
+    # a folder does not hide the spec of that name: search/ stands beside specs/search.yaml
+    if (trouble := _trouble(path)) is None:
+        return path
+    shipped = _shipped()
+    short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short]
+    if trouble == MISSING:
+        hint = did_you_mean(short, shipped)
+        trouble += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
+    raise _fail(path, trouble)
+
+
+def _trouble(path: pathlib.Path) -> str | None:
+    """Why ``path`` is not a file to read; found out without opening it, as a pipe would block."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        return f"is no file name: {error}"
+    if stat.S_ISREG(mode):
+        return None
+    return f"is {'a directory' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, not a file"
+
+
+def _fail(path: pathlib.Path, message: str) -> SpecError:
+    return SpecError(Problem("", message, Mark(str(path)[:MAX_NAME], 0, 0)))
+
+
+def read(path: str | os.PathLike[str]) -> Tree:
+    """The spec in a file, or the shipped one of that name, with all that it extends and sets."""
+    return _read(resolve(path), ())
+
+
+def _read(file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> Tree:
+    tree = parse(_text(file), str(file))
+    if not isinstance(tree.value, dict):
+        message = f"a spec is a mapping of keys to values, got {described(tree.value)}"
+        raise SpecError(Problem("", message, tree.mark(())))
+    own = _without(tree, "extends", "set")
+    if "extends" in tree.value:
+        own = merge(_read(_base(tree, file, below), (*below, file)), own)
+    if "set" in tree.value:
+        own = _apply(own, _entries(tree))
+    return own
+
+
+def _text(file: pathlib.Path) -> str:
+    try:
+        with open(file, "rb", opener=_open) as stream:
+            data = stream.read(MAX_CHARS + 1)
+    except OSError as error:
+        raise _fail(file, f"cannot be read: {error.strerror}") from None
+    if len(data) > MAX_CHARS:
+        raise _fail(file, f"is larger than {MAX_CHARS >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode()
+        mark = Mark(str(file), before.count("\n") + 1, len(before) - before.rfind("\n"))
+        message = f"not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        raise SpecError(Problem("", message, mark)) from None
+
+
+def _open(path: str, flags: int) -> int:
+    # should a pipe have taken the file's place meanwhile, this returns at once
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pathlib.Path:
+    """The file that ``file`` extends."""
+
+    def fail(message: str) -> SpecError:
+        return SpecError(Problem("extends", message, tree.mark(("extends",))))
+
+    name = tree.value["extends"]
+    if not isinstance(name, str):
+        raise fail(f"must be the name of one spec file, got {described(name)}")
+    try:
+        base = _find(file.parent / name, pathlib.Path(name))
+    except SpecError as error:
+        raise fail(f"{name}: {error.problems[0].message}") from None
+    if any(base.samefile(other) for other in (*below, file)):
+        chain = " -> ".join(str(other) for other in (*below, file, base))
+        raise fail(f"goes round in a circle: {chain}")
+    if len(below) == MAX_LEVELS:
+        raise fail(f"more than {MAX_LEVELS} levels of extends")
+    return base
+
+
+def _without(tree: Tree, *keys: str) -> Tree:
+    value = {key: item for key, item in tree.value.items() if key not in keys}
+    marks = {path: mark for path, mark in tree.marks.items() if not path or path[0] not in keys}
+    return Tree(value, marks)
+
+
+def _entries(tree: Tree) -> list[tuple[str, Tree]]:
+    """What ``set`` says: dotted path, new value with its positions."""
+    wanted = tree.value["set"]
+    if not isinstance(wanted, dict):
+        message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {described(wanted)}"
+        raise SpecError(Problem("set", message, tree.mark(("set",))))
+    return [(key, _subtree(tree, ("set", key), value)) for key, value in wanted.items()]
+
+
+def _subtree(tree: Tree, path: Path, value: Any) -> Tree:
+    return Tree(value, {place: tree.marks[(*path, *place)] for place in _paths(value)})
+
+
+def from_value(value: Any, file: str) -> Tree:
+    """A plain Python value as a tree; all of it stands in ``file``, without lines."""
+    return at_mark(value, Mark(file, 0, 0))
+
+
+def at_mark(value: Any, mark: Mark | None) -> Tree:
+    """A plain Python value as a tree that stands in one place with all its parts."""
+    plain = _plain(value)
+    return Tree(plain, dict.fromkeys(_paths(plain), mark) if mark else {})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    for part, item in enumerate(value) if isinstance(value, list) else items:
+        yield from _paths(item, (*path, part))
+
+
+def override(tree: Tree, assignments: Sequence[str]) -> Tree:
+    """The tree after each ``blocks.0.repeat=2`` in turn; SpecError names all that went wrong."""
+    entries: list[tuple[str, Tree]] = []
+    problems: list[Problem] = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        whole = Mark(f"--set {assignment}", 0, 0)
+        if not equals or not text.strip():
+            problems.append(Problem("", f"must be path=value, as in {EXAMPLE}=2", whole))
+            continue
+        try:
+            value = parse(text, whole.file).value
+            entries.append((path.strip(), from_value(value, whole.file)))
+        except SpecError as error:
+            problems += [replace(problem, mark=whole) for problem in error.problems]
+    return _apply(tree, entries, problems)
+
+
+def _apply(tree: Tree, entries: list[tuple[str, Tree]], problems: Iterable[Problem] = ()) -> Tree:
+    # one copy that is then changed in place, as a file may have very many entries
+    changed, found = Tree(_plain(tree.value), dict(tree.marks)), list(problems)
+    for words, new in entries:
+        try:
+            _assign(changed, _locate(changed.value, words.split(".")), new)
+        except ValueError as error:
+            found.append(Problem(words, str(error), new.mark(())))
+        if len(found) > MAX_PROBLEMS:
+            break
+    if found:
+        raise SpecError(found)
+    return changed
+
+
+def _locate(value: Any, words: list[str]) -> Path:
+    """The path that the words mean in ``value``; only the last may be a new key."""
+    path: Path = ()
+    for i, word in enumerate(words):
+        here = dotted(path) or "the spec"
+        if isinstance(value, list):
+            if not INDEX.fullmatch(word) or int(word) >= len(value):
+                raise ValueError(f"{here} is a list of {len(value)}, it has no place {word!r}")
+            path, value = (*path, int(word)), value[int(word)]
+        elif isinstance(value, dict) and word:
+            if word not in value and i < len(words) - 1:
+                raise ValueError(f"{here} has no key {word!r}{did_you_mean(word, value)}")
+            path, value = (*path, word), value.get(word)
+        else:
+            raise ValueError(f"{here} is {described(value)}, it has no key {word!r}")
+    return path
+
+
+def put(tree: Tree, path: Path, new: Tree) -> Tree:
+    """The tree with ``new`` at ``path``; all but the last part of the path must exist."""
+    if not path:
+        return new
+    changed = Tree(_plain(tree.value), dict(tree.marks))
+    _assign(changed, path, new)
+    return changed
+
+
+def _assign(tree: Tree, path: Path, new: Tree) -> None:
+    """``put`` in place; raises ValueError for what would be too deep to walk through."""
+    if len(path) + max(map(len, new.marks), default=0) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    *parents, last = path
+    parent: Any = tree.value
+    for part in parents:
+        parent = parent[part]
+    if not isinstance(parent, dict) or last in parent:
+        for place in _paths(parent[last], path):
+            tree.marks.pop(place, None)
+    parent[last] = new.value
+    tree.marks.update({(*path, *place): mark for place, mark in new.marks.items()})
+
+
+def merge(base: Tree, patch: Tree) -> Tree:
+    """``base`` changed by ``patch``: mappings merge key by key, everything else is replaced.
+
+    A mapping of another ``kind``, and a search or fit leaf, is replaced whole.
+    """
+    value = _merge(base.value, patch.value)
+    # a place that both know is in the result as patch has it, since what patch replaces it owns
+    known = base.marks | patch.marks
+    return Tree(value, {path: known[path] for path in _paths(value) if path in known})
+
+
+def _merge(base: Any, patch: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(patch, dict):
+        return patch
+    other_kind = "kind" in base and "kind" in patch and base["kind"] != patch["kind"]
+    if other_kind or not LEAVES.isdisjoint(base) or not LEAVES.isdisjoint(patch):
+        return patch
+    return base | {
+        key: _merge(base[key], item) if key in base else item for key, item in patch.items()
+    }
+
+
+def parse_size(value: object) -> int:
+    """``162M``, ``1.2B``, ``8k``, ``64KiB``, ``2e9`` as an int; raises ValueError if not whole.
+
+    k, M, B (or G), T and P count in thousands, KiB, MiB, GiB and TiB in 1024; capitals do not
+    matter.
+    """
+    size = _size(value)
+    if size is None or size < 0 or size.denominator != 1:
+        wanted = "a whole number, plain or as in 162M, 1.2B, 8k, 64KiB"
+        raise ValueError(f"must be {wanted}; got {described(value)}")
+    return int(size)
+
+
+def _size(value: object) -> Fraction | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Fraction(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return Fraction(value)
+    if isinstance(value, str) and (found := SIZE.fullmatch(value.strip())):
+        unit = UNITS.get(found[2].casefold())
+        return Fraction(found[1]) * unit if unit else None
+    return None

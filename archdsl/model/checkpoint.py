@@ -1,0 +1,250 @@
+"""A checkpoint: a folder that holds a model and all that is needed to use it or to go on training.
+
+    model.safetensors       the weights, shared ones once
+    spec.yaml               the model, as ``archdsl build`` takes it
+    tokenizer.json          unless the data has none
+    training.json, .safetensors     where training stood, if it is to go on
+    provenance.json         what made it, and the SHA-256 of each file above
+
+No file of it can carry code. It is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+
+from archdsl import __version__
+from archdsl.data.types import Data
+from archdsl.errors import ArchdslError
+from archdsl.files import read_json, whole_folder
+from archdsl.lang.source import read
+from archdsl.lang.spec import ModelSpec, parse_spec
+from archdsl.model.build import build, meta_model
+from archdsl.model.language_model import LanguageModel
+
+FORMAT = 1
+WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
+    "model.safetensors",
+    "spec.yaml",
+    "tokenizer.json",
+    "provenance.json",
+)
+TENSORS, TRAINING = "training.safetensors", "training.json"
+
+State = Mapping[str, Any]  # tensors, and whatever JSON can hold
+
+
+class CheckpointError(ArchdslError):
+    """A folder that cannot be written, or that is not the checkpoint it should be."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    model: LanguageModel
+    provenance: dict[str, Any]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer's file; None for data that is not text."""
+        path = self.path / TOKENIZER
+        return path if path.exists() else None
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the file of weights."""
+        return str(self.provenance["files"][WEIGHTS])
+
+    @property
+    def new_parameters(self) -> frozenset[str]:
+        """What ``archdsl retrofit`` added; raises CheckpointError where it is not in the model."""
+        retrofit = self.provenance.get("retrofit", {})
+        names = retrofit.get("new", []) if isinstance(retrofit, dict) else None
+        known = dict(self.model.named_parameters())
+        if not isinstance(names, list) or not all(str(name) in known for name in names):
+            raise CheckpointError(
+                f"{self.path / PROVENANCE} does not name its new parameters as the model does"
+            )
+        return frozenset(map(str, names))
+
+
+def save_checkpoint(
+    path: Path,
+    model: LanguageModel,
+    *,
+    tokenizer_from: Data | Path | None,
+    provenance: Mapping[str, Any],
+    training: State | None = None,
+    lasting: bool = True,
+) -> None:
+    """Writes the folder ``path``, in place of an older checkpoint of that name.
+
+    ``tokenizer_from``: data, or a tokenizer.json. ``training`` maps names to tensors or JSON
+    values. Not ``lasting``: a kill harms nothing, but after a power failure it may be damaged, as
+    whoever loads it is then told. Raises CheckpointError if the folder holds something else, or
+    if it cannot be written.
+    """
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not (path / PROVENANCE).is_file():
+        raise CheckpointError(f"{path} exists and is no checkpoint; it is left as it is")
+    try:
+        with whole_folder(path, lasting=lasting) as folder:
+            _write(folder, model, tokenizer_from, training)
+            about = _about(folder, model.spec) | dict(provenance)
+            _write_json(folder / PROVENANCE, about)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _write(
+    folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
+) -> None:
+    for parameter in model.parameters():  # `for_decoding` lays them out as no file does
+        parameter.data = parameter.data.contiguous()
+    save_model(model, str(folder / WEIGHTS))
+    (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
+    if isinstance(tokenizer, Path):
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    elif tokenizer is not None:
+        tokenizer.save_tokenizer(folder / TOKENIZER)
+    if training is not None:
+        tensors = {key: value for key, value in training.items() if isinstance(value, Tensor)}
+        save_file(tensors, folder / TENSORS)
+        told = {key: value for key, value in training.items() if key not in tensors}
+        _write_json(folder / TRAINING, told, indent=None)  # ten times as fast, and often written
+
+
+def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _about(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "archdsl": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "spec": spec.fingerprint(),
+        "files": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+    """The model of the folder, ready to use. Raises CheckpointError, or SpecError for its spec."""
+    provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
+    spec = parse_spec(read(path / SPEC))
+    # on meta first: a spec of another size must not cost memory
+    _check_shapes(path, meta_model(spec))
+    model = build(spec, device=device)
+    load_model(model, path / WEIGHTS, device=str(device))
+    return Checkpoint(path, model, provenance)
+
+
+def load_weights(path: Path, model: LanguageModel) -> None:
+    """Replaces the weights of ``model``. Raises CheckpointError if they do not fit."""
+    _verified(path, WEIGHTS)
+    _check_shapes(path, model)
+    load_model(model, path / WEIGHTS, device=str(next(model.parameters()).device))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """The ``training`` that was saved. Raises CheckpointError if there is none."""
+    _verified(path, TRAINING, TENSORS)
+    if not (path / TRAINING).exists():
+        raise CheckpointError(f"{path} holds a model, but not where its training stood")
+    with _refusing_nonsense(path / TENSORS):
+        tensors: dict[str, Any] = load_file(path / TENSORS)
+    return read_json(path / TRAINING, CheckpointError) | tensors
+
+
+def _verified(path: Path, *names: str) -> dict[str, Any]:
+    """The provenance, once the named files are known to be as they were written."""
+    if not (path / PROVENANCE).is_file():
+        raise CheckpointError(_not_one(path))
+    provenance = read_json(path / PROVENANCE, CheckpointError)
+    if provenance.get("format") != FORMAT:
+        found = provenance.get("format")
+        raise CheckpointError(
+            f"{path} has checkpoint format {found!r}; this version reads {FORMAT}"
+        )
+    recorded = provenance.get("files")
+    if not isinstance(recorded, dict) or not {WEIGHTS, SPEC} <= recorded.keys():
+        raise CheckpointError(f"{path / PROVENANCE} does not say which files belong to it")
+    for name in names:
+        file, wanted = path / name, recorded.get(name)
+        if wanted is not None and not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if wanted is None and file.exists():
+            raise CheckpointError(f"{file} does not belong to this checkpoint")
+        if wanted is not None and _sha256(file) != wanted:
+            raise CheckpointError(
+                f"{file} was altered or cut short: its SHA-256 is not the one in {PROVENANCE}"
+            )
+    return provenance
+
+
+def _not_one(path: Path) -> str:
+    if not path.exists():
+        return f"there is no checkpoint at {path}"
+    inside = [found.parent for found in sorted(path.glob(f"*/{PROVENANCE}"))]
+    inside += [found.parent for found in sorted(path.glob(f"checkpoints/*/{PROVENANCE}"))]
+    hint = f"; did you mean {inside[0]}?" if inside else ""
+    return f"{path} is no checkpoint: it has no {PROVENANCE}{hint}"
+
+
+@contextmanager
+def _refusing_nonsense(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+
+
+def _check_shapes(path: Path, model: LanguageModel) -> None:
+    """Compares the names and shapes of the stored tensors with those of the model."""
+    with _refusing_nonsense(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name in stored and stored[name] != shape:
+            raise CheckpointError(
+                f"{path / WEIGHTS} does not fit the spec: "
+                f"{name} is {list(stored[name])}, the spec makes it {list(shape)}"
+            )
+    unexpected = sorted(stored.keys() - wanted.keys())
+    missing = [names[0] for names in _aliases(model) if not stored.keys() & set(names)]
+    if unexpected or missing:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
+        raise CheckpointError(f"{path / WEIGHTS} does not fit the spec: {what}")
+
+
+def _aliases(model: LanguageModel) -> list[list[str]]:
+    """The names of each tensor; shared ones have several, and are stored under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())

@@ -1,0 +1,74 @@
+"""What the passes of a model took: tokens, executed FLOPs, and the share that each step selected.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archdsl.model.executed_flops import flops_per_token
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.cache import Cache
+
+
+@dataclass
+class Meter:
+    """Sums over passes of one model; padding is not counted as tokens."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    selected: dict[str, float] = field(default_factory=dict)  # tokens, by loop and routed step
+    fixed: dict[int, float] = field(default_factory=dict)  # FLOPs a token without loops, by length
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops / max(1, self.tokens)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: count / max(1, self.tokens) for name, count in self.selected.items()}
+
+    def note(
+        self,
+        model: LanguageModel,
+        tokens_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """Adds the pass that the model has just done with these arguments."""
+        count = tokens_BT.numel() if mask_BT is None else int(mask_BT.sum())
+        # with a cache, tokens attend to all that went before
+        length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
+        self.tokens += count
+        self.flops += count * self._per_token(model, length)
+        for name, share in model.router_shares().items():
+            self.selected[name] = self.selected.get(name, 0.0) + count * share
+
+    def _per_token(self, model: LanguageModel, length: int) -> float:
+        if model.loops:
+            return flops_per_token(model, length)
+        if length not in self.fixed:  # every pass costs the same
+            self.fixed[length] = flops_per_token(model, length)
+        return self.fixed[length]
+
+
+@contextmanager
+def metered(model: LanguageModel) -> Iterator[Meter]:
+    """Meanwhile every pass of the model is counted."""
+    meter = Meter()
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:
+        meter.note(model, *args, **kwargs)
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield meter
+    finally:
+        handle.remove()

@@ -1,0 +1,162 @@
+"""What every block is: a stream in, a stream of the same shape out, and what it may know besides.
+
+Shapes: B batch, T tokens of the stream (of the sequence, or what a router selected of it), H heads,
+E head size, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from archdsl.nn.cache import Cache, Memory, Stream, column
+from archdsl.nn.rope import RopeScaling, inverse_frequencies
+
+
+class Primitive(nn.Module):
+    """A module that draws the initial values of the parameters it holds itself."""
+
+    def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draw own parameters; ``depth`` is the number of attention layers of the model.
+
+        Matrices keep the scale of what they read: N(0, 1/fan_in).
+        """
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                normal_(child.weight, child.in_features**-0.5, rng)
+
+
+class Block(Primitive):
+    """Maps x_BTD to the same shape."""
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        raise NotImplementedError
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_BTD: Tensor, ctx: Context) -> Tensor: ...
+
+
+def normal_(weight: Tensor, std: float, rng: torch.Generator) -> None:
+    nn.init.normal_(weight, std=std, generator=rng)
+
+
+def into_stream_(weight: Tensor, fan_in: int, rng: torch.Generator, depth: int) -> None:
+    """The matrices that write to the stream: 2 * depth of them keep its variance near one."""
+    normal_(weight, (2 * depth * fan_in) ** -0.5, rng)
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What queries attend to. ``order_BS``: which token of its stream each is; None: 0, 1, ..."""
+
+    k_BGSE: Tensor
+    v_BGSE: Tensor
+    pos_BS: Tensor | None
+    order_BS: Tensor | None = None
+
+
+@dataclass
+class Trace:
+    """What a pass did, by loop and routed step.
+
+    ``shares``: of the tokens, those selected. ``losses``: the routers' own, to be added to the
+    model's; ``accuracies``: of predictors. Of a loop that another runs several times the losses of
+    all runs together, else those of the last. ``steps_BT``: how many steps each token took in
+    loops, their first full ones not counted.
+    """
+
+    shares: dict[str, float | Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    accuracies: dict[str, Tensor] = field(default_factory=dict)
+    steps_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block may know besides the stream.
+
+    ``stream``: how much went before, and how much of this chunk is real.
+    ``pos_BT``: each token's place in the sequence, which survives routing; None: 0, 1, 2, ...
+    ``place_BT``: each token's index in the model's chunk; None: 0, 1, 2, ...
+    ``order_BT``: each token's place in the stream that the last router selected it from.
+    ``first``: keys and values of the first pass by attention module, where a loop shares them;
+    ``reads_first``: whether this pass reads them or writes them.
+    ``cache``: what is kept of the tokens before, under the steps of the loops around (``path``).
+    """
+
+    stream: Stream = Stream()  # noqa: RUF009  frozen
+    pos_BT: Tensor | None = None
+    place_BT: Tensor | None = None
+    order_BT: Tensor | None = None
+    first: dict[nn.Module, KeysValues] | None = None
+    reads_first: bool = False
+    cache: Cache | None = None
+    path: tuple[int, ...] = ()
+    trace: Trace = field(default_factory=Trace)
+    tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, index_BK: Tensor, stream: Stream) -> Context:
+        """The context of selected tokens, a chunk of ``stream``."""
+        return replace(
+            self,
+            stream=stream,
+            pos_BT=_picked(self.pos_BT, index_BK),
+            place_BT=_picked(self.place_BT, index_BK),
+            order_BT=index_BK + column(self.stream.past),
+            tables={},
+        )
+
+    def memory(self, module: nn.Module) -> Memory | None:
+        """What ``module`` keeps for this step; None where nothing is kept."""
+        return None if self.cache is None else self.cache.memory((module, self.path))
+
+    def count_step(self, x_BTD: Tensor) -> None:
+        """Notes that the real ones of these tokens take a further step."""
+        if self.trace.steps_BT is None:
+            return
+        real_BT = self.stream.real(x_BTD)
+        real_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool) if real_BT is None else real_BT
+        place_BT = Stream().order(x_BTD) if self.place_BT is None else self.place_BT
+        self.trace.steps_BT.scatter_add_(1, place_BT.expand_as(real_BT), real_BT.long())
+
+    def rope(
+        self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos of the rotary angles and sin, this one negative for the first half of a head, both
+        shaped to multiply x_BHTE; computed once a pass."""
+        T, E = x_BHTE.shape[-2:]
+        key = (theta, scaling, T, E, x_BHTE.dtype)
+        if key not in self.tables:
+            self.tables[key] = self._angles(x_BHTE, theta, scaling)
+        return self.tables[key]
+
+    def _angles(
+        self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None
+    ) -> tuple[Tensor, Tensor]:
+        T, E = x_BHTE.shape[-2:]
+        # half precision cannot tell neighbouring positions apart after a few thousand tokens
+        precise = torch.float64 if x_BHTE.dtype == torch.float64 else torch.float32
+        pos = self.pos_BT if self.pos_BT is not None else torch.arange(T, device=x_BHTE.device)
+        freq = inverse_frequencies(theta, E, scaling, dtype=precise, device=x_BHTE.device)
+        angle = pos.to(precise).unsqueeze(-1) * freq
+        if angle.dim() == 3:
+            angle = angle.unsqueeze(1)  # heads
+        cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
+    if numbers_BT is None:
+        return index_BK
+    return numbers_BT.expand(len(index_BK), -1).gather(1, index_BK)
+
+
+def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2104.09864), halves convention of LLaMA."""
+    cos, sin = table
+    halves_swapped = x_BHTE.roll(x_BHTE.size(-1) // 2, -1)
+    return torch.addcmul(x_BHTE * cos, halves_swapped, sin)

@@ -1,0 +1,181 @@
+"""What differs between two specs: their values, their totals, and the cost of each node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from archdsl.costs.receipt import Receipt, cost
+from archdsl.lang.source import dump_inline
+from archdsl.lang.spec import ModelSpec, Path, Strict, to_tree
+from archdsl.reports.outline import Node, outline
+from archdsl.reports.tables import Facts, short
+
+ABSENT = "absent"
+TOTALS = {
+    "parameters": "params",
+    "in matrices": "matrices",
+    "FLOPs/token": "expected",
+    "lightest": "lightest",
+    "heaviest": "heaviest",
+    "training FLOPs/token": "train_flops_per_token",
+    "KV bytes/token": "kv_bytes_per_token",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that is not the same; ``first`` and ``second`` as they would stand in a file."""
+
+    path: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class NodeChange:
+    """A node whose cost is not the same; None where one model does not have it."""
+
+    path: str
+    first: Node | None
+    second: Node | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``same_model``: both mean the same model, whatever they are called and however written."""
+
+    names: tuple[str, str]
+    contexts: tuple[int, int]
+    same_model: bool
+    changes: list[Change]
+    receipts: tuple[Receipt, Receipt]
+    nodes: list[NodeChange]
+
+
+def compare(first: ModelSpec, second: ModelSpec) -> Comparison:
+    """All differences, in the order of the fields.
+
+    >>> import archdsl
+    >>> both = compare(archdsl.load("loop"), archdsl.load("itt"))
+    >>> both.changes[1].path, both.changes[1].second
+    ('blocks.0.body.1.router', '{kind: top_k, capacity: 0.7}')
+    """
+    contexts = (first.context, second.context)
+    return Comparison(
+        names=(first.name, second.name),
+        contexts=contexts,
+        same_model=first.fingerprint() == second.fingerprint(),
+        changes=list(_changes(first, second, ())),
+        receipts=(cost(first), cost(second)),
+        nodes=list(_node_changes(outline(first), outline(second), contexts)),
+    )
+
+
+def _changes(first: Any, second: Any, path: Path) -> Iterator[Change]:
+    if isinstance(first, Strict) and type(first) is type(second):
+        for name in type(first).model_fields:
+            yield from _changes(getattr(first, name), getattr(second, name), (*path, name))
+    elif _are_parts(first) and _are_parts(second):
+        for i, (one, other) in enumerate(zip_longest(first, second, fillvalue=ABSENT)):
+            yield from _changes(one, other, (*path, i))
+    elif first != second:
+        yield Change(".".join(map(str, path)), _as_written(first), _as_written(second))
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Strict)
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, Strict):
+        return dump_inline(to_tree(value))
+    return dump_inline(value[0] if isinstance(value, tuple) and len(value) == 1 else value)
+
+
+def _node_changes(first: Node, second: Node, contexts: tuple[int, int]) -> Iterator[NodeChange]:
+    """Down to where a node was added, removed or became another kind."""
+    if _figures(first, contexts[0]) != _figures(second, contexts[1]):
+        yield NodeChange(first.path, first, second)
+    if first.kind != second.kind:
+        return
+    one, other = ({n.path: n for n in node.below} for node in (first, second))
+    for path in dict.fromkeys([*one, *other]):
+        if path in one and path in other:
+            yield from _node_changes(one[path], other[path], contexts)
+        elif any((one | other)[path].cost[:3]):
+            yield NodeChange(path, one.get(path), other.get(path))
+
+
+def _figures(node: Node | None, context: int) -> tuple[int, float]:
+    """Parameters and FLOPs per token."""
+    return (node.cost.params, node.cost.flops / context) if node else (0, 0.0)
+
+
+def comparison_data(both: Comparison) -> dict[str, Any]:
+    """The same for programs; FLOPs of nodes are per token."""
+    return {
+        "names": both.names,
+        "same_model": both.same_model,
+        "changes": [asdict(change) for change in both.changes],
+        "receipts": [receipt._asdict() for receipt in both.receipts],
+        "nodes": [
+            {
+                "path": node.path,
+                "first": node.first and _figures(node.first, both.contexts[0]),
+                "second": node.second and _figures(node.second, both.contexts[1]),
+            }
+            for node in both.nodes
+        ],
+    }
+
+
+def comparison(both: Comparison) -> RenderableType:
+    """The values, the totals and the nodes that differ."""
+    parts: list[RenderableType] = [Text(f"{both.names[0]} -> {both.names[1]}", "bold")]
+    if both.same_model:
+        parts.append("the same model" + (", said in other words" if both.changes else ""))
+    if both.changes:
+        parts += ["", Facts([(c.path, f"{c.first} -> {c.second}") for c in both.changes])]
+    if not both.same_model:
+        parts += ["", _totals(both)]
+    if both.nodes:
+        parts += ["", _nodes(both)]
+    return Group(*parts)
+
+
+def _totals(both: Comparison) -> Table:
+    table = _table("", *both.names, "change")
+    for name, field in TOTALS.items():
+        one, other = (getattr(receipt, field) for receipt in both.receipts)
+        change = "=" if one == other else f"{other / one - 1:+.1%}" if one else ""
+        table.add_row(name, f"{one:,.0f}", f"{other:,.0f}", change)
+    return table
+
+
+def _nodes(both: Comparison) -> Table:
+    table = _table("node", "parameters", "FLOPs/token")
+    for node in both.nodes:
+        one = _figures(node.first, both.contexts[0])
+        other = _figures(node.second, both.contexts[1])
+        figures = (_arrow(short(a), short(b)) for a, b in zip(one, other, strict=True))
+        table.add_row(node.path or "model", *figures)
+    return table
+
+
+def _arrow(first: str, second: str) -> str:
+    return first if first == second else f"{first} -> {second}"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    return table

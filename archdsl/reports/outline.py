@@ -1,0 +1,110 @@
+"""A spec as a tree of nodes with their costs, as the receipt and the comparison show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.router import RouterSpec
+from archdsl.costs.bill import Cost
+from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.source import dump_inline
+from archdsl.lang.spec import ModelSpec, Part, children, to_tree
+
+AT_DEFAULT = ("steps", "capacity")  # what a reader looks for first, said or not
+
+
+@dataclass(frozen=True)
+class Node:
+    """One part of a model. ``cost`` is of all its repeats and steps, on one whole context."""
+
+    path: str  # as `--set` takes it
+    kind: str
+    label: str
+    cost: Cost
+    below: tuple[Node, ...] = ()
+    leaks: bool = False
+
+    def walk(self) -> Iterator[Node]:
+        yield self
+        for node in self.below:
+            yield from node.walk()
+
+
+def outline(spec: ModelSpec) -> Node:
+    """The whole model; its parts sum up to it.
+
+    >>> import archdsl
+    >>> [node.label for node in outline(archdsl.load("tiny")).below][1]
+    'layer'
+    """
+    whole = sequence_cost(spec, detailed=True)
+    size = f"{spec.vocab_size} x {spec.dim}"
+    labels = {
+        "embedding": f"embedding {size}",
+        "norm": f"norm {spec.norm}",
+        "head": "head, the embedding's matrix" if spec.tie_embeddings else f"head {size}",
+    }
+    blocks = {f"blocks.{i}": block for i, block in enumerate(spec.blocks)}
+    below = tuple(
+        _node(blocks[name], name, name, cost)
+        if name in blocks
+        else Node(name, name, labels[name], cost)
+        for name, cost in whole.parts.items()
+    )
+    return Node("", "model", "model", whole, below)
+
+
+def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> Node:
+    costs = dict(cost.parts)
+    if isinstance(part, LoopSpec) and part.is_body:
+        costs = {"body": cost}
+    parts = {".".join(map(str, place)): child for place, child in children(part)}
+    # a slot that is filled may cost nothing: a residual, a router that selects every token
+    filled = [name for name, value in to_tree(part).items() if costs and isinstance(value, dict)]
+    below = tuple(
+        _node(
+            parts[name],
+            name,
+            f"{path}.{name}",
+            costs.get(name, Cost()),
+            leaks=name in costs and _sees_ahead(parts[name]),
+        )
+        if name in parts
+        else Node(f"{path}.{name}", name, name, costs[name])
+        for name in dict.fromkeys([*costs, *filled])
+    )
+    return Node(path, _kind(part), _label(part, slot), cost, below, leaks)
+
+
+def _sees_ahead(part: Part) -> bool:
+    return isinstance(part, RouterSpec) and part.leaks
+
+
+def _kind(part: Part) -> str:
+    return str(type(part).model_fields["kind"].default)
+
+
+def _label(part: Part, slot: str) -> str:
+    """The node's own line of the spec: ``loop steps=4``, ``stack x4``, ``ffn: feed_forward``."""
+    said: dict[str, Any] = to_tree(part)
+    kind = _kind(part)
+    name = slot.rpartition(".")[2]
+    words = [kind if name in (kind, "body") or name.isdecimal() else f"{name}: {kind}"]
+    if repeat := said.pop("repeat", None):
+        words.append(f"x{repeat}")
+    own = {key: value for key, value in said.items() if key != "kind" and not _holds_parts(value)}
+    always = {key: getattr(part, key) for key in AT_DEFAULT if key in type(part).model_fields}
+    words += [f"{key}={_value(value)}" for key, value in (always | own).items()]
+    return " ".join(words)
+
+
+def _value(value: Any) -> str:
+    same = isinstance(value, tuple) and len(value) == 1  # a per-step value that never changes
+    return dump_inline(value[0] if same else value)
+
+
+def _holds_parts(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))

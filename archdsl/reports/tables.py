@@ -1,0 +1,348 @@
+"""What the commands print: receipts, comparisons and the catalogue, as rich's tables or as data."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from archdsl.costs.receipt import Receipt, cost, paper_flops
+from archdsl.lang.budget import kept
+from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.reports.outline import Node, outline
+from archdsl.reports.training_memory import training_memory
+
+if TYPE_CHECKING:
+    from archdsl.evaluation.dial_sweep import Point, Setting
+    from archdsl.evaluation.evaluate import Evaluation
+    from archdsl.evaluation.lm_eval_model import TaskScores
+
+Convention = Literal["node", "paper"]
+
+COUNTED = {
+    "node": "node by node: a multiply-add is 2 FLOPs; matrix products only, attention as the full "
+    "square of queries and keys; a step costs as often as it runs, looking up an embedding nothing",
+    "paper": "as Chen et al. 2025 (arXiv 2502.13842) do: parameters in matrices; 2 x parameters x "
+    "tokens plus attention, times the mean passes per layer, embedding and head included although "
+    "they run once",
+}
+LEAKS = "(leaks)"
+ASCII = str.maketrans("├└│─", "|`|-")
+LEAK = (
+    "sees later tokens: good for training figures, not for decoding; router.kind=prefix is causal"
+)
+
+
+def short(number: float) -> str:
+    """Three digits or four and a unit; exact below a thousand.
+
+    >>> short(162_051_072), short(0.5), short(3.853e12)
+    ('162.1M', '0.5', '3.85T')
+    """
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{1 if scaled >= 10 else 2}f}{unit}"
+    return f"{number:g}"
+
+
+def quantity(number: float, unit: str) -> str:
+    """``3.85 TFLOPs``, ``648.2 MB``."""
+    text = short(number)
+    prefix = text[-1] if text[-1].isalpha() else ""
+    return f"{text.removesuffix(prefix)} {prefix}{unit}"
+
+
+def parameters(number: float) -> str:
+    """``162.1M``, ``1.20B``: as models are named."""
+    return short(number).replace("G", "B")
+
+
+def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None) -> dict[str, Any]:
+    """The receipt for programs: FLOPs of nodes are of one whole context."""
+    root = outline(spec)
+    return {
+        "name": spec.name,
+        "fingerprint": spec.fingerprint(),
+        "convention": convention,
+        "counted": COUNTED[convention],
+        "receipt": cost(spec)._asdict(),
+        "training_memory": {
+            name: asdict(need) | {"peak": need.peak}
+            for name, need in (
+                ("stored", training_memory(spec)),
+                ("checkpointed", training_memory(spec, checkpointed=True)),
+            )
+        },
+        "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
+        "leaks": [node.path for node in root.walk() if node.leaks],
+        "budget": budget and _budget_data(spec, budget),
+        "tree": _node_data(root),
+    }
+
+
+def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]:
+    """By limit; ``over`` is the share of it that is too much, below zero what is to spare."""
+    limits = kept(spec, budget).items()
+    return {
+        "limits": {name: found.limit for name, found in limits},
+        "spent": {name: found.spent for name, found in limits},
+        "over": {name: found.ratio for name, found in limits},
+    }
+
+
+def _node_data(node: Node) -> dict[str, Any]:
+    return {
+        "path": node.path,
+        "label": node.label,
+        "params": node.cost.params,
+        "flops_per_context": node.cost.flops,
+        "leaks": node.leaks,
+        "below": [_node_data(child) for child in node.below],
+    }
+
+
+def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
+    """The tree, and below it the totals."""
+    root, total = outline(spec), cost(spec)
+    facts = _paper(spec, root) if convention == "paper" else [*_node_by_node(total), *_memory(spec)]
+    facts += [("counted", COUNTED[convention])]
+    facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
+    facts += [("budget", line) for line in _kept(spec, budget)] if budget else []
+    head = (
+        f"{spec.name}: {parameters(total.matrices)} parameters in matrices, {total.params:,} in all"
+    )
+    tree = Tree(root, spec.context, convention)
+    return Group(Text(head, "bold"), "", tree, "", Facts(facts))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Nodes, indented, with their figures; a label that is too long goes on below itself."""
+
+    root: Node
+    context: int
+    convention: Convention
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        figures = {"parameters": 13, "FLOPs/token": 11, "share": 6}
+        if self.convention == "paper":
+            figures = {"parameters": 13}
+        room = options.max_width - sum(figures.values()) - 2 * len(figures)
+        lines = [
+            (line, node if first else None)
+            for node, lead, rest in _branches(self.root)
+            for first, line in _wrapped(node, lead, rest, room)
+        ]
+        width = max(len(line) for line, _ in lines)
+        yield Text(" " * width + _figures(figures, figures), "dim")
+        if options.ascii_only:
+            lines = [(line.translate(ASCII), node) for line, node in lines]
+        for line, node in lines:
+            text = Text(line if node is None else line.ljust(width), end="")
+            text.highlight_words([LEAKS], "bold red")
+            yield text
+            yield Text("" if node is None else _figures(self._of(node), figures))
+
+    def _of(self, node: Node) -> list[str]:
+        flops = node.cost.flops
+        share = f"{flops / self.root.cost.flops:.1%}"
+        return [f"{node.cost.params:,}", short(flops / self.context), share]
+
+
+def _figures(values: Iterable[str], widths: Mapping[str, int]) -> str:
+    return "".join(
+        f"  {value:>{width}}" for value, width in zip(values, widths.values(), strict=False)
+    )
+
+
+def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node, str, str]]:
+    """Each node with what stands left of it, and of the lines below it."""
+    yield node, lead, rest + ("│  " if node.below else "   ")
+    for child in node.below:
+        branch, under = ("└─ ", "   ") if child is node.below[-1] else ("├─ ", "│  ")
+        yield from _branches(child, rest + branch, rest + under)
+
+
+def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
+    label = f"{node.label} {LEAKS}" if node.leaks else node.label
+    room = max(room, len(rest) + 8)
+    lines = textwrap.wrap(
+        label, room, initial_indent=lead, subsequent_indent=rest, break_on_hyphens=False
+    )
+    for i, line in enumerate(lines):
+        yield i == 0, line
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and sentences in two columns."""
+
+    facts: Sequence[tuple[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indent = max((len(name) for name, _ in self.facts), default=0) + 2
+        room = max(20, options.max_width - indent)
+        for name, fact in self.facts:
+            for i, line in enumerate(textwrap.wrap(fact, room, break_on_hyphens=False)):
+                yield Text.assemble(((name if i == 0 else "").ljust(indent), "dim"), line)
+
+
+def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
+    return [
+        (
+            "parameters",
+            f"{total.params:,} ({parameters(total.params)}); {parameters(total.matrices)} in "
+            f"matrices, which is what papers count; {parameters(total.non_embedding)} "
+            "without embedding and head",
+        ),
+        ("forward", _forward(total)),
+        (
+            "",
+            f"{quantity(total.flops_per_context, 'FLOPs')} per context of {total.context:,} tokens",
+        ),
+        ("training", f"{short(total.train_flops_per_token)} FLOPs/token"),
+        ("KV cache", f"{quantity(total.kv_bytes_per_token, 'B')} per token in bfloat16"),
+    ]
+
+
+def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    sizes = asdict(training_memory(spec))
+    sizes["AdamW"] = sizes.pop("optimizer")
+    parts = ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
+    yield "memory", f"to train in float32 on one sequence of {spec.context:,} tokens: {parts}"
+    for how in ("", " with activation checkpointing"):
+        one, two = (training_memory(spec, n, checkpointed=bool(how)).peak for n in (1, 2))
+        each = f"{quantity(two - one, 'B')} for each further sequence"
+        yield "", f"{quantity(one, 'B')} in all{how}, {each}"
+
+
+def _forward(total: Receipt) -> str:
+    if total.lightest == total.heaviest:
+        return f"{short(total.expected)} FLOPs/token"
+    return (
+        f"{short(total.expected)} FLOPs/token at the routers' capacities; "
+        f"{short(total.lightest)} for a token that no router selects, "
+        f"{short(total.heaviest)} for one that every router selects"
+    )
+
+
+def _paper(spec: ModelSpec, root: Node) -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{parameters(root.cost.matrices)} in matrices"),
+        ("forward", f"{quantity(paper_flops(spec), 'FLOPs')} per {spec.context:,} tokens"),
+    ]
+
+
+def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
+    for found in kept(spec, budget).values():
+        ratio = found.ratio
+        verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
+        yield f"{verdict}: {found.spent:,.0f} of {found.limit:,} {found.unit}"
+
+
+def evaluation(found: Evaluation, chance: float | None) -> RenderableType:
+    """Held-out quality; of a leaking model both ways."""
+    if found.causal is None:
+        return Facts(_quality(found, chance))
+    return Group(
+        Text("with sight of later tokens (the router leaks; no decoder can do this)", "bold red"),
+        Facts(_quality(found, chance)),
+        Text("causally, selecting by the same scores", "bold"),
+        Facts(_quality(found.causal, chance)),
+    )
+
+
+def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
+    spread = "" if found.standard_error is None else f" +- {1.96 * found.standard_error:.4f} (95%)"
+    guessed = "" if chance is None else f"; guessing gets {chance:.1%}"
+    facts = [
+        ("loss", f"{found.loss:.4f}{spread} nats per token, {found.tokens:,} tokens"),
+        ("perplexity", f"{found.perplexity:,.2f}"),
+        ("accuracy", f"{found.accuracy:.1%}{guessed}"),
+    ]
+    if found.bits_per_byte is not None:
+        facts.insert(2, ("bits per byte", f"{found.bits_per_byte:.4f}"))
+    return facts
+
+
+def dial(points: Sequence[Point]) -> RenderableType:
+    """A table of settings; of a leaking model one for each way to route."""
+    from archdsl.evaluation.dial_sweep import LABELS
+
+    parts: list[RenderableType] = []
+    for routing in dict.fromkeys(point.routing for point in points):
+        parts += [Text(LABELS[routing], "bold red" if routing == "leaking" else "bold")]
+        parts += [_settings([point for point in points if point.routing == routing]), ""]
+    legend = [
+        (
+            "setting",
+            "capacity of the routed steps in percent; 0 skips a step, 100 takes each token",
+        ),
+        ("FLOPs/token", "forward, executed"),
+        ("share", "of the tokens, selected by the routed steps in the mean"),
+        ("+-", "95%; of a difference to the trained setting over pairs of windows"),
+    ]
+    return Group(*parts, Facts(legend))
+
+
+def _settings(points: Sequence[Point]) -> Table:
+    bits = any(point.bits_per_byte is not None for point in points)
+    titles = ["FLOPs/token", "share", "loss", *(["bits/byte"] if bits else []), "difference"]
+    table = _table("setting", *titles)
+    for point in points:
+        table.add_row(
+            str(point.setting),
+            short(point.flops_per_token),
+            "-" if point.selected is None else f"{point.selected:.1%}",
+            f"{point.loss:.4f}{_spread(point.standard_error)}",
+            *([f"{point.bits_per_byte:.4f}"] if bits else []),
+            ""
+            if point.setting.trained
+            else f"{point.difference:+.4f}{_spread(point.difference_error)}",
+        )
+    return table
+
+
+def scores(runs: Sequence[tuple[Setting, TaskScores]]) -> RenderableType:
+    """What tasks of lm-evaluation-harness found at each setting of the dial."""
+    table = _table("setting", "FLOPs/token", "task", "metric", "score", "examples")
+    for setting, found in runs:
+        head = str(setting), short(found.flops_per_token)
+        for score in found.scores:
+            value = "-" if score.value is None else _figure(score.value)
+            table.add_row(
+                *head,
+                score.task,
+                score.metric,
+                f"{value}{_spread(score.standard_error)}",
+                f"{score.examples:,}",
+            )
+            head = "", ""
+    legend = [
+        ("FLOPs/token", "forward, executed, of the tokens that were read for the tasks"),
+        ("+-", "95%, over examples"),
+    ]
+    return Group(table, "", Facts(legend))
+
+
+def _figure(value: float) -> str:
+    """A perplexity may be very large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _spread(error: float | None) -> str:
+    return "" if error is None else f" +- {_figure(1.96 * error)}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table

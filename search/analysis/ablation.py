@@ -1,0 +1,91 @@
+"""A model beside its controls and its ablations, without a search."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import archdsl
+from archdsl.files import write_text
+from archdsl.lang.load import load
+from archdsl.search.analysis.comparison import (
+    Entry,
+    Key,
+    Result,
+    as_json,
+    contest_jobs,
+    entries,
+    known,
+    run_contest,
+)
+from archdsl.search.analysis.conclusions import verdict, what_matters
+from archdsl.search.trials.proxy import Proxy, default_tasks
+from archdsl.search.workers.pool import processes
+
+MODEL = "model"  # what a winner is called where nothing was won
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What came of it; it also lies in ``folder``. ``missing``: trainings that were not made."""
+
+    folder: Path
+    entries: list[Entry]
+    proxy: Proxy
+    missing: int
+    interrupted: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verdict": verdict(self.entries, self.proxy),
+            "what_matters": what_matters(self.entries, self.proxy),
+            "entries": as_json(self.entries, self.proxy),
+            "proxy": self.proxy.model_dump(mode="json"),
+            "missing": self.missing,
+            "interrupted": self.interrupted,
+            "version": archdsl.__version__,
+        }
+
+
+def ablate(
+    spec: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    proxy: Proxy | None = None,
+    seeds: int = 3,
+    seconds: float | None = None,
+    workers: int | None = None,
+    out: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Ablation:
+    """Trains proxies of a spec, of its controls and of it with one thing after the other taken out.
+
+    ``seconds``: after which no training is begun (None: no limit). ``workers``: processes of one
+    thread each (default: the cores, at most 8). ``out`` (default: one below runs/) holds scores, by
+    which the same call goes on, and result.json. On Ctrl-C what is known so far is returned.
+    Raises SpecError.
+    """
+    model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
+    folder = out or Path("runs") / f"{model.name}-ablation"
+    jobs = contest_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
+    end = None if seconds is None else monotonic() + seconds
+    interrupted = False
+    results: dict[Key, Result] = {}
+    try:
+        with processes(workers or min(8, os.cpu_count() or 1)) as pool:
+            results = run_contest(pool, jobs, lambda: end is None or monotonic() < end, tell)
+    except KeyboardInterrupt:
+        interrupted, results = True, dict(known(jobs))
+    found = [
+        replace(entry, name=MODEL) if entry.role == "winner" else entry
+        for entry in entries(model, jobs, results)
+    ]
+    made = Ablation(folder, found, proxy, len(jobs) - len(results), interrupted)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "result.json", json.dumps(made.as_json(), indent=1))
+    return made

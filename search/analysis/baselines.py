@@ -1,0 +1,206 @@
+"""The controls of a model: what a plain one, or chance, does with the same means; and its
+ablations: the model with one thing taken out. Pure: a spec goes in, specs come out.
+
+They are to be asked of the spec that is trained: what is equal at one size is not at another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any, cast
+
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.residual_thinking import OverwriteSpec
+from archdsl.blocks.router import RandomSpec
+from archdsl.blocks.stack import StackSpec
+from archdsl.costs.receipt import block_cost, sequence_cost
+from archdsl.lang.spec import BlockSpec, ModelSpec, Part, walk
+
+WINNER = "winner"
+PARAMS_TWIN = "equal-parameters plain"
+FLOPS_TWIN = "equal-FLOPs plain"
+LOOP_TWIN = "equal-FLOPs loop"
+RANDOM_TWIN = "random-routing"
+CONTROLS = (PARAMS_TWIN, FLOPS_TWIN, LOOP_TWIN, RANDOM_TWIN)
+
+Change = Callable[[LoopSpec], Part]
+Specs = dict[str, ModelSpec]  # by name
+
+
+def controls(winner: ModelSpec) -> Specs:
+    """By name; without those that are the winner itself, or another control."""
+    found = contestants(winner)
+    return {name: found[name] for name in distinct([found]) if name in CONTROLS}
+
+
+def ablations(winner: ModelSpec) -> Specs:
+    """By name; without what changes nothing, and what is a control already."""
+    found = contestants(winner)
+    return {name: found[name] for name in distinct([found]) if name not in (WINNER, *CONTROLS)}
+
+
+def contestants(winner: ModelSpec) -> Specs:
+    """The winner, its controls and its ablations, in this order; some may be the same model."""
+    plain = plain_twin(winner)
+    flops = sequence_cost(winner).flops
+    found = {
+        WINNER: winner,
+        PARAMS_TWIN: plain,
+        FLOPS_TWIN: of_depth(plain, flops),
+        LOOP_TWIN: looped(winner, flops),
+        RANDOM_TWIN: _changed(winner, _random),
+    }
+    found |= {f"without {what}": _changed(winner, take) for what, take in TAKEN_OUT.items()}
+    loops = sum(isinstance(part, LoopSpec) for _, part in walk(winner))
+    found |= {f"without loop {i + 1}": _without_loop(winner, i) for i in range(loops)}
+    return {name: _named(spec, winner, name) for name, spec in found.items()}
+
+
+def distinct(by_task: Sequence[Specs]) -> list[str]:
+    """Of names that stand for a spec in each of several mappings, those that are a new model in at
+    least one of them."""
+    first: dict[tuple[str, ...], str] = {}
+    for name in by_task[0]:
+        first.setdefault(tuple(specs[name].fingerprint() for specs in by_task), name)
+    return list(first.values())
+
+
+def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
+    if name == WINNER:
+        return winner
+    about = f"{name} twin of {winner.name}" if name in CONTROLS else f"{winner.name} {name}"
+    called = f"{winner.name[:60]}-{name.lower().replace(' ', '-')}"
+    return spec.model_copy(update={"name": called, "description": about, "budget": None})
+
+
+# plain models
+
+
+def plain_twin(spec: ModelSpec) -> ModelSpec:
+    """Every loop replaced by its body, which runs once: the same weights, no thinking."""
+    return _with_blocks(spec, _unrolled(_changed(spec, unlooped)))
+
+
+def unlooped(loop: LoopSpec) -> BlockSpec:
+    """The body once; where each step has weights of its own, as many bodies in a row."""
+    if loop.parameters == "shared" or loop.steps == 1:
+        return loop.body
+    return StackSpec(repeat=loop.steps, body=(loop.body,))
+
+
+def of_depth(plain: ModelSpec, flops: int) -> ModelSpec:
+    """The plain model with as many of its layers, evenly repeated or left out, as come closest to
+    ``flops`` per context."""
+    blocks = plain.blocks
+    each = _flops(plain)
+    head = sequence_cost(plain).flops - sum(each)
+    if not sum(each):
+        return plain
+
+    def picked(n: int) -> list[int]:
+        return [i * len(blocks) // n for i in range(n)]
+
+    def total(n: int) -> int:
+        return head + sum(each[i] for i in picked(n))
+
+    most = 1
+    while total(most) < flops:
+        most += 1
+    depths = [len(blocks), *range(1, most + 1)]  # where equally close, as it is
+    best = min(depths, key=lambda n: abs(total(n) - flops))
+    return _with_blocks(plain, [blocks[i] for i in picked(best)])
+
+
+# plain loops
+
+
+def looped(spec: ModelSpec, flops: int) -> ModelSpec:
+    """The spec's loops as plain loops of every token, which overwrite, with the parameters of the
+    plain twin and as many steps as come closest to ``flops`` per context.
+
+    Each loop gets the steps that its own FLOPs pay for; where these are no whole number, the
+    first ones take one more.
+    """
+    thinking = _with_blocks(spec, _unrolled(spec))
+    plain = _changed(thinking, unlooped)
+    now, once = _flops(thinking), _flops(plain)
+    loops = [i for i, block in enumerate(thinking.blocks) if block != plain.blocks[i] and once[i]]
+    steps = [1] * len(once)
+    missing = flops - sequence_cost(plain).flops
+    while behind := [i for i in loops if steps[i] < 64 and abs(missing - once[i]) < abs(missing)]:
+        most = max(behind, key=lambda i: now[i] / once[i] - steps[i])
+        steps[most] += 1
+        missing -= once[most]
+    pairs = zip(plain.blocks, steps, strict=True)
+    return _with_blocks(spec, [LoopSpec(steps=n, body=b) if n > 1 else b for b, n in pairs])
+
+
+# one thing changed in every loop
+
+
+def _random(loop: LoopSpec) -> LoopSpec:
+    """A learned router replaced by a random one of equal capacity."""
+    old = loop.router
+    if old is None or not old.learned:
+        return loop
+    return _with(loop, router=RandomSpec(capacity=old.capacity, alpha=old.alpha, nested=old.nested))
+
+
+def _unnested(loop: LoopSpec) -> LoopSpec:
+    if loop.router is None:
+        return loop
+    return _with(loop, router=loop.router.model_copy(update={"nested": False}))
+
+
+TAKEN_OUT: dict[str, Change] = {
+    "router": lambda loop: _with(loop, router=None),
+    "nesting": _unnested,
+    "residual": lambda loop: _with(loop, residual=OverwriteSpec()),
+    "encoding": lambda loop: _with(loop, encoding=None),
+    "injection": lambda loop: _with(loop, injection=None),
+    "shared kv": lambda loop: _with(loop, kv="own"),
+    "weights per step": lambda loop: _with(loop, parameters="shared"),
+}
+
+
+def _without_loop(spec: ModelSpec, which: int) -> ModelSpec:
+    """One loop, counted as they are written, replaced by its body."""
+    order = count()
+
+    def change(part: Part) -> Part:
+        is_it = isinstance(part, LoopSpec) and next(order) == which
+        part = part.with_each(change)
+        return unlooped(cast(LoopSpec, part)) if is_it else part
+
+    return _with_blocks(spec, [cast(BlockSpec, change(block)) for block in spec.blocks])
+
+
+# how a spec is changed
+
+
+def _changed(spec: ModelSpec, change: Change) -> ModelSpec:
+    """Every loop changed, inner ones first."""
+
+    def each(part: Part) -> Part:
+        part = part.with_each(each)
+        return change(part) if isinstance(part, LoopSpec) else part
+
+    return _with_blocks(spec, [cast(BlockSpec, each(block)) for block in spec.blocks])
+
+
+def _with(loop: LoopSpec, **update: Any) -> LoopSpec:
+    return loop.model_copy(update=update)
+
+
+def _with_blocks(spec: ModelSpec, blocks: Iterable[BlockSpec]) -> ModelSpec:
+    return spec.model_copy(update={"blocks": tuple(blocks)})
+
+
+def _unrolled(spec: ModelSpec) -> Iterator[BlockSpec]:
+    return (leaf for block in spec.blocks for leaf in block.unrolled())
+
+
+def _flops(spec: ModelSpec) -> list[int]:
+    """Of each block, for one context."""
+    return [block_cost(block, spec.dim, spec.context).flops for block in spec.blocks]

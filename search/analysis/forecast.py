@@ -1,0 +1,259 @@
+"""What a search would do and cost, before it is paid for: estimates from a few short trainings."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from archdsl.lang.budget import kept
+from archdsl.lang.source import Tree
+from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.search.analysis.comparison import contest_jobs
+from archdsl.search.analysis.timing import Calibration, Speed, calibrate
+from archdsl.search.space.feasibility import Survey, refuse_infeasible, survey
+from archdsl.search.trials.proxy import Proxy
+from archdsl.search.workers.pool import Pool
+
+SECONDS = 30.0
+Z = 1.96  # of 95%
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An estimate: mean, least and most over the proxies that were measured."""
+
+    mean: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        found = list(values)
+        return cls(fmean(found), min(found), max(found))
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a search may use; None: no limit. ``workers``: children that train at a time."""
+
+    workers: int
+    seconds: float | None = None
+    trials: int | None = None
+    train_flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training, over all tasks: seconds of a worker, and FLOPs."""
+
+    seconds: Spread
+    flops: Spread
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a search would go, all that follows its trials included.
+
+    ``trials``: infinitely many where nothing limits them. ``stops_at``: the first of the means to
+    be used up, or ``models`` where that is the space.
+    """
+
+    trials: float
+    seconds: float
+    train_flops: float
+    stops_at: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forecast of a search; what is no count, limit or cost of a full-size model is estimated.
+
+    ``interval``: of the share that fits, 95%; None where every point was tried. ``kept``: for each
+    limit of the budget, itself, and the least and most that the models drawn have of it.
+    ``trial``: up to the last rung; ``stopped``: up to the first. ``after``: trainings that follow
+    the trials: winner, controls and ablations with each seed, and those of the wider proxy.
+    ``climbing``: if every trial climbs to the last rung; ``stopping``: if none climbs further than
+    the first. A search lies between the two.
+    """
+
+    survey: Survey
+    interval: tuple[float, float] | None
+    kept: dict[str, tuple[int, float, float]]
+    means: Means
+    calibration: Calibration
+    trial: Cost
+    stopped: Cost
+    after: float
+    climbing: Course
+    stopping: Course
+
+    @property
+    def seconds_after(self) -> float:
+        return self.after * self.trial.seconds.mean / self.means.workers
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the memory of one worker."""
+        return max(s.peak_bytes for found in self.calibration.speeds for s in found.values())
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.survey
+        return {
+            "space": {
+                "size": found.size,
+                "tried": found.tried,
+                "whole": found.whole,
+                "feasible": found.feasible,
+                "share": found.share,
+                "interval": self.interval,
+                "invalid": found.invalid,
+                "distinct": found.distinct,
+            },
+            "kept": {
+                name: {"limit": limit, "least": least, "most": most}
+                for name, (limit, least, most) in self.kept.items()
+            },
+            "means": asdict(self.means),
+            "calibration": {
+                "proxies": len(self.calibration.models),
+                "seconds": self.calibration.seconds,
+                "failures": self.calibration.failures,
+            },
+            "estimated": {
+                "trial": asdict(self.trial),
+                "stopped": asdict(self.stopped),
+                "peak_bytes": self.peak_bytes,
+                "trainings_after": self.after,
+                "seconds_after": self.seconds_after,
+                "climbing": _finite(asdict(self.climbing)),
+                "stopping": _finite(asdict(self.stopping)),
+            },
+        }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: null."""
+    return {key: None if value == math.inf else value for key, value in values.items()}
+
+
+def plan(
+    pool: Pool,
+    tree: Tree,
+    budget: Budget,
+    proxy: Proxy,
+    *,
+    seconds: float | None,
+    trials: int | None = None,
+    seed: int = 0,
+    seeds: int = 3,
+    wider: int = 16,
+    calibration: float = SECONDS,
+) -> Plan:
+    """Surveys the space and trains some of its proxies for a while; nothing of it is kept.
+
+    ``seconds``, ``trials`` and the budget's ``train_flops`` limit the search. ``seeds`` and
+    ``wider``: what its winner and the trust in its proxy will cost, the latter in trials.
+    ``calibration``: seconds of training; what has begun is ended. Raises SpecError,
+    NothingFitsError, and JobFailed if no proxy can be trained.
+    """
+    fits = refuse_infeasible(tree, budget)
+    found = survey(tree, budget, seed=seed)
+    means = Means(pool.workers, seconds, trials, budget.train_flops)
+    with tempfile.TemporaryDirectory(prefix="archdsl-plan-") as folder:
+        store = Path(folder)
+        measured = calibrate(
+            pool, found.models or (fits,), proxy, store, seconds=calibration, seed=seed
+        )
+        contests = [
+            len(contest_jobs(model, proxy, range(seeds), store, ablate=True)) / len(proxy.tasks)
+            for model in measured.models
+        ]
+    return forecast(found, budget, proxy, measured, means, after=fmean(contests) + wider)
+
+
+def forecast(
+    found: Survey,
+    budget: Budget,
+    proxy: Proxy,
+    measured: Calibration,
+    means: Means,
+    *,
+    after: float,
+) -> Plan:
+    """The plan from what was measured; ``after``: trainings that follow the trials."""
+    trial, stopped = _cost(proxy, measured.speeds, proxy.rungs), _cost(proxy, measured.speeds, 1)
+    models = found.distinct if found.whole else None
+    return Plan(
+        survey=found,
+        interval=None if found.whole else wilson(found.feasible, found.tried),
+        kept=_kept(found.models or measured.models, budget),
+        means=means,
+        calibration=measured,
+        trial=trial,
+        stopped=stopped,
+        after=after,
+        climbing=_course(means, models, trial, trial, after),
+        stopping=_course(means, models, stopped, trial, after),
+    )
+
+
+def _course(means: Means, models: int | None, each: Cost, whole: Cost, after: float) -> Course:
+    """With trials that cost ``each``, and then so many trainings that cost the ``whole``."""
+    limits: dict[str, float] = {}
+    if models is not None:
+        limits["models"] = models
+    if means.trials is not None:
+        limits["trials"] = means.trials
+    if means.seconds is not None:
+        left = means.seconds * means.workers - after * whole.seconds.mean
+        limits["time"] = max(0, left // each.seconds.mean)
+    if means.train_flops is not None:
+        left = means.train_flops - after * whole.flops.mean
+        limits["train_flops"] = max(0, left // each.flops.mean)
+    stops_at = min(limits, key=lambda name: limits[name], default="")
+    trials = limits.get(stops_at, math.inf)
+    return Course(
+        trials,
+        (trials * each.seconds.mean + after * whole.seconds.mean) / means.workers,
+        trials * each.flops.mean + after * whole.flops.mean,
+        stops_at,
+    )
+
+
+def _cost(proxy: Proxy, speeds: list[dict[str, Speed]], rungs: int) -> Cost:
+    """Of a training up so many rungs."""
+    steps = {name: task.rungs[rungs - 1] for name, task in proxy.tasks.items()}
+    return Cost(
+        Spread.of(sum(s.seconds(steps[n], rungs) for n, s in model.items()) for model in speeds),
+        Spread.of(sum(s.flops_per_step * steps[n] for n, s in model.items()) for model in speeds),
+    )
+
+
+def _kept(models: Sequence[ModelSpec], budget: Budget) -> dict[str, tuple[int, float, float]]:
+    found = [kept(model, model.budget or budget) for model in models]
+    return {
+        name: (first.limit, *_ends(by_name[name].spent for by_name in found))
+        for name, first in found[0].items()
+    }
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    found = list(values)
+    return min(found), max(found)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share, by Wilson's score.
+
+    >>> [round(x, 3) for x in wilson(9, 10)]
+    [0.596, 0.982]
+    """
+    share, z = successes / trials, Z * Z / trials
+    middle = (share + z / 2) / (1 + z)
+    half = Z * math.sqrt(share * (1 - share) / trials + z / (4 * trials)) / (1 + z)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,77 @@
+"""The report as a page: one file that holds the result, its pictures and every spec."""
+
+from __future__ import annotations
+
+import json
+import math
+from base64 import b64encode
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from archdsl.files import write_text
+
+SCRIPTS = (
+    *("tools", "plots", "front", "curves", "parallel", "result", "price", "trials", "panel"),
+    "start",  # calls the others
+)
+
+
+def write_page(result: dict[str, Any], path: Path) -> None:
+    """Writes ``page(result)``; about 5 MB with plotly."""
+    write_text(path, page(result))
+
+
+def page(result: dict[str, Any]) -> str:
+    """The HTML of what `result.json` holds; it asks the network for nothing, and is not allowed to.
+
+    Without plotly (the extra ``plots``) the tables are there and the pictures say what they need.
+    """
+    scripts = ["".join(_asset(f"{name}.js") for name in SCRIPTS), *_plotly()]
+    return Template(_asset("page.html")).substitute(
+        name=escape(result["name"]),
+        verdict=escape(result["verdict"]),
+        trust=escape(result["trust_sentence"]),
+        style=_asset("page.css"),
+        policy=_policy(scripts),
+        data=json.dumps(_finite(result), separators=(",", ":")).replace("<", "\\u003c"),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("archdsl.search.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _plotly() -> list[str]:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return []
+    return [get_plotlyjs()]
+
+
+def _policy(scripts: list[str]) -> str:
+    """Only these scripts run, whatever a name or a description holds."""
+    hashes = (b64encode(sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity, which is the loss of what diverged."""
+    match value:
+        case dict():
+            return {key: _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value

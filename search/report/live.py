@@ -1,0 +1,180 @@
+"""A search on the screen: while it runs, and when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from archdsl.costs.receipt import cost
+from archdsl.reports.tables import Facts, parameters, short
+from archdsl.search.analysis.conclusions import what_matters
+from archdsl.search.report.report import describe, on_front, weighted
+from archdsl.search.report.tables import contestants, failures, gaps, plain_table
+from archdsl.search.space.model_summary import in_words
+
+if TYPE_CHECKING:
+    from archdsl.search.engine import Progress, Watch
+    from archdsl.search.report.report import Report
+    from archdsl.search.studies import Listed
+    from archdsl.search.study.record import Finished
+
+SECONDS_BETWEEN_LINES = 20.0
+SEARCHING = "searching"
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """A live table in a terminal; elsewhere a line on stderr whenever something is new."""
+    if sys.stderr.isatty():
+        console = Console(stderr=True)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            yield lambda progress: live.update(_live(progress), refresh=True)
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.said, self.at = "", 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.last == self.said and time.monotonic() - self.at < SECONDS_BETWEEN_LINES:
+            return
+        self.said, self.at = progress.last, time.monotonic()
+        print(_line(progress), file=sys.stderr, flush=True)
+
+
+def _line(progress: Progress) -> str:
+    limit = f"/{progress.seconds:.0f}" if progress.seconds else ""
+    parts = [f"{progress.elapsed:.0f}{limit} s", progress.phase, progress.last]
+    if progress.best:
+        parts.append(f"best {progress.best[0].value:.3f} (draw {progress.best[0].number})")
+    if progress.phase == SEARCHING and progress.rungs.tau is not None:
+        parts.append(f"tau between rungs {progress.rungs}")
+    return "; ".join(part for part in parts if part)
+
+
+def _live(progress: Progress) -> RenderableType:
+    bar = ProgressBar(total=progress.seconds or None, completed=progress.elapsed, width=40)
+    counts = ", ".join(f"{n} {what}" for what, n in progress.outcomes.items())
+    head = Text(_line(progress))
+    best = [candidates(progress.best), models(progress.best)] if progress.best else []
+    return Group(head, bar, Text(counts, "dim"), *best)
+
+
+def candidates(trials: Sequence[Finished]) -> Table:
+    """Proxy scores, and what the model costs at full size; FLOPs as executed, if so searched."""
+    tasks = list(trials[0].rungs[-1]) if trials else []
+    table = plain_table("draw", "objective", *tasks, "params", "FLOPs/token")
+    for trial in trials:
+        receipt = cost(trial.spec)
+        last = trial.rungs[-1]
+        table.add_row(
+            str(trial.number),
+            f"{trial.value:.3f}",
+            *(_score(last[task].loss, last[task].accuracy) for task in tasks),
+            parameters(receipt.params),
+            short((trial.values or {}).get("flops", receipt.expected)),
+        )
+    return table
+
+
+def models(trials: Sequence[Finished]) -> RenderableType:
+    """Which draw is which model."""
+    return Facts([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
+
+
+def _score(loss: float | None, accuracy: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3f} ({accuracy or 0:.0%})"
+
+
+def result(report: Report) -> RenderableType:
+    """What a search ends with: what its winner is worth first."""
+    parts: list[RenderableType] = [
+        *(Text(sentence, "bold") for sentence in report.sentences if sentence),
+        "",
+        Text("Front: none of these is beaten in loss and cost by another", "bold"),
+        candidates(report.front),
+        models(report.front),
+        "",
+    ]
+    if report.entries:
+        title = "The winner (lowest loss), its controls, and the winner with one thing taken out"
+        parts += [Text(title, "bold"), contestants(report.entries, report.proxy), ""]
+    if len(report.entries) > 1:
+        title = "How far above the winner's loss, and 95% of the doubt"
+        parts += [Text(title, "bold"), gaps(report.entries, report.proxy), ""]
+    return Group(*parts, Facts(_facts(report)))
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
+    total = report.account.total
+    matters = what_matters(report.entries, report.proxy)
+    facts = [("parts", matters)] if matters else []
+    facts += failures(report.entries)
+    facts += [
+        ("draws", f"{counts}; {report.trained_share:.0%} of them were trained"),
+        (
+            "spent",
+            f"{report.account.wall:.0f} s, {total.seconds:.0f} s of workers, "
+            f"{short(total.train_flops)} FLOPs of training",
+        ),
+        ("proxy", describe(report.proxy)),
+        ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
+        ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
+        ("also", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
+    ]
+    if len(report.pictures) == 1:
+        facts.append(("plots", "none: pip install 'archdsl[plots]' and run this again"))
+    return facts
+
+
+def listing(found: Sequence[Listed]) -> Table:
+    """A line for each study."""
+    table = plain_table("study", "draws", "best", "front", "spent", "training")
+    for one in found:
+        told = one.as_json()
+        top = told["best"]
+        table.add_row(
+            one.name,
+            ", ".join(f"{n} {what}" for what, n in told["outcomes"].items()) or "none",
+            f"{top['loss']:.3f}" if top else "",
+            str(len(told["front"])),
+            f"{told['spent']['wall_seconds']:.0f} s",
+            f"{short(told['spent']['train_flops'])} FLOPs",
+        )
+    return table
+
+
+def standing(listed: Listed) -> RenderableType:
+    """Where a study stands; what its last report said first, if there is one."""
+    result = listed.result()
+    sentences = [result["verdict"], result["trust_sentence"]] if result else []
+    parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
+    if trials := on_front(listed.record.finished()):
+        parts += ["", Text("Front", "bold"), candidates(trials), models(trials), ""]
+    told = listed.as_json()
+    counts = ", ".join(f"{n} {what}" for what, n in told["outcomes"].items())
+    spent = told["spent"]
+    facts = [
+        ("study", listed.name),
+        ("draws", f"{counts or 'none'}; {told['under_way']} under way"),
+        (
+            "spent",
+            f"{spent['wall_seconds']:.0f} s, {spent['worker_seconds']:.0f} s of workers, "
+            f"{short(spent['train_flops'])} FLOPs of training, {spent['processes']} processes",
+        ),
+    ]
+    if listed.folder is not None:
+        facts.append(("folder", str(listed.folder)))
+    return Group(*parts, Facts(facts))

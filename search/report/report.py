@@ -1,0 +1,246 @@
+"""What a search found, as data and as files: the front, the winner, what it is worth, the price."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import archdsl
+from archdsl.costs.receipt import cost
+from archdsl.files import write_text
+from archdsl.lang.spec import ModelSpec
+from archdsl.reports.outline import Node, outline
+from archdsl.search.analysis import comparison
+from archdsl.search.analysis.comparison import Entry
+from archdsl.search.analysis.conclusions import verdict
+from archdsl.search.analysis.proxy_validation import Trust
+from archdsl.search.analysis.supernet_validation import Shared
+from archdsl.search.report.html import write_page
+from archdsl.search.report.png import plot
+from archdsl.search.space.model_summary import in_words
+from archdsl.search.stats.pareto import front
+from archdsl.search.study.record import Finished
+from archdsl.search.study.settings import Settings
+from archdsl.search.study.spending import Account, Limits
+from archdsl.search.trials.proxy import Proxy, Score
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a search; everything in it also lies in ``folder``."""
+
+    folder: Path
+    settings: Settings
+    trials: list[Finished]
+    outcomes: dict[str, int]
+    entries: list[Entry]
+    trust: Trust | None
+    shared: Shared | None
+    account: Account
+    limits: Limits
+    importance: dict[str, float]
+    interrupted: bool
+    command: str = ""
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def proxy(self) -> Proxy:
+        return self.settings.proxy
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.proxy.tasks)
+
+    @cached_property
+    def best(self) -> list[Finished]:
+        """Draws that reached the last rung, of lowest loss first."""
+        return best(self.trials)
+
+    @cached_property
+    def front(self) -> list[Finished]:
+        """Those that none of the others beats in every axis."""
+        return on_front(self.trials)
+
+    @cached_property
+    def top(self) -> Finished:
+        """The winner's draw: of lowest loss; where weights were shared, of lowest loss alone."""
+        return top(self.trials, self.shared)
+
+    @cached_property
+    def winner(self) -> ModelSpec:
+        """The spec of lowest loss, named and described as such."""
+        top = self.best[0]
+        about = (
+            f"Best of a search by proxies ({describe(self.proxy)}): draw {top.number}, objective "
+            f"{top.value:.4f} nats. The figures beside it are in result.json."
+        )
+        return top.spec.model_copy(update={"name": f"{top.spec.name}-winner", "description": about})
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence, whether the winner beats its controls."""
+        if not self.entries:
+            return (
+                "Stopped before the winner met its controls; the same command goes on, "
+                "with more --time if that was used up."
+            )
+        return verdict(self.entries, self.proxy)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What is to be read first: the verdict, and how far the scores can be trusted."""
+        told = [self.shared, self.trust]
+        return [self.verdict, *(one.sentence() for one in told if one is not None)]
+
+    @property
+    def trained_share(self) -> float:
+        """Of all draws, those that were trained."""
+        idle = sum(self.outcomes.get(what, 0) for what in ("infeasible", "invalid", "reused"))
+        return 1 - idle / max(1, sum(self.outcomes.values()))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.settings.name,
+            "verdict": self.verdict,
+            "trust_sentence": " ".join(self.sentences[1:]),
+            "interrupted": self.interrupted,
+            "winner": self.top.number,
+            "winner_spec": str(self.folder / "winner.yaml"),
+            "front": [trial.number for trial in self.front],
+            "axes": list(self.settings.axes),
+            "objective": weighted(self.proxy),
+            "proxy": describe(self.proxy),
+            "budget": self.settings.budget.model_dump(mode="json", exclude_none=True),
+            "trained_share": round(self.trained_share, 4),
+            "spent": self.account.as_json()
+            | {"outcomes": self.outcomes, "limits": asdict(self.limits)},
+            "entries": comparison.as_json(self.entries, self.proxy),
+            "trust": self.trust.as_json() if self.trust else None,
+            "shared": _shared(self.shared) if self.shared else None,
+            "importance": self.importance,
+            "tree": _tree(self.winner),
+            "trials": [row(trial) for trial in self.trials],
+            "command": self.command,
+            "settings": self.settings.as_json(),
+            "versions": _versions(),
+        }
+
+
+def best(trials: Sequence[Finished]) -> list[Finished]:
+    done = [trial for trial in trials if trial.value is not None]
+    return sorted(done, key=lambda trial: (trial.value, trial.number))
+
+
+def top(trials: Sequence[Finished], shared: Shared | None) -> Finished:
+    """The lowest loss; of models that share weights only those that were trained alone, too, as
+    nets flatter some layouts."""
+    if shared is None or not shared.points:
+        return best(trials)[0]
+    number = min(shared.points, key=lambda point: point.own_loss).number
+    return next(trial for trial in trials if trial.number == number)
+
+
+def on_front(trials: Sequence[Finished]) -> list[Finished]:
+    done = [trial for trial in trials if trial.values is not None]
+    return [done[i] for i in front([trial.point for trial in done])]
+
+
+def write_report(report: Report) -> Report:
+    """Fills the folder: winner.yaml, trials.jsonl, result.json, report.html and its pictures."""
+    folder = report.folder
+    result = report.as_json()
+    write_text(folder / "winner.yaml", report.winner.to_yaml())
+    lines = [json.dumps(row, sort_keys=True) for row in result["trials"]]
+    write_text(folder / "trials.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(folder / "result.json", json.dumps(result, indent=1))
+    return replace(report, pictures=_pictures(folder, result))
+
+
+def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
+    """The page, and the PNGs unless the extra that draws them is missing."""
+    write_page(result, folder / "report.html")
+    try:
+        drawn = plot(result, folder)
+    except ImportError:
+        drawn = []
+    return ("report.html", *(path.name for path in drawn))
+
+
+def _shared(shared: Shared) -> dict[str, Any]:
+    points = [{"trial": p.number, "shared": p.loss, "alone": p.own_loss} for p in shared.points]
+    return shared.as_json() | {"points": points, "sentence": shared.sentence()}
+
+
+def describe(proxy: Proxy) -> str:
+    """The proxy in a line, for a reader who wants to know how far to trust it."""
+    if proxy.dim is None:
+        sizes = "the real size"
+    else:
+        sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
+    tasks = [
+        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} tokens of "
+        f"{task.data or 'the embedded corpus'}"
+        for name, task in proxy.tasks.items()
+    ]
+    return f"{sizes}; {'; '.join(tasks)}"
+
+
+def weighted(proxy: Proxy) -> str:
+    """The objective in words: ``text + 0.15 x skill``."""
+    weights = {name: task.weight for name, task in proxy.tasks.items()}
+    return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
+
+
+def row(trial: Finished) -> dict[str, Any]:
+    receipt = cost(trial.spec)
+    return {
+        "trial": trial.number,
+        "outcome": trial.outcome,
+        "error": trial.error,
+        "same_as": trial.same_as,
+        "values": trial.values,
+        "params": receipt.params,
+        "flops_per_token": receipt.expected,
+        "kv_bytes_per_token": receipt.kv_bytes_per_token,
+        "rungs": [_scores(rung) for rung in trial.rungs[:-1]]
+        + [_scores(rung, curve=True) for rung in trial.rungs[-1:]],
+        "choices": trial.params,
+        "fingerprint": trial.fingerprint,
+        "words": in_words(trial.spec),
+        "spec": trial.spec.to_yaml(),
+    }
+
+
+def _scores(rung: dict[str, Score], curve: bool = False) -> dict[str, Any]:
+    """``curve``: with that of the training so far; the last rung's holds those of the others."""
+    left_out = set() if curve else {"curve"}
+    return {task: score.model_dump(mode="json", exclude=left_out) for task, score in rung.items()}
+
+
+def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The rows of the model's outline: what each node costs per token."""
+    root = outline(spec)
+
+    def rows(node: Node, depth: int) -> Iterator[dict[str, Any]]:
+        yield {
+            "node": f"{'  ' * depth}{node.label}",
+            "path": node.path,
+            "params": node.cost.params,
+            "flops": node.cost.flops / spec.context,
+            "share": node.cost.flops / max(1, root.cost.flops),
+        }
+        for below in node.below:
+            yield from rows(below, depth + 1)
+
+    return list(rows(root, 0))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "optuna", "pydantic", "numpy")
+    return {"archdsl": archdsl.__version__} | {name: version(name) for name in names}

@@ -1,0 +1,1 @@
+"""What may be drawn: the search space, what of it can fit the budget, and the objectives."""

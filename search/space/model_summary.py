@@ -1,0 +1,72 @@
+"""A model in a few words, for a line of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.stack import StackSpec
+from archdsl.lang.spec import BlockSpec, ModelSpec
+
+
+def in_words(spec: ModelSpec) -> str:
+    """The blocks in a line: ``4x(layer + layer x4 prefix .7 thinking scale)``."""
+    return _series(spec.blocks)
+
+
+def _series(blocks: Iterable[BlockSpec]) -> str:
+    return " + ".join(_times(text, count) for text, count in _groups(blocks))
+
+
+def _groups(blocks: Iterable[BlockSpec]) -> list[tuple[str, int]]:
+    """Equal neighbours as one, with their number."""
+    counted = [_counted(block) for block in blocks]
+    return [
+        (text, sum(count for _, count in same))
+        for text, same in groupby(counted, key=lambda pair: pair[0])
+    ]
+
+
+def _counted(block: BlockSpec) -> tuple[str, int]:
+    if not isinstance(block, StackSpec):
+        return words(block), 1
+    groups = _groups(block.body)
+    if len(groups) == 1:
+        text, count = groups[0]
+        return text, count * block.repeat
+    return _series(block.body), block.repeat
+
+
+def _times(text: str, count: int) -> str:
+    if count == 1:
+        return text
+    return f"{count}x({text})" if " " in text else f"{count}x {text}"
+
+
+def words(block: BlockSpec) -> str:
+    """``layer x4 prefix .7/.5 thinking``."""
+    match block:
+        case StackSpec():
+            return _series([block])
+        case LoopSpec() if not block.is_body:
+            return " ".join(_loop(block))
+        case LoopSpec():
+            return words(block.body)
+        case _:
+            return str(getattr(block, "kind", "block"))
+
+
+def _loop(loop: LoopSpec) -> list[str]:
+    said = [f"{words(loop.body)} x{loop.steps}"]
+    if loop.router is not None and any(row is not None for row in loop.rows()):
+        used = loop.router.capacity[: max(1, loop.steps - loop.full_steps)]
+        shares = [f"{share:g}".removeprefix("0") for share in used]
+        shown = shares[:1] if len(set(shares)) == 1 else shares
+        said.append(f"{getattr(loop.router, 'kind', '')} {'/'.join(shown)}")
+    said.append(str(getattr(loop.residual, "kind", "")))
+    if loop.encoding is not None:
+        said.append(str(getattr(loop.encoding, "kind", "")))
+    if loop.kv == "shared":
+        said.append("shared kv")
+    return said

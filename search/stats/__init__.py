@@ -1,0 +1,1 @@
+"""Statistics without any knowledge of models: paired differences and Pareto fronts."""

@@ -1,0 +1,1 @@
+"""The study: trials in an Optuna storage, their sampling, their records and what was spent."""

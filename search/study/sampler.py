@@ -1,0 +1,203 @@
+"""What is drawn next, and what goes on: pure functions of the seed and of earlier results.
+
+Optuna's samplers and pruners work here on studies in memory that hold nothing but the draws they
+are to know. So a search is the same however many workers share it, and whatever becomes of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from archdsl.errors import SpecError
+from archdsl.lang.budget import exceeds, over, ratios
+from archdsl.lang.load import NoFitError, fitted
+from archdsl.lang.source import Tree
+from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.lang.template import fill
+from archdsl.search.space.optuna_space import starting_points, suggest
+from archdsl.search.stats.pareto import Point, dominates
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+TRIES = 20  # for a model that fits and is new, before a draw is given up
+STARTUP = 4  # draws to the last rung before any is stopped early
+SURE = 1.0  # standard deviations of what the rungs above bring, in favour of a model
+
+
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Meanwhile Optuna does not warn of what it calls experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Past:
+    """An earlier draw, as a later one may know it."""
+
+    params: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    constraints: dict[str, float] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()  # the objective at each rung that was climbed
+    others: Point = ()  # the further axes
+    complete: bool = False  # to the last rung
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A point of the space. ``outcome``: why it is not trained; None where it is."""
+
+    number: int
+    params: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    spec: ModelSpec | None = None
+    fingerprint: str = ""
+    constraints: dict[str, float] = field(default_factory=dict)
+    outcome: str | None = None
+    error: str = ""
+    same_as: int | None = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws from a space; ``axes``: how many figures of a model should be low."""
+
+    tree: Tree
+    budget: Budget
+    axes: int
+    seed: int
+
+    @cached_property
+    def starting_points(self) -> list[dict[str, Any]]:
+        """The pure models of the space, which are drawn first."""
+        return starting_points(self.tree)
+
+    def draw(self, number: int, past: Sequence[Past], known: Mapping[str, int]) -> Draw:
+        """Draw ``number``, from what is known of earlier ones.
+
+        ``known``: models drawn before by fingerprint, also those that are still being trained.
+        """
+        if number < len(self.starting_points):
+            study = self._study([])
+            study.enqueue_trial(self.starting_points[number])
+            return self._tried(number, study, known)
+        study = self._study(past)
+        with experimental():
+            study.sampler = optuna.samplers.TPESampler(
+                seed=self.seed * 1_000_003 + number,
+                n_startup_trials=8,
+                multivariate=True,
+                group=True,
+            )
+        found = self._tried(number, study, known)
+        for _ in range(1, TRIES):
+            if found.outcome is None:
+                break
+            found = self._tried(number, study, known)
+        return found
+
+    def goes_on(self, losses: Sequence[float], others: Point, past: Sequence[Past]) -> bool:
+        """Whether a draw with these losses so far climbs further."""
+        if self.axes == 1:
+            return not self._pruned(losses, past)
+        return may_join(losses, others, past)
+
+    def _pruned(self, losses: Sequence[float], past: Sequence[Past]) -> bool:
+        study = self._study(past)
+        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=STARTUP)
+        trial = study.ask()
+        for step, loss in enumerate(losses, 1):
+            trial.report(loss, step)
+        return pruner.prune(study, study.trials[-1])
+
+    def _study(self, past: Sequence[Past]) -> optuna.Study:
+        study = optuna.create_study(directions=["minimize"] * self.axes)
+        gains = expected_gains(past)
+        study.add_trials([self._as_trial(one, gains) for one in past])
+        return study
+
+    def _as_trial(self, past: Past, gains: Mapping[int, tuple[float, float]]) -> FrozenTrial:
+        given: dict[str, Any] = {
+            "params": past.params,
+            "distributions": past.distributions,
+            "constraints": past.constraints,
+        }
+        if self.axes == 1:
+            given["intermediate_values"] = dict(enumerate(past.losses, 1))
+        climbed = len(past.losses)
+        if past.complete:
+            values = [past.losses[-1], *past.others]
+        elif self.axes > 1 and climbed in gains:
+            # with several axes Optuna knows no stopped trials: what this one would have reached
+            values = [past.losses[-1] + gains[climbed][0], *past.others]
+        else:
+            return create_trial(state=TrialState.PRUNED, **given)
+        return create_trial(values=values, **given)
+
+    def _tried(self, number: int, study: optuna.Study, known: Mapping[str, int]) -> Draw:
+        ask = study.ask()
+        error: SpecError | None = None
+        try:
+            tree = fill(self.tree, lambda name, leaf: suggest(ask, name, leaf))
+            spec = fitted(tree, self.budget)
+        except SpecError as failure:  # nothing fits, or choices that do not go together
+            error = failure
+        point = (number, dict(ask.params), dict(ask.distributions))
+        if isinstance(error, NoFitError):
+            found = Draw(*point, constraints={"fit": error.ratio}, outcome="infeasible")
+        elif error is not None:
+            found = Draw(*point, outcome="invalid")
+        else:
+            found = self._known(Draw(*point, spec, spec.fingerprint()), spec, known)
+        if error is not None:
+            found = replace(found, error=str(error))
+        for name, ratio in found.constraints.items():
+            ask.set_constraint(name, ratio)
+        if found.outcome is not None:  # the next try learns from it
+            study.tell(ask, state=TrialState.PRUNED)
+        return found
+
+    def _known(self, found: Draw, spec: ModelSpec, known: Mapping[str, int]) -> Draw:
+        found = replace(found, constraints=ratios(spec, self.budget))
+        if over(spec, self.budget) > 0:
+            error = exceeds(spec, self.budget)
+            return replace(found, outcome="infeasible", error=error)
+        if (same := known.get(found.fingerprint)) is not None:
+            return replace(found, outcome="reused", same_as=same)
+        return found
+
+
+def expected_gains(past: Sequence[Past]) -> dict[int, tuple[float, float]]:
+    """By rungs climbed, what the rungs above added to the loss: mean and standard deviation."""
+    whole = [one.losses for one in past if one.complete]
+    if len(whole) < STARTUP:
+        return {}
+    changes = {
+        rung: [losses[-1] - losses[rung - 1] for losses in whole]
+        for rung in range(1, len(whole[0]))
+    }
+    return {rung: (fmean(found), stdev(found)) for rung, found in changes.items()}
+
+
+def may_join(losses: Sequence[float], others: Point, past: Sequence[Past]) -> bool:
+    """Whether a model could still join the front of those that climbed to the last rung.
+
+    It is granted what the rungs above brought others, and a standard deviation of that on top.
+    """
+    gains = expected_gains(past)
+    if len(losses) not in gains:
+        return True
+    mean, deviation = gains[len(losses)]
+    hoped = (losses[-1] + mean - SURE * deviation, *others)
+    return not any(dominates((one.losses[-1], *one.others), hoped) for one in past if one.complete)

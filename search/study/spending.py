@@ -1,0 +1,178 @@
+"""What a study has spent, all of its workers together, kept in its storage.
+
+Each process that works on a study keeps a record that nobody else writes: no lock is needed, and
+what it spent before it was killed stays counted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from optuna.storages import BaseStorage
+
+from archdsl.search.trials.proxy import Score
+from archdsl.search.workers.pool import Pool, Work
+
+SECONDS_BETWEEN_RECORDS = 5.0
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Of children that trained and scored: their seconds, and floating-point operations."""
+
+    seconds: float = 0.0
+    train_flops: float = 0.0
+    eval_flops: float = 0.0
+    jobs: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+
+def _values(spent: Spent) -> list[Any]:
+    return list(asdict(spent).values())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a study may spend at most; None: no limit. ``seconds`` of a clock on the wall."""
+
+    seconds: float | None = None
+    train_flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """The sums over all workers. ``wall``: seconds in which at least one of them ran."""
+
+    wall: float
+    by_phase: dict[str, Spent] = field(default_factory=dict)
+    workers: int = 1
+
+    @property
+    def total(self) -> Spent:
+        return sum(self.by_phase.values(), Spent())
+
+    def as_json(self) -> dict[str, Any]:
+        total = self.total
+        return {
+            "wall_seconds": round(self.wall, 1),
+            "worker_seconds": round(total.seconds, 1),
+            "train_flops": total.train_flops,
+            "eval_flops": total.eval_flops,
+            "processes": self.workers,
+            "by_phase": {phase: asdict(spent) for phase, spent in self.by_phase.items()},
+        }
+
+
+class Ledger:
+    """This process's record in a study, and the sums over all."""
+
+    def __init__(self, storage: BaseStorage, study_id: int, limits: Limits) -> None:
+        self.storage, self.study_id, self.limits = storage, study_id, limits
+        self.key = f"worker/{uuid.uuid4().hex[:12]}"
+        self.started = time.time()
+        self.recorded = 0.0
+        self.mine: dict[str, Spent] = {}
+        self.others = self._read()
+        self.bills: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
+
+    def paying(self, pool: Pool, phase: str) -> Pool:
+        """The pool; what is done in it is charged to ``phase``."""
+        return _Paying(pool, phase, self.bills)
+
+    def keep(self) -> None:
+        """To be called often: a process that is killed loses what it did since it last was."""
+        charged = False
+        while not self.bills.empty():
+            charged |= self._charge(*self.bills.get())
+        if charged or time.time() - self.recorded > SECONDS_BETWEEN_RECORDS:
+            self.save()
+
+    def _charge(self, phase: str, job: Future[Any]) -> bool:
+        """Only what was really done, not what was read back."""
+        if job.cancelled() or job.exception() is not None:
+            return False
+        score = job.result()
+        if not isinstance(score, Score) or score.reused:
+            return False
+        spent = Spent(score.seconds, score.train_flops, score.eval_flops, 1)
+        self.mine[phase] = self.mine.get(phase, Spent()) + spent
+        return True
+
+    def save(self) -> None:
+        self.recorded = time.time()
+        self.storage.set_study_user_attr(self.study_id, self.key, self._record())
+        self.others = self._read()
+
+    def _record(self) -> dict[str, Any]:
+        phases = {phase: asdict(spent) for phase, spent in self.mine.items()}
+        return {"pid": os.getpid(), "from": self.started, "to": time.time(), "phases": phases}
+
+    def _read(self) -> dict[str, Mapping[str, Any]]:
+        attrs = self.storage.get_study_user_attrs(self.study_id)
+        return {k: v for k, v in attrs.items() if k.startswith("worker/") and k != self.key}
+
+    def account(self) -> Account:
+        records = [*self.others.values(), self._record()]
+        phases: dict[str, Spent] = {}
+        for record in records:
+            for phase, spent in record["phases"].items():
+                phases[phase] = phases.get(phase, Spent()) + Spent(**spent)
+        return Account(covered([(r["from"], r["to"]) for r in records]), phases, len(records))
+
+    @property
+    def is_spent(self) -> bool:
+        return self.seconds_left <= 0 or self.flops_left <= 0
+
+    @property
+    def seconds_left(self) -> float:
+        if self.limits.seconds is None:
+            return float("inf")
+        return self.limits.seconds - self.account().wall
+
+    @property
+    def flops_left(self) -> float:
+        if self.limits.train_flops is None:
+            return float("inf")
+        return self.limits.train_flops - self.account().total.train_flops
+
+
+@dataclass(frozen=True)
+class _Paying:
+    pool: Pool
+    phase: str
+    bills: SimpleQueue[tuple[str, Future[Any]]]
+
+    @property
+    def workers(self) -> int:
+        return self.pool.workers
+
+    def submit(self, work: Work[R]) -> Future[R]:
+        future = self.pool.submit(work)
+        future.add_done_callback(lambda job: self.bills.put((self.phase, job)))
+        return future
+
+
+def account_of(storage: BaseStorage, study_id: int) -> Account:
+    """What was spent, for one who spends nothing."""
+    ledger = Ledger(storage, study_id, Limits())
+    wall = covered([(r["from"], r["to"]) for r in ledger.others.values()])
+    return replace(ledger.account(), wall=wall, workers=len(ledger.others))
+
+
+def covered(sessions: list[tuple[float, float]]) -> float:
+    """Seconds covered by at least one of them."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(sessions):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

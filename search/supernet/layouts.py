@@ -1,0 +1,171 @@
+"""One training for all depths: a space cut down to a few layouts, each served by one super-net.
+
+A *layout* is a value for every leaf but the dial leaves: steps of loops and capacities of their
+routers. What is drawn then is a setting of a net that has been trained already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as Folder
+from random import Random
+from typing import Any
+
+from archdsl.errors import ArchdslError, SpecError
+from archdsl.lang.source import Path, Tree
+from archdsl.lang.spec import ModelSpec, parse_spec
+from archdsl.lang.template import Choice, Leaf, fill, fill_some, fit_leaf, places, replace
+from archdsl.search.space.enumerate import answered, points
+from archdsl.search.space.model_summary import in_words
+from archdsl.search.space.optuna_space import starting_points
+from archdsl.search.supernet.supernet import Supernet
+from archdsl.search.supernet.supernet_job import Evaluated
+from archdsl.search.trials.proxy import Proxy
+
+LAYOUT = "layout"  # the leaf that takes the place of all that are no dial leaves
+LAYOUTS = 4
+SAMPLE = 64  # settings that a net is trained at, besides the largest and the smallest
+MISSES = 20  # draws for each layout that may be known already or make no spec
+
+
+class SharedError(ArchdslError):
+    """A space that super-nets cannot serve."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True)
+class Served:
+    """The scorer of a restricted space: each draw is a setting of its layout's net.
+
+    ``nets``: by label of the layout, of full size. ``stretch``: steps of a net, as a multiple of
+    those of a model that is trained alone.
+    """
+
+    proxy: Proxy
+    store: Folder
+    seed: int
+    nets: Mapping[str, Supernet]
+    stretch: float = 1.0
+
+    @property
+    def rungs(self) -> int:
+        """A net serves nobody before it has been trained."""
+        return 1
+
+    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Evaluated:
+        net, trained = self.nets[params[LAYOUT]], self.proxy.tasks[task]
+        net = Supernet(self.proxy.shrink(net.spec, trained), net.settings)
+        small = self.proxy.shrink(spec, trained)
+        if not net.serves(small):
+            raise SharedError(
+                f"{spec.name}: the proxies of one layout have different shapes, so they cannot "
+                "share weights; for --strategy shared let `fit` solve for dim, make other sizes "
+                "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
+            )
+        steps = round(self.stretch * trained.rungs[-1])
+        return Evaluated(self.store, small, trained, self.seed, steps, net=net)
+
+
+def served(
+    tree: Tree, proxy: Proxy, store: Folder, seed: int, count: int = LAYOUTS
+) -> tuple[Tree, Served]:
+    """The space that is searched in the place of ``tree``, and what scores its draws."""
+    space = restricted(tree, layouts(tree, count, seed))
+    nets = {
+        label: supernet(fill_some(space, {LAYOUT: label}), seed)
+        for label in space.value["search"]["choices"]
+    }
+    return space, Served(proxy, store, seed, nets)
+
+
+def dial_leaves(tree: Tree) -> frozenset[str]:
+    """Leaves that stand nowhere but as a loop's steps or in the capacity of its router."""
+    found = places(tree)
+    others = {name for name, path in found if not _is_dial(tree.value, path, found)}
+    return frozenset(name for name, _ in found) - others
+
+
+def _is_dial(value: Any, path: Path, found: Sequence[tuple[str, Path]]) -> bool:
+    trail = list(_trail(value, path))
+    while trail and isinstance(trail[-1][1], int):
+        trail.pop()
+    keys = [key for _, key in trail]
+    if keys[-1:] == ["steps"]:
+        return bool(trail[-1][0].get("kind") == "loop")
+    if keys[-2:] != ["router", "capacity"] or trail[-2][0].get("kind") != "loop":
+        return False
+    return not any(other[: len(path)] == path for _, other in found if other != path)
+
+
+def _trail(value: Any, path: Path) -> Iterator[tuple[Any, str | int]]:
+    """The keys of a path and what they are keys of, choices on the way left out."""
+    while path:
+        if isinstance(value, dict) and "search" in value:
+            value, path = value["search"]["choices"][path[2]], path[3:]
+        else:
+            yield value, path[0]
+            value, path = value[path[0]], path[1:]
+
+
+def layouts(tree: Tree, count: int, seed: int) -> list[dict[str, Any]]:
+    """Up to ``count`` that differ: those of the starting points, then drawn ones."""
+    dials = dial_leaves(tree)
+    drawn = points(tree, count * MISSES, seed)
+    Random(seed).shuffle(drawn)
+    found: dict[str, dict[str, Any]] = {}
+    for point in starting_points(tree) + drawn:
+        layout = {name: value for name, value in point.items() if name not in dials}
+        with suppress(SpecError):  # choices that do not go together
+            net = supernet(fill_some(tree, layout), seed, sample=4)
+            found.setdefault(net.spec.fingerprint(), layout)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def restricted(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
+    """The points of a space that have one of these layouts, which become a choice of their own."""
+    cut = [fill_some(tree, layout) for layout in chosen]
+    labels = [
+        f"{i}: {in_words(_spec(fill(one, lambda _, leaf: leaf.default)))}"
+        for i, one in enumerate(cut)
+    ]
+    choices = {label: one.value for label, one in zip(labels, cut, strict=True)}
+    leaf = {"name": LAYOUT, "choices": choices, "default": labels[0]}
+    marks = {path: mark for path, mark in tree.marks.items() if not path}
+    for label, one in zip(labels, cut, strict=True):
+        inside = ("search", "choices", label)
+        marks |= {(*inside, *path): mark for path, mark in one.marks.items()}
+    return Tree({"search": leaf}, marks)
+
+
+def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
+    """For the points of a space that has none but dial leaves. Raises SpecError if all of its
+    points are wrong."""
+    ends = [answered(layout, partial(_end, of)) for of in (max, min)]
+    specs, wrong = [], None
+    for point in ends + points(layout, sample, seed):
+        try:
+            specs.append(_spec(fill_some(layout, point)))
+        except SpecError as error:
+            wrong = error
+    if wrong and not specs:
+        raise wrong
+    return Supernet.of(specs)
+
+
+def _spec(tree: Tree) -> ModelSpec:
+    """With the default of the fit leaf: a proxy has its own sizes."""
+    found = fit_leaf(tree)
+    return parse_spec(replace(tree, found[0], found[1].default) if found else tree)
+
+
+def _end(of: Callable[..., Any], name: str, leaf: Leaf) -> Any:
+    """The largest or smallest value; of labels the default."""
+    if isinstance(leaf, Choice):
+        return leaf.default if leaf.subtrees else of(leaf.choices)
+    return of(leaf.low, leaf.high)

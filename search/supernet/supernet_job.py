@@ -1,0 +1,156 @@
+"""The score of a setting out of a super-net: trained by whoever comes first, for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from archdsl import __version__
+from archdsl.blocks.dial import Pass
+from archdsl.blocks.modules.loop import Loop
+from archdsl.costs.receipt import sequence_cost
+from archdsl.files import write_text
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.build import meta_model
+from archdsl.model.language_model import LanguageModel
+from archdsl.search.supernet.supernet import (
+    DRAWN,
+    SandwichTrainer,
+    Supernet,
+    at,
+    build_net,
+    calibrate,
+    dial,
+    setting,
+)
+from archdsl.search.trials.proxy import Job
+from archdsl.search.trials.proxy_scoring import held_out
+from archdsl.search.trials.proxy_training import Score, Training, read_score
+from archdsl.search.trials.result_store import Place
+from archdsl.training.trainer import Step
+
+
+@dataclass(frozen=True)
+class Evaluated(Job):
+    """Score ``spec`` with the weights of ``net``, both of a proxy's size.
+
+    ``steps``: those that the net is trained. What was spent on it is part of the score of the one
+    call that trained it.
+    """
+
+    net: Supernet = field(kw_only=True)
+
+    @property
+    def place(self) -> Place:
+        """Where the net is."""
+        data = self.task.load()
+        decides = {
+            "archdsl": __version__,
+            "model": self.net.spec.model_dump(
+                mode="json", exclude={"name", "description", "budget"}
+            ),
+            "settings": self.net.settings,
+            "drawn": DRAWN,
+            "data": data.fingerprint,
+            "training": self.config.model_dump(mode="json", exclude={"accumulate"}),
+        }
+        return Place(
+            self.store, decides, about={"name": self.net.spec.name, "data_name": data.name}
+        )
+
+    def file(self, place: Place) -> Path:
+        """The score of the setting."""
+        text = json.dumps(setting(self.spec))
+        return place.folder / f"setting-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def run(self, beat: Callable[[], None]) -> Score:
+        """Trains the net unless that was done, waits while another process does; then scores."""
+        place = self.place
+        file = self.file(place)
+        if known := read_score(file):
+            return known
+        with place.locked(beat):
+            if known := read_score(file):  # of who had the lock before
+                return known
+            model = build_net(self.net, self.seed)
+            trainer = SandwichTrainer(self.net, model, self.task.load(), self.config)
+            training = NetTraining(place, trainer, beat)
+            trained = read_score(place.score(self.steps)) or training.score()
+        if trained.loss is None:
+            return trained
+        score = training.served(self.spec)
+        write_text(file, score.model_dump_json())
+        return score
+
+
+class NetTraining(Training):
+    """The training of a net, whose score is that of its largest setting.
+
+    What was spent on the net is part of the scores of whoever trained it.
+    """
+
+    trainer: SandwichTrainer
+
+    def __init__(self, place: Place, trainer: SandwichTrainer, beat: Callable[[], None]) -> None:
+        super().__init__(place, trainer, beat)
+        self.net = trainer.net
+        sequence_BT = trainer.data.batch(0, 1, trainer.context, self.config.seed).tokens_BT
+        self.flops = {
+            one: sequence_cost(at(self.net.spec, one), tokens=sequence_BT.size(1)).flops
+            for one in self.net.settings
+        }
+
+    def _after_step(self, step: Step) -> None:
+        ran = self.net.sandwich(step.step - 1, self.config.seed)
+        self.step_flops = 3 * self.config.batch_size * sum(self.flops[one] for one in ran)
+        super()._after_step(step)
+
+    def served(self, spec: ModelSpec) -> Score:
+        """The score of a spec that the net serves."""
+        model = self.trainer.model
+        dial(model, setting(spec))
+        calibrate(self.trainer)
+        score = self._scored(held_out(self.trainer, self.beat))
+        names = routed_names(model, spec)
+        measured = {
+            name: {new: found[old] for new, old in names.items() if old in found}
+            for name, found in {"shares": score.shares, "entropies": score.entropies}.items()
+        }
+        return score.model_copy(update=measured)
+
+
+def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
+    """Of each routed step of the canonical ``spec`` the name in a net that is dialled to it.
+
+    A step that takes every token has a router in the net, but none in the spec.
+    """
+    ran = [loop for loop in _running(model) if any(map(_chooses, loop.passes))]
+    meant = [loop for loop in meta_model(spec.canonical()).loops if loop.router is not None]
+    names: dict[str, str] = {}
+    for big, small in zip(ran, meant, strict=True):
+        for one in filter(_chooses, small.passes):
+            there = big.passes[one.step].routed
+            assert one.routed is not None
+            assert there is not None
+            names[one.routed.name] = there.name
+    return names
+
+
+def _running(module: nn.Module) -> Iterator[Loop]:
+    """The loops that a pass runs: not those inside the own bodies of passes that are not run."""
+    if isinstance(module, Loop):
+        yield module
+        for body in module.bodies[: len(module.passes)]:
+            yield from _running(body)
+        return
+    for child in module.children():
+        yield from _running(child)
+
+
+def _chooses(one: Pass) -> bool:
+    return one.routed is not None and one.routed.capacity < 1

@@ -1,0 +1,178 @@
+"""The training of a proxy up to a rung: goes on from its last state, and leaves one behind."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from archdsl.costs.receipt import sequence_cost
+from archdsl.files import remove_folder, write_text
+from archdsl.lang.spec import Strict
+from archdsl.model.checkpoint import CheckpointError, load_training, load_weights, save_checkpoint
+from archdsl.search.trials.curve import Curve
+from archdsl.search.trials.proxy_scoring import Held, held_out
+from archdsl.search.trials.result_store import Place
+from archdsl.training.trainer import Step, Trainer, TrainingDiverged
+
+SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists."""
+    return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
+
+
+class Score(Strict):
+    """Held-out quality of a proxy after ``steps``; causal, also where training leaks.
+
+    What was spent is what this rung added to the one below. ``reused``: it was read back, so the
+    call that returned it has spent nothing.
+    """
+
+    steps: int
+    loss: float | None = Field(description="nats per prediction; null: training diverged")
+    accuracy: float | None
+    bits_per_byte: float | None
+    leak: float = Field(0.0, description="how much lower the loss is with sight of the future")
+    seconds: float = Field(description="spent")
+    train_flops: float = Field(0.0, description="spent: three forward passes of the closed form")
+    eval_flops: float = Field(0.0, description="spent by scoring")
+    flops_per_token: float | None = Field(None, description="forward, executed, when scored")
+    shares: dict[str, float] = Field({}, description="of tokens selected, by loop and step")
+    entropies: dict[str, float] = Field({}, description="of selecting a token, in bits")
+    curve: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
+        (), description="training: step, mean loss since the point before"
+    )
+    peak_bytes: int = Field(0, description="of memory, of the process")
+    accumulate: int = Field(1, description="parts that each batch was cut into")
+    reused: bool = Field(False, exclude=True)
+
+
+@dataclass
+class Progress:
+    """What is kept beside a state: its curve, and what was spent since the last score."""
+
+    curve: Curve = field(default_factory=Curve)
+    seconds: float = 0.0
+    train_flops: float = 0.0
+
+
+def read_score(file: Path) -> Score | None:
+    """What was written there before, if anything."""
+    if not file.exists():
+        return None
+    score = Score.model_validate_json(file.read_text(encoding="utf-8"))
+    return score.model_copy(update={"reused": True})
+
+
+class Training:
+    """Trains to the last step of the trainer's config; whoever calls holds the place's lock."""
+
+    def __init__(self, place: Place, trainer: Trainer, beat: Callable[[], None]) -> None:
+        self.started = self.saved = time.perf_counter()
+        self.place, self.trainer, self.beat = place, trainer, beat
+        self.config = trainer.config
+        self.progress = Progress()
+        self.furthest = self._resume()
+        self.step_flops = _step_flops(self.trainer)
+
+    def _resume(self) -> bool:
+        """Goes on from the state, if there is one; False if that is beyond the rung."""
+        if not self.place.state.exists():
+            return True
+        try:
+            state = load_training(self.place.state)
+            if state["step"] > self.config.steps:
+                return False
+            load_weights(self.place.state, self.trainer.model)
+        except CheckpointError:  # the power failed: what was trained is trained again
+            remove_folder(self.place.state)
+            return True
+        self.trainer.restore(state)
+        progress = state["progress"]
+        self.progress.curve = Curve(**progress["curve"])
+        if not self.place.score(state["step"]).exists():
+            self.progress.seconds = progress["seconds"]
+            self.progress.train_flops = progress["train_flops"]
+        return True
+
+    def score(self) -> Score:
+        """Trains, scores, and writes the score where it will be found."""
+        try:
+            self.trainer.run(on_step=self._after_step)
+            self._save()
+            score = self._scored(held_out(self.trainer, self.beat))
+        except TrainingDiverged:
+            score = Score(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
+        write_text(self.place.score(self.config.steps), score.model_dump_json())
+        return score
+
+    def _after_step(self, step: Step) -> None:
+        self.beat()
+        self.progress.curve.add(step.step, step.loss)
+        self.progress.train_flops += self.step_flops
+        if time.perf_counter() - self.saved > SECONDS_APART:
+            self._save()
+
+    def _save(self) -> None:
+        """The state, unless there is one that went further."""
+        if not self.furthest:
+            return
+        spent = replace(self.progress, seconds=self._seconds())
+        save_checkpoint(
+            self.place.state,
+            self.trainer.model,
+            tokenizer_from=None,
+            provenance={"step": self.trainer.step},
+            training=self.trainer.state() | {"progress": asdict(spent)},
+            lasting=False,  # a score does not rest on it
+        )
+        self.saved = time.perf_counter()
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    def _spent(self) -> dict[str, Any]:
+        """What a score says of the training, whatever became of it."""
+        return {
+            "steps": self.config.steps,
+            "seconds": self._seconds(),
+            "train_flops": self.progress.train_flops,
+            "curve": self.progress.curve.up_to(self.trainer.step),
+            "peak_bytes": _peak_bytes(),
+            "accumulate": self.config.accumulate,
+        }
+
+    def _scored(self, found: Held) -> Score:
+        as_trained, meter = found.evaluation, found.meter
+        honest = as_trained.causal or as_trained
+        return Score(
+            loss=honest.loss,
+            accuracy=honest.accuracy,
+            bits_per_byte=honest.bits_per_byte,
+            leak=honest.loss - as_trained.loss,
+            eval_flops=meter.flops * (2 if as_trained.causal else 1),
+            flops_per_token=meter.flops_per_token,
+            shares=meter.shares,
+            entropies=found.health.entropies,
+            **self._spent(),
+        )
+
+
+def _step_flops(trainer: Trainer) -> int:
+    """Of one optimizer step; a skill's sequences may be shorter than the context."""
+    config, spec = trainer.config, trainer.model.spec
+    sequence_BT = trainer.data.batch(0, 1, trainer.context, config.seed).tokens_BT
+    return 3 * config.batch_size * sequence_cost(spec, tokens=sequence_BT.size(1)).flops
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,130 @@
+"""Tasks: their examples come from a folder, and what is missing is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from archdsl.evaluation import lm_eval_tasks
+from archdsl.evaluation.lm_eval_tasks import TaskError, load_tasks
+from tests.examples import ARC_EASY, GSM8K, PIQA, SHIPPED, write_examples, write_rows
+
+every_folder = lm_eval_tasks._manager
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all the tasks, those that are needed here."""
+    folders = [SHIPPED / name for name in ("arc", "piqa", "gsm8k", "humaneval")]
+    few = TaskManager(include_defaults=False, include_path=folders)
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda names: few)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_examples(tmp_path / "data")
+
+
+def test_examples_are_found_by_the_name_of_the_task_or_of_its_dataset(folder: Path) -> None:
+    found = load_tasks(["arc_easy", "piqa"], data_dir=folder)["tasks"]
+    assert list(found["arc_easy"].eval_docs) == ARC_EASY
+    assert list(found["piqa"].eval_docs) == PIQA
+
+
+def test_tasks_and_tags_are_found_without_reading_all_of_them() -> None:
+    few = every_folder(["arc_easy", "ai2_arc", "lambada_openai"])
+    assert {"arc_easy", "arc_challenge", "ai2_arc", "lambada_openai"} <= set(few.all_tasks)
+    assert len(few.all_tasks) < 1000
+
+
+@pytest.mark.slow
+def test_the_members_of_a_group_are_found(folder: Path) -> None:
+    assert "mmlu_abstract_algebra" in every_folder(["mmlu"]).task_index
+
+
+def test_a_tag_stands_for_its_tasks(folder: Path) -> None:
+    write_rows(folder / "allenai" / "ai2_arc" / "ARC-Challenge" / "test.jsonl", ARC_EASY[:3])
+    found = load_tasks(["ai2_arc"], data_dir=folder)["tasks"]
+    assert {name: len(task.eval_docs) for name, task in found.items()} == {
+        "arc_challenge": 3,
+        "arc_easy": 8,
+    }
+
+
+def test_shots_are_drawn_from_their_own_split(folder: Path) -> None:
+    [task] = load_tasks(["gsm8k"], data_dir=folder, num_fewshot=2)["tasks"].values()
+    prompt = task.fewshot_context(GSM8K[0], num_fewshot=2)
+    assert sum(row["question"] in prompt for row in GSM8K[2:]) == 2
+    assert task.get_config("num_fewshot") == 2
+
+
+def test_a_task_that_says_no_shots_keeps_to_it(folder: Path) -> None:
+    write_rows(folder / "allenai" / "ai2_arc" / "ARC-Challenge" / "test.jsonl", ARC_EASY)
+    loaded = load_tasks(["arc_challenge_chat"], data_dir=folder, num_fewshot=2)["tasks"]
+    assert loaded["arc_challenge_chat"].get_config("num_fewshot") == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ([], {}, "no task was named"),
+        (["arc_esay"], {}, "has no task 'arc_esay' (did you mean 'arc_easy'?)"),
+        (["arc_easy", "nope"], {}, "has no task 'nope'"),
+        (["arc_challenge"], {}, "task arc_challenge: its examples are missing; expected "),
+        (["arc_challenge"], {}, "ai2_arc/ARC-Challenge/test.jsonl"),
+        (["gsm8k"], {"num_fewshot": 8}, "8 shots need as many solved examples, found 7"),
+        (["piqa"], {"num_fewshot": 7}, "7 shots need as many solved examples, found 0"),
+        (["humaneval"], {}, "runs code that models write"),
+    ],
+)
+def test_what_is_missing_is_said(
+    folder: Path, names: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        load_tasks(names, data_dir=folder, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"goal": "a"\n', r"validation.jsonl:1: not a line of JSON"),
+        (b"[" * 100_000, r"validation.jsonl:1: not a line of JSON"),
+        (b'{"goal": "a"}\n[1]\n', r"validation.jsonl:2: an example is a JSON object, got a list"),
+        (b"\xff\n", r"validation.jsonl is not UTF-8"),
+        (b"", r"validation.jsonl is empty"),
+        (b'{"gaol": "a"}\n', r"task piqa cannot be loaded, UndefinedError: 'goal' is undefined"),
+        (b'{"goal": 1}\n{"goal": "a"}\n', r"task piqa cannot be loaded"),
+    ],
+)
+def test_examples_that_are_none_are_named(folder: Path, content: bytes, message: str) -> None:
+    (folder / "baber" / "piqa" / "validation.jsonl").write_bytes(content)
+    with pytest.raises(TaskError, match=message):
+        load_tasks(["piqa"], data_dir=folder)
+
+
+def test_without_a_folder_the_hub_is_asked_once_and_its_absence_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TaskError, match=r"cannot be reached .*--data-dir FOLDER"):
+        load_tasks(["arc_easy"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TaskError, match=r"task arc_easy: Couldn't reach .*--data-dir FOLDER"):
+        load_tasks(["arc_easy"])
+    with pytest.raises(TaskError, match="there is no such folder"):
+        load_tasks(["arc_easy"], data_dir=tmp_path / "nowhere")
+
+
+def test_tasks_that_are_no_part_of_the_harness_are_not_run(folder: Path) -> None:
+    """Beside a task's YAML may lie code, which loading it would run."""
+    (folder / "utils.py").write_text("raise SystemExit")
+    own = folder / "own.yaml"
+    own.write_text("task: own\ndataset_path: json\ndoc_to_text: !function utils.f\n")
+    with pytest.raises(TaskError, match=r"has no task '.*own.yaml'"):
+        load_tasks([str(own)], data_dir=folder)

@@ -1,0 +1,471 @@
+"""Exported models: in transformers they are what they are here, and behave as its own do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import archdsl.interop.hf_export
+from archdsl.cli.app import app
+from archdsl.data.loading import load_data
+from archdsl.data.tokenizers import encode, read_tokenizer
+from archdsl.data.types import Data
+from archdsl.interop.hf_export import ExportError, export, loaded
+from archdsl.interop.hf_model import ArchdslForCausalLM
+from archdsl.lang.load import load
+from archdsl.model.build import build
+from archdsl.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251 + 1
+NEW: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+LEAKING = ["blocks.1.router=top_k", "blocks.1.kv=shared", "tie_embeddings=true"]
+
+RICH = [
+    "norm=layer",
+    "blocks.0={kind: stack, repeat: 2, body: [{kind: layer, attention: {head_size: 8, window: 5, "
+    "qk_norm: true, queries_per_kv: 2, rope_scaling: {kind: linear, factor: 2}}}]}",
+    "blocks.1={kind: loop, steps: 3, encoding: add, residual: delta, injection: linear, router: "
+    "{kind: threshold, capacity: [0.7, 0.4], nested: true}, body: {kind: loop, steps: 2, "
+    "router: {kind: predictor, capacity: 0.5}, body: {kind: layer, attention: {head_size: 8}}}}",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("text")
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+    return load_data(str(folder), cache=tmp_path_factory.mktemp("cache"))
+
+
+def saved(path: Path, text: Data | None, *overrides: str) -> Checkpoint:
+    """Of a model that is no longer as it was initialised."""
+    model = build(load("tiny", overrides=["dim=32", *overrides]), seed=1)
+    model.train()(TOKENS)
+    model.commit()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_checkpoint(path, model, tokenizer_from=text, provenance={})
+    return load_checkpoint(path)
+
+
+@pytest.fixture(scope="module", params=["causal", "leaking", "rich"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text: Data
+) -> Iterator[tuple[Checkpoint, Any, Path]]:
+    """A checkpoint, the model its export loads by its own code, and the export."""
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = {"causal": [], "leaking": LEAKING, "rich": RICH}[request.param]
+    checkpoint = saved(folder / "checkpoint", text, *overrides)
+    checkpoint.model.eval()
+    export(checkpoint, folder / "exported")
+    with loaded(folder / "exported") as hub:
+        assert not isinstance(hub, ArchdslForCausalLM)
+        yield checkpoint, hub, folder / "exported"
+
+
+@pytest.fixture
+def here(pair: tuple[Checkpoint, Any, Path]) -> Checkpoint:
+    return pair[0]
+
+
+@pytest.fixture
+def there(pair: tuple[Checkpoint, Any, Path]) -> Any:
+    return pair[1].eval()
+
+
+@pytest.fixture
+def folder(pair: tuple[Checkpoint, Any, Path]) -> Path:
+    return pair[2]
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+        )
+    ).eval()
+
+
+def test_the_logits_are_the_same(here: Checkpoint, there: Any) -> None:
+    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    half = TOKENS > 100
+    torch.testing.assert_close(
+        here.model(TOKENS, half)[half], there(TOKENS, attention_mask=half.long()).logits[half]
+    )
+
+
+def test_the_dial_is_the_same(here: Checkpoint, there: Any) -> None:
+    trained = there(TOKENS).logits
+    for model in (here.model, there):
+        model.dial(capacity=0.25, steps=4)
+    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    assert not torch.equal(trained, there(TOKENS).logits)
+    for model in (here.model, there):
+        model.dial()
+    assert torch.equal(trained, there(TOKENS).logits)
+
+
+def greedy(checkpoint: Checkpoint, tokens: Tensor, steps: int) -> Tensor:
+    cache, new = checkpoint.model.new_cache(), tokens
+    with torch.no_grad():
+        for _ in range(steps):
+            new = checkpoint.model(new, None, cache)[:, -1:].argmax(-1)
+            tokens = torch.cat((tokens, new), 1)
+    return tokens
+
+
+def test_greedy_generation_is_that_of_the_checkpoint(here: Checkpoint, there: Any) -> None:
+    assert torch.equal(there.generate(TOKENS, **NEW), greedy(here, TOKENS, 10))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+    ],
+    ids=["greedy", "sampling", "beams", "sampled beams"],
+)
+def test_every_cache_generates_what_none_does(there: Any, how: dict[str, Any]) -> None:
+    def generated(**cache: Any) -> Tensor:
+        torch.manual_seed(0)
+        return there.generate(TOKENS, **NEW, **how, **cache)
+
+    without = generated(use_cache=False)
+    assert torch.equal(generated(), without)
+    assert torch.equal(generated(cache_implementation="static"), without)
+    assert torch.equal(generated(prefill_chunk_size=5), without)
+    assert len(torch.unique(without[:, 12:])) > 2
+
+
+def test_without_a_cache_each_token_is_weighed_as_with_one(there: Any) -> None:
+    how = NEW | {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with_one, without = (there.generate(TOKENS, **how, use_cache=u) for u in (True, False))
+    torch.testing.assert_close(torch.stack(with_one.logits), torch.stack(without.logits))
+    assert type(with_one.past_key_values).__name__ == "ArchdslCache"
+    assert without.past_key_values is None
+
+
+def test_padding_changes_no_real_token(there: Any) -> None:
+    for mask in (torch.arange(12) >= 5, torch.arange(12) < 7):
+        batch = there(TOKENS, attention_mask=torch.stack((mask, mask | True)).long()).logits
+        assert torch.isfinite(batch).all()
+        torch.testing.assert_close(batch[:1, mask], there(TOKENS[:1, mask]).logits)
+        torch.testing.assert_close(batch[1:], there(TOKENS[1:]).logits)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_a_left_padded_batch_generates_what_each_row_does(there: Any, how: Any) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    batch = there.generate(TOKENS, attention_mask=mask, **NEW, **how)
+    alone = there.generate(TOKENS[:1, 5:], **NEW, **how)
+    assert torch.equal(batch[:1, 5:], alone)
+    assert torch.equal(batch[1:], there.generate(TOKENS[1:], **NEW, **how))
+
+
+def test_chunks_with_a_cache_are_one_pass(there: Any) -> None:
+    first = there(TOKENS[:, :7], use_cache=True)
+    assert first.past_key_values.get_seq_length() == 7
+    second = there(TOKENS[:, 7:], past_key_values=first.past_key_values)
+    assert second.past_key_values.get_seq_length() == 12
+    with there.model.causal_routing():
+        whole = there(TOKENS).logits
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole)
+
+
+def test_outputs_have_the_shapes_of_llamas(there: Any) -> None:
+    wanted: dict[str, Any] = {"output_hidden_states": True, "labels": TOKENS, "use_cache": True}
+    theirs = llama(there.config.num_hidden_layers)(TOKENS, **wanted)
+    ours = there(TOKENS, **wanted)
+    assert list(ours) == list(theirs)
+    shapes = [state.shape for state in ours.hidden_states]
+    assert shapes == [state.shape for state in theirs.hidden_states]
+    assert torch.equal(there.get_output_embeddings()(ours.hidden_states[-1]), ours.logits)
+    assert torch.equal(there.get_input_embeddings()(TOKENS), ours.hidden_states[0])
+    assert isinstance(there(TOKENS, return_dict=False), tuple)
+    assert there(TOKENS).hidden_states is None
+
+
+def test_the_loss_is_llamas(there: Any) -> None:
+    labels = TOKENS.masked_fill(TOKENS % 3 == 0, -100)
+    found = there(TOKENS, labels=labels)
+    theirs = llama().loss_function(found.logits, labels, 257)
+    torch.testing.assert_close(found.loss, theirs, rtol=0, atol=0)
+    by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, by_hand)
+
+
+def test_in_training_the_loss_is_also_the_routers(there: Any, folder: Path) -> None:
+    model = type(there).from_pretrained(folder).train()
+    found = model(TOKENS, labels=TOKENS)
+    own = sum(model.model.trace.losses.values())
+    by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, by_hand + own)
+    assert (own > 0) == ("predictor" in json.dumps(model.config.spec))
+
+
+def test_embeddings_may_come_in_and_few_logits_go_out(there: Any) -> None:
+    embeds = there.get_input_embeddings()(TOKENS)
+    whole = there(TOKENS).logits
+    assert torch.equal(there(inputs_embeds=embeds).logits, whole)
+    assert torch.equal(there(TOKENS, logits_to_keep=3).logits, whole[:, -3:])
+    some = torch.tensor([0, 5])
+    assert torch.equal(there(TOKENS, logits_to_keep=some).logits, whole[:, some])
+    assert torch.equal(
+        there.generate(inputs_embeds=embeds, **NEW), there.generate(TOKENS, **NEW)[:, 12:]
+    )
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        there(TOKENS, inputs_embeds=embeds)
+
+
+def test_checkpointing_changes_memory_and_no_gradient(there: Any, folder: Path) -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = type(there).from_pretrained(folder).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        assert model.model.checkpoint_activations == checkpointing
+        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def test_what_training_taught_the_routers_is_saved(
+    there: Any, folder: Path, tmp_path: Path
+) -> None:
+    model = type(there).from_pretrained(folder)
+    before = {name: one.clone() for name, one in model.named_buffers()}
+    model.train()(TOKENS)
+    model.save_pretrained(tmp_path)
+    after = dict(type(there).from_pretrained(tmp_path).named_buffers())
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_saved_again_it_is_the_same_with_shared_weights_once(there: Any, tmp_path: Path) -> None:
+    there.save_pretrained(tmp_path)
+    again = type(there).from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, there(TOKENS).logits)
+    stored = load_file(tmp_path / "model.safetensors")
+    held = {tensor.data_ptr(): tensor for tensor in there.state_dict().values()}
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in held.values())
+    tied = there.config.tie_word_embeddings
+    assert (again.model.head.weight is again.model.embedding.weight) == tied
+
+
+def test_half_precision_is_half_precision(here: Checkpoint, there: Any, folder: Path) -> None:
+    half = type(there).from_pretrained(folder, dtype=torch.bfloat16)
+    assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
+    wanted = here.model(TOKENS)
+    assert (half(TOKENS).logits - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
+def test_a_new_model_of_the_config_starts_as_ours_do(here: Checkpoint, there: Any) -> None:
+    new = type(there)(there.config).model
+    assert torch.isfinite(new(TOKENS)).all()
+    for name, tensor in build(here.spec).state_dict().items():
+        found = new.state_dict()[name]
+        torch.testing.assert_close(found.mean(), tensor.mean(), rtol=0.1, atol=0.1)
+        torch.testing.assert_close(
+            found.square().mean(), tensor.square().mean(), rtol=0.5, atol=0.02
+        )
+
+
+def test_what_is_missing_is_drawn_and_the_rest_is_kept(
+    there: Any, folder: Path, tmp_path: Path
+) -> None:
+    there.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    gone = "model.norm.weight"
+    del stored[gone]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    found = type(there).from_pretrained(tmp_path).state_dict()
+    assert torch.equal(found.pop(gone), torch.ones(32))
+    assert all(torch.equal(found[name], there.state_dict()[name]) for name in found)
+
+
+def test_the_tokenizer_is_the_checkpoints(here: Checkpoint, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = "some words, täglich\n"
+    assert here.tokenizer is not None
+    ours = next(encode(read_tokenizer(here.tokenizer), [words]))[0].tolist()
+    assert tokenizer(words).input_ids == ours
+    assert tokenizer.decode(ours) == words
+    assert tokenizer.eos_token_id == 256
+    batch = tokenizer(["some words", "some"], padding=True, return_tensors="pt")
+    assert batch.attention_mask[1].tolist() == [0] * 6 + [1] * 4
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 256
+    assert generation["use_cache"]
+
+
+def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, ArchdslForCausalLM)
+    assert model.model.spec == here.spec
+    assert torch.equal(model(TOKENS).logits, here.model(TOKENS))
+
+
+def test_what_cannot_be_is_said_in_one_line(there: Any) -> None:
+    past = llama()(TOKENS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"give it what its new_cache\(\) returns, not a Dynamic"):
+        there(TOKENS, past_key_values=past)
+    with pytest.raises(ValueError, match="generate without an assistant"):
+        there.generate(TOKENS[:1], assistant_model=llama(), **NEW)
+    with pytest.raises(ValueError, match="cannot be quantized"):
+        there.generate(TOKENS, cache_implementation="quantized", **NEW)
+    with pytest.raises(ValueError, match="leave position_ids out"):
+        there(TOKENS, position_ids=torch.arange(12) % 6)
+    with pytest.raises(ValueError, match=r"attention_mask must be .*, got \[2, 1, 12, 12\]"):
+        there(TOKENS, attention_mask=torch.ones(2, 1, 12, 12))
+    with pytest.raises(Exception, match="129 tokens exceed") as error:
+        there.generate(TOKENS, **NEW | {"max_new_tokens": 200})
+    assert type(error.value).__name__ == "ContextFullError"
+    there(TOKENS, position_ids=torch.arange(12).expand(2, -1))  # says what is so anyway
+
+
+def test_the_code_is_the_same_whatever_the_spec_says(folder: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", None, 'description="import os; \\"\\"\\""')
+    export(other, tmp_path / "exported")
+    name = "modeling_archdsl.py"
+    assert (tmp_path / "exported" / name).read_text() == (folder / name).read_text()
+    assert not (tmp_path / "exported" / "tokenizer.json").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ExportError, match="mine exists and is no export; it is left as it is"):
+        export(checkpoint, tmp_path / "mine")
+    with pytest.raises(ExportError, match="is no export"):
+        export(checkpoint, tmp_path / "checkpoint")
+    export(checkpoint, tmp_path / "exported")
+    (tmp_path / "exported" / "old").touch()
+    export(checkpoint, tmp_path / "exported")
+    assert not (tmp_path / "exported" / "old").exists()
+
+
+def test_what_is_not_the_checkpoint_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None)
+    wrong = archdsl.interop.hf_export.code().replace("self.model.norm(hidden_BTD)", "hidden_BTD")
+    monkeypatch.setattr(archdsl.export, "code", lambda: wrong)
+    with pytest.raises(ExportError, match=r"logits differ by .*; nothing was written"):
+        export(checkpoint, tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_command_says_the_difference_it_measured(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoint", None)
+    words = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0
+    facts = json.loads(done.stdout)
+    assert facts["largest_difference"] <= 1e-5
+    assert facts["compared_tokens"] == 256
+    assert "differ from the checkpoint's by at most" in CliRunner().invoke(app, words).stdout
+
+
+def test_without_transformers_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "archdsl.interop.hf_export")
+    done = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "exported")])
+    assert done.exit_code == 1
+    assert done.stderr == "this needs transformers: pip install 'archdsl[transformers]'\n"
+
+
+ALONE = """
+import json, sys
+from pathlib import Path
+
+BLOCKED = {"archdsl", "pydantic", "einops", "optuna"}
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+
+sys.meta_path.insert(0, Blocker())
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+wanted = load_file(folder.with_suffix(".safetensors"))
+tokens, mask = wanted["tokens"], wanted["mask"]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(folder / "again")
+again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
+assert not {name.partition(".")[0] for name in sys.modules} & BLOCKED
+with torch.no_grad():
+    print(json.dumps({
+        "logits": (model(tokens).logits - wanted["logits"]).abs().max().item(),
+        "padded": (
+            model(tokens, attention_mask=mask).logits - wanted["padded"]
+        )[mask.bool()].abs().max().item(),
+        "again": (again(tokens).logits - model(tokens).logits).abs().max().item(),
+        "greedy": model.generate(tokens, max_new_tokens=10, eos_token_id=None).tolist(),
+        "text": tokenizer("some words").input_ids,
+        "files": sorted(path.name for path in (folder / "again").iterdir()),
+    }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], LEAKING, RICH], ids=["causal", "leaking", "rich"])
+def test_the_folder_needs_torch_and_transformers_alone(
+    tmp_path: Path, text: Data, overrides: list[str]
+) -> None:
+    here = saved(tmp_path / "checkpoint", text, *overrides)
+    here.model.eval()
+    export(here, tmp_path / "exported")
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = mask[1, 9:] = 0
+    with torch.no_grad():
+        logits, padded = here.model(TOKENS), here.model(TOKENS, mask.bool())
+    wanted = {"tokens": TOKENS, "mask": mask, "logits": logits, "padded": padded}
+    save_file(wanted, tmp_path / "exported.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "exported")],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert max(found["logits"], found["padded"]) <= 1e-5
+    assert found["again"] == 0
+    assert found["greedy"] == greedy(here, TOKENS, 10).tolist()
+    assert found["text"] == list(b"some words")
+    assert "modeling_archdsl.py" in found["files"]

@@ -1,0 +1,202 @@
+"""YAML 1.2 text to trees and back: scalars, positions, bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from archdsl.errors import Mark, SpecError
+from archdsl.lang import yaml as archdsl_yaml
+from archdsl.lang.yaml import Path, Tree, dump, dump_inline, parse
+
+NASTY = ["1e-3", "on", "010", "null", "0x10", "~", "1_000", ".inf", "162M", "", "<<", "-", "a: b"]
+NASTY += [
+    "a\n b\n",
+    " x",
+    "x ",
+    "#c",
+    "é\u2028\x85\ufeff😀\x00",
+    "'",
+    '"\\',
+    "true",
+    "0o7",
+    "k" * 120,
+]
+WORDS = st.sampled_from(NASTY) | st.text(max_size=20)
+NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = st.none() | st.booleans() | NUMBERS | WORDS
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4)
+
+
+VALUES = st.recursive(SCALARS, nested, max_leaves=20)
+
+
+def paths(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    yield path, value
+    items = value.items() if isinstance(value, dict) else []
+    for part, item in enumerate(value) if isinstance(value, list) else items:
+        yield from paths(item, (*path, part))
+
+
+def complaints(error: pytest.ExceptionInfo[SpecError]) -> list[str]:
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("1e-3", 0.001), ("1.", 1.0), (".5", 0.5), ("-3", -3), ("+3", 3), ("010", 10)],
+        *[("0o17", 15), ("0x1F", 31), ("0b1", "0b1"), ("1_000", "1_000"), ("162M", "162M")],
+        *[("true", True), ("FALSE", False), ("on", "on"), ("yes", "yes"), ("NO", "NO")],
+        *[("null", None), ("~", None), ("", None), ("'1'", "1"), ('"~"', "~"), ("e3", "e3")],
+        *[("12:30", "12:30"), ("2001-01-01", "2001-01-01")],
+    ],
+)
+def test_scalars_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
+    read = parse(f"on: {text}").value
+    assert repr(read) == repr({"on": value})
+
+
+@given(VALUES)
+def test_what_is_dumped_reads_back_as_the_same(value: Any) -> None:
+    assert repr(parse(dump(value)).value) == repr(value)
+    assert repr(parse(dump_inline(value)).value) == repr(value)
+
+
+@given(VALUES)
+def test_positions_point_at_the_text_of_each_scalar(value: Any) -> None:
+    text = dump(value)
+    tree = parse(text, "f.yaml")
+    assert set(tree.marks) == {path for path, _ in paths(value)}
+    for path, item in paths(value):
+        mark = tree.marks[path]
+        if not isinstance(item, dict | list):
+            line = text.split("\n")[mark.line - 1]
+            assert line[mark.column - 1 :].startswith(dump_inline(item))
+
+
+@given(st.text("[]{}:,-&*!|>'\"\\#%@`?~<= \n\tab01.\u2028\x00", max_size=40) | st.text())
+def test_any_text_is_a_tree_or_a_spec_error(text: str) -> None:
+    try:
+        value = parse(text).value
+    except SpecError as error:
+        value = [problem.mark.file for problem in error.problems if problem.mark]
+    assert repr(parse(dump(value)).value) == repr(value)
+
+
+def test_a_dump_keeps_short_things_on_one_line() -> None:
+    text = """\
+name: on the fly
+blocks:
+  - kind: stack
+    body:
+      - {kind: layer, ffn: 2560}
+      - kind: loop
+        capacity: [0.7, 0.9]
+        router: {kind: top_k}
+steps: {search: {choices: [1, 2, 4], default: 4}}
+empty: {}
+"""
+    assert dump(parse(text).value) == text
+    assert dump({"long": ["word" * 5] * 5}).count("\n") == 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**200, "\ud800", {1: 2}, {1, 2}])
+def test_a_dump_refuses_what_would_not_read_back(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        dump([value])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: 1\nb: 2\na: 3", "f:3:1: a: key 'a' was already given on line 1"),
+        ("a: .inf", "f:1:4: a: number .inf is not finite"),
+        ("a: [1, -.INF]", "f:1:8: a.1: number -.INF is not finite"),
+        ("a: .nan", "f:1:4: a: number .nan is not finite"),
+        ("a: 1e999", "f:1:4: a: number 1e999 is too large"),
+        ("a: " + "1" * 5000, "f:1:4: a: number of 5000 characters"),
+        ("a: !!python/name:os.system x", "f:1:4: a: tag '!!python/name:os.system' is not allowed"),
+        ("a: !!binary eA==", "f:1:4: a: tag '!!binary' is not allowed"),
+        ("a: ! 12", "f:1:4: a: tag '!' is not allowed"),
+        ("a: &x {b: 1}\nc:\n  <<: *x", "f:3:3: c: merge keys (<<) are not supported; use extends"),
+        ("? [a]\n: b", "f:1:3: a key must be a plain word"),
+        ("&a a: 1\n*a : 2", "f:1:1: a key must be a plain word"),
+        ("?\n: 1", "a key is missing before ':'"),
+        ("? " + "k" * 300 + "\n: 1", "f:1:3: key of 300 characters"),
+        ("a: *b", "f:1:4: a: alias *b is not defined"),
+        ("a: &a [*a]", "f:1:8: a.0: alias *a stands inside the value it names"),
+        ("a: 1\n---\nb: 2", "f:2:1: second document; a file holds one"),
+        ("", "f: is empty"),
+        ("# nothing\n", "f: is empty"),
+        ("a: [1,\nb: 2", "f:3:1: not valid YAML: did not find expected ',' or ']'"),
+        ("a:\n\t- 1", "f:2:1: not valid YAML: found character that cannot start any token; indent"),
+        ("a: b: c", "f:1:5: not valid YAML: mapping values are not allowed"),
+        ("ab\x00c", "f:1:3: character '\\x00' is not allowed"),
+        ("a: 1\nb: \u2028", "f:2:4: character '\\u2028' is not allowed"),
+        ("a: " + "[" * 101 + "]" * 101, "f:1:104: nested more than 100 levels deep"),
+        ("[" * 100_000, "nested more than 100 levels deep"),
+        ("- " * 100_000, "nested more than 100 levels deep"),
+        ("a: &a " + "[" * 60 + "]" * 60 + "\nb: " + "[" * 60 + "*a", "nested more than 100 levels"),
+        ("[" + "1," * 30_000 + "]", "more than 30000 values"),
+        ("#" * 2**20 + "\na: 1", "f: is larger than 1 MiB"),
+    ],
+)
+def test_bad_text_is_refused_with_its_place(text: str, complaint: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse(text, "f")
+    assert complaint in complaints(error)[-1]
+    assert len(str(error.value)) < 300
+
+
+def test_an_alias_bomb_is_refused_before_it_grows() -> None:
+    layers = [
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    bomb = "\n".join(["a: &a [x, x]", *layers])
+    assert len(parse("\n".join(bomb.splitlines()[:4])).value["d"]) == 9
+    with pytest.raises(SpecError, match=r"values, aliases expanded"):
+        parse(bomb)
+
+
+def test_all_problems_of_a_text_come_at_once_in_reading_order() -> None:
+    with pytest.raises(SpecError) as error:
+        parse("z: .inf\na: !t x\na: 1\nb: [", "f")
+    assert [line.split(": ")[0] for line in complaints(error)] == [
+        "f:1:4",
+        "f:2:4",
+        "f:3:1",
+        "f:5:1",
+    ]
+    with pytest.raises(SpecError, match="more than 100 problems") as error:
+        parse("- .inf\n" * 10_000)
+    assert len(error.value.problems) == 101
+
+
+def test_every_place_of_an_alias_is_a_copy_that_knows_its_origin() -> None:
+    tree = parse("a: &x {b: 1}\nc: *x\n", "f")
+    assert tree.value["a"] == tree.value["c"]
+    assert tree.value["a"] is not tree.value["c"]
+    assert (str(tree.mark(("c",))), str(tree.mark(("c", "b")))) == ("f:2:4", "f:1:11")
+
+
+def test_a_place_that_is_not_there_has_the_mark_of_what_is_around_it() -> None:
+    tree = parse("a:\n  b: 1", "f")
+    assert tree.mark(("a", "b", "union tag", 3)) == Mark("f", 2, 6)
+    assert Tree(1, {}).mark(("a",)) is None
+
+
+def test_the_python_parser_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a: &x [1, 'b', {c: ~}]\n'on': |\n  text\n  more\nd: *x\n? e\n"
+    fast = parse(text)
+    monkeypatch.setattr(archdsl_yaml, "LOADER", yaml.SafeLoader)
+    assert parse(text) == fast

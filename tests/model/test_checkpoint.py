@@ -1,0 +1,223 @@
+"""Checkpoints: what was saved comes back to the bit, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from archdsl.data.loading import SkillData, load_data
+from archdsl.data.skills import parse_skill
+from archdsl.data.types import Data
+from archdsl.lang.load import load
+from archdsl.model.build import build
+from archdsl.model.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_training,
+    save_checkpoint,
+)
+from archdsl.model.language_model import LanguageModel
+
+TOKENS = torch.arange(32).reshape(2, 16)
+
+
+def tiny(*overrides: str, seed: int = 0) -> LanguageModel:
+    return build(load("tiny", overrides=["dim=32", *overrides]), seed=seed)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Data:
+    (tmp_path / "text").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "text" / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+    return load_data(str(tmp_path / "text"), cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def saved(tmp_path: Path, text: Data) -> Path:
+    path = tmp_path / "saved"
+    training = {"step": 7, "moments": torch.arange(3.0)}
+    save_checkpoint(path, tiny(), tokenizer_from=text, provenance={"seed": 0}, training=training)
+    return path
+
+
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Replaces a file and its SHA-256, as somebody with bad intentions would."""
+    (path / name).write_bytes(content)
+    provenance = json.loads((path / "provenance.json").read_text())
+    provenance["files"][name] = sha256(content).hexdigest()
+    (path / "provenance.json").write_text(json.dumps(provenance))
+
+
+def test_a_model_comes_back_to_the_bit_with_its_spec_and_tokenizer(saved: Path) -> None:
+    found = load_checkpoint(saved)
+    assert torch.equal(found.model(TOKENS), tiny()(TOKENS))
+    assert found.spec == tiny().spec
+    assert found.tokenizer == saved / "tokenizer.json"
+    assert found.provenance["seed"] == 0
+    assert found.provenance["spec"] == tiny().spec.fingerprint()
+    training = load_training(saved)
+    assert training["step"] == 7
+    assert torch.equal(training["moments"], torch.arange(3.0))
+
+
+def test_shared_weights_are_stored_once_and_come_back_shared(tmp_path: Path) -> None:
+    model = tiny("tie_embeddings=true")
+    save_checkpoint(tmp_path / "tied", model, tokenizer_from=None, provenance={})
+    found = load_checkpoint(tmp_path / "tied").model
+    assert found.head.weight is found.embedding.weight
+    assert torch.equal(found(TOKENS), model(TOKENS))
+    stored = load_file(tmp_path / "tied" / "model.safetensors")
+    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
+
+    stored["head.weight"] = stored.pop("embedding.weight")  # the other name is as good
+    save_file(stored, tmp_path / "renamed")
+    forge(tmp_path / "tied", "model.safetensors", (tmp_path / "renamed").read_bytes())
+    assert torch.equal(load_checkpoint(tmp_path / "tied").model(TOKENS), model(TOKENS))
+
+
+def test_a_skill_leaves_no_tokenizer_and_a_mere_model_no_training(tmp_path: Path) -> None:
+    skill = load_data("skill:p-hop")
+    save_checkpoint(tmp_path / "new", tiny(), tokenizer_from=skill, provenance={})
+    assert load_checkpoint(tmp_path / "new").tokenizer is None
+    with pytest.raises(CheckpointError, match="holds a model, but not where its training stood"):
+        load_training(tmp_path / "new")
+    (tmp_path / "new" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not belong to this checkpoint"):
+        load_checkpoint(tmp_path / "new")
+
+
+FILES = ["model.safetensors", "spec.yaml", "tokenizer.json", "training.json"]
+FILES += ["training.safetensors"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [(flip, "altered or cut short"), (truncate, "altered or cut short"), (Path.unlink, "missing")],
+)
+def test_a_damaged_file_is_refused_by_name(
+    saved: Path, name: str, damage: Callable[[Path], None], complaint: str
+) -> None:
+    damage(saved / name)
+    with pytest.raises(CheckpointError, match=rf"saved/{name} (was|is) {complaint}"):
+        (load_training if name.startswith("training") else load_checkpoint)(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"{", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b" " * (2**26 + 1), "longer than 67,108,864 bytes"),
+        (b"[1]", "an object was expected, got a list"),
+        (b'{"format": 99}', "has checkpoint format 99; this version reads 1"),
+        (b'{"format": 1}', "does not say which files belong to it"),
+        (b'{"format": 1, "files": {"../../secret": ""}}', "does not say which files"),
+    ],
+)
+def test_a_provenance_that_makes_no_sense_is_refused(
+    saved: Path, content: bytes, complaint: str
+) -> None:
+    (saved / "provenance.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=complaint):
+        load_checkpoint(saved)
+
+
+def test_a_folder_that_is_no_checkpoint_is_told_apart_from_one_that_is_missing(
+    saved: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no checkpoint: .*did you mean .*saved\?"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("head.weight"), "head.weight is missing"),
+        (lambda t: t.update(extra=torch.ones(1)), "extra is unexpected"),
+        (
+            lambda t: t.update({"head.weight": torch.ones(3, 4)}),
+            r"head.weight is \[3, 4\], the spec makes it \[257, 32\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_spec_are_named(
+    saved: Path, change: Callable[[dict[str, torch.Tensor]], object], complaint: str
+) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "forged")
+    forge(saved, "model.safetensors", (saved / "forged").read_bytes())
+    with pytest.raises(CheckpointError, match=f"does not fit the spec: {complaint}"):
+        load_checkpoint(saved)
+
+
+def test_a_pickle_in_place_of_the_weights_is_not_opened(saved: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+            return Path.touch, (saved / "exploded",)
+
+    forge(saved, "model.safetensors", pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_checkpoint(saved)
+    assert not (saved / "exploded").exists()
+
+
+def test_a_spec_far_larger_than_its_weights_is_refused_before_it_is_built(saved: Path) -> None:
+    spec = (saved / "spec.yaml").read_text().replace("dim: 32", "dim: 65536")
+    forge(saved, "spec.yaml", spec.encode())
+    with pytest.raises(CheckpointError, match="does not fit the spec"):
+        load_checkpoint(saved)
+
+
+class Full(SkillData):
+    """Stands for a disk that is full halfway through."""
+
+    def save_tokenizer(self, path: Path) -> None:
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+
+def test_a_checkpoint_is_written_whole_or_the_old_one_stays(saved: Path, tmp_path: Path) -> None:
+    full = Full(parse_skill("p-hop"))
+    for path in (saved, tmp_path / "new"):
+        with pytest.raises(CheckpointError, match="could not be written: no space left"):
+            save_checkpoint(path, tiny(seed=1), tokenizer_from=full, provenance={})
+    assert torch.equal(load_checkpoint(saved).model(TOKENS), tiny()(TOKENS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "saved", "text"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    save_checkpoint(tmp_path / "made", tiny(), tokenizer_from=None, provenance={})
+    assert torch.equal(load_checkpoint(tmp_path / "made").model(TOKENS), tiny()(TOKENS))
+
+
+def test_an_older_checkpoint_is_replaced_but_nothing_else_is(saved: Path, tmp_path: Path) -> None:
+    save_checkpoint(saved, tiny(seed=1), tokenizer_from=None, provenance={})
+    assert torch.equal(load_checkpoint(saved).model(TOKENS), tiny(seed=1)(TOKENS))
+    assert not (saved / "training.json").exists()
+    with pytest.raises(CheckpointError, match="exists and is no checkpoint; it is left as it is"):
+        save_checkpoint(tmp_path / "text", tiny(), tokenizer_from=None, provenance={})
+    assert len(list((tmp_path / "text").iterdir())) == 3

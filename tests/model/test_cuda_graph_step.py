@@ -1,0 +1,206 @@
+"""Decoding at fixed shapes: what it computes, and that nothing in it depends on a number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import archdsl
+from archdsl.checks.invariants import gap
+from archdsl.errors import ArchdslError
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.cuda_graph_step import TokenStep
+from archdsl.model.language_model import DialError, LanguageModel
+from archdsl.nn.cache import ContextFullError
+from tests import naive
+from tests.blocks.test_contract import EXAMPLES, in_a_model
+from tests.strategies import specs
+
+ROWS = 3
+LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
+NARROW = {"kind": "layer", "attention": {"head_size": 8, "window": 3}, "ffn": {"hidden": 24}}
+LOOP = {"kind": "loop", "steps": 3, "router": {"kind": "prefix", "capacity": [0.7, 0.4]}}
+CASES = {name: in_a_model(family, part.example) for name, (family, part) in EXAMPLES.items()} | {
+    "shared": in_a_model("block", LOOP | {"body": LAYER, "kv": "shared"}),
+    "shared, all": in_a_model("block", LOOP | {"body": LAYER, "kv": "shared", "router": None}),
+    "narrow": in_a_model("block", LOOP | {"body": NARROW}),
+    "narrow, shared": in_a_model("block", LOOP | {"body": NARROW, "kv": "shared"}),
+    "loop in loop": in_a_model("block", LOOP | {"body": LOOP | {"body": NARROW}}),
+}
+
+
+def built(spec: ModelSpec) -> LanguageModel:
+    model = archdsl.build(spec).eval()
+    naive.randomise(model)
+    for name, quantiles in model.named_buffers():  # or nothing routed by threshold would be chosen
+        if name.endswith("quantiles_RQ"):
+            quantiles.copy_(quantiles / 4)
+    return model
+
+
+def shipped(name: str, *overrides: str) -> ModelSpec:
+    return archdsl.load(name, overrides=overrides).resized(Sizes(32, 40, 64, 8, 2))
+
+
+def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
+    """Rows of unequal pasts, of which some skip a turn, and one ends early."""
+    model, T = built(spec), spec.context
+    rng = torch.Generator().manual_seed(1)
+    tokens_BT = torch.randint(spec.vocab_size, (ROWS, T), generator=rng)
+    mask_BT = torch.rand(ROWS, T, generator=rng) < 0.8
+    mask_BT[0, 1:] = True
+    mask_BT[2, T // 2 + 1 :] = False
+    start = int(torch.randint(T + 1, (), generator=rng))
+    with torch.no_grad(), model.causal_routing():
+        whole_BTV = model(tokens_BT, mask_BT)
+        grown, fixed = model.new_cache(T), model.new_cache(T)
+        if start:
+            for cache in (grown, fixed):
+                model(tokens_BT[:, :start], mask_BT[:, :start], cache)
+        step = TokenStep(model, fixed, ROWS)
+        for t in range(start, T):
+            real_B = mask_BT[:, t]
+            logits_BV = step(torch.where(real_B, tokens_BT[:, t], -1).tolist())
+            shares, steps_BT = model.trace.shares, model.trace.steps_BT
+            assert not any(math.isnan(share) for share in shares.values())
+            assert logits_BV.isfinite().all() or not whole_BTV.isfinite().all()
+            assert gap(logits_BV[real_B], whole_BTV[real_B, t]).share < 1e-11
+            now_BV = model(tokens_BT[:, t : t + 1], mask_BT[:, t : t + 1], grown)[:, -1]
+            assert gap(logits_BV[real_B], now_BV[real_B]).share < 1e-11
+            torch.testing.assert_close(steps_BT, model.trace.steps_BT, rtol=0, atol=0)
+            for name, share in model.trace.shares.items() if real_B.any() else ():
+                assert share == shares[name]
+        torch.testing.assert_close(fixed.length, mask_BT.sum(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_computes_what_it_computes_otherwise(name: str) -> None:
+    agrees_with_growing_decode_and_with_one_pass(CASES[name])
+
+
+@settings(max_examples=15)
+@given(specs())
+def test_so_does_any_spec(spec: ModelSpec) -> None:
+    agrees_with_growing_decode_and_with_one_pass(spec)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(specs())
+def test_so_does_any_of_300_specs(spec: ModelSpec) -> None:
+    agrees_with_growing_decode_and_with_one_pass(spec)
+
+
+class Recorder(TorchDispatchMode):
+    """What is computed, of which shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        self.ops.append((str(func), [x.shape for x in tensors]))
+        return func(*args, **(kwargs or {}))
+
+
+ASKS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_shape_depends_on_a_number_and_the_host_is_never_asked(name: str) -> None:
+    model = built(CASES[name])
+    step = TokenStep(model, model.new_cache(), ROWS)
+    recorded, taken = [], set()
+    for turn in range(8):
+        step([turn % 5, -1 if turn % 3 else 2, 4])
+        taken.add(str({**model.router_shares()}))
+        with Recorder() as recorder:
+            step._run()
+        recorded.append(recorder.ops)
+    assert all(ops == recorded[0] for ops in recorded)
+    assert not [op for op, _ in recorded[0] if op.startswith(ASKS)]
+    assert len(taken) > 1 or not model.routers, "the router always said the same"
+
+
+ROUTER = "blocks.0.body.1.router.kind"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("transformer", []),
+        ("mor", []),
+        ("itt", [f"{ROUTER}=prefix"]),
+        ("itt", [f"{ROUTER}=threshold"]),
+        ("itt", ["blocks.0.body.1.kv=shared", "blocks.0.body.1.body.attention.window=7"]),
+    ],
+    ids=["plain", "mor", "itt-prefix", "itt-threshold", "itt-shared-window"],
+)
+def test_compiles_as_one_graph_once(
+    name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    model, counter = built(shipped(name, *overrides)), CompileCounter()
+    step, plain = (TokenStep(model, model.new_cache(), ROWS) for _ in range(2))
+    compiled = torch.compile(step._run, fullgraph=True, dynamic=False, backend=counter)
+    monkeypatch.setattr(step, "_run", compiled)
+    for turn in range(20):
+        tokens = [turn % 5, -1 if turn % 3 else 2, 4]
+        torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-11, atol=1e-11)
+    assert counter.frame_count == 1
+
+
+def test_says_what_cannot_be_and_leaves_all_as_it_was() -> None:
+    model = built(shipped("itt"))
+    cache, one = model.new_cache(4), 1
+    step = TokenStep(model, cache, 2)
+    for _ in range(3):
+        step([one, -1])
+    step([one, one])
+    with pytest.raises(ContextFullError, match="room for 4 tokens of a row"):
+        step([one, one])
+    step([-1, one])  # this row has room left
+    torch.testing.assert_close(cache.length, torch.tensor([4, 2]))
+    model.dial(capacity=0.5)
+    with pytest.raises(DialError, match="begin with a new one"):
+        step([-1, one])
+    model.dial()
+    cache.reorder(torch.tensor([1]))
+    with pytest.raises(ArchdslError, match="make another TokenStep"):
+        step([-1, one])
+    assert cache.length == 2
+    again = TokenStep(model, cache, 1)
+    assert again([one]).shape == (1, model.spec.vocab_size)
+    torch.testing.assert_close(cache.length, torch.tensor([3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_graph_computes_what_the_steps_do(name: str) -> None:
+    model = built(CASES[name]).cuda()
+    tokens_BT = torch.randint(model.spec.vocab_size, (ROWS, 5), device="cuda")
+    mask_BT = torch.rand(ROWS, 5, device="cuda") < 0.8
+    caches = [model.new_cache() for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens_BT, mask_BT, cache)
+        step = TokenStep(model, caches[0], ROWS)
+        assert step.graph is not None
+        for turn in range(8):
+            row = [turn % 5, -1 if turn % 3 else 2, 4]
+            now_B1 = torch.tensor(row, device="cuda").unsqueeze(1)
+            wanted_BV = model(now_B1.clamp(min=0), now_B1 >= 0, caches[1])[:, -1]
+            steps_BT = model.trace.steps_BT
+            real_B = now_B1[:, 0] >= 0
+            found_BV = step(row)
+            assert gap(found_BV[real_B], wanted_BV[real_B]).share < 1e-9
+            torch.testing.assert_close(model.trace.steps_BT, steps_BT, rtol=0, atol=0)

@@ -1,0 +1,186 @@
+"""The compute dial: other capacities, other numbers of steps, after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import archdsl
+from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.build import meta_model
+from archdsl.model.executed_flops import executed, flops_per_token
+from archdsl.model.language_model import DialError, LanguageModel
+from tests import naive
+
+V, T = 11, 20
+LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
+LOOP: dict[str, Any] = {
+    "kind": "loop",
+    "steps": 3,
+    "router": {"kind": "prefix", "capacity": [0.7, 0.4]},
+    "residual": "thinking",
+    "encoding": "scale",
+    "body": LAYER,
+}
+
+
+def spec(**fields: Any) -> ModelSpec:
+    loop = LOOP | fields
+    whole = {"name": "m", "vocab_size": V, "context": T, "dim": 16, "blocks": [LAYER, loop]}
+    return ModelSpec.model_validate(whole)
+
+
+def built(**fields: Any) -> LanguageModel:
+    model = archdsl.build(spec(**fields)).eval()
+    naive.randomise(model)
+    return model
+
+
+def run(model: LanguageModel) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(2 * T).view(2, T) * 7 % V)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "threshold", "top_k", "random"])
+def test_a_dialled_capacity_is_that_of_a_model_made_with_it(kind: str) -> None:
+    model = built(router={"kind": kind, "capacity": [0.7, 0.4]})
+    other = built(router={"kind": kind, "capacity": [0.3, 0.9]})
+    model.dial(capacity=[0.3, 0.9])
+    torch.testing.assert_close(run(model), run(other))
+    model.dial()
+    assert not run(model).allclose(run(other))
+
+
+def test_fewer_steps_are_those_of_a_model_made_with_them() -> None:
+    model, other = built(), built(steps=2)
+    other.load_state_dict(
+        {
+            name: weight[: len(other.state_dict()[name])]
+            for name, weight in model.state_dict().items()
+        }
+    )
+    model.dial(steps=2)
+    torch.testing.assert_close(run(model), run(other))
+
+
+def test_further_steps_do_what_the_last_trained_one_did() -> None:
+    model, other = (
+        built(),
+        built(steps=5, router={"kind": "prefix", "capacity": [0.7, 0.4, 0.4, 0.4]}),
+    )
+    rows = {"phi_SD": [0, 1, 2, 2, 2], "weight_RD": [0, 1, 1, 1]}
+    other.load_state_dict(
+        {
+            name: weight[rows.get(name.rpartition(".")[2], slice(None))]
+            for name, weight in model.state_dict().items()
+        }
+    )
+    model.dial(steps=5)
+    torch.testing.assert_close(run(model), run(other))
+    assert list(model.router_shares()) == [f"blocks.1.{i}" for i in range(4)]
+
+
+def test_at_capacity_0_a_step_is_skipped_and_at_1_every_token_takes_it() -> None:
+    model = built(router={"kind": "prefix", "capacity": 0.5}, residual="delta")
+    model.dial(capacity=0)
+    plain = run(model)
+    assert model.trace.steps_BT is not None
+    assert not model.trace.steps_BT.any()
+    model.dial(steps=1)
+    torch.testing.assert_close(run(model), plain)
+    model.dial(capacity=[1, 0])
+    run(model)
+    assert (model.trace.steps_BT == 1).all()
+    assert model.router_shares() == {"blocks.1.0": 1}
+
+
+def test_steps_are_counted_where_they_are_taken() -> None:
+    model = built(body={**LOOP, "steps": 2})
+    run(model)
+    steps_BT, shares = model.trace.steps_BT, model.router_shares()
+    assert steps_BT is not None
+    assert steps_BT[:, 0].min() > 0  # the first token is always within the budget
+    assert steps_BT.max() > steps_BT.min()
+    padded = torch.zeros(1, T, dtype=torch.bool)
+    padded[:, 3:9] = True
+    with torch.no_grad():
+        model(torch.arange(T).unsqueeze(0) % V, padded)
+    steps_BT = model.trace.steps_BT
+    assert steps_BT is not None
+    assert not steps_BT[~padded].any()
+    assert steps_BT[padded].any()
+    assert set(shares) == {"blocks.1.0", "blocks.1.1", "blocks.1.bodies.0.0"}
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([0, 0.3, 1, [0.9, 0.0], [1, 0.2]]) | st.none(),
+    st.sampled_from([1, 3, 6]) | st.none(),
+    st.sampled_from(["own", "shared"]),
+)
+def test_what_a_pass_cost_is_what_is_counted(
+    capacity: float | list[float] | None, steps: int | None, kv: str
+) -> None:
+    top_k = spec(router={"kind": "top_k", "capacity": 0.4}, kv=kv)
+    if isinstance(capacity, list):
+        steps = None
+    model = meta_model(top_k).eval()
+    model.dial(capacity, steps)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, T, dtype=torch.long, device="meta"))
+    model.trace.shares.clear()  # no numbers on the meta device: the capacities count
+    assert sequence_cost(executed(model)).flops == counter.get_total_flops()
+
+
+def test_the_measured_share_counts_once_there_has_been_a_pass() -> None:
+    model = built(router={"kind": "prefix", "capacity": 0.5}, steps=2)
+    expected = flops_per_token(model, T)
+    assert expected == pytest.approx(archdsl.cost(model.spec).expected)
+    run(model)
+    assert model.router_shares()["blocks.1.0"] < 0.5
+    assert flops_per_token(model, T) < expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "dial", "message"),
+    [
+        ({}, {"capacity": [0.5]}, "2 passes are routed, so one capacity or 2 are needed; got 1"),
+        ({}, {"capacity": [0.5, 1.5]}, "a capacity is between 0 and 1, got 1.5"),
+        ({}, {"capacity": -0.1}, "between 0 and 1"),
+        ({}, {"capacity": float("nan")}, "between 0 and 1"),
+        ({}, {"steps": 0}, "at least one step, got 0"),
+        ({"parameters": "per_step"}, {"steps": 4}, "has weights for 3 steps, each its own; got 4"),
+        ({"router": None}, {"capacity": 0.5}, "m has no routers"),
+        (
+            {"router": {"kind": "prefix", "capacity": [1.0, 0.5]}},
+            {"capacity": [0.5, 0.5]},
+            "routed pass 1 was trained on every token and has no router",
+        ),
+        (
+            {"router": {"kind": "prefix", "capacity": [0.7, 0.5], "nested": True}},
+            {"capacity": [0.4, 0.5]},
+            "is nested, so capacities must not rise",
+        ),
+    ],
+)
+def test_what_a_model_cannot_serve_is_refused_with_all_as_it_was(
+    fields: dict[str, Any], dial: dict[str, Any], message: str
+) -> None:
+    model = built(**fields)
+    before = run(model)
+    with pytest.raises(DialError, match=message):
+        model.dial(**dial)
+    assert run(model).equal(before)
+
+
+def test_a_model_without_loops_has_nothing_to_dial() -> None:
+    fields = {"name": "m", "vocab_size": V, "context": T, "dim": 16, "blocks": [LAYER]}
+    with pytest.raises(DialError, match="m has no loops"):
+        archdsl.build(ModelSpec.model_validate(fields)).dial(steps=2)

@@ -1,0 +1,155 @@
+"""The cache: what it holds, what it costs, what becomes of its rows. That decoding with it agrees
+with one pass is asked of every block in test_contract.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import archdsl
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.language_model import DialError, LanguageModel
+from archdsl.nn.cache import Cache, ContextFullError, Kept, Stream
+from tests import naive
+
+V, T = 11, 16
+LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
+LOOP = {"kind": "loop", "steps": 3, "router": {"kind": "prefix", "capacity": 0.4}, "body": LAYER}
+
+
+def built(*blocks: Any) -> LanguageModel:
+    fields = {"name": "m", "vocab_size": V, "context": T, "dim": 16, "blocks": blocks}
+    model = archdsl.build(ModelSpec.model_validate(fields)).eval()
+    naive.randomise(model)
+    return model
+
+
+def tokens(batch: int = 3) -> Tensor:
+    return torch.randint(V, (batch, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer", "itt", "mor", "mod", "hybrid", "universal", "tiny"]
+)
+@torch.inference_mode()
+def test_the_receipt_s_bytes_are_the_bytes_it_takes(name: str) -> None:
+    spec = archdsl.load(name).resized(Sizes(32, 40, 64, 8, 2))
+    model = archdsl.build(spec, dtype=torch.bfloat16).eval()
+    cache = model.new_cache()
+    model(torch.arange(40).unsqueeze(0), cache=cache)
+    assert cache.nbytes == archdsl.cost(spec).kv_bytes_per_token * 40
+
+
+@torch.inference_mode()
+def test_what_only_some_tokens_computed_takes_the_room_of_these() -> None:
+    model, cache = built(LOOP), Cache(T)
+    model(tokens(1), cache=cache)
+    kept = {
+        (path, name): entries.limit
+        for (_, path), memory in cache._memories.items()
+        for name, entries in memory.kept.items()
+    }
+    assert kept == {
+        ((0,), "k"): 16,
+        ((0,), "v"): 16,
+        ((1,), "scores"): 16,
+        ((1,), "k"): 6,
+        ((1,), "v"): 6,
+        ((2,), "scores"): 16,
+        ((2,), "k"): 6,
+        ((2,), "v"): 6,
+    }
+
+
+@torch.inference_mode()
+def test_shared_keys_and_values_are_kept_once() -> None:
+    own, shared = built(LAYER), built(LOOP | {"router": None, "kv": "shared"})
+    caches = [Cache(T), Cache(T)]
+    for model, cache in zip((own, shared), caches, strict=True):
+        model(tokens(), cache=cache)
+    assert caches[0].nbytes == caches[1].nbytes
+
+
+@torch.inference_mode()
+def test_further_passes_of_all_tokens_see_the_first_pass_s_keys_of_earlier_chunks() -> None:
+    model, tokens_BT = built(LOOP | {"router": None, "kv": "shared"}), tokens()
+    mask_BT = torch.ones(3, T, dtype=torch.bool)
+    mask_BT[0, 2:5] = False  # this row is behind the others then
+    cache, sizes = Cache(T), [6, 1, 1, 8]
+    chunks = zip(tokens_BT.split(sizes, 1), mask_BT.split(sizes, 1), strict=True)
+    found = torch.cat([model(part, mask, cache) for part, mask in chunks], 1)
+    torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
+
+
+@torch.inference_mode()
+def test_a_row_that_is_ahead_may_have_no_token_while_the_others_have() -> None:
+    router = {"kind": "prefix", "capacity": 0.9}
+    model, tokens_BT = built(LOOP | {"kv": "shared", "router": router}), tokens()
+    mask_BT = torch.ones(3, T, dtype=torch.bool)
+    mask_BT[1:, 2:5] = False
+    mask_BT[0, 8:10] = False
+    cache, sizes = Cache(T), [8, *[1] * 8]
+    chunks = zip(tokens_BT.split(sizes, 1), mask_BT.split(sizes, 1), strict=True)
+    found = torch.cat([model(part, mask, cache) for part, mask in chunks], 1)
+    torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
+
+
+@torch.inference_mode()
+def test_rows_can_be_doubled_left_out_and_reordered() -> None:
+    model, tokens_BT = built(LOOP, LAYER), tokens()
+    cache = model.new_cache()
+    model(tokens_BT[:, :9], torch.rand(3, 9) < 0.7, cache)
+    whole = model.new_cache()
+    mask_BT = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.7
+    cache = model.new_cache()
+    model(tokens_BT[:, :9], mask_BT, cache)
+    rows = torch.tensor([2, 0, 2, 2])
+    model(tokens_BT[rows, :9], mask_BT[rows], whole)
+    cache.reorder(rows)
+    for t in range(9, T):
+        step = tokens_BT[rows, t : t + 1]
+        torch.testing.assert_close(model(step, cache=cache), model(step, cache=whole))
+
+
+@torch.inference_mode()
+def test_a_full_cache_says_so_and_stays_as_it_was() -> None:
+    model, tokens_BT = built(LOOP), tokens()
+    cache = model.new_cache(10)
+    model(tokens_BT[:, :9], cache=cache)
+    before = cache.nbytes
+    with pytest.raises(ContextFullError, match=r"12 tokens exceed the 10"):
+        model(tokens_BT[:, 9:12], cache=cache)
+    assert (cache.length, cache.nbytes) == (9, before)
+    model(tokens_BT[:, 9:10], cache=cache)
+    assert cache.length == 10
+    with pytest.raises(ContextFullError, match="17 tokens exceed the context of 16"):
+        model.new_cache(17)
+
+
+@torch.inference_mode()
+def test_the_dial_must_not_be_turned_while_a_cache_is_in_use() -> None:
+    model, tokens_BT = built(LOOP), tokens()
+    cache = model.new_cache()
+    model(tokens_BT[:, :4], cache=cache)
+    model.dial(capacity=0.9)
+    with pytest.raises(DialError, match="begin with a new one"):
+        model(tokens_BT[:, 4:], cache=cache)
+    model.dial()
+    assert model(tokens_BT[:, 4:], cache=cache).isfinite().all()
+
+
+def test_the_newest_entries_replace_the_oldest_where_there_is_no_more_room() -> None:
+    kept = Kept(torch.zeros(2, 1, 1), limit=4)
+    new = torch.arange(1.0, 7.0).view(1, 6, 1).expand(2, 6, 1)
+    kept.write(new, Stream(0, torch.tensor([6, 3]), 4))
+    past = torch.tensor([6, 3])
+    order_BS = kept.order(past)
+    assert order_BS.tolist() == [[4, 5, 2, 3], [0, 1, 2, -1]]
+    for row, order_S in zip(kept.data[..., 0].tolist(), order_BS.tolist(), strict=True):
+        assert [v for v, o in zip(row, order_S, strict=True) if o >= 0] == [
+            o + 1 for o in order_S if o >= 0
+        ]

@@ -1,0 +1,197 @@
+"""What a training step needs of memory: tensors that autograd keeps, and the allocator's peak."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from torch import Tensor, nn
+
+import archdsl
+from archdsl.blocks.attention import QUERIES
+from archdsl.blocks.loop import LoopSpec
+from archdsl.lang.source import shipped_specs
+from archdsl.lang.spec import ModelSpec, Sizes, walk
+from archdsl.reports.training_memory import installed, kept, shortage, training_memory, whole
+from archdsl.training.config import TrainConfig
+from benchmarks.memory import allocated, measured
+from tests.strategies import specs
+
+SMALL = Sizes(dim=32, context=96, vocab_size=101, head_size=16, repeat=1)
+NAMES = [name for name in shipped_specs() if not name.endswith(("230m", "466m"))]  # but for width
+
+
+# The instrument
+
+
+def test_counts_what_can_be_counted_on_paper() -> None:
+    linear, x_BD = nn.Linear(30, 50, bias=False), torch.randn(20, 30)
+    result = 4 * 20 * 50
+    forward = allocated(lambda: F.silu(linear(x_BD)))  # which keeps what it is the silu of
+    assert (forward.peak, forward.left) == (2 * result, 2 * result)
+    with torch.no_grad():
+        forgotten = allocated(lambda: F.silu(linear(x_BD)))
+    assert (forgotten.peak, forgotten.left) == (2 * result, result)
+    assert allocated(lambda: F.silu(linear(x_BD)).sum().backward()).left == 4 * 30 * 50
+
+
+def test_what_was_there_before_a_call_is_not_of_it() -> None:
+    there = [torch.zeros(10_000)]
+    found = allocated(lambda: (there.pop(), torch.zeros(10))[1])
+    assert (found.peak, found.left) == (40, 40)
+
+
+# What a pass keeps
+
+
+class Saved:
+    """Lives as long as autograd keeps the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(spec: ModelSpec, batch_size: int, checkpointed: bool = False) -> int:
+    """Of distinct memory, that of parameters and of single numbers left out."""
+    model = archdsl.build(spec).train()
+    model.checkpoint_activations = checkpointed
+    alive: WeakSet[Saved] = WeakSet()
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    inputs: list[Tensor] = []
+    if checkpointed:
+        for layer in model.layers:
+            layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    tokens_BT = torch.randint(spec.vocab_size, (batch_size, spec.context))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        logits_BTV = model(tokens_BT)
+    tensors = [saved.tensor for saved in alive if saved.tensor.dim()] + inputs
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    for weight in model.parameters():
+        memory.pop(weight.untyped_storage().data_ptr(), None)
+    del logits_BTV
+    return sum(memory.values())
+
+
+@settings(max_examples=60)
+@given(specs())
+def test_any_spec_keeps_what_autograd_saves(spec: ModelSpec) -> None:
+    keeps_what_autograd_saves(spec)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@given(specs())
+def test_any_of_400_specs_keeps_what_autograd_saves(spec: ModelSpec) -> None:
+    keeps_what_autograd_saves(spec)
+
+
+def keeps_what_autograd_saves(spec: ModelSpec) -> None:
+    parts = [part for _, part in walk(spec)]
+    assume(not any(depends_on_the_choice(part) for part in parts))
+    assert kept(spec, whole(spec, 3)) == saved_bytes(spec, 3)
+
+
+def depends_on_the_choice(part: Any) -> bool:
+    """Which of the first pass's keys a selected query may see."""
+    return isinstance(part, LoopSpec) and part.kv == "shared" and part.router is not None
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [{}, {"queries_per_kv": 2}, {"window": 50}, {"window": 50, "qk_norm": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("router", [None, "top_k", "prefix"])
+def test_attention_under_a_mask_keeps_what_autograd_saves(attention: Any, router: Any) -> None:
+    spec = looped(attention, router and {"kind": router, "capacity": 0.9}, context=2 * QUERIES)
+    assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+
+
+@pytest.mark.parametrize("attention", [{}, {"queries_per_kv": 2}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("router", ["top_k", "prefix", "random"])
+def test_most_queries_are_kept_at_the_places_of_all(attention: Any, router: Any) -> None:
+    spec = looped(attention, {"kind": router, "capacity": 0.9}, context=40, kv="shared")
+    assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+
+
+def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpec:
+    layer = {"kind": "layer", "attention": {"head_size": 8} | attention, "ffn": {"hidden": 24}}
+    loop = {"kind": "loop", "router": router, "body": layer} | fields
+    sizes = {"name": "parts", "vocab_size": 11, "context": context, "dim": 16}
+    return ModelSpec.model_validate(sizes | {"blocks": [loop]})
+
+
+def test_under_shared_keys_it_keeps_nearly_what_autograd_saves() -> None:
+    spec = archdsl.load("hybrid").resized(SMALL._replace(context=300))
+    assert any(depends_on_the_choice(part) for _, part in walk(spec))
+    assert kept(spec, whole(spec, 2)) == pytest.approx(saved_bytes(spec, 2), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["transformer", "itt", "hybrid"])
+def test_recomputed_layers_keep_their_inputs_alone(name: str) -> None:
+    spec = archdsl.load(name).resized(SMALL)
+    closed, saved = kept(spec, whole(spec, 2), checkpointed=True), saved_bytes(spec, 2, True)
+    # the tables of rotary angles are the context's, and nobody saves them
+    assert saved <= closed <= saved + 2 * 4 * spec.context * SMALL.head_size
+
+
+# The peak
+
+
+def off(spec: ModelSpec, batch_size: int, **config: Any) -> float:
+    """Closed form over the allocator's peak, less one."""
+    recomputed = config.get("activation_checkpointing", False)
+    accumulate = config.get("accumulate", 1)
+    closed = training_memory(spec, batch_size, checkpointed=recomputed, accumulate=accumulate)
+    return abs(closed.peak / measured(spec, batch_size, **config) - 1)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_a_shipped_spec_needs_what_is_estimated(name: str, recomputed: bool) -> None:
+    spec = archdsl.load(name).resized(SMALL)
+    # what is kept is counted to the byte, what a backward pass needs besides is not
+    assert off(spec, 2, activation_checkpointing=recomputed) < (0.06 if recomputed else 0.01)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("context", "batch_size", "accumulate"),
+    [(8, 1, 1), (64, 4, 4), (64, 4, 1)],
+    ids=["gradients last", "accumulated", "at once"],
+)
+def test_the_peak_is_found_wherever_it_is(
+    context: int, batch_size: int, accumulate: int, tied: bool
+) -> None:
+    spec = archdsl.load("itt", overrides=[f"tie_embeddings={str(tied).lower()}"])
+    spec = spec.resized(SMALL._replace(dim=64, context=context, vocab_size=1000))
+    assert off(spec, batch_size, accumulate=accumulate) < 0.01
+
+
+def test_only_activations_grow_with_the_batch() -> None:
+    spec = archdsl.load("itt").resized(SMALL)
+    # so large that most is needed at the same time
+    four, eight, sixteen = (training_memory(spec, size) for size in (4, 8, 16))
+    assert four.weights == eight.weights == 4 * archdsl.cost(spec).params
+    assert four.optimizer == 2 * four.weights
+    assert sixteen.peak - eight.peak == 2 * (eight.peak - four.peak) > 0
+
+
+def test_a_training_that_needs_more_than_there_is_says_what_needs_less() -> None:
+    spec = archdsl.load("itt")
+    huge = TrainConfig(batch_size=10_000, accumulate=2)
+    assert training_memory(spec, 10_000, accumulate=2).peak > installed() > 2**20
+    said = shortage(spec, huge)
+    assert said is not None
+    assert "--batch-size (now 10000)" in said
+    assert "--accumulate (now 2)" in said
+    assert shortage(spec, TrainConfig(batch_size=10_000, accumulate=10_000, context=16)) is None

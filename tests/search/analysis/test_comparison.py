@@ -1,0 +1,304 @@
+"""The contest: who is trained and when, what whole seeds say, and that words say no more."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from io import StringIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import archdsl
+from archdsl.costs.receipt import cost, sequence_cost
+from archdsl.lang.spec import ModelSpec
+from archdsl.search.analysis.baselines import (
+    FLOPS_TWIN,
+    LOOP_TWIN,
+    PARAMS_TWIN,
+    RANDOM_TWIN,
+    WINNER,
+)
+from archdsl.search.analysis.comparison import (
+    OBJECTIVE,
+    Entry,
+    Key,
+    as_json,
+    contest_jobs,
+    differences,
+    entries,
+    known,
+    role_of,
+    run_contest,
+)
+from archdsl.search.analysis.conclusions import verdict, what_matters
+from archdsl.search.report.tables import contestants, failures, gaps
+from archdsl.search.trials.proxy import Job, Proxy, Score, Task
+from archdsl.search.workers.pool import InProcess, JobFailed
+
+TASK = Task(
+    data="skill:p-hop,hops=1,length=12", context=12, batch_size=4, rungs=(1, 2), eval_tokens=120
+)
+HALF = TASK.model_copy(update={"weight": 0.5})
+PROXY = Proxy(dim=16, head_size=8, tasks={"a": TASK, "b": HALF})
+
+
+def score(loss: float | None) -> Score:
+    return Score(steps=2, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0)
+
+
+class Scripted:
+    """A pool in which a function says what comes of each job, in the order of asking."""
+
+    def __init__(self, outcome: Callable[[Job], Score], workers: int = 2) -> None:
+        self.outcome, self.workers = outcome, workers
+        self.jobs: list[Job] = []
+
+    def submit(self, work: Any) -> Future[Any]:
+        self.jobs.append(work)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(self.outcome(work))
+        except JobFailed as failure:
+            future.set_exception(failure)
+        return future
+
+
+def times(n: int) -> Callable[[], bool]:
+    left = iter([True] * n)
+    return lambda: next(left, False)
+
+
+@pytest.fixture
+def winner() -> ModelSpec:
+    return archdsl.load("tiny")
+
+
+@pytest.fixture
+def jobs(winner: ModelSpec, tmp_path: Path) -> dict[Key, Job]:
+    return contest_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=True)
+
+
+def quiet(_: str) -> None: ...
+
+
+def test_all_meet_with_one_seed_before_the_next_and_controls_come_first(
+    winner: ModelSpec, jobs: dict[Key, Job], tmp_path: Path
+) -> None:
+    seeds = [seed for seed, _ in groupby(job.seed for job in jobs.values())]
+    assert seeds == [7, 8, 9]
+    first = [role_of(name) for name, _, seed in jobs if seed == 7]
+    assert [role for role, _ in groupby(first)] == ["winner", "control", "ablation"]
+    unablated = contest_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=False)
+    assert unablated == {k: v for k, v in jobs.items() if role_of(k[0]) != "ablation"}
+    assert all(job.steps == TASK.rungs[-1] for job in jobs.values())
+
+
+def test_controls_are_equal_where_they_are_trained(jobs: dict[Key, Job]) -> None:
+    own, layer = (sequence_cost(jobs[name, "a", 7].spec) for name in (WINNER, PARAMS_TWIN))
+    assert layer.params == pytest.approx(own.params, rel=0.03)
+    for twin in (FLOPS_TWIN, LOOP_TWIN):
+        assert sequence_cost(jobs[twin, "a", 7].spec).flops == pytest.approx(own.flops, rel=0.1)
+
+
+def test_what_is_entered_is_of_full_size(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
+    found = entries(winner, jobs, dict.fromkeys(jobs, score(1.0)))
+    assert found[0].spec == winner
+    assert found[0].receipt == cost(winner)
+    assert {entry.spec.dim for entry in found} == {winner.dim}
+    assert [entry.role for entry in found][:2] == ["winner", "control"]
+    assert len({entry.name for entry in found}) == len(found) == len(jobs) / 6
+
+
+def test_only_whole_seeds_count(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
+    of_seed = len(jobs) // 3
+    rivals = [key for key in jobs if key[2] == 8 and role_of(key[0]) != "ablation"]
+    for submitted, with_controls, with_ablations in (
+        (of_seed - 1, 1, 0),
+        (of_seed, 1, 1),
+        (of_seed + len(rivals) - 1, 1, 1),
+        (of_seed + len(rivals), 2, 1),
+        (len(jobs), 3, 3),
+    ):
+        done = {key: score(1.0) for key in list(jobs)[:submitted]}
+        found = {entry.name: entry for entry in entries(winner, jobs, done)}
+        for entry in found.values():
+            seeds = with_ablations if entry.role == "ablation" else with_controls
+            assert {len(scores) for scores in entry.scores.values()} == {seeds}
+        assert any(entry.role == "ablation" for entry in found.values()) == bool(with_ablations)
+
+
+def test_nothing_is_begun_that_may_not_be(jobs: dict[Key, Job]) -> None:
+    pool = Scripted(lambda job: score(1.0))
+    said: list[str] = []
+    # the loop asks once for itself, and once for each job
+    results = run_contest(pool, jobs, times(6), said.append)
+    assert set(results) == set(list(jobs)[: len(results)])
+    assert 0 < len(results) <= 6
+    assert pool.jobs == list(jobs.values())[: len(results)]
+    assert said[-1] == f"{len(results)} of {len(jobs)} trainings"
+
+
+def test_no_more_are_under_way_than_there_are_workers(jobs: dict[Key, Job]) -> None:
+    pending: list[Future[Any]] = []
+
+    class Slow:
+        workers = 3
+
+        def submit(self, work: Any) -> Future[Any]:
+            pending.append(Future())
+            return pending[-1]
+
+    def finish_one(_: str) -> None:
+        assert len(pending) <= 3
+        if pending:
+            pending.pop(0).set_result(score(1.0))
+
+    assert len(run_contest(Slow(), jobs, lambda: True, finish_one)) == len(jobs)
+
+
+def test_one_that_fails_is_shown_with_its_reason(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
+    loop = jobs[LOOP_TWIN, "a", 8].spec
+
+    def outcome(job: Job) -> Score:
+        if job.spec == loop and job.seed == 8:
+            raise JobFailed("out of memory", "killed twice")
+        return score(1.0 if job.spec == jobs[WINNER, "a", 8].spec else 2.0)
+
+    results = run_contest(Scripted(outcome), jobs, lambda: True, quiet)
+    assert len(results) == len(jobs)
+    found = entries(winner, jobs, results)
+    failed = {entry.name: entry.error for entry in found if entry.error}
+    assert failed == {LOOP_TWIN: "a, seed 8: out of memory: killed twice"}
+    assert LOOP_TWIN not in differences(found, PROXY)
+    said = verdict(found, PROXY)
+    assert "beats 3 of its controls" in said
+    assert f"the {LOOP_TWIN} twin failed" in said
+    assert as_json(found, PROXY)[3]["error"] == failed[LOOP_TWIN]
+
+
+def test_what_was_trained_before_is_read_back_without_being_allowed_anything(
+    winner: ModelSpec, tmp_path: Path
+) -> None:
+    few = dict(list(contest_jobs(winner, PROXY, (7,), tmp_path, ablate=False).items())[:1])
+    first = run_contest(InProcess(), few, lambda: True, quiet)
+    assert set(known(few)) == set(few)
+    again = run_contest(
+        Scripted(lambda job: pytest.fail("trained again")), few, lambda: False, quiet
+    )
+    losses = [[r.loss for r in rs.values() if isinstance(r, Score)] for rs in (first, again)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1
+
+
+def entry(name: str, *losses: float | None, error: str = "") -> Entry:
+    """One of loss ``losses`` in task a, by seed, and of 1 in task b."""
+    spec = archdsl.load("tiny")
+    scores = {"a": [score(loss) for loss in losses], "b": [score(1.0) for _ in losses]}
+    return Entry(name, role_of(name), spec, cost(spec), scores, error)
+
+
+def test_differences_are_paired_by_seed_over_those_that_both_have() -> None:
+    own = entry(WINNER, 1.0, 3.0, 2.0)
+    found = differences([own, entry(PARAMS_TWIN, 1.5, 3.5, 2.5), entry("without x", 1.2)], PROXY)
+    assert list(found) == [PARAMS_TWIN, "without x"]
+    assert list(found[PARAMS_TWIN]) == [OBJECTIVE, "a", "b"]
+    gap = found[PARAMS_TWIN][OBJECTIVE]
+    assert [gap.mean, gap.half_width, gap.pairs] == pytest.approx([0.5, 0, 3])
+    assert found["without x"]["a"].mean == pytest.approx(0.2)
+    assert found["without x"]["a"].half_width == math.inf
+
+
+OWN = (1.0, 1.1, 1.2)
+ABOVE, BELOW, AROUND = (1.3, 1.41, 1.5), (0.7, 0.81, 0.9), (1.0, 1.2, 1.1)
+
+
+def cases() -> Iterator[tuple[list[Entry], str]]:
+    yield [], "No seed was trained with all of the controls: nothing is known yet."
+    yield (
+        [entry(WINNER, *OWN)],
+        "The winner is plain, nothing in it thinks: it is its own control.",
+    )
+    yield (
+        [entry(WINNER, *OWN), entry(PARAMS_TWIN, *ABOVE), entry(FLOPS_TWIN, *ABOVE)],
+        "Over 3 seeds that chose nothing, the winner beats all of its controls: it beats "
+        f"the {PARAMS_TWIN} twin and the {FLOPS_TWIN} twin.",
+    )
+    yield (
+        [
+            entry(WINNER, *OWN),
+            entry(PARAMS_TWIN, *ABOVE),
+            entry(FLOPS_TWIN, *BELOW),
+            entry(LOOP_TWIN, *AROUND),
+            entry(RANDOM_TWIN, 1.3, None, 1.5),
+        ],
+        "Over 3 seeds that chose nothing, the winner beats 1 of its controls: it beats the "
+        f"{PARAMS_TWIN} twin; it loses to the {FLOPS_TWIN} twin; it cannot be told from the "
+        f"{LOOP_TWIN} twin; the {RANDOM_TWIN} twin diverged (95% intervals, each for itself).",
+    )
+    yield (
+        [entry(WINNER, 1.0), entry(PARAMS_TWIN, 9.0)],
+        "Over one seed that chose nothing, the winner beats none of its controls: it cannot be "
+        f"told from the {PARAMS_TWIN} twin (95% intervals, each for itself).",
+    )
+    yield (
+        [entry(WINNER, 1.0, None), entry(PARAMS_TWIN, 2.0, 2.0)],
+        "The winner diverged, trained with 2 seeds that chose nothing.",
+    )
+    yield (
+        [entry(WINNER, error="a, seed 1: crash: x"), entry(PARAMS_TWIN, 2.0, 2.0)],
+        "The winner could not be trained: a, seed 1: crash: x.",
+    )
+
+
+@pytest.mark.parametrize(("found", "sentence"), list(cases()))
+def test_the_verdict_says_no_more_than_the_intervals(found: list[Entry], sentence: str) -> None:
+    assert verdict(found, PROXY) == sentence
+
+
+def test_what_matters_is_what_the_winner_is_worse_without() -> None:
+    found = [
+        entry(WINNER, *OWN),
+        entry(PARAMS_TWIN, *ABOVE),
+        entry("without router", *ABOVE),
+        entry("without encoding", *AROUND),
+        entry("without residual", *ABOVE),
+    ]
+    assert what_matters(found, PROXY) == (
+        "The winner is worse without router, without residual; it cannot be told from itself "
+        "without encoding (95% intervals, each for itself)."
+    )
+    assert what_matters(found[:2], PROXY) == ""
+
+
+def test_tables_show_what_failed_and_what_only_some_seeds_say() -> None:
+    found = [
+        entry(WINNER, *OWN),
+        entry(PARAMS_TWIN, *ABOVE),
+        entry(LOOP_TWIN, error="a, seed 1: crash: x"),
+        entry("without router", 1.5),
+    ]
+    table = Console(width=80, record=True, file=StringIO())
+    table.print(contestants(found, PROXY), gaps(found, PROXY))
+    text = table.export_text()
+    assert re.search(rf"{PARAMS_TWIN} +\+0.303 ± 0.014", text)
+    assert re.search(rf"{LOOP_TWIN} +failed", text)
+    assert re.search(r"without router +\+0.500, one seed", text)
+    assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 +1.000", text)
+    assert failures(found) == [("failed", f"{LOOP_TWIN}: a, seed 1: crash: x")]
+
+
+def test_what_another_process_trains_is_waited_for_last(jobs: dict[Key, Job]) -> None:
+    pool = Scripted(lambda job: score(1.0))
+    busy = next(iter(jobs.values())).place
+    with busy.locked(lambda: None):
+        results = run_contest(pool, jobs, lambda: True, quiet)
+    assert len(results) == len(jobs)
+    at_it = [job.place.folder == busy.folder for job in pool.jobs]
+    assert at_it == sorted(at_it)
+    assert any(at_it)

@@ -1,0 +1,68 @@
+"""What a full-size model costs when its routers select what its proxy's did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from archdsl.costs.receipt import cost, sequence_cost
+from archdsl.lang.load import load
+from archdsl.lang.source import shipped_specs
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.build import build
+from archdsl.model.executed_flops import flops_per_token
+from archdsl.search.space.objectives import AxisError, executed, others, parse_axes
+from tests.strategies import specs
+
+T = 12
+
+
+def measured(spec: ModelSpec) -> dict[str, float]:
+    """The shares of a pass over random tokens."""
+    model = build(spec.canonical(), seed=1).eval()
+    tokens_BT = torch.randint(spec.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), model.causal_routing():
+        model(tokens_BT)
+        assert flops_per_token(model, T) == pytest.approx(of(spec, model.router_shares()))
+    return model.router_shares()
+
+
+def of(spec: ModelSpec, shares: dict[str, float]) -> float:
+    return sequence_cost(executed(spec, spec, shares), tokens=T).flops / T
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs())
+def test_a_model_that_is_its_own_proxy_costs_what_it_executed(spec: ModelSpec) -> None:
+    if spec.context >= T:
+        measured(spec)
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_specs()) - {"itt-overlay"}))
+def test_every_step_of_a_shipped_model_takes_what_its_proxy_measured(name: str) -> None:
+    full = load(name)
+    small = full.resized(Sizes(dim=32, context=T, vocab_size=64, head_size=16, repeat=1))
+    shares = measured(small)
+    none, every = (executed(full, small, dict.fromkeys(shares, share)) for share in (0.0, 1.0))
+    assert cost(none).expected == pytest.approx(cost(none).lightest)
+    assert cost(every).expected == pytest.approx(cost(full).heaviest)
+    assert (none == full) == (not shares)
+
+
+def test_an_axis_is_a_cost_and_the_loss_comes_first() -> None:
+    assert parse_axes("loss") == ("loss",)
+    assert parse_axes("loss,flops, kv") == ("loss", "flops", "kv")
+    for text in ("flops", "flops,loss", "loss,loss", "loss,speed", ""):
+        with pytest.raises(AxisError, match="write loss"):
+            parse_axes(text)
+
+
+def test_a_plain_model_costs_what_its_receipt_says() -> None:
+    spec = load("transformer")
+    receipt = cost(spec)
+    assert others(("loss", "flops", "params", "kv"), spec, spec, {}) == (
+        receipt.expected,
+        receipt.params,
+        receipt.kv_bytes_per_token,
+    )

@@ -1,0 +1,62 @@
+"""Fronts and hypervolumes against counting on a grid."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archdsl.search.stats.pareto import Point, dominates, front, hypervolume
+from archdsl.search.study.sampler import STARTUP, Past, may_join
+
+SIDE = 5
+
+
+def grids(axes: int) -> st.SearchStrategy[list[Point]]:
+    return st.lists(st.tuples(*[st.integers(0, SIDE).map(float)] * axes), max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3).flatmap(lambda axes: st.tuples(st.just(axes), grids(axes))))
+def test_a_hypervolume_is_the_cells_that_some_point_dominates(
+    given: tuple[int, list[Point]],
+) -> None:
+    axes, points = given
+    cells = product(range(SIDE), repeat=axes)
+    counted = sum(
+        any(all(p <= c for p, c in zip(point, cell, strict=True)) for point in points)
+        for cell in cells
+    )
+    assert hypervolume(points, (float(SIDE),) * axes) == counted
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids(2))
+def test_a_front_is_what_nothing_dominates(points: list[Point]) -> None:
+    chosen = {points[i] for i in front(points)}
+    assert chosen == {p for p in points if not any(dominates(other, p) for other in points)}
+    assert len(front(points)) == len(chosen)
+
+
+def past(first: float, last: float, flops: float) -> Past:
+    return Past({}, {}, losses=(first, last), others=(flops,), complete=True)
+
+
+def test_a_model_goes_on_while_it_could_still_join_the_front() -> None:
+    # the second rung takes off 1.0 on average, with a standard deviation of 0.1
+    known = [past(3.0, 1.9, 10), past(3.0, 2.1, 20), past(4.0, 2.9, 5), past(4.0, 3.1, 6)]
+    assert may_join((9.0,), (99.0,), known[: STARTUP - 1])  # nothing is known yet
+    assert may_join((2.9,), (10.0,), known)  # better than the best
+    assert may_join((9.0,), (4.0,), known)  # cheaper than the cheapest
+    assert may_join((2.99,), (10.0,), known)  # a little luck is granted
+    assert not may_join((3.2,), (10.0,), known)
+    assert may_join((3.2,), (9.0,), known)  # between: the front there is at 2.9
+    assert not may_join((4.2,), (9.0,), known)
+
+
+@pytest.mark.parametrize("loss", [2.0, 2.5, 3.0])
+def test_without_costs_to_weigh_a_front_is_the_best(loss: float) -> None:
+    known = [past(3.0, 2.0, 0)] * STARTUP
+    assert may_join((loss,), (0.0,), known) == (loss <= 3.0)

@@ -1,0 +1,219 @@
+"""Jobs: trained once however often they are asked for, gone on with wherever they were stopped."""
+
+import json
+import math
+import pickle
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import archdsl
+from archdsl.lang.load import load
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.checkpoint import load_training
+from archdsl.search.trials import proxy
+from archdsl.search.trials.curve import MOST, Curve
+from archdsl.search.trials.proxy import Job, Proxy, Score, Task
+from archdsl.search.trials.proxy_scoring import entropy
+from archdsl.search.workers.pool import processes
+from tests.search.works import DiesAt
+
+TASK = Task(
+    data="skill:p-hop,hops=1,length=12", context=12, batch_size=4, rungs=(2, 4), eval_tokens=240
+)
+PROXY = Proxy(dim=16, head_size=8, tasks={"skill": TASK})
+
+
+def small(**changes: Any) -> ModelSpec:
+    spec = PROXY.shrink(load("tiny"), TASK)  # a layer, and a loop of three steps with a router
+    for path, value in changes.items():
+        spec = spec.patch(path.replace("__", "."), value)
+    return spec
+
+
+def job(store: Path, steps: int = 4, spec: ModelSpec | None = None, **task: Any) -> Job:
+    return Job(store, spec or small(), TASK.model_copy(update=task), 0, steps)
+
+
+def run(job: Job) -> Score:
+    return job.run(lambda: None)
+
+
+def found(score: Score) -> dict[str, Any]:
+    """All but how fast it was, and how often."""
+    return score.model_dump(exclude={"seconds", "peak_bytes"})
+
+
+def trained(score: Score) -> dict[str, Any]:
+    """What does not depend on where the rung began."""
+    return {k: v for k, v in found(score).items() if k != "train_flops"}
+
+
+def test_a_score_says_what_was_found_and_spent(tmp_path: Path) -> None:
+    score = run(job(tmp_path))
+    assert score.loss is not None
+    assert score.loss > 0
+    assert [step for step, _ in score.curve] == [1, 2, 3, 4]
+    per_token = archdsl.cost(small()).expected
+    assert score.train_flops == pytest.approx(3 * per_token * 4 * TASK.batch_size * 12)
+    assert score.flops_per_token is not None
+    assert score.eval_flops == pytest.approx(score.flops_per_token * 240)
+    assert score.seconds > 0
+    assert score.peak_bytes > 2**24
+    assert not score.reused
+
+
+def test_the_same_job_is_trained_once(tmp_path: Path) -> None:
+    first = run(job(tmp_path))
+    again = run(job(tmp_path, rungs=(4, 8), weight=3.0))  # no matter for this rung
+    assert again.reused
+    assert again == first.model_copy(update={"reused": True})
+    assert job(tmp_path).known() == again
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "made_by.json").read_text())["data_name"].startswith("skill:p-hop")
+
+
+def test_by_two_processes_at_once_too(tmp_path: Path) -> None:
+    one = job(tmp_path, steps=30)
+    with processes(2) as pool:
+        scores = [future.result() for future in [pool.submit(one), pool.submit(one)]]
+    assert sorted(score.reused for score in scores) == [False, True]
+    assert found(scores[0]) == found(scores[1])
+
+
+def test_who_waits_for_another_beats(tmp_path: Path) -> None:
+    def beat() -> None:
+        raise TimeoutError
+
+    place = job(tmp_path).place
+    with place.locked(lambda: None), pytest.raises(TimeoutError), place.locked(beat):
+        pytest.fail("two had the same place")
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lr": 1e-3}, {"eval_tokens": 120}, {"data": "skill:p-hop,length=12"}]
+)
+def test_what_decides_a_score_has_a_place_of_its_own(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    seed = change.pop("seed", 0)
+    other = replace(job(tmp_path, **change), seed=seed)
+    assert other.place.folder != job(tmp_path).place.folder
+
+
+def test_a_rung_is_climbed_from_the_one_below(tmp_path: Path) -> None:
+    at_once = run(job(tmp_path / "once"))
+    below, above = (run(job(tmp_path / "twice", steps)) for steps in (2, 4))
+    assert trained(above) == trained(at_once)
+    assert below.train_flops + above.train_flops == at_once.train_flops
+
+
+def test_a_rung_in_between_leaves_the_furthest_state(tmp_path: Path) -> None:
+    run(job(tmp_path))
+    between = run(job(tmp_path, 3))
+    assert found(between) == found(run(job(tmp_path / "fresh", 3)))
+    assert load_training(job(tmp_path).place.state)["step"] == 4
+
+
+def test_one_that_is_killed_on_the_way_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    with processes(1) as pool:
+        error = pool.submit(DiesAt(job(tmp_path), 3)).exception()
+        assert "killed" in str(error)
+        assert load_training(job(tmp_path).place.state)["step"] == 2
+        assert not list(tmp_path.glob("*/step-*.json"))
+        resumed = pool.submit(job(tmp_path)).result()
+    assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "provenance.json"])
+def test_a_state_that_a_power_failure_has_damaged_is_trained_again(
+    tmp_path: Path, name: str
+) -> None:
+    run(job(tmp_path, 2))
+    file = job(tmp_path).place.state / name
+    file.write_bytes(bytes(file.stat().st_size))
+    resumed = run(job(tmp_path))
+    assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
+    assert load_training(job(tmp_path).place.state)["step"] == 4
+
+
+def test_smaller_batches_find_the_same_up_to_rounding(tmp_path: Path) -> None:
+    whole = job(tmp_path / "whole")
+    half = replace(whole, store=tmp_path / "half").smaller()
+    assert half is not None
+    assert half.place.folder.name == whole.place.folder.name
+    score = run(half)
+    assert score.accumulate == 2
+    assert score.loss == pytest.approx(run(whole).loss, abs=1e-5)
+    quarter = half.smaller()
+    assert quarter is not None
+    assert quarter.smaller() is None  # a sequence cannot be cut
+
+
+def test_divergence_is_a_result(tmp_path: Path) -> None:
+    score = run(job(tmp_path, lr=1e38))
+    assert score.loss is None
+    assert score.train_flops > 0
+    assert run(job(tmp_path, lr=1e38)).reused
+
+
+def test_a_leaking_router_is_judged_by_its_causal_passes(tmp_path: Path) -> None:
+    spec = small(blocks__1__router__kind="top_k")
+    score = run(job(tmp_path, spec=spec))
+    assert score.flops_per_token is not None
+    assert score.eval_flops == pytest.approx(2 * score.flops_per_token * 240)
+    leaky = archdsl.build(spec, seed=0)
+    assert leaky.leaks
+    assert set(score.shares) == set(score.entropies) == {"blocks.1.0", "blocks.1.1"}
+    assert all(share < 0.5 for share in score.shares.values())  # causal: within the budget so far
+
+
+def test_only_learned_choices_have_an_entropy(tmp_path: Path) -> None:
+    score = run(job(tmp_path, spec=small(blocks__1__router__kind="random")))
+    assert set(score.shares) == {"blocks.1.0", "blocks.1.1"}
+    assert score.entropies == {}
+
+
+def test_entropy_is_in_bits() -> None:
+    assert entropy(torch.zeros(1)).item() == pytest.approx(1)
+    assert entropy(torch.tensor([90.0, -90.0])).tolist() == pytest.approx([0, 0])
+    p = 1 / (1 + math.exp(-1.5))
+    naive = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    assert entropy(torch.tensor(1.5)).item() == pytest.approx(naive, rel=1e-5)
+
+
+@given(st.integers(1, 500), st.integers(0, 500))
+def test_a_curve_is_short_whole_and_can_be_gone_on_with(steps: int, stop: int) -> None:
+    curve, stopped = Curve(), Curve()
+    for step in range(1, steps + 1):
+        curve.add(step, float(step))
+        stopped.add(step, float(step))
+        if step == stop:
+            stopped = Curve(**asdict(stopped))
+    points = curve.up_to(steps)
+    assert stopped.up_to(steps) == points
+    assert len(points) <= MOST
+    assert points[-1][0] == steps
+    begins = [0, *(step for step, _ in points)]
+    assert [loss for _, loss in points] == [
+        (begin + 1 + end) / 2 for begin, end in pairwise(begins)
+    ]
+
+
+def test_a_task_takes_its_data_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = TASK.model_copy(update={"data": None})
+    held = pickle.dumps(task)
+    data = proxy.LOADED.pop((None, "bytes"))
+    monkeypatch.setattr(proxy, "load_data", lambda *_, **__: pytest.fail("it was looked for"))
+    assert len(held) < 10_000
+    assert pickle.loads(held) == task
+    there = task.load()
+    assert there is not data
+    assert there.fingerprint == data.fingerprint
+    assert torch.equal(there.batch(3, 2, 9, 1).tokens_BT, data.batch(3, 2, 9, 1).tokens_BT)

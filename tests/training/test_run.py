@@ -1,0 +1,634 @@
+"""Training: the right gradient, the same bits after every kind of stop, and no work lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from archdsl.data.loading import SkillData, load_data
+from archdsl.data.skills import parse_skill
+from archdsl.data.types import IGNORE, Batch
+from archdsl.errors import ArchdslError
+from archdsl.interop.retrofit import parse_overlay, retrofit
+from archdsl.lang.load import load
+from archdsl.lang.source import from_value, shipped_specs
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.build import build
+from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from archdsl.model.language_model import LanguageModel
+from archdsl.training.run import (
+    RunMismatchError,
+    Step,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    last_checkpoint,
+    train,
+)
+from archdsl.training.trainer import compile_layers
+
+SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
+CONFIG = TrainConfig(
+    steps=12, lr=1e-3, batch_size=4, eval_every=6, eval_tokens=64, checkpoint_every=5, log_every=1
+)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate(CONFIG.model_dump() | changes)
+
+
+def spec(*overrides: str) -> ModelSpec:
+    return load("tiny", overrides=["dim=16", "vocab_size=8", "context=16", *overrides])
+
+
+def trainer(**changes: Any) -> Trainer:
+    return Trainer(build(spec()), SKILL, config(**changes))
+
+
+def weights(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: LanguageModel, right: LanguageModel) -> bool:
+    """With all buffers, such as the quantiles that routers choose by."""
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+@dataclass(frozen=True)
+class Meddling(SkillData):
+    """The skill, with something happening before the batch of one step is drawn."""
+
+    at: int
+    happens: Callable[[], object]
+
+    def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
+        if index == self.at:
+            self.happens()
+        return super().batch(index, batch_size, context, seed)
+
+
+class Killed(BaseException):
+    """Like a kill, in that nobody catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+# The gradient
+
+
+def test_the_loss_is_the_float64_mean_over_the_asked_tokens() -> None:
+    model = build(spec(), dtype=torch.float64)
+    batch = SKILL.batch(0, 4, 16, seed=0)
+    log_p_BTV = model(batch.tokens_BT).detach().log_softmax(-1)
+    asked = [(b, t) for b in range(4) for t in range(16) if batch.targets_BT[b, t] != IGNORE]
+    expected = -sum(float(log_p_BTV[b, t, batch.targets_BT[b, t]]) for b, t in asked) / len(asked)
+    assert Trainer(model, SKILL, CONFIG).backward(batch) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(parts: int) -> None:
+    batch = SKILL.batch(0, 4, 16, seed=0)
+    batch.targets_BT[0, 3:] = IGNORE  # parts of very unequal weight
+    whole, cut = (
+        Trainer(build(spec(), dtype=torch.float64), SKILL, config(accumulate=n)) for n in (1, parts)
+    )
+    assert cut.backward(batch) == pytest.approx(whole.backward(batch), rel=1e-12)
+    for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputing_activations_changes_memory_alone() -> None:
+    plain, recomputed = trainer(steps=3), trainer(steps=3, activation_checkpointing=True)
+    plain.run()
+    recomputed.run()
+    assert recomputed.model.checkpoint_activations
+    assert same(plain.model, recomputed.model)
+
+
+def test_bfloat16_rounds_the_arithmetic_and_not_the_weights() -> None:
+    exact, rounded = trainer(), trainer(dtype="bfloat16")
+    batch = SKILL.batch(0, 4, 16, seed=0)
+    loss = exact.backward(batch)
+    assert rounded.backward(batch) == pytest.approx(loss, rel=0.02)
+    assert rounded.backward(batch) != loss
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
+
+
+def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported() -> None:
+    run = trainer(clip=1e-3, steps=1)
+    seen: list[Step] = []
+    run.run(on_step=seen.append)
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    assert seen[0].grad_norm > 1e-2
+    assert float(torch.nn.utils.get_total_norm(grads)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_matrices_decay_and_gains_routers_encodings_and_embeddings_do_not() -> None:
+    run = trainer(weight_decay=0.5)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in run.optimizer.param_groups)
+    assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.5, 0.0]
+    assert decayed | others == set(names.values())
+    assert "head.weight" in decayed
+    assert "embedding.weight" in others
+    for name, parameter in run.model.named_parameters():
+        if parameter.ndim < 2 or "norm" in name or "router" in name or "encoding" in name:
+            assert name in others
+        elif name != "embedding.weight":
+            assert name in decayed
+
+
+def test_training_learns() -> None:
+    run = trainer(steps=60, batch_size=16, lr=1e-2)
+    seen: list[Step] = []
+    run.run(on_step=seen.append)
+    assert seen[0].loss > 1.8
+    assert seen[-1].loss < 1.45  # log 4 = 1.39 is what guessing among the four letters costs
+    assert [step.lr for step in seen] == [run.config.learning_rate(n) for n in range(60)]
+
+
+@pytest.mark.slow
+def test_training_learns_a_skill() -> None:
+    data = load_data("skill:p-hop,hops=1,length=16")
+    model = load("tiny", overrides=["dim=64", "vocab_size=4", "context=16"])
+    settings = TrainConfig(steps=400, batch_size=64, lr=3e-3, eval_every=0)
+    assert train(model, data, settings).validation.accuracy > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+def test_a_compiled_model_trains_alike_and_saves_under_the_same_names() -> None:
+    plain, compiled = trainer(steps=2), trainer(steps=2, compile=True)
+    plain.run()
+    compiled.run()
+    for (name, a), (other, b) in zip(
+        weights(plain.model).items(), weights(compiled.model).items(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert compiled.model.router_shares().keys() == plain.model.router_shares().keys()
+
+
+SMALL = Sizes(dim=16, context=24, vocab_size=8, head_size=8, repeat=3)
+STRUCTURES = [name for name in shipped_specs() if not name.endswith(("230m", "466m"))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "tiny" else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES],
+)
+def test_a_layer_is_one_graph_and_stays_it(name: str) -> None:
+    torch._dynamo.reset()
+    model = load(name).resized(SMALL)
+    plain, compiled = (
+        Trainer(build(model), SKILL, config(context=24, eval_every=0)) for _ in range(2)
+    )
+    counter = CompileCounter()
+    compile_layers(compiled.model, backend=counter)
+    counts = []
+    for step in (1, 2, 5):
+        plain.run(step)
+        compiled.run(step)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] <= 2 * len(compiled.model.layers)
+    for a, b in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Stopping and going on
+
+
+def test_a_run_advanced_rung_by_rung_is_one_run_and_disturbs_nobody() -> None:
+    whole, rungs, neighbour = trainer(), trainer(), trainer(seed=1)
+    whole.run()
+    before = torch.get_rng_state()
+    for until in (3, 4, 9, 100):
+        rungs.run(until)
+        neighbour.run(until)
+    assert rungs.step == 12
+    assert same(whole.model, rungs.model)
+    assert not same(whole.model, neighbour.model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, first, second = trainer(steps=20), trainer(steps=20), trainer(steps=20)
+    whole.run()
+    first.run(10)
+    first.save(tmp_path / "here")
+    second.model.initialise(7)  # nothing of it may remain
+    second.load(tmp_path / "here")
+    second.run()
+    assert same(whole.model, second.model)
+    left, right = whole.state(), second.state()
+    assert left.keys() == right.keys()
+    assert any(key.endswith("exp_avg_sq") for key in left)
+    for key, value in left.items():
+        assert torch.equal(value, right[key]) if isinstance(value, Tensor) else value == right[key]
+
+
+class Noise(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def forward(self, x_BTD: Tensor, ctx: object) -> Tensor:
+        noise_BTD = torch.randn_like(x_BTD)
+        self.drawn.append(float(noise_BTD[0, 0, 0]))
+        return x_BTD + noise_BTD
+
+
+def test_a_predictor_is_trained_and_its_accuracy_logged(tmp_path: Path) -> None:
+    model = spec("blocks.1.router.kind=predictor")
+    before = weights(build(model, seed=CONFIG.seed))
+    after = weights(train(model, SKILL, CONFIG, tmp_path).model)
+    for name in ("predict_RD", "bias_R", "weight_RD", "quantiles_RQ"):
+        assert not after[f"blocks.1.router.{name}"].equal(before[f"blocks.1.router.{name}"]), name
+    for line in metrics(tmp_path):
+        assert line["predictor_accuracies"].keys() == line["router_shares"].keys()
+        assert all(0 <= share <= 1 for share in line["predictor_accuracies"].values())
+
+
+def test_random_numbers_in_the_model_are_resumed_too() -> None:
+    whole, first, second = trainer(), trainer(), trainer()
+    noises = [Noise(), Noise(), Noise()]
+    for run, noise in zip((whole, first, second), noises, strict=True):
+        run.model.blocks.append(noise)
+        run.model.layers.append(noise)
+    whole.run()
+    first.run(5)
+    second.model.load_state_dict(first.model.state_dict())
+    second.restore(first.state())
+    torch.manual_seed(99)
+    second.run()
+    assert same(whole.model, second.model)
+    assert noises[1].drawn + noises[2].drawn == noises[0].drawn
+    assert len(set(noises[0].drawn)) == 12
+
+
+@pytest.mark.parametrize(
+    ("at", "router"), [(3, "prefix"), (5, "top_k"), (7, "threshold"), (11, "predictor")]
+)
+def test_a_killed_run_loses_at_most_one_interval_and_ends_as_if_nothing_had_been(
+    tmp_path: Path, at: int, router: str
+) -> None:
+    model = spec(f"blocks.1.router.kind={router}")
+    whole = train(model, SKILL, CONFIG, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(model, Meddling(SKILL.skill, at, kill), CONFIG, tmp_path / "killed")
+    again = train(model, SKILL, CONFIG, tmp_path / "killed")
+    assert again.resumed_from == at // 5 * 5
+    assert same(whole.model, again.model)
+    assert again.validation == whole.validation
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 13))
+
+
+def test_a_line_cut_short_and_a_half_written_checkpoint_are_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(spec(), Meddling(SKILL.skill, 7, kill), CONFIG, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    half = tmp_path / "checkpoints" / ".step-000007.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert train(spec(), SKILL, CONFIG, tmp_path).resumed_from == 5
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+    assert not half.exists()
+
+
+def test_an_altered_checkpoint_is_refused_rather_than_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(spec(), Meddling(SKILL.skill, 7, kill), CONFIG, tmp_path)
+    file = tmp_path / "checkpoints" / "step-000005" / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(CheckpointError, match=r"step-000005/training.safetensors was altered"):
+        train(spec(), SKILL, CONFIG, tmp_path)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from archdsl.data.loading import load_data
+from archdsl.lang.load import load
+from archdsl.training.run import TrainConfig, train
+torch.set_num_threads(1)
+spec = load("tiny", overrides=["dim=16", "vocab_size=8", "context=16"])
+config = TrainConfig(steps=150, batch_size=4, eval_every=50, eval_tokens=64, checkpoint_every=5,
+                     log_every=1)
+train(spec, load_data("skill:p-hop,hops=1,length=16"), config, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_again_and_again_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT]
+    kills = 0
+    for moment in (20, 61, 97):
+        with subprocess.Popen([*command, str(tmp_path / "killed")]) as child:
+            while child.poll() is None and steps_in(tmp_path / "killed") < moment:
+                time.sleep(0.005)
+            child.send_signal(signal.SIGKILL)
+        kills += child.returncode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        subprocess.run([*command, str(tmp_path / name)], check=True)
+    assert kills == 3
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    finals = [load_checkpoint(tmp_path / name / "final").model for name in ("killed", "whole")]
+    assert same(*finals)
+
+
+def steps_in(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_ctrl_c_finishes_and_saves_the_step_and_says_how_to_go_on(tmp_path: Path) -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    press = Meddling(SKILL.skill, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=r"after step 7; the same command .*step-000007"):
+        train(spec(), press, CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is usual
+    again = train(spec(), SKILL, CONFIG, tmp_path)
+    assert again.resumed_from == 7
+    assert same(again.model, train(spec(), SKILL, CONFIG).model)
+
+
+def test_a_finished_run_is_read_back_and_not_trained_again(tmp_path: Path) -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    first = train(spec(), SKILL, CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is usual
+    again = train(spec(), Meddling(SKILL.skill, 0, kill), CONFIG, tmp_path)
+    assert (again.resumed_from, again.validation) == (12, first.validation)
+    assert same(first.model, again.model)
+    assert same(load_checkpoint(tmp_path / "final").model, first.model)
+
+
+def test_the_last_checkpoints_are_kept_and_no_others(tmp_path: Path) -> None:
+    train(spec(), SKILL, config(checkpoint_every=2, keep_last=3), tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-000006", "step-000008", "step-000010"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000010"
+
+
+@pytest.mark.parametrize("killed_at", [7, None])
+def test_another_run_in_the_same_folder_is_refused_by_what_differs(
+    tmp_path: Path, killed_at: int | None
+) -> None:
+    if killed_at is None:
+        train(spec(), SKILL, CONFIG, tmp_path)
+    else:
+        with pytest.raises(Killed):
+            train(spec(), Meddling(SKILL.skill, killed_at, kill), CONFIG, tmp_path)
+    other = load_data("skill:p-hop,hops=2,length=16")
+    for model, data, settings, difference in (
+        (spec(), SKILL, config(lr=0.5), r"config.lr: 0.001 there, 0.5 now"),
+        (spec("blocks.1.steps=4"), SKILL, CONFIG, r"spec.blocks.1.steps: 3 there, 4 now"),
+        (spec(), other, CONFIG, r"data.name: .*hops=1.* there, .*hops=2.* now"),
+    ):
+        with pytest.raises(RunMismatchError, match=difference):
+            train(model, data, settings, tmp_path)
+    renamed = spec("name=other")
+    watched = config(log_every=3, keep_last=9, eval_every=0, checkpoint_every=1, device="cpu")
+    assert train(renamed, SKILL, watched, tmp_path).resumed_from == (12 if killed_at is None else 5)
+
+
+# Starting from a checkpoint
+
+OVERLAY = {
+    "name": "itt",
+    "layers": [0],
+    "loop": {
+        "steps": 3,
+        "router": {"kind": "prefix"},
+        "residual": "thinking",
+        "encoding": {"kind": "scale", "init": 0},
+        "parameters": "per_step",  # so that there are matrices among the new parameters
+    },
+}
+
+
+def grown(path: Path, seed: int = 0) -> Checkpoint:
+    """A checkpoint with new parts, of a model drawn from the seed."""
+    save_checkpoint(path / "base", build(spec(), seed=seed), tokenizer_from=None, provenance={})
+    overlay = parse_overlay(from_value(OVERLAY, "overlay"))
+    made = retrofit(load_checkpoint(path / "base"), overlay)
+    save_checkpoint(path / "grown", made.model, tokenizer_from=None, provenance=made.provenance)
+    return load_checkpoint(path / "grown")
+
+
+@pytest.mark.parametrize("only", ["new", "all"])
+def test_a_checkpoint_is_trained_further_in_its_new_parts_or_in_all(
+    tmp_path: Path, only: str
+) -> None:
+    start = grown(tmp_path)
+    before = weights(start.model)
+    after = weights(train(start, SKILL, config(only=only), tmp_path / "run").model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set(start.new_parameters) if only == "new" else set(before))
+
+    # what is new stays known as such
+    final = load_checkpoint(tmp_path / "run" / "final")
+    assert final.new_parameters == start.new_parameters
+    assert final.provenance["start"] == start.weights_digest
+
+
+def test_training_starts_from_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    start = grown(tmp_path, seed=5)
+    run = Trainer(start.model, SKILL, config(only="new"), start)
+    batch = SKILL.batch(0, 4, 16, seed=0)
+    expected = Trainer(build(spec(), seed=5), SKILL, CONFIG).backward(batch)
+    assert run.backward(batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_optimizer_knows_the_new_parts_alone_and_decays_their_matrices(tmp_path: Path) -> None:
+    start = grown(tmp_path)
+    run = Trainer(start.model, SKILL, config(only="new"), start)
+    run.run(2)
+    moments = {key.split("/")[1] for key in run.state() if key.startswith("optimizer/")}
+    assert moments == start.new_parameters
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in run.optimizer.param_groups)
+    assert all("bodies" in name and "norm" not in name for name in decayed)
+    assert decayed
+    assert {name for name in others if "bodies" not in name} == {
+        name for name in start.new_parameters if "encoding" in name or "router" in name
+    }
+    assert all(p.grad is None for p in run.model.parameters() if names[id(p)] not in moments)
+
+
+def test_a_run_from_a_checkpoint_goes_on_and_from_another_one_it_does_not(tmp_path: Path) -> None:
+    only_new = config(only="new")
+    whole = train(grown(tmp_path / "a"), SKILL, only_new, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(grown(tmp_path / "a"), Meddling(SKILL.skill, 7, kill), only_new, tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=r"start: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+        train(grown(tmp_path / "b", seed=1), SKILL, only_new, tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=r"config.only: 'new' there, 'all' now"):
+        train(grown(tmp_path / "a"), SKILL, CONFIG, tmp_path / "run")
+    again = train(grown(tmp_path / "a"), SKILL, only_new, tmp_path / "run")
+    assert again.resumed_from == 5
+    assert same(whole.model, again.model)
+
+
+def test_where_nothing_is_new_that_alone_cannot_be_trained(tmp_path: Path) -> None:
+    grown(tmp_path)
+    with pytest.raises(ArchdslError, match=r"only: new trains what .*starts from no checkpoint"):
+        train(spec(), SKILL, config(only="new"))
+    with pytest.raises(ArchdslError, match=rf"and {tmp_path}/base has none; only: all"):
+        train(load_checkpoint(tmp_path / "base"), SKILL, config(only="new"))
+    forged = replace(load_checkpoint(tmp_path / "base"), provenance={"retrofit": {"new": ["no"]}})
+    with pytest.raises(CheckpointError, match="does not name its new parameters as the model does"):
+        train(forged, SKILL, config(only="new"))
+
+
+# What goes wrong
+
+
+def poison(model: LanguageModel, factor: float) -> Callable[[], None]:
+    """From when it is called on, multiplies the logits."""
+
+    def start() -> None:
+        model.norm.register_forward_hook(lambda module, inputs, x_BTD: x_BTD * factor)
+
+    return start
+
+
+@pytest.mark.parametrize(("factor", "found"), [(math.nan, "nan"), (math.inf, "nan|inf")])
+def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(
+    tmp_path: Path, factor: float, found: str
+) -> None:
+    model = build(spec())
+    bad = Meddling(SKILL.skill, 7, poison(model, factor))
+    said = (
+        rf"step 8: the loss is ({found}); try a lower lr .* last good checkpoint is .*step-000005"
+    )
+    with pytest.raises(TrainingDiverged, match=said):
+        train(model, bad, CONFIG, tmp_path)
+    good = trainer()
+    good.run(7)
+    assert same(model, good.model)
+    good = trainer()
+    good.run(5)
+    assert same(load_checkpoint(tmp_path / "checkpoints" / "step-000005").model, good.model)
+
+
+def test_a_gradient_that_is_no_number_stops_too() -> None:
+    run = trainer()
+
+    def explode(grad: Tensor) -> Tensor:
+        return grad * math.inf if run.step == 2 else grad
+
+    run.model.head.weight.register_hook(explode)
+    before: list[dict[str, Tensor]] = []
+    with pytest.raises(TrainingDiverged, match=r"step 3: the norm of the gradient is (nan|inf)"):
+        run.run(on_step=lambda step: before.append(weights(run.model)))
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert all(torch.equal(before[1][k], v) for k, v in weights(run.model).items())
+
+
+def test_a_loss_that_stays_absurd_stops_and_leaves_the_checkpoints_from_before(
+    tmp_path: Path,
+) -> None:
+    model = build(spec())
+    bad = Meddling(SKILL.skill, 12, poison(model, 1e4))
+    settings = config(steps=200, checkpoint_every=2, keep_last=1, eval_every=0)
+    with pytest.raises(TrainingDiverged, match=r"step 62: .*and was [12]\.\d\d.*step-000012"):
+        train(model, bad, settings, tmp_path)
+
+
+def test_absurd_losses_that_pass_are_let_pass() -> None:
+    run = trainer(steps=100)
+    absurd = {*range(5, 45), *range(50, 90)}  # longer than the patience, but not in a row
+
+    def exaggerate(module: object, inputs: object, x_BTD: Tensor) -> Tensor:
+        return x_BTD * 1e4 if run.step in absurd else x_BTD
+
+    run.model.norm.register_forward_hook(exaggerate)
+    run.run()
+    assert run.step == 100
+
+
+def test_weights_without_finite_values_are_never_saved(tmp_path: Path) -> None:
+    run = trainer()
+    with torch.no_grad():
+        run.model.head.weight[0, 0] = math.inf
+    with pytest.raises(TrainingDiverged, match=r"left head.weight without finite values"):
+        run.save(tmp_path / "bad")
+    assert not list(tmp_path.iterdir())
+
+
+class Silent(SkillData):
+    def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
+        batch = super().batch(index, batch_size, context, seed)
+        return replace(batch, targets_BT=torch.full_like(batch.targets_BT, IGNORE))
+
+
+def test_mistakes_are_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ArchdslError, match=r"only a vocab_size of 2"):
+        train(spec("vocab_size=2"), SKILL, CONFIG)
+    with pytest.raises(ArchdslError, match=r"a context of 99 tokens was asked for"):
+        train(spec(), SKILL, config(context=99))
+    with pytest.raises(ArchdslError, match=r"batch 0 of skill:p-hop.* asks for no prediction"):
+        train(spec(), Silent(SKILL.skill), CONFIG)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot hold a run"):
+        train(spec(), SKILL, CONFIG, tmp_path / "file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_missing_gpu_is_said_in_words() -> None:
+    with pytest.raises(ArchdslError, match="no CUDA device is available; use cpu"):
+        trainer(device="cuda")
+
+
+# What is shown
+
+
+def test_nothing_is_shown_unasked_and_plain_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(spec(), SKILL, CONFIG)
+    assert capsys.readouterr() == ("", "")
+    train(spec(), SKILL, CONFIG, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 3  # two validations and the last step
+    assert "step 6: validation loss" in shown.err
+    assert "step 12/12  loss" in shown.err
+    assert "routed" in shown.err
+
+
+def test_a_terminal_gets_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    train(spec(), SKILL, CONFIG, progress=True)
+    shown = capsys.readouterr().err
+    assert "━" in shown
+    assert "12/12" in shown
+    assert "tokens/s" in shown
