@@ -23,7 +23,7 @@ from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.data.types import Batch
 from archdsl.evaluation.evaluate import cross_entropy
-from archdsl.interop.llama_config import foreign_name
+from archdsl.interop.llama_config import transformers_name
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
 from benchmarks.measure import check_equal, progress
@@ -52,7 +52,7 @@ def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
 
     ``ours``: a single stack of plain layers. ``extras``: besides transformers, what is installed.
     """
-    weights = {foreign_name(name): w.detach().clone() for name, w in ours.state_dict().items()}
+    weights = {transformers_name(name): w.detach().clone() for name, w in ours.state_dict().items()}
     device = ours.embedding.weight.device
     makers = {"transformers": ("transformers", _transformers)}
     if extras:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from archdsl.data.types import Data
-    from archdsl.evaluation.dial_sweep import Setting
+    from archdsl.evaluation.dial_sweep import DialSetting
     from archdsl.model.checkpoint import Checkpoint
 
     Answer = tuple[dict[str, Any], list[RenderableType]]  # for programs, for readers
@@ -180,24 +180,29 @@ def _settings(
     capacity: Sequence[float | list[float]] | None,
     steps: Sequence[int] | None,
     sweep: bool,
-) -> list[Setting]:
+) -> list[DialSetting]:
     """Those asked for, after the trained one if they are to be compared. Raises DialError."""
-    from archdsl.evaluation.dial_sweep import TRAINED, Setting, check_settings, preset
+    from archdsl.evaluation.dial_sweep import (
+        AS_TRAINED,
+        DialSetting,
+        check_settings,
+        preset_settings,
+    )
 
     if sweep and not capacity and not steps:
-        return [TRAINED, *preset(found.model)]
+        return [AS_TRAINED, *preset_settings(found.model)]
     capacities: Sequence[float | list[float] | None] = capacity or [None]
     counts: Sequence[int | None] = steps or [None]
     given = [
-        Setting(capacity=tuple(share) if isinstance(share, list) else share, steps=count)
+        DialSetting(capacity=tuple(share) if isinstance(share, list) else share, steps=count)
         for share in capacities
         for count in counts
     ]
     check_settings(found.model, given)
-    return [TRAINED, *given] if sweep or len(given) > 1 else given
+    return [AS_TRAINED, *given] if sweep or len(given) > 1 else given
 
 
-def _at(found: Checkpoint, data: Data, setting: Setting, windows: dict[str, Any]) -> Answer:
+def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, Any]) -> Answer:
     """Held-out text at one setting."""
     from archdsl.evaluation.dial_sweep import dialled
     from archdsl.evaluation.evaluate import evaluate
@@ -226,7 +231,7 @@ def _at(found: Checkpoint, data: Data, setting: Setting, windows: dict[str, Any]
 def _along(
     found: Checkpoint,
     data: Data,
-    settings: Sequence[Setting],
+    settings: Sequence[DialSetting],
     windows: dict[str, Any],
     picture: Path | None,
 ) -> Answer:
@@ -245,7 +250,7 @@ def _along(
 
 def _on_tasks(
     found: Checkpoint,
-    settings: Sequence[Setting],
+    settings: Sequence[DialSetting],
     names: str,
     examples: dict[str, Any],
     extent: dict[str, Any],
@@ -253,7 +258,7 @@ def _on_tasks(
 ) -> Answer:
     """Tasks of lm-evaluation-harness at each setting."""
     try:
-        from archdsl.evaluation.lm_eval_model import run_tasks, write_whole
+        from archdsl.evaluation.lm_eval_model import run_tasks, write_harness_results
         from archdsl.evaluation.lm_eval_tasks import load_tasks
     except ModuleNotFoundError as error:
         raise ArchdslError(
@@ -272,7 +277,7 @@ def _on_tasks(
         runs.append((setting, scores))
         whole.append({"setting": setting.model_dump()} | everything)
     if out:
-        write_whole(out, whole)
+        write_harness_results(out, whole)
     facts = [{"setting": at.model_dump()} | scores.model_dump() for at, scores in runs]
     head = f"{found.spec.name}{', scored causally, as it decodes' if found.model.leaks else ''}"
     return {"routing": "causal", "settings": facts}, [head, "", tables.scores(runs)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from tokenizers import Tokenizer
 
-    from archdsl.generation.generate import Generation, Pace, Run
+    from archdsl.generation.generate import Generation, GenerationRun, Throughput
     from archdsl.generation.sampling_config import Sampling
     from archdsl.model.checkpoint import Checkpoint
 
@@ -84,9 +84,9 @@ def generate(
     prompts = read_prompts(file) if file else [_from_stdin() if prompt == "-" else prompt]
     found, tokenizer = _loaded(checkpoint)
     found.model.dial(capacity=capacity, steps=steps)
-    from archdsl.generation.generate import runs
+    from archdsl.generation.generate import generation_runs
 
-    done = runs(
+    done = generation_runs(
         found.model,
         prompts,
         sampling,
@@ -99,7 +99,7 @@ def generate(
     else:
         _all(done, prompts, out)
     if as_json:
-        print_json(({} if file else _facts(done[0].rows[0])) | _paces(done))
+        print_json(({} if file else _facts(done[0].rows[0])) | _speed_figures(done))
     else:
         print("\n".join(_said(done)), file=sys.stderr)
     if map_file:
@@ -132,7 +132,7 @@ def _from_stdin() -> str:
     return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
 
 
-def _stream(run: Run, prompt: str, quiet: bool) -> None:
+def _stream(run: GenerationRun, prompt: str, quiet: bool) -> None:
     if not quiet and sys.stdout.isatty():
         print(prompt.translate(SHOWN), end="")
     for piece in run:
@@ -143,7 +143,7 @@ def _stream(run: Run, prompt: str, quiet: bool) -> None:
         print()
 
 
-def _all(runs: Sequence[Run], prompts: Sequence[str], out: Path | None) -> None:
+def _all(runs: Sequence[GenerationRun], prompts: Sequence[str], out: Path | None) -> None:
     lines = []
     remaining = iter(prompts)
     with _bar() as bar:
@@ -192,29 +192,29 @@ def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
     return found, read_tokenizer(found.tokenizer)
 
 
-def _paces(runs: Sequence[Run]) -> dict[str, Any]:
+def _speed_figures(runs: Sequence[GenerationRun]) -> dict[str, Any]:
     return {
         name: {
             "tokens": pace.tokens,
             "tokens_per_s": pace.tokens_per_s,
             "thinking_steps": pace.thinking_steps,
-            "shares": pace.shares,
+            "shares": pace.router_shares,
         }
         for name, pace in _summed(runs).items()
     }
 
 
-def _summed(runs: Sequence[Run]) -> dict[str, Pace]:
-    from archdsl.generation.generate import Pace
+def _summed(runs: Sequence[GenerationRun]) -> dict[str, Throughput]:
+    from archdsl.generation.generate import Throughput
 
-    paces = {"prefill": Pace(), "decode": Pace()}
+    paces = {"prefill": Throughput(), "decode": Throughput()}
     for run in runs:
         paces["prefill"].add(run.prefill)
         paces["decode"].add(run.decode)
     return paces
 
 
-def _said(runs: Sequence[Run]) -> Iterator[str]:
+def _said(runs: Sequence[GenerationRun]) -> Iterator[str]:
     """The figures in words, a line each."""
     paces, rows = _summed(runs), [row for run in runs for row in run.rows]
     yield f"prompt: {paces['prefill'].tokens:,} tokens{_speed(paces['prefill'])}"
@@ -225,12 +225,12 @@ def _said(runs: Sequence[Run]) -> Iterator[str]:
         yield f"{many}stopped {end}"
 
 
-def _speed(pace: Pace) -> str:
+def _speed(pace: Throughput) -> str:
     if not pace.tokens:
         return ""
     return (
         f" at {pace.tokens_per_s:,.1f} tokens/s, "
-        f"{pace.thinking_steps:.2f} further thinking steps per token{_selected(pace.shares)}"
+        f"{pace.thinking_steps:.2f} further thinking steps per token{_selected(pace.router_shares)}"
     )
 
 
@@ -244,7 +244,7 @@ def _selected(shares: dict[str, float]) -> str:
     return f" (selected: {least:.0%} to {most:.0%} by {len(shares)} routed steps)"
 
 
-def _end(run: Run, row: Generation) -> str:
+def _end(run: GenerationRun, row: Generation) -> str:
     return {
         "end": "at the end of the document",
         "stop": "before a --stop",

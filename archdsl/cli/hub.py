@@ -12,7 +12,7 @@ from archdsl.cli.options import Json, print_json, print_parts, size
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
-    from archdsl.interop.import_weights import Imported
+    from archdsl.interop.import_weights import ImportedModel
 
 NEEDS_TRANSFORMERS = "this needs transformers: pip install 'archdsl[transformers]'"
 
@@ -61,7 +61,7 @@ def import_(
     print(f"wrote {out}; next: archdsl build {out}/spec.yaml", file=sys.stderr)
 
 
-def _imported(imported: Imported) -> dict[str, Any]:
+def _imported(imported: ImportedModel) -> dict[str, Any]:
     from archdsl.costs.receipt import cost
 
     return {

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from archdsl.blocks.dial import DialError
 from archdsl.data.types import Batch, Data, HeldOut
-from archdsl.evaluation.evaluate import asking, bits_per_byte, check_fit, ratio, score, undisturbed
+from archdsl.evaluation.evaluate import (
+    bits_per_byte,
+    check_data_fits,
+    evaluation_mode,
+    ratio_of_sums,
+    score_batch,
+    scored_windows,
+)
 from archdsl.lang.spec import Strict
 from archdsl.model.compute_meter import Meter, metered
 from archdsl.model.language_model import LanguageModel
 
-PAPER = (
+PAPER_CAPACITIES = (
     (0.9, 0.9, 0.9),
     (0.7, 0.7, 0.9),
     (0.7, 0.7, 0.7),
@@ -42,7 +49,7 @@ LABELS: dict[Routing, str] = {
 }
 
 
-class Setting(Strict):
+class DialSetting(Strict):
     """Where the dial stands: a capacity for all routed steps or one for each, a number of steps.
 
     None: as trained.
@@ -53,7 +60,7 @@ class Setting(Strict):
 
     @property
     def trained(self) -> bool:
-        return self == TRAINED
+        return self == AS_TRAINED
 
     def __str__(self) -> str:
         """``90/90/0``, ``50@6`` for six steps: capacities in percent, as in the paper."""
@@ -62,10 +69,10 @@ class Setting(Strict):
         return text + (f"@{self.steps}" if self.steps else "") or "trained"
 
 
-TRAINED = Setting()
+AS_TRAINED = DialSetting()
 
 
-class Point(Strict):
+class SweepPoint(Strict):
     """Held-out quality at one setting and what it took.
 
     ``flops_per_token``: executed, forward. ``shares``: of the tokens that each routed step
@@ -73,7 +80,7 @@ class Point(Strict):
     whose error is that of pairs of windows.
     """
 
-    setting: Setting
+    setting: DialSetting
     routing: Routing
     flops_per_token: float
     shares: dict[str, float]
@@ -91,7 +98,7 @@ class Point(Strict):
 
 
 @contextmanager
-def dialled(model: LanguageModel, setting: Setting) -> Iterator[None]:
+def dialled(model: LanguageModel, setting: DialSetting) -> Iterator[None]:
     """Meanwhile the model's dial stands there, afterwards as trained. Raises DialError."""
     capacity = setting.capacity
     model.dial(list(capacity) if isinstance(capacity, tuple) else capacity, setting.steps)
@@ -101,14 +108,14 @@ def dialled(model: LanguageModel, setting: Setting) -> Iterator[None]:
         model.dial()
 
 
-def check_settings(model: LanguageModel, settings: Sequence[Setting]) -> None:
+def check_settings(model: LanguageModel, settings: Sequence[DialSetting]) -> None:
     """Raises DialError if the model cannot be run at one of them."""
     for setting in settings:
         with dialled(model, setting):
             pass
 
 
-def preset(model: LanguageModel) -> list[Setting]:
+def preset_settings(model: LanguageModel) -> list[DialSetting]:
     """The paper's settings, each token, and no thinking, as far as the model can be run so.
 
     With more or fewer than three routed steps, each takes the capacity of the third of the way
@@ -120,27 +127,27 @@ def preset(model: LanguageModel) -> list[Setting]:
         raise DialError(f"{model.spec.name} has no loops: there is nothing to dial")
     routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.router is not None}
     if routed:
-        shares = [_stretched(thirds, routed) for thirds in PAPER]
-        found = dict.fromkeys([*filter(None, shares), Setting(capacity=0.0)])
+        shares = [_stretched(thirds, routed) for thirds in PAPER_CAPACITIES]
+        found = dict.fromkeys([*filter(None, shares), DialSetting(capacity=0.0)])
     else:
         most = max(loop.spec.steps for loop in loops)
         fewer = [2**i for i in range(most.bit_length()) if 2**i < most]
-        found = dict.fromkeys(Setting(steps=steps) for steps in [*fewer, 2 * most])
+        found = dict.fromkeys(DialSetting(steps=steps) for steps in [*fewer, 2 * most])
     return [setting for setting in found if _servable(model, setting)]
 
 
-def _stretched(thirds: tuple[float, ...], routed: set[int]) -> Setting | None:
+def _stretched(thirds: tuple[float, ...], routed: set[int]) -> DialSetting | None:
     """A triple of capacities for another number of routed steps."""
     if len(set(thirds)) == 1:
-        return Setting(capacity=thirds[0])
+        return DialSetting(capacity=thirds[0])
     if len(routed) != 1:
         return None
     steps = routed.copy().pop()
     shares = tuple(thirds[(2 * step + 1) * len(thirds) // (2 * steps)] for step in range(steps))
-    return Setting(capacity=shares[0] if len(set(shares)) == 1 else shares)
+    return DialSetting(capacity=shares[0] if len(set(shares)) == 1 else shares)
 
 
-def _servable(model: LanguageModel, setting: Setting) -> bool:
+def _servable(model: LanguageModel, setting: DialSetting) -> bool:
     try:
         check_settings(model, [setting])
     except DialError:
@@ -151,26 +158,27 @@ def _servable(model: LanguageModel, setting: Setting) -> bool:
 def sweep(
     model: LanguageModel,
     data: Data,
-    settings: Sequence[Setting] | None = None,
+    settings: Sequence[DialSetting] | None = None,
     *,
     split: HeldOut = "validation",
     batch_size: int = 16,
     context: int | None = None,
     limit_tokens: int | None = None,
     progress: bool = False,
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Scores the held-out windows of ``split`` at the trained setting and ``settings``.
 
-    ``settings``: default: ``preset(model)``. A leaking model is scored causally and as trained.
+    ``settings``: default: ``preset_settings(model)``. A leaking model is scored causally and
+    as trained.
     Raises DialError before any work, and ArchdslError if the split asks nothing.
     """
-    settings = preset(model) if settings is None else settings
+    settings = preset_settings(model) if settings is None else settings
     context = context or model.spec.context
-    check_fit(model.spec, data, context)
+    check_data_fits(model.spec, data, context)
     check_settings(model, settings)
     ways: list[Routing] = ["causal", "leaking"] if model.leaks else ["causal"]
-    todo = [(routing, setting) for routing in ways for setting in (TRAINED, *settings)]
-    points: list[Point] = []
+    todo = [(routing, setting) for routing in ways for setting in (AS_TRAINED, *settings)]
+    points: list[SweepPoint] = []
     trained: dict[Routing, Tensor] = {}
     for routing, setting in track(
         todo, "sweep", console=Console(stderr=True), disable=not progress
@@ -178,10 +186,10 @@ def sweep(
         batches = data.held_out(split, batch_size, context, limit_tokens)
         with _routed(model, routing), dialled(model, setting):
             scores, meter = _scored(model, batches)
-        score_3W = asking(scores, data, split)
+        score_3W = scored_windows(scores, data, split)
         base_3W = trained.setdefault(routing, score_3W)
         points.append(
-            Point(
+            SweepPoint(
                 setting=setting,
                 routing=routing,
                 flops_per_token=meter.flops_per_token,
@@ -197,14 +205,14 @@ def _routed(model: LanguageModel, routing: Routing) -> AbstractContextManager[No
 
 
 def _scored(model: LanguageModel, batches: Iterable[Batch]) -> tuple[list[Tensor], Meter]:
-    with undisturbed(model), metered(model) as meter:
-        return [score(model, batch) for batch in batches], meter
+    with evaluation_mode(model), metered(model) as meter:
+        return [score_batch(model, batch) for batch in batches], meter
 
 
 def _figures(score_3W: Tensor, trained_3W: Tensor, bytes_per_token: float | None) -> dict[str, Any]:
     loss_W, asked_W, _ = score_3W
-    loss, error = ratio(loss_W, asked_W)
-    difference, difference_error = ratio(loss_W - trained_3W[0], asked_W)
+    loss, error = ratio_of_sums(loss_W, asked_W)
+    difference, difference_error = ratio_of_sums(loss_W - trained_3W[0], asked_W)
     return {
         "tokens": int(asked_W.sum()),
         "loss": loss,
@@ -215,7 +223,7 @@ def _figures(score_3W: Tensor, trained_3W: Tensor, bytes_per_token: float | None
     }
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
+def plot(points: Sequence[SweepPoint], path: Path) -> None:
     """Loss against executed FLOPs per token, a curve for each routing. A PNG.
 
     The bars are 95% intervals of the difference to the trained setting: those of the losses
@@ -243,7 +251,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     temporary.replace(path)
 
 
-def _draw(axis: Any, curve: Sequence[Point], routing: Routing) -> None:
+def _draw(axis: Any, curve: Sequence[SweepPoint], routing: Routing) -> None:
     flops = [point.flops_per_token / 1e6 for point in curve]
     losses = [point.loss for point in curve]
     axis.errorbar(

@@ -63,13 +63,13 @@ def evaluate(
     """
 
     context = context or model.spec.context
-    check_fit(model.spec, data, context)
+    check_data_fits(model.spec, data, context)
 
     def evaluated(leaks: bool) -> Evaluation:
         batches = data.held_out(split, batch_size, context, limit_tokens)
-        with undisturbed(model):
-            scores = [score(model, batch) for batch in batches]
-        score_3W = asking(scores, data, split)
+        with evaluation_mode(model):
+            scores = [score_batch(model, batch) for batch in batches]
+        score_3W = scored_windows(scores, data, split)
         return _summary(score_3W, split, data.bytes_per_token(split), leaks)
 
     if not model.leaks:
@@ -79,7 +79,7 @@ def evaluate(
     return evaluated(leaks=True).model_copy(update={"causal": causal})
 
 
-def check_fit(spec: ModelSpec, data: Data, context: int) -> None:
+def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
     """Raises ArchdslError if the model cannot take the data's tokens or windows of ``context``."""
     if data.vocab_size > spec.vocab_size:
         raise ArchdslError(
@@ -94,7 +94,7 @@ def check_fit(spec: ModelSpec, data: Data, context: int) -> None:
 
 
 @contextmanager
-def undisturbed(model: LanguageModel) -> Iterator[None]:
+def evaluation_mode(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode and its own random numbers, the same every time; both undone at the end."""
     training = model.training
     device = next(model.parameters()).device
@@ -115,7 +115,7 @@ def seed_torch(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def score(model: LanguageModel, batch: Batch) -> Tensor:
+def score_batch(model: LanguageModel, batch: Batch) -> Tensor:
     """Loss (a sum, in nats), predictions asked and right answers of each window: [3, B].
 
     A function of its own, so that the logits are gone before the next batch makes new ones.
@@ -130,7 +130,7 @@ def score(model: LanguageModel, batch: Batch) -> Tensor:
     return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, asked_BT, right_BT)])
 
 
-def asking(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:
+def scored_windows(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:
     """The scores of those windows that ask something, [3, W]; raises ArchdslError without any."""
     score_3W = torch.cat([torch.empty(3, 0), *scores], dim=1)
     if not score_3W[1].any():
@@ -138,7 +138,7 @@ def asking(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:
     return score_3W[:, score_3W[1] > 0]
 
 
-def ratio(sum_W: Tensor, asked_W: Tensor) -> tuple[float, float | None]:
+def ratio_of_sums(sum_W: Tensor, asked_W: Tensor) -> tuple[float, float | None]:
     """The mean over all that was asked, and its standard error over windows.
 
     Of a ratio of sums, as windows may ask differently often (Cochran, Sampling Techniques, 6.4).
@@ -157,7 +157,7 @@ def _summary(
     score_3W: Tensor, split: HeldOut, bytes_per_token: float | None, leaks: bool
 ) -> Evaluation:
     loss_W, asked_W, right_W = score_3W
-    loss, error = ratio(loss_W, asked_W)
+    loss, error = ratio_of_sums(loss_W, asked_W)
     return Evaluation(
         split=split,
         tokens=int(asked_W.sum()),

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from archdsl.data.tokenizers import beginning, end_of_document
-from archdsl.evaluation.evaluate import undisturbed
+from archdsl.evaluation.evaluate import evaluation_mode
 from archdsl.evaluation.lm_eval_tasks import SEED, TaskError, Tasks
 from archdsl.files import write_text
 from archdsl.generation.generate import generate
@@ -49,16 +49,16 @@ from archdsl.lang.spec import Strict
 from archdsl.model.compute_meter import metered
 from archdsl.model.language_model import LanguageModel
 
-DRAWS = 1000  # of a bootstrap, for metrics without a formula for their error
-NEW_TOKENS = 256  # of an answer, unless its task says otherwise
+BOOTSTRAP_SAMPLES = 1000  # of a bootstrap, for metrics without a formula for their error
+MAX_NEW_TOKENS = 256  # of an answer, unless its task says otherwise
 
 Window = tuple[list[int], list[int]]  # what is known, what is predicted
-Pair = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+ScoringRequest = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-class Score(Strict):
+class TaskScore(Strict):
     """One figure of a task or a group of tasks over ``examples``."""
 
     task: str
@@ -72,13 +72,13 @@ class Score(Strict):
 class TaskScores(Strict):
     """``tokens`` were looked at for ``scores``, at ``flops_per_token`` executed for each."""
 
-    scores: tuple[Score, ...]
+    scores: tuple[TaskScore, ...]
     tokens: int
     flops_per_token: float
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """``way``: the texts that end an answer, and how many tokens it has at most."""
 
     tokens: list[int]
@@ -101,27 +101,27 @@ def run_tasks(
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=SEED)  # the same shots in every run
     with metered(model) as meter, redirect_stdout(sys.stderr):
-        adapter = Adapter(model, tokenizer, batch_size)
-        whole = evaluate(adapter, tasks, limit=limit, bootstrap_iters=DRAWS)
+        adapter = HarnessModel(model, tokenizer, batch_size)
+        whole = evaluate(adapter, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
     found = TaskScores(
         scores=tuple(_scores(whole)), tokens=meter.tokens, flops_per_token=meter.flops_per_token
     )
     return found, whole
 
 
-def write_whole(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+def write_harness_results(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     """All that the harness has to say of runs, questions and answers included, as JSON."""
     text = json.dumps(runs, indent=1, default=handle_non_serializable, ensure_ascii=False)
     write_text(path, text + "\n")
 
 
-def _scores(whole: Mapping[str, Any]) -> Iterator[Score]:
+def _scores(whole: Mapping[str, Any]) -> Iterator[TaskScore]:
     for task, found in (whole["results"] | whole.get("groups", {})).items():
         better = whole["higher_is_better"].get(task, {})
         for key, value in found.items():
             metric, comma, which = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                yield Score(
+                yield TaskScore(
                     task=task,
                     metric=metric if which == "none" else f"{metric} ({which})",
                     value=_number(value),
@@ -136,7 +136,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """A model as the harness asks it."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, batch_size: int) -> None:
@@ -162,7 +162,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return begun + self.text.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Pair], **_: object
+        self, requests: Sequence[ScoringRequest], **_: object
     ) -> list[tuple[float, bool]]:
         """Log-probability in nats, and whether greedy decoding would say the same."""
         windows, of = [], []
@@ -219,8 +219,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
             answers |= zip(alike, found, strict=True)
         return [answers[i] for i in range(len(questions))]
 
-    def _question(self, prompt: str, options: Mapping[str, Any]) -> Question:
-        wanted = normalize_gen_kwargs(dict(options), NEW_TOKENS)
+    def _question(self, prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
+        wanted = normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS)
         if wanted.get("do_sample"):
             raise TaskError("a task asks for sampled answers; archdsl answers greedily")
         most = int(wanted["max_gen_toks"])
@@ -231,9 +231,9 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
             )
         tokens = self.tok_encode(prompt) or [self.prefix_token_id]
         until = handle_stop_sequences(wanted.get("until"), eos=None)
-        return Question(tokens[most - self.context :], (tuple(filter(None, until)), most))
+        return GenerationRequest(tokens[most - self.context :], (tuple(filter(None, until)), most))
 
-    def _answer(self, questions: Sequence[Question]) -> list[str]:
+    def _answer(self, questions: Sequence[GenerationRequest]) -> list[str]:
         until, most = questions[0].way
         found = generate(
             self.model,
@@ -256,7 +256,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         starts = range(0, len(order), self.batch_size)
         answers: dict[int, Answer] = {}
         console = Console(stderr=True)
-        with undisturbed(self.model), self.model.causal_routing():
+        with evaluation_mode(self.model), self.model.causal_routing():
             for start in track(starts, doing, console=console, disable=not requests):
                 some = order[start : start + self.batch_size]
                 answers |= zip(some, answer([requests[i] for i in some]), strict=True)

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BROKEN = "\ufffd"  # what a decoder makes of bytes that are no character, or none yet
-ENOUGH = 16  # tokens before, for a decoder whose text depends on where it begins
+REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or none yet
+CONTEXT_TOKENS = 16  # tokens before, for a decoder whose text depends on where it begins
 
 
-class Pieces:
+class StreamingDecoder:
     """The text of one token after another, as a continuation of the tokens ``before``."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.said = list(before)[-ENOUGH:]  # tokens whose text is out
+        self.said = list(before)[-CONTEXT_TOKENS:]  # tokens whose text is out
         self.held: list[int] = []
 
     def push(self, token: int) -> str:
         """What has become certain; nothing where a character is incomplete."""
         self.held.append(token)
         text = self._text()
-        return "" if text.endswith(BROKEN) else self._release(text)
+        return "" if text.endswith(REPLACEMENT) else self._release(text)
 
     def finish(self) -> str:
         """The rest, broken as it is."""
@@ -36,15 +36,15 @@ class Pieces:
 
     def _release(self, text: str) -> str:
         if text:
-            self.said = (self.said + self.held)[-ENOUGH - len(self.held) :]
+            self.said = (self.said + self.held)[-CONTEXT_TOKENS - len(self.held) :]
             self.held = []
         return text
 
 
-class Text:
+class StopStringFilter:
     """Pieces up to the first of the strings ``stop``, which is not part of the text."""
 
-    def __init__(self, pieces: Pieces, stop: Sequence[str] = ()) -> None:
+    def __init__(self, pieces: StreamingDecoder, stop: Sequence[str] = ()) -> None:
         self.pieces = pieces
         self.stop = stop
         self.held = ""  # may be the beginning of what stops it

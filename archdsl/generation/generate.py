@@ -17,8 +17,8 @@ from torch import Tensor
 
 from archdsl.data.tokenizers import beginning, encode, end_of_document, vocab_size
 from archdsl.errors import ArchdslError
-from archdsl.generation.detokenize import Pieces, Text
-from archdsl.generation.sampling import draw, generators, probabilities
+from archdsl.generation.detokenize import StopStringFilter, StreamingDecoder
+from archdsl.generation.sampling import generators, probabilities, sample_tokens
 from archdsl.generation.sampling_config import Sampling
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from archdsl.nn.cache import Cache
 
-Stopped = Literal["end", "stop", "length", "context"]
+StopReason = Literal["end", "stop", "length", "context"]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
-READ_AT_ONCE = 4096  # tokens of prompts
-FIXED_SHAPES = {
+PREFILL_TOKENS = 4096  # tokens of prompts
+FIXED_SHAPE_DEVICES = {
     "cuda"
 }  # where every step is computed for every row; `archdsl.model.cuda_graph_step` says why
 
@@ -55,7 +55,7 @@ class Generation:
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     text: str | None = None
-    stopped: Stopped | None = None
+    stopped: StopReason | None = None
     steps: list[int] = field(default_factory=list)
 
     @property
@@ -65,13 +65,13 @@ class Generation:
 
 
 @dataclass
-class Pace:
+class Throughput:
     """Tokens read, how fast, and how much was thought about them."""
 
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
-    selected: dict[str, float] = field(default_factory=dict)
+    selected_tokens: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -83,20 +83,20 @@ class Pace:
         return self.steps / self.tokens if self.tokens else None
 
     @property
-    def shares(self) -> dict[str, float]:
+    def router_shares(self) -> dict[str, float]:
         """Of the tokens, those that each routed step selected."""
-        return {name: count / self.tokens for name, count in self.selected.items()}
+        return {name: count / self.tokens for name, count in self.selected_tokens.items()}
 
-    def add(self, other: Pace) -> None:
+    def add(self, other: Throughput) -> None:
         self.tokens += other.tokens
         self.seconds += other.seconds
         self.steps += other.steps
-        for name, count in other.selected.items():
-            self.selected[name] = self.selected.get(name, 0.0) + count
+        for name, count in other.selected_tokens.items():
+            self.selected_tokens[name] = self.selected_tokens.get(name, 0.0) + count
 
 
 @dataclass(frozen=True)
-class Piece:
+class GeneratedToken:
     """What came next in a row: a token, and the text that it made certain."""
 
     row: int
@@ -126,14 +126,16 @@ def generate(
     >>> len(found.tokens), found.stopped
     (125, 'context')
     """
-    batches = runs(model, prompts, sampling, tokenizer=tokenizer, stop=stop, batch_size=batch_size)
+    batches = generation_runs(
+        model, prompts, sampling, tokenizer=tokenizer, stop=stop, batch_size=batch_size
+    )
     for run in batches:
         for _ in run:
             pass
     return [row for run in batches for row in run.rows]
 
 
-def runs(
+def generation_runs(
     model: LanguageModel,
     prompts: Prompts,
     sampling: Sampling | None = None,
@@ -141,18 +143,18 @@ def runs(
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),
     batch_size: int | None = None,
-) -> list[Run]:
+) -> list[GenerationRun]:
     """What `generate` goes through, for whoever wants to see each token as it comes."""
     tokens = _tokenized(prompts, tokenizer)
     _check(model, tokens, tokenizer, stop)
     size = batch_size or len(tokens)
     return [
-        Run(model, tokens[i : i + size], sampling or Sampling(), tokenizer, stop)
+        GenerationRun(model, tokens[i : i + size], sampling or Sampling(), tokenizer, stop)
         for i in range(0, len(tokens), size)
     ]
 
 
-class Run:
+class GenerationRun:
     """One batch on its way: iterate for the pieces as they come; ``rows`` fill meanwhile.
 
     ``prefill`` and ``decode``: the pace at which prompts and what came after them were read.
@@ -169,19 +171,22 @@ class Run:
         self.model, self.sampling = model, sampling
         self.rows = [Generation(tokens) for tokens in prompts]
         self.end = end_of_document(tokenizer) if tokenizer else None
-        self.texts = [Text(Pieces(tokenizer, p), stop) if tokenizer else None for p in prompts]
-        self.prefill, self.decode = Pace(), Pace()
+        self.texts = [
+            StopStringFilter(StreamingDecoder(tokenizer, p), stop) if tokenizer else None
+            for p in prompts
+        ]
+        self.prefill, self.decode = Throughput(), Throughput()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[GeneratedToken]:
         live = list(range(len(self.rows)))
         random = generators(self.sampling, len(live))
         cache = self.model.new_cache(self._longest())
         logits_BV = self._read_prompts(cache)
-        fixed, step, pace = logits_BV.device.type in FIXED_SHAPES, None, self.prefill
+        fixed, step, pace = logits_BV.device.type in FIXED_SHAPE_DEVICES, None, self.prefill
         while live:
             with _clock(pace):
-                share_BV = probabilities(logits_BV, self.sampling)
-                tokens = draw(share_BV, [random[i] for i in live])
+                probability_BV = probabilities(logits_BV, self.sampling)
+                tokens = sample_tokens(probability_BV, [random[i] for i in live])
             for i, token in zip(live, tokens, strict=True):
                 yield self._take(i, token)
             going = [place for place, i in enumerate(live) if self.rows[i].stopped is None]
@@ -205,14 +210,14 @@ class Run:
         longest = max(len(row.prompt) for row in self.rows)
         # filled up in front, so that all prompts end in the last column
         filled = [[-1] * (longest - len(row.prompt)) + row.prompt for row in self.rows]
-        size = max(1, READ_AT_ONCE // len(filled))
+        size = max(1, PREFILL_TOKENS // len(filled))
         for start in range(0, longest, size):
             chunk = [tokens[start : start + size] for tokens in filled]
             logits_BV = self._read(cache, chunk, range(len(filled)), self.prefill)
         return logits_BV
 
     def _read(
-        self, cache: Cache, tokens: list[list[int]], rows: Sequence[int], pace: Pace
+        self, cache: Cache, tokens: list[list[int]], rows: Sequence[int], pace: Throughput
     ) -> Tensor:
         """The logits after the last of the tokens, [B, V]; -1 among these is filling."""
         tokens_BT = torch.tensor(tokens, device=self.model.embedding.weight.device)
@@ -242,7 +247,7 @@ class Run:
             raise GenerateError(f"{self.model.spec.name} gives logits that are not finite")
         return logits_BV
 
-    def _note(self, mask_BT: Tensor, rows: Sequence[int], pace: Pace) -> None:
+    def _note(self, mask_BT: Tensor, rows: Sequence[int], pace: Throughput) -> None:
         """What the pass that has just been did; two questions to the device, whatever it was."""
         trace = self.model.trace
         assert trace.steps_BT is not None  # no gradients were asked for
@@ -254,9 +259,9 @@ class Run:
             self.rows[i].steps += steps
         count = sum(map(len, taken))
         selected = {name: share * count for name, share in self.model.router_shares().items()}
-        pace.add(Pace(count, 0.0, sum(map(sum, taken)), selected))
+        pace.add(Throughput(count, 0.0, sum(map(sum, taken)), selected))
 
-    def _take(self, i: int, token: int) -> Piece:
+    def _take(self, i: int, token: int) -> GeneratedToken:
         """Adds the token to its row and finds out whether the row stops here."""
         row, text = self.rows[i], self.texts[i]
         piece = ""
@@ -274,7 +279,7 @@ class Run:
         if text:
             piece += text.finish() if row.stopped else ""
             row.text = text.whole
-        return Piece(i, token, piece)
+        return GeneratedToken(i, token, piece)
 
 
 def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]:
@@ -325,7 +330,7 @@ def _check(
 
 
 @contextmanager
-def _clock(pace: Pace) -> Iterator[None]:
+def _clock(pace: Throughput) -> Iterator[None]:
     began = time.perf_counter()
     yield
     pace.seconds += time.perf_counter() - began

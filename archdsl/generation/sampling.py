@@ -42,21 +42,21 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     """-inf in place of each token that likelier ones already reach ``p`` without."""
     sorted_BV = logits_BV.sort(dim=-1, descending=True).values
-    share_BV = sorted_BV.softmax(-1)
-    kept_B1 = (share_BV.cumsum(-1) - share_BV < p).sum(-1, keepdim=True).clamp(min=1)
+    probability_BV = sorted_BV.softmax(-1)
+    kept_B1 = (probability_BV.cumsum(-1) - probability_BV < p).sum(-1, keepdim=True).clamp(min=1)
     least_B1 = sorted_BV.gather(-1, kept_B1 - 1)
     return logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
 
 
-def draw(share_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+def sample_tokens(probability_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
     """A token for each row, by one number in [0, 1) of its generator."""
     drawn = [torch.rand((), generator=rng, dtype=torch.float64) for rng in generators]
-    return pick(share_BV, torch.stack(drawn).to(share_BV.device)).tolist()
+    return token_at(probability_BV, torch.stack(drawn).to(probability_BV.device)).tolist()
 
 
-def pick(share_BV: Tensor, at_B: Tensor) -> Tensor:
+def token_at(probability_BV: Tensor, at_B: Tensor) -> Tensor:
     """The token in whose share ``at_B`` falls, shares laid end to end from 0 to 1."""
-    end_BV = share_BV.cumsum(-1)
+    end_BV = probability_BV.cumsum(-1)
     # scaled, as the shares may add up to a little less than one
     at_B1 = at_B.unsqueeze(-1) * end_BV[..., -1:]
     return torch.searchsorted(end_BV, at_B1, right=True).squeeze(-1)

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from archdsl.data.tokenizers import byte_level
-from archdsl.generation.detokenize import Pieces
+from archdsl.generation.detokenize import StreamingDecoder
 from archdsl.generation.generate import Generation
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _sign(letter: str) -> str:
 
 def _texts(tokens: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """What each token adds to the text; of a character's first bytes, the bytes."""
-    pieces = Pieces(tokenizer)
+    pieces = StreamingDecoder(tokenizer)
     special = tokenizer.get_added_tokens_decoder()
     bytes_of = byte_level().get_vocab()
     for token in tokens:

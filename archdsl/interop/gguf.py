@@ -45,7 +45,7 @@ LAYER = {
 DIGIT_BY_DIGIT = ("smollm",)
 
 
-class Gguf:
+class GgufFile:
     """A llama's weights, config and tokenizer in one file."""
 
     def __init__(self, path: Path) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from archdsl.data.tokenizers import read_tokenizer, vocab_size
 from archdsl.files import read_json
-from archdsl.interop.gguf import Gguf
-from archdsl.interop.llama_config import PretrainedError, foreign_name, spec_of
+from archdsl.interop.gguf import GgufFile
+from archdsl.interop.llama_config import PretrainedError, llama_spec, transformers_name
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import meta_model
 from archdsl.model.checkpoint import save_checkpoint
@@ -39,7 +39,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Shapes = Mapping[str, tuple[int, ...]]  # by the names of transformers
 
 
-class Source(Protocol):
+class PretrainedSource(Protocol):
     """A pretrained model on disk, in the words of transformers."""
 
     files: list[Path]
@@ -56,7 +56,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     spec: ModelSpec
     architecture: str
     tokens: int  # in the tokenizer's vocabulary
@@ -65,7 +65,7 @@ class Imported:
 
 def import_pretrained(
     path: Path, out: Path, *, name: str | None = None, context: int | None = None
-) -> Imported:
+) -> ImportedModel:
     """Writes the model in ``path`` as a checkpoint to the folder ``out``, in float32.
 
     ``path``: a folder with config.json, model.safetensors (or shards and their index) and
@@ -73,7 +73,7 @@ def import_pretrained(
     Raises PretrainedError, or SpecError, or CheckpointError if ``out`` cannot be written.
     """
     source = _open(path)
-    spec = spec_of(
+    spec = llama_spec(
         source.config, str(source.config_file), name=name or _name(path), context=context
     )
     with TemporaryDirectory() as scratch:
@@ -81,7 +81,7 @@ def import_pretrained(
         tokenizer = source.tokenizer(Path(scratch))
         tokens = _count_tokens(tokenizer, path, spec)
         files = {file.name: _sha256(file) for file in source.files}
-        imported = Imported(spec, source.config["model_type"], tokens, files)
+        imported = ImportedModel(spec, source.config["model_type"], tokens, files)
         about = {"source": path.name, "architecture": imported.architecture, "files": files}
         save_checkpoint(
             out,
@@ -92,11 +92,11 @@ def import_pretrained(
     return imported
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> PretrainedSource:
     if path.is_dir():
-        return Folder(path)
+        return SafetensorsFolder(path)
     if path.is_file() and path.suffix == ".gguf":
-        return Gguf(path)
+        return GgufFile(path)
     found = "is neither" if path.exists() else "does not exist"
     raise PretrainedError(f"{path} {found}: expected a folder with {CONFIG}, or a .gguf file")
 
@@ -113,7 +113,7 @@ def _sha256(path: Path) -> str:
 
 def _check_shapes(path: Path, stored: Shapes, spec: ModelSpec) -> None:
     wanted = {
-        foreign_name(name): tuple(tensor.shape)
+        transformers_name(name): tuple(tensor.shape)
         for name, tensor in meta_model(spec).state_dict().items()
     }
     for name, shape in wanted.items():
@@ -137,9 +137,9 @@ def _count_tokens(tokenizer: Path, path: Path, spec: ModelSpec) -> int:
     return tokens
 
 
-def _filled(spec: ModelSpec, source: Source, path: Path) -> LanguageModel:
+def _filled(spec: ModelSpec, source: PretrainedSource, path: Path) -> LanguageModel:
     model = meta_model(spec)
-    ours = {foreign_name(name): name for name in model.state_dict()}
+    ours = {transformers_name(name): name for name in model.state_dict()}
     state: dict[str, Tensor] = {}
     for name, tensor in source.tensors():
         if name in ours:
@@ -155,7 +155,7 @@ def _filled(spec: ModelSpec, source: Source, path: Path) -> LanguageModel:
     return model
 
 
-class Folder:
+class SafetensorsFolder:
     """Safetensors, whole or in shards, beside a config.json."""
 
     def __init__(self, path: Path) -> None:

@@ -108,7 +108,7 @@ class LlamaConfig(BaseModel):
             yield f"rotary scaling of type {self.rope_type!r} (known: {known})"
 
 
-def spec_of(
+def llama_spec(
     config: Mapping[str, Any], file: str, *, name: str, context: int | None = None
 ) -> ModelSpec:
     """The spec that computes what the config describes; ``context``: a shorter one than its own.
@@ -176,7 +176,7 @@ def _scaling(config: LlamaConfig) -> dict[str, Any] | None:
     return scaling
 
 
-def foreign_name(name: str) -> str:
+def transformers_name(name: str) -> str:
     """What transformers calls a weight of an imported model."""
     stem = name.removesuffix(".weight")
     if inner := re.fullmatch(r"blocks\.0\.blocks\.(\d+)\.(.+)", stem):

@@ -18,7 +18,7 @@ from archdsl.reports.outline import Node, outline
 from archdsl.reports.training_memory import training_memory
 
 if TYPE_CHECKING:
-    from archdsl.evaluation.dial_sweep import Point, Setting
+    from archdsl.evaluation.dial_sweep import DialSetting, SweepPoint
     from archdsl.evaluation.evaluate import Evaluation
     from archdsl.evaluation.lm_eval_model import TaskScores
 
@@ -271,7 +271,7 @@ def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
     return facts
 
 
-def dial(points: Sequence[Point]) -> RenderableType:
+def dial(points: Sequence[SweepPoint]) -> RenderableType:
     """A table of settings; of a leaking model one for each way to route."""
     from archdsl.evaluation.dial_sweep import LABELS
 
@@ -291,7 +291,7 @@ def dial(points: Sequence[Point]) -> RenderableType:
     return Group(*parts, Facts(legend))
 
 
-def _settings(points: Sequence[Point]) -> Table:
+def _settings(points: Sequence[SweepPoint]) -> Table:
     bits = any(point.bits_per_byte is not None for point in points)
     titles = ["FLOPs/token", "share", "loss", *(["bits/byte"] if bits else []), "difference"]
     table = _table("setting", *titles)
@@ -309,7 +309,7 @@ def _settings(points: Sequence[Point]) -> Table:
     return table
 
 
-def scores(runs: Sequence[tuple[Setting, TaskScores]]) -> RenderableType:
+def scores(runs: Sequence[tuple[DialSetting, TaskScores]]) -> RenderableType:
     """What tasks of lm-evaluation-harness found at each setting of the dial."""
     table = _table("setting", "FLOPs/token", "task", "metric", "score", "examples")
     for setting, found in runs:

@@ -21,13 +21,13 @@ from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_training,
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
 from archdsl.training.progress import TrainProgress
-from archdsl.training.trainer import RunMismatchError, Step, Trainer, TrainingDiverged
+from archdsl.training.trainer import RunMismatchError, Trainer, TrainingDiverged, TrainStep
 
 __all__ = [
     "RunMismatchError",
-    "Step",
     "TrainConfig",
     "TrainResult",
+    "TrainStep",
     "Trainer",
     "TrainingDiverged",
     "last_checkpoint",
@@ -134,7 +134,7 @@ class Recorder:
         if trainer.step:
             display.resumed(trainer.step)
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: TrainStep) -> None:
         config = self.trainer.config
         last = step.step == config.steps
         self.tokens += step.tokens
@@ -153,7 +153,7 @@ class Recorder:
         if self.asked.is_set():
             raise KeyboardInterrupt(f"stopped after step {step.step}; {self._way_on()}")
 
-    def _write_line(self, step: Step, rate: float, validate: bool) -> None:
+    def _write_line(self, step: TrainStep, rate: float, validate: bool) -> None:
         self.shares = self.trainer.model.router_shares()
         record = {
             "step": step.step,
@@ -205,7 +205,7 @@ class Recorder:
         return validation
 
 
-def _due(step: Step, every: int) -> bool:
+def _due(step: TrainStep, every: int) -> bool:
     return every > 0 and step.step % every == 0
 
 

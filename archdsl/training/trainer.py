@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from archdsl.data.types import IGNORE, Batch, Data
 from archdsl.errors import ArchdslError
-from archdsl.evaluation.evaluate import Evaluation, check_fit, evaluate, seed_torch
+from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate, seed_torch
 from archdsl.model.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
@@ -27,7 +27,7 @@ from archdsl.training.config import TrainConfig
 PATIENCE = 50  # steps in a row that a loss may be absurd before the run is given up
 
 # may differ between a run and its continuation: no weight depends on them
-ONLY_WATCHING = {"eval_every", "eval_tokens", "checkpoint_every", "keep_last", "log_every"}
+UNCHECKED_SETTINGS = {"eval_every", "eval_tokens", "checkpoint_every", "keep_last", "log_every"}
 
 
 class TrainingDiverged(ArchdslError):  # noqa: N818  it says what happened
@@ -41,7 +41,7 @@ class RunMismatchError(ArchdslError):
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What one optimizer step was: ``loss`` in nats per asked token, before the update."""
 
     step: int
@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         self.device = _device(config.device)
         self.context = config.context or model.spec.context
-        check_fit(model.spec, data, self.context)
+        check_data_fits(model.spec, data, self.context)
         self.model = model.to(self.device)
         self.data = data
         self.config = config
@@ -86,7 +86,7 @@ class Trainer:
             compile_layers(model)
 
     def run(
-        self, until_step: int | None = None, on_step: Callable[[Step], None] | None = None
+        self, until_step: int | None = None, on_step: Callable[[TrainStep], None] | None = None
     ) -> None:
         """Trains up to and including ``until_step`` (default: the last of the config).
 
@@ -101,7 +101,7 @@ class Trainer:
                 if on_step is not None:
                     on_step(step)
 
-    def _advance(self) -> Step:
+    def _advance(self) -> TrainStep:
         started, config = time.perf_counter(), self.config
         seed_torch(_mix(config.seed, self.step), self.device)
         batch = self.data.batch(self.step, config.batch_size, self.context, config.seed)
@@ -118,7 +118,7 @@ class Trainer:
         self.step += 1
         self.tokens += batch.tokens_BT.numel()
         seconds = time.perf_counter() - started
-        return Step(self.step, batch.tokens_BT.numel(), loss, lr, grad_norm, seconds)
+        return TrainStep(self.step, batch.tokens_BT.numel(), loss, lr, grad_norm, seconds)
 
     def backward(self, batch: Batch) -> float:
         """Leaves the gradient of the mean loss over all asked tokens, and returns that mean."""
@@ -224,7 +224,7 @@ class Trainer:
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
     def _made_by(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json", exclude=ONLY_WATCHING)
+        config = self.config.model_dump(mode="json", exclude=UNCHECKED_SETTINGS)
         return {
             "config": config | {"device": self.device.type},
             "spec": self.model.spec.canonical().model_dump(mode="json"),

@@ -32,7 +32,7 @@ from archdsl.search.trials.proxy import Job
 from archdsl.search.trials.proxy_scoring import held_out
 from archdsl.search.trials.proxy_training import Score, Training, read_score
 from archdsl.search.trials.result_store import Place
-from archdsl.training.trainer import Step
+from archdsl.training.trainer import TrainStep
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class NetTraining(Training):
             for one in self.net.settings
         }
 
-    def _after_step(self, step: Step) -> None:
+    def _after_step(self, step: TrainStep) -> None:
         ran = self.net.sandwich(step.step - 1, self.config.seed)
         self.step_flops = 3 * self.config.batch_size * sum(self.flops[one] for one in ran)
         super()._after_step(step)

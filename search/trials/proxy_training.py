@@ -19,7 +19,7 @@ from archdsl.model.checkpoint import CheckpointError, load_training, load_weight
 from archdsl.search.trials.curve import Curve
 from archdsl.search.trials.proxy_scoring import Held, held_out
 from archdsl.search.trials.result_store import Place
-from archdsl.training.trainer import Step, Trainer, TrainingDiverged
+from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
 SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
 
@@ -114,7 +114,7 @@ class Training:
         write_text(self.place.score(self.config.steps), score.model_dump_json())
         return score
 
-    def _after_step(self, step: Step) -> None:
+    def _after_step(self, step: TrainStep) -> None:
         self.beat()
         self.progress.curve.add(step.step, step.loss)
         self.progress.train_flops += self.step_flops

@@ -16,13 +16,13 @@ from archdsl.data.loading import load_data
 from archdsl.data.types import IGNORE
 from archdsl.errors import ArchdslError
 from archdsl.evaluation.dial_sweep import (
-    PAPER,
-    TRAINED,
-    Point,
-    Setting,
+    AS_TRAINED,
+    PAPER_CAPACITIES,
+    DialSetting,
+    SweepPoint,
     dialled,
     plot,
-    preset,
+    preset_settings,
     sweep,
 )
 from archdsl.evaluation.evaluate import evaluate
@@ -45,7 +45,7 @@ def tiny(*overrides: str) -> LanguageModel:
     return model.eval()
 
 
-def points(model: LanguageModel, *settings: Setting) -> list[Point]:
+def points(model: LanguageModel, *settings: DialSetting) -> list[SweepPoint]:
     return sweep(model, SKILL, settings, limit_tokens=LIMIT, batch_size=32)
 
 
@@ -65,9 +65,13 @@ def window_losses(model: LanguageModel) -> tuple[Any, Any]:
 
 def test_each_point_is_an_evaluation_at_its_setting() -> None:
     model = tiny()
-    settings = [Setting(capacity=0.3), Setting(capacity=(0.9, 0.0, 0.5)), Setting(steps=6)]
+    settings = [
+        DialSetting(capacity=0.3),
+        DialSetting(capacity=(0.9, 0.0, 0.5)),
+        DialSetting(steps=6),
+    ]
     found = points(model, *settings)
-    assert [point.setting for point in found] == [TRAINED, *settings]
+    assert [point.setting for point in found] == [AS_TRAINED, *settings]
     for point in found:
         with dialled(model, point.setting):
             alone = evaluate(model, SKILL, limit_tokens=LIMIT)
@@ -78,7 +82,7 @@ def test_each_point_is_an_evaluation_at_its_setting() -> None:
 
 
 def test_differences_to_the_trained_setting_pair_the_windows() -> None:
-    model, setting = tiny(), Setting(capacity=(0.9, 0.0, 0.5))
+    model, setting = tiny(), DialSetting(capacity=(0.9, 0.0, 0.5))
     trained, found = points(model, setting)
     base_W, asked_W = window_losses(model)
     with dialled(model, setting):
@@ -95,7 +99,10 @@ def test_differences_to_the_trained_setting_pair_the_windows() -> None:
 def test_executed_flops_are_the_closed_form_where_the_shares_are_known() -> None:
     model = tiny(f"{ROUTER}.capacity=0.5")
     _, every, none, skipped = points(
-        model, Setting(capacity=1.0), Setting(capacity=0.0), Setting(capacity=(1.0, 0.0, 1.0))
+        model,
+        DialSetting(capacity=1.0),
+        DialSetting(capacity=0.0),
+        DialSetting(capacity=(1.0, 0.0, 1.0)),
     )
     plain = load("tiny", overrides=["dim=32", "context=16", "blocks.1.steps=1"])
     flops = sequence_cost(plain).flops / 16, sequence_cost(model.spec).heaviest / 16
@@ -131,27 +138,29 @@ def test_shares_are_those_of_the_tokens_over_all_batches() -> None:
     ],
 )
 def test_the_papers_settings_are_stretched_over_the_routed_steps(steps: int, expected: str) -> None:
-    found = preset(tiny(f"blocks.1.steps={steps}"))
+    found = preset_settings(tiny(f"blocks.1.steps={steps}"))
     assert ", ".join(map(str, found)) == expected
     if steps == 4:
-        assert {s.capacity for s in found} >= {PAPER[1], *PAPER[4:7]}
+        assert {s.capacity for s in found} >= {PAPER_CAPACITIES[1], *PAPER_CAPACITIES[4:7]}
 
 
 def test_a_preset_holds_what_the_model_can_be_run_at() -> None:
     nested = tiny(f"{ROUTER}.nested=true", f"{ROUTER}.capacity=[0.7, 0.5, 0.3]")
-    assert ", ".join(map(str, preset(nested))) == "90, 70, 50, 90/90/0, 100, 0"
-    assert ", ".join(map(str, preset(tiny(f"{ROUTER}=null")))) == "@1, @2, @8"
+    assert ", ".join(map(str, preset_settings(nested))) == "90, 70, 50, 90/90/0, 100, 0"
+    assert ", ".join(map(str, preset_settings(tiny(f"{ROUTER}=null")))) == "@1, @2, @8"
     weights = tiny(f"{ROUTER}=null", "blocks.1.steps=6", "blocks.1.parameters=per_step")
-    assert ", ".join(map(str, preset(weights))) == "@1, @2, @4"  # a step more has no weights
+    assert (
+        ", ".join(map(str, preset_settings(weights))) == "@1, @2, @4"
+    )  # a step more has no weights
     two = tiny(
         "blocks.0={kind: loop, steps: 3, router: {kind: prefix}, body: {kind: feed_forward}}"
     )
-    assert ", ".join(map(str, preset(two))) == "90, 70, 50, 100, 0"
+    assert ", ".join(map(str, preset_settings(two))) == "90, 70, 50, 100, 0"
 
 
 def test_a_leaking_model_is_swept_both_ways() -> None:
     model = tiny(f"{ROUTER}.kind=top_k")
-    found = points(model, Setting(capacity=0.3), Setting(capacity=1.0))
+    found = points(model, DialSetting(capacity=0.3), DialSetting(capacity=1.0))
     causal, leaking = found[:3], found[3:]
     assert {point.routing for point in causal} == {"causal"}
     assert {point.routing for point in leaking} == {"leaking"}
@@ -164,11 +173,13 @@ def test_a_leaking_model_is_swept_both_ways() -> None:
 def test_what_cannot_be_served_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     monkeypatch.setattr(type(model), "forward", fail)
-    for bad in (Setting(capacity=1.5), Setting(capacity=(0.5, 0.5)), Setting(steps=0)):
+    for bad in (DialSetting(capacity=1.5), DialSetting(capacity=(0.5, 0.5)), DialSetting(steps=0)):
         with pytest.raises(ArchdslError, match=r"blocks\.1: "):
-            points(model, Setting(capacity=0.5), bad)
+            points(model, DialSetting(capacity=0.5), bad)
     with pytest.raises(ArchdslError, match="no loops"):
-        preset(build(load("transformer", overrides=["dim=64", "context=16", "vocab_size=8"])))
+        preset_settings(
+            build(load("transformer", overrides=["dim=64", "context=16", "vocab_size=8"]))
+        )
 
 
 def fail(*_: Any) -> Tensor:
@@ -178,9 +189,9 @@ def fail(*_: Any) -> Tensor:
 def test_afterwards_the_dial_stands_as_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens_BT = tiny(), torch.arange(16).view(1, 16)
     before = model(tokens_BT)
-    points(model, Setting(capacity=0.1, steps=2))
+    points(model, DialSetting(capacity=0.1, steps=2))
     torch.testing.assert_close(model(tokens_BT), before)
-    with pytest.raises(RuntimeError, match="middle"), dialled(model, Setting(steps=1)):
+    with pytest.raises(RuntimeError, match="middle"), dialled(model, DialSetting(steps=1)):
         fail()
     torch.testing.assert_close(model(tokens_BT), before)
 
@@ -206,20 +217,20 @@ def test_a_meter_counts_tokens_but_no_padding_and_keys_of_tokens_before() -> Non
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        (TRAINED, "trained"),
-        (Setting(capacity=0.5), "50"),
-        (Setting(capacity=(0.9, 0.125, 0.0)), "90/12.5/0"),
-        (Setting(capacity=0.5, steps=6), "50@6"),
-        (Setting(steps=6), "@6"),
+        (AS_TRAINED, "trained"),
+        (DialSetting(capacity=0.5), "50"),
+        (DialSetting(capacity=(0.9, 0.125, 0.0)), "90/12.5/0"),
+        (DialSetting(capacity=0.5, steps=6), "50@6"),
+        (DialSetting(steps=6), "@6"),
     ],
 )
-def test_settings_are_named_as_in_the_paper(setting: Setting, text: str) -> None:
+def test_settings_are_named_as_in_the_paper(setting: DialSetting, text: str) -> None:
     assert str(setting) == text
 
 
 def test_a_plot_is_a_png_that_appears_whole(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = points(tiny(f"{ROUTER}.kind=top_k"), Setting(capacity=0.3))
+    found = points(tiny(f"{ROUTER}.kind=top_k"), DialSetting(capacity=0.3))
     plot(found, tmp_path / "dial.png")
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["dial.png"]

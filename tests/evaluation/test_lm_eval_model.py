@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from archdsl.data.tokenizers import byte_level, end_of_document, train_bpe
 from archdsl.evaluation import lm_eval_tasks
-from archdsl.evaluation.lm_eval_model import Adapter, run_tasks
+from archdsl.evaluation.lm_eval_model import HarnessModel, run_tasks
 from archdsl.evaluation.lm_eval_tasks import TaskError, load_tasks
 from archdsl.interop.import_weights import import_pretrained
 from archdsl.lang.load import load
@@ -97,7 +97,7 @@ def test_loglikelihoods_are_sums_of_log_softmax(
     tokenizer: Tokenizer, router: str, batch_size: int
 ) -> None:
     model = tiny(f"{ROUTER}={router}", "blocks.1.router.capacity=0.5")
-    adapter = Adapter(model, tokenizer, batch_size)
+    adapter = HarnessModel(model, tokenizer, batch_size)
     found = adapter.loglikelihood(asked("loglikelihood", *PAIRS))
     wanted = [by_hand(model, tokenizer, pair) for pair in PAIRS]
     assert [value for value, _ in found] == pytest.approx([v for v, _ in wanted], rel=1e-9)
@@ -106,7 +106,7 @@ def test_loglikelihoods_are_sums_of_log_softmax(
 
 def test_what_is_too_long_is_cut_off_on_the_left() -> None:
     model = tiny(context=16)
-    adapter = Adapter(model, byte_level(), 4)
+    adapter = HarnessModel(model, byte_level(), 4)
     long, short = ("unseen " + "words " * 20, "to the end"), ("words words ", "to the end")
     [(cut, _), (whole, _)] = adapter.loglikelihood(asked("loglikelihood", long, short))
     tokens = list(b"words words to the end")[-17:]
@@ -116,7 +116,7 @@ def test_what_is_too_long_is_cut_off_on_the_left() -> None:
 def test_what_is_longer_than_the_context_is_scored_in_windows() -> None:
     model = tiny(context=16)
     long = "x" * 20 + "y" * 20
-    [found, nothing] = Adapter(model, byte_level(), 4).loglikelihood(
+    [found, nothing] = HarnessModel(model, byte_level(), 4).loglikelihood(
         asked("loglikelihood", ("unseen a", long), ("a", ""))
     )
     tokens = list(b"a" + long.encode())
@@ -130,7 +130,7 @@ def test_what_is_longer_than_the_context_is_scored_in_windows() -> None:
 def test_a_long_text_is_scored_in_windows_and_each_token_once() -> None:
     model = tiny(context=16)
     text = "It is a long text, with more than one window."
-    adapter = Adapter(model, byte_level(), 4)
+    adapter = HarnessModel(model, byte_level(), 4)
     found = adapter.loglikelihood_rolling(
         asked("loglikelihood_rolling", (text,), ("short",), ("",))
     )
@@ -144,7 +144,7 @@ def test_a_long_text_is_scored_in_windows_and_each_token_once() -> None:
 
 def test_greedy_answers_are_what_the_scores_call_greedy() -> None:
     model = tiny(f"{ROUTER}=top_k")
-    adapter = Adapter(model, bpe(), 4)
+    adapter = HarnessModel(model, bpe(), 4)
     prompts = ["the door", "", "and then some more words", "is", "far too long " * 9]
     options = {"until": ["zzz"], "max_gen_toks": 8}
     answers = adapter.generate_until(asked("generate_until", *[(p, options) for p in prompts]))
@@ -174,7 +174,7 @@ def test_greedy_answers_are_what_the_scores_call_greedy() -> None:
 def test_answers_that_the_model_cannot_give_are_refused(
     options: dict[str, Any], message: str
 ) -> None:
-    adapter = Adapter(tiny(), byte_level(), 4)
+    adapter = HarnessModel(tiny(), byte_level(), 4)
     with pytest.raises(TaskError, match=message):
         adapter.generate_until(asked("generate_until", ("a", options)))
 
@@ -252,7 +252,7 @@ def test_the_harness_own_adapter_says_the_same(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     text.save(str(tmp_path / "theirs" / "tokenizer.json"))
     import_pretrained(tmp_path / "theirs", tmp_path / "ours")
-    ours = Adapter(load_checkpoint(tmp_path / "ours").model, text, 4)
+    ours = HarnessModel(load_checkpoint(tmp_path / "ours").model, text, 4)
     fast = PreTrainedTokenizerFast(tokenizer_object=text, eos_token=end, pad_token=end)
     own = HFLM(pretrained=theirs, tokenizer=fast, batch_size=4, max_length=64, device="cpu")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from archdsl.data.tokenizers import byte_level, train_bpe
-from archdsl.generation.detokenize import BROKEN, Pieces, Text
+from archdsl.generation.detokenize import REPLACEMENT, StopStringFilter, StreamingDecoder
 from tests.texts import WORDS, document
 
 BYTES = byte_level()
@@ -20,7 +20,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(["€", "né", "a\n", "👩‍🚀"
 
 
 def pieces_of(tokenizer: Tokenizer, tokens: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-    pieces = Pieces(tokenizer, before)
+    pieces = StreamingDecoder(tokenizer, before)
     return [*map(pieces.push, tokens), pieces.finish()]
 
 
@@ -32,8 +32,8 @@ def test_no_piece_is_half_a_character_and_together_they_are_the_text(
     tokens, earlier = (tokenizer.encode(part).ids for part in (text, before))
     found = pieces_of(tokenizer, tokens, earlier)
     assert "".join(found) == text
-    if BROKEN not in text:
-        assert BROKEN not in "".join(found)
+    if REPLACEMENT not in text:
+        assert REPLACEMENT not in "".join(found)
         assert found[-1] == ""  # nothing had to wait for the end
 
 
@@ -44,7 +44,7 @@ def test_bytes_that_are_no_text_come_out_as_they_would_all_at_once(tokens: list[
 
 def test_a_character_comes_out_with_its_last_byte() -> None:
     assert pieces_of(BYTES, list("a€b".encode())) == ["a", "", "", "€", "b", ""]
-    assert pieces_of(BYTES, list("a€".encode())[:-1]) == ["a", "", "", BROKEN]
+    assert pieces_of(BYTES, list("a€".encode())[:-1]) == ["a", "", "", REPLACEMENT]
 
 
 def llama() -> Tokenizer:
@@ -87,7 +87,7 @@ def test_a_text_ends_before_the_first_stop_and_nothing_of_the_stop_was_shown(
     tokens: list[int], stops: list[str]
 ) -> None:
     text = CUT.decode(tokens)
-    found, shown = Text(Pieces(CUT), stops), ""
+    found, shown = StopStringFilter(StreamingDecoder(CUT), stops), ""
     for token in tokens:
         shown += found.push(token)
         assert cut(text, stops).startswith(shown)
@@ -97,6 +97,6 @@ def test_a_text_ends_before_the_first_stop_and_nothing_of_the_stop_was_shown(
 
 
 def test_only_what_may_begin_a_stop_is_held_back() -> None:
-    found = Text(Pieces(BYTES), ["\n\n", "END"])
+    found = StopStringFilter(StreamingDecoder(BYTES), ["\n\n", "END"])
     assert [found.push(byte) for byte in b"a\nbE"] == ["a", "", "\nb", ""]
     assert found.finish() == "E"

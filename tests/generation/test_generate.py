@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 import archdsl
 from archdsl.data.tokenizers import byte_level, train_bpe
 from archdsl.generation import generate as generate_module
-from archdsl.generation.generate import GenerateError, Generation, runs
+from archdsl.generation.generate import GenerateError, Generation, generation_runs
 from archdsl.generation.sampling import probabilities
 from archdsl.generation.sampling_config import Sampling
 from archdsl.model.checkpoint import WEIGHTS, save_checkpoint
@@ -101,7 +101,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(prompts: list[list[int]], sampling
 
 def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = continued(TINY, PROMPTS, Sampling())
-    monkeypatch.setattr(generate_module, "READ_AT_ONCE", 8)  # two tokens of each prompt
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 8)  # two tokens of each prompt
     assert continued(TINY, PROMPTS, Sampling()) == whole
     lengths: list[int] = []
     with TINY.embedding.register_forward_pre_hook(
@@ -127,7 +127,7 @@ def test_steps_are_those_of_one_pass_over_the_whole_text() -> None:
 
 
 def test_the_pace_counts_what_was_read_and_how_much_was_thought() -> None:
-    [run] = runs(TINY, PROMPTS, Sampling(max_tokens=5))
+    [run] = generation_runs(TINY, PROMPTS, Sampling(max_tokens=5))
     assert len(list(run)) == 5 * len(PROMPTS)
     prompts = sum(map(len, PROMPTS))
     assert run.prefill.tokens == prompts
@@ -138,8 +138,8 @@ def test_the_pace_counts_what_was_read_and_how_much_was_thought() -> None:
     assert run.decode.thinking_steps == pytest.approx(of_texts / run.decode.tokens)
     # the two routed steps of this model together are its further steps
     for pace in (run.prefill, run.decode):
-        assert set(pace.shares) == {"blocks.1.0", "blocks.1.1"}
-        assert sum(pace.shares.values()) == pytest.approx(pace.thinking_steps)
+        assert set(pace.router_shares) == {"blocks.1.0", "blocks.1.1"}
+        assert sum(pace.router_shares.values()) == pytest.approx(pace.thinking_steps)
         assert pace.tokens_per_s is not None
         assert pace.tokens_per_s > 0
 
@@ -205,9 +205,9 @@ def test_at_fixed_shapes_as_on_cuda_all_is_the_same(
     prompts, sampling = [[i, *[7] * (i % 5)] for i in range(20)], Sampling(seed=1)
     found = []
     for devices in (set(), {"cpu"}):
-        monkeypatch.setattr(generate_module, "FIXED_SHAPES", devices)
-        [run] = runs(model, prompts, sampling, tokenizer=BYTES)
-        found.append((list(run), run.rows, run.decode.selected, run.decode.tokens))
+        monkeypatch.setattr(generate_module, "FIXED_SHAPE_DEVICES", devices)
+        [run] = generation_runs(model, prompts, sampling, tokenizer=BYTES)
+        found.append((list(run), run.rows, run.decode.selected_tokens, run.decode.tokens))
     assert {"end", "context"} <= {row.stopped for row in found[0][1]}
     assert found[0][:2] == found[1][:2]
     assert found[0][2] == pytest.approx(found[1][2])
@@ -217,7 +217,7 @@ def test_at_fixed_shapes_as_on_cuda_all_is_the_same(
 def test_pieces_are_the_text_as_it_comes() -> None:
     model = tiny()
     Scripted(model, *"né€".encode(), END)
-    [run] = runs(model, ["Hi"], Sampling(temperature=0), tokenizer=BYTES)
+    [run] = generation_runs(model, ["Hi"], Sampling(temperature=0), tokenizer=BYTES)
     assert [(piece.row, piece.text) for piece in run] == [
         (0, text) for text in ("n", "", "é", "", "", "€", "")
     ]
@@ -227,7 +227,7 @@ def test_pieces_are_the_text_as_it_comes() -> None:
 def test_what_was_held_back_comes_with_the_last_piece() -> None:
     model = tiny()
     Scripted(model, *b"a\n\xe2", END)
-    [run] = runs(model, ["Hi"], Sampling(temperature=0), tokenizer=BYTES, stop=["\n\n"])
+    [run] = generation_runs(model, ["Hi"], Sampling(temperature=0), tokenizer=BYTES, stop=["\n\n"])
     assert [piece.text for piece in run] == ["a", "", "", "\n\ufffd"]
 
 
@@ -302,7 +302,7 @@ def test_what_else_does_not_fit_is_refused_before_anything_is_computed() -> None
     with pytest.raises(GenerateError, match="must not be empty"):
         archdsl.generate(TINY, ["a"], tokenizer=BYTES, stop=[""])
     with pytest.raises(GenerateError, match="prompt 2 has 30 tokens"):
-        runs(TINY, [[1], [1] * 30], batch_size=1)
+        generation_runs(TINY, [[1], [1] * 30], batch_size=1)
 
 
 def test_a_model_that_diverged_is_no_silent_nonsense() -> None:

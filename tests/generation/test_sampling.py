@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from archdsl.generation.sampling import draw, generators, pick, probabilities
+from archdsl.generation.sampling import generators, probabilities, sample_tokens, token_at
 from archdsl.generation.sampling_config import Sampling
 
 Logits = list[float]
@@ -82,26 +82,26 @@ def test_a_number_picks_the_token_in_whose_share_it_falls(weights: Logits, at: f
     found = [weight / sum(weights) for weight in weights]
     ends = [math.fsum(found[: i + 1]) for i in range(len(found))]
     assume(all(abs(at - end) > 1e-9 for end in ends))
-    token = pick(torch.tensor([found], dtype=torch.float64), torch.tensor([at]).double())
+    token = token_at(torch.tensor([found], dtype=torch.float64), torch.tensor([at]).double())
     assert token.tolist() == [sum(end < at for end in ends)]
 
 
 @pytest.mark.parametrize("at", [0.0, 1 - 2**-53])
 def test_a_token_without_a_share_is_never_picked(at: float) -> None:
-    share_BV = torch.tensor([[0.0, 0.3, 0.7 - 1e-16, 0.0]], dtype=torch.float64)
-    assert pick(share_BV, torch.tensor([at], dtype=torch.float64)).item() in (1, 2)
+    probability_BV = torch.tensor([[0.0, 0.3, 0.7 - 1e-16, 0.0]], dtype=torch.float64)
+    assert token_at(probability_BV, torch.tensor([at], dtype=torch.float64)).item() in (1, 2)
 
 
 def test_draws_are_as_frequent_as_they_are_likely_and_decided_by_the_seed() -> None:
-    share_BV = torch.tensor([[0.5, 0.2, 0.0, 0.3]], dtype=torch.float64)
+    probability_BV = torch.tensor([[0.5, 0.2, 0.0, 0.3]], dtype=torch.float64)
 
     def drawn(seed: int) -> list[int]:
         random = generators(Sampling(seed=seed), 1)
-        return [draw(share_BV, random)[0] for _ in range(3000)]
+        return [sample_tokens(probability_BV, random)[0] for _ in range(3000)]
 
     tokens = drawn(1)
     assert drawn(1) == tokens != drawn(2)
-    for token, share in enumerate(share_BV[0].tolist()):
+    for token, share in enumerate(probability_BV[0].tolist()):
         assert tokens.count(token) / 3000 == pytest.approx(share, abs=0.03)
 
 

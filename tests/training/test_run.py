@@ -32,10 +32,10 @@ from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.run import (
     RunMismatchError,
-    Step,
     TrainConfig,
     Trainer,
     TrainingDiverged,
+    TrainStep,
     last_checkpoint,
     train,
 )
@@ -138,7 +138,7 @@ def test_bfloat16_rounds_the_arithmetic_and_not_the_weights() -> None:
 
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported() -> None:
     run = trainer(clip=1e-3, steps=1)
-    seen: list[Step] = []
+    seen: list[TrainStep] = []
     run.run(on_step=seen.append)
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     assert seen[0].grad_norm > 1e-2
@@ -162,7 +162,7 @@ def test_matrices_decay_and_gains_routers_encodings_and_embeddings_do_not() -> N
 
 def test_training_learns() -> None:
     run = trainer(steps=60, batch_size=16, lr=1e-2)
-    seen: list[Step] = []
+    seen: list[TrainStep] = []
     run.run(on_step=seen.append)
     assert seen[0].loss > 1.8
     assert seen[-1].loss < 1.45  # log 4 = 1.39 is what guessing among the four letters costs
