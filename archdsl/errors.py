@@ -17,7 +17,7 @@ class ArchdslError(Exception):
 
 
 @dataclass(frozen=True, order=True)
-class Mark:
+class Position:
     """A place in a text; lines and columns count from 1, line 0 stands for the whole."""
 
     file: str
@@ -34,10 +34,10 @@ class Problem:
 
     path: str
     message: str
-    mark: Mark | None = None
+    position: Position | None = None
 
     def __str__(self) -> str:
-        return ": ".join(str(part) for part in (self.mark, self.path, self.message) if part)
+        return ": ".join(str(part) for part in (self.position, self.path, self.message) if part)
 
 
 class SpecError(ArchdslError):
@@ -51,8 +51,8 @@ class SpecError(ArchdslError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def _position(problem: Problem) -> tuple[Mark, str, str]:
-    return problem.mark or Mark("", 0, 0), problem.path, problem.message
+def _position(problem: Problem) -> tuple[Position, str, str]:
+    return problem.position or Position("", 0, 0), problem.path, problem.message
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -62,7 +62,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
     """What was found, for the end of a message: ``a list``, ``true``, ``'on'``."""
     if isinstance(value, Mapping):
         return "a mapping"

@@ -20,9 +20,9 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the file by ``text`` in one step, also where others are about to do the same."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    _to_disk(temporary)
+    _fsync(temporary)
     os.replace(temporary, path)
-    _to_disk(path.parent)
+    _fsync(path.parent)
 
 
 def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
@@ -43,30 +43,30 @@ def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A new folder to fill; it takes the name ``path`` once the block ends without an error.
 
-    Not ``lasting``: after a power failure what the files hold must be doubted.
+    Not ``durable``: after a power failure what the files hold must be doubted.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left over from a crash
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in (*temporary.iterdir(), temporary) if lasting else ():
-            _to_disk(file)
-        _take_name(temporary, path, lasting)
+        for file in (*temporary.iterdir(), temporary) if durable else ():
+            _fsync(file)
+        _take_name(temporary, path, durable)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _take_name(folder: Path, path: Path, lasting: bool) -> None:
+def _take_name(folder: Path, path: Path, durable: bool) -> None:
     """Renames, after moving a folder of that name out of the way: none can replace a full one."""
     old = _out_of_the_way(path) if path.exists() else None
     folder.rename(path)
-    if lasting:
-        _to_disk(path.parent)
+    if durable:
+        _fsync(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -88,7 +88,7 @@ def remove_leftovers(parent: Path) -> None:
         path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """A rename can reach the disk before what was written: then a crash leaves an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -111,7 +111,7 @@ class JsonLines:
         self.file.write(_dump(record))
         self.file.flush()  # a killed process loses no line
 
-    def to_disk(self) -> None:
+    def fsync(self) -> None:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ class AttentionSpec(BlockSpec):
     def head_count(self, dim: int) -> int:
         return self.heads or dim // self.head_size
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.heads is None and dim % self.head_size:
             yield ("head_size",), f"must divide dim {dim}, got {self.head_size}"
         elif self.head_count(dim) % self.queries_per_kv:

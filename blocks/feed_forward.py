@@ -36,7 +36,7 @@ class FeedForwardSpec(BlockSpec):
     )
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="swiglu has a gate matrix")
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.hidden is not None and self.ratio is not None:
             yield ("ratio",), "say either hidden or ratio, not both"
 

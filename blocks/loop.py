@@ -107,7 +107,7 @@ class LoopSpec(BlockSpec):
         shares = [*given, *given[-1:] * (further - len(given))]
         return [share for share in shares if share != 1] if 1 in shares else shares
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.router is not None:
             further = max(0, self.steps - self.full_steps)
             for name in ("capacity", "alpha"):
@@ -119,9 +119,9 @@ class LoopSpec(BlockSpec):
                         f"first {self.full_steps}; got {given}",
                     )
         if self.kv == "shared":
-            yield from self._sharing_misfits()
+            yield from self._sharing_conflicts()
 
-    def _sharing_misfits(self) -> Iterator[tuple[Path, str]]:
+    def _sharing_conflicts(self) -> Iterator[tuple[Path, str]]:
         if self.full_steps < 1:
             yield ("kv",), "shared needs a first pass over all tokens: full_steps of at least 1"
         if self.parameters == "per_step":

@@ -56,7 +56,7 @@ class Llama3Spec(RopeScalingSpec):
     )
     original_context: Size = Field(ge=1, le=2**30, description="the context of the first training")
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         low, high = self.low_freq_factor, self.high_freq_factor
         if low >= high:
             yield ("high_freq_factor",), f"must be above low_freq_factor {low:g}, got {high:g}"

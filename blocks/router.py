@@ -64,7 +64,7 @@ class RouterSpec(Part):
         False, description="a token that was left out stays out (Mixture-of-Recursions)"
     )
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         if self.nested and list(self.capacity) != sorted(self.capacity, reverse=True):
             yield ("capacity",), f"must not rise when nested, got {list(self.capacity)}"
 

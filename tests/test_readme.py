@@ -14,7 +14,7 @@ import pytest
 import archdsl
 from archdsl.cli.app import app
 from archdsl.lang import template
-from archdsl.lang.budget import over
+from archdsl.lang.budget import largest_excess
 from archdsl.lang.load import fitted, load, read
 from archdsl.lang.source import resolve
 
@@ -68,7 +68,7 @@ def test_the_language_on_one_screen_builds_and_can_be_searched(tmp_path: Path) -
     spec = load(file)
     assert spec.budget is not None
     assert archdsl.cost(spec).params <= 162e6
-    assert over(spec.model_copy(update={"dim": spec.dim + 256}), spec.budget) > 0
+    assert largest_excess(spec.model_copy(update={"dim": spec.dim + 256}), spec.budget) > 0
 
     found = template.find(read(file))
     assert set(found) == {

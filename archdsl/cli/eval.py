@@ -224,7 +224,7 @@ def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, 
     return facts | result.model_dump(), [
         head,
         tables.evaluation(result, data.chance),
-        tables.Facts(executed),
+        tables.TwoColumns(executed),
     ]
 
 

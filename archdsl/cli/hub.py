@@ -47,7 +47,7 @@ def import_(
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
     from archdsl.interop.import_weights import import_pretrained
-    from archdsl.reports.tables import Facts
+    from archdsl.reports.tables import TwoColumns
 
     facts = _imported(import_pretrained(source, out, name=name, context=context))
     if as_json:
@@ -57,7 +57,7 @@ def import_(
         words["tokenizer"] = f"{facts['tokenizer']:,} tokens of {facts['vocab_size']:,}"
         del words["vocab_size"]
         print(f"{facts['name']}, a pretrained {facts['architecture']}")
-        print_parts(Facts([(f"  {key}", value) for key, value in words.items()]))
+        print_parts(TwoColumns([(f"  {key}", value) for key, value in words.items()]))
     print(f"wrote {out}; next: archdsl build {out}/spec.yaml", file=sys.stderr)
 
 

@@ -64,7 +64,7 @@ def build(
 
       archdsl build itt --budget 100M --budget-of non_embedding --kv 64KiB
     """
-    from archdsl.lang.budget import exceeds, over
+    from archdsl.lang.budget import describe_excess, largest_excess
     from archdsl.lang.load import load
 
     model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
@@ -75,8 +75,10 @@ def build(
         print_json(tables.receipt_data(counted, convention, model.budget))
     else:
         print_parts(tables.receipt(counted, convention, model.budget))
-    if model.budget and over(model, model.budget) > 0:
-        raise OverBudgetError(f"{model.name} is over its budget: {exceeds(model, model.budget)}")
+    if model.budget and largest_excess(model, model.budget) > 0:
+        raise OverBudgetError(
+            f"{model.name} is over its budget: {describe_excess(model, model.budget)}"
+        )
     if out:
         _write(model, out, tokenizer, seed, force)
         print(f"wrote {out}", file=sys.stderr)
@@ -113,13 +115,13 @@ def diff(
       archdsl diff itt itt --set blocks.0.repeat=2
     """
     from archdsl.lang.load import load
-    from archdsl.reports.diff import compare, comparison, comparison_data
+    from archdsl.reports.diff import diff_data, diff_specs, diff_tables
 
-    both = compare(load(first), load(second, overrides=overrides or ()))
+    both = diff_specs(load(first), load(second, overrides=overrides or ()))
     if as_json:
-        print_json(comparison_data(both))
+        print_json(diff_data(both))
     else:
-        print_parts(comparison(both))
+        print_parts(diff_tables(both))
 
 
 def blocks(

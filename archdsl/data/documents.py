@@ -40,13 +40,13 @@ ACCEPTED = (
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     name: str
     digest: str  # sha256 over the content and what decides its splits
     read: Callable[[], dict[Split, Texts]]
 
 
-def find_source(source: str | None, cache: Path) -> Source:
+def find_source(source: str | None, cache: Path) -> TextSource:
     """Identifies the text, and parses nothing of what lies in files; raises DataError."""
     if source is None or source == EMBEDDED:
         return _embedded(cache)
@@ -55,7 +55,7 @@ def find_source(source: str | None, cache: Path) -> Source:
     return _from_files(Path(source).expanduser(), cache)
 
 
-def _embedded(cache: Path) -> Source:
+def _embedded(cache: Path) -> TextSource:
     path = Path(__file__).parent / "corpus" / "sotu.jsonl.xz"
     digest = _file_digest(path)
 
@@ -64,14 +64,14 @@ def _embedded(cache: Path) -> Source:
         parts = [_split_of_year(year) for year in rows["year"]]
         return _by_part(partial(_texts, rows, "text"), parts)
 
-    return Source(EMBEDDED, digest, read)
+    return TextSource(EMBEDDED, digest, read)
 
 
 def _split_of_year(year: int) -> Split:
     return "validation" if year % 20 == 9 else "test" if year % 20 == 19 else "train"
 
 
-def _from_files(path: Path, cache: Path) -> Source:
+def _from_files(path: Path, cache: Path) -> TextSource:
     found = _find_files(path)
     loaders = sorted({LOADERS[_ending(file)] for file in found})
     if len(loaders) > 1:
@@ -82,7 +82,7 @@ def _from_files(path: Path, cache: Path) -> Source:
         by_split.setdefault(split, []).append(str(file))
         digest.update(f"{split} {_file_digest(file)}\n".encode())
     key = digest.hexdigest()
-    return Source(str(path), key, lambda: _divided(_load(loaders[0], by_split, key, cache)))
+    return TextSource(str(path), key, lambda: _divided(_load(loaders[0], by_split, key, cache)))
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -133,7 +133,7 @@ def _load(loader: str, by_split: dict[str, list[str]], digest: str, cache: Path)
             raise DataError(f"{where} is not readable as {loader}: {_cause(error)}") from None
 
 
-def _from_hub(source: str, cache: Path) -> Source:
+def _from_hub(source: str, cache: Path) -> TextSource:
     dataset = _fetch(source, cache)
     digest = hashlib.sha256()
     splits = _divided(dataset)
@@ -141,7 +141,7 @@ def _from_hub(source: str, cache: Path) -> Source:
         for text in splits[split]():
             content = text.encode()
             digest.update(f"{split} {len(content)}\n".encode() + content)
-    return Source(source, digest.hexdigest(), lambda: splits)
+    return TextSource(source, digest.hexdigest(), lambda: splits)
 
 
 def _fetch(source: str, cache: Path) -> DatasetDict:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from archdsl.data.documents import SPLITS, Source, find_source
+from archdsl.data.documents import SPLITS, TextSource, find_source
 from archdsl.data.skills import Skill, parse_skill
 from archdsl.data.tokenizers import (
     Tokens,
@@ -86,14 +86,14 @@ class TextData:
     tokens: Mapping[Split, Tokens]
     text_bytes: Mapping[Split, int]
     chance: None = None
-    kept: TokenCache | None = None  # the files that hold it
+    token_cache: TokenCache | None = None  # the files that hold it
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Other processes open the same files, and trust them."""
-        if self.kept is None:
+        if self.token_cache is None:
             values = (self.name, self.tokenizer, self.fingerprint, self.tokens, self.text_bytes)
             return TextData, values
-        return self.kept.open, (self.name, True)
+        return self.token_cache.open, (self.name, True)
 
     @property
     def vocab_size(self) -> int:
@@ -249,7 +249,7 @@ class TokenCache:
             fingerprint=_sha256(self.key, index.tokenizer),
             tokens=tokens,
             text_bytes={split: entry.text_bytes for split, entry in index.splits.items()},
-            kept=self,
+            token_cache=self,
         )
 
     def _map(self, split: Split, index: CacheIndex, trusted: bool) -> Tokens:
@@ -262,7 +262,7 @@ class TokenCache:
             raise DamagedError(path)
         return tokens
 
-    def build(self, source: Source, choice: str) -> TextData:
+    def build(self, source: TextSource, choice: str) -> TextData:
         self.folder.mkdir(parents=True, exist_ok=True)
         texts = source.read()
         tokenizer = make_tokenizer(choice, texts["train"]())

@@ -97,7 +97,7 @@ def end_of_document(tokenizer: Tokenizer) -> int:
     return next(special[end] for end in KNOWN_ENDS if end in special)
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
+def beginning_tokens(tokenizer: Tokenizer) -> list[int]:
     """What stands before every text that a pretrained model reads, such as LLaMA's <s>."""
     return list(tokenizer.encode("").ids)
 

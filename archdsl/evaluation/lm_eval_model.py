@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from archdsl.data.tokenizers import beginning, end_of_document
+from archdsl.data.tokenizers import beginning_tokens, end_of_document
 from archdsl.evaluation.evaluate import evaluation_mode
 from archdsl.evaluation.lm_eval_tasks import SEED, TaskError, Tasks
 from archdsl.files import write_text
@@ -153,12 +153,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @property
     def prefix_token_id(self) -> int:
-        return [self.eot_token_id, *beginning(self.text)][-1]
+        return [self.eot_token_id, *beginning_tokens(self.text)][-1]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        begun = [] if add_special_tokens is False else beginning(self.text)
+        begun = [] if add_special_tokens is False else beginning_tokens(self.text)
         return begun + self.text.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(

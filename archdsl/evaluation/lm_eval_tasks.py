@@ -23,7 +23,7 @@ import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from archdsl.errors import ArchdslError, described, did_you_mean
+from archdsl.errors import ArchdslError, describe, did_you_mean
 
 
 class TaskError(ArchdslError):
@@ -181,7 +181,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(row, dict):
-        raise TaskError(f"{where}: an example is a JSON object, got {described(row)}")
+        raise TaskError(f"{where}: an example is a JSON object, got {describe(row)}")
     return row
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from archdsl.data.tokenizers import beginning, encode, end_of_document, vocab_size
+from archdsl.data.tokenizers import beginning_tokens, encode, end_of_document, vocab_size
 from archdsl.errors import ArchdslError
 from archdsl.generation.detokenize import StopStringFilter, StreamingDecoder
 from archdsl.generation.sampling import generators, probabilities, sample_tokens
@@ -292,7 +292,7 @@ def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]
     for number, text in enumerate(texts, 1):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise GenerateError(f"{_which(number, texts)} is not valid UTF-8 text")
-    begun, ended = beginning(tokenizer), [end_of_document(tokenizer)]
+    begun, ended = beginning_tokens(tokenizer), [end_of_document(tokenizer)]
     return [begun + tokens.tolist() or ended for tokens, _ in encode(tokenizer, texts)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from archdsl.errors import ArchdslError, described
+from archdsl.errors import ArchdslError, describe
 
 MAX_BYTES = 2**28
 
@@ -31,7 +31,7 @@ def _prompt(line: str, place: str) -> str:
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{place}: not a JSON object: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        found = described(value.get("prompt") if isinstance(value, dict) else value)
+        found = describe(value.get("prompt") if isinstance(value, dict) else value)
         raise PromptError(f'{place}: expected an object such as {{"prompt": "..."}}, got {found}')
     return str(value["prompt"])
 

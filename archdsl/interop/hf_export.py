@@ -27,7 +27,7 @@ from transformers.utils import logging
 from archdsl import __version__
 from archdsl.data.tokenizers import end_of_document, read_tokenizer
 from archdsl.errors import ArchdslError
-from archdsl.files import whole_folder
+from archdsl.files import atomic_folder
 from archdsl.interop.hf_model import ArchdslCache, ArchdslConfig, ArchdslForCausalLM
 from archdsl.interop.source_bundle import bundle
 from archdsl.lang.registry import families
@@ -66,7 +66,7 @@ def export(checkpoint: Checkpoint, path: Path) -> Exported:
     if path.exists() and not empty and not _is_export(path):
         raise ExportError(f"{path} exists and is no export; it is left as it is")
     try:
-        with _silent(), whole_folder(path) as folder:
+        with _silent(), atomic_folder(path) as folder:
             _write(folder, checkpoint)
             difference, tokens = _compare(folder, checkpoint.model)
     except OSError as error:

@@ -27,7 +27,7 @@ from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.residual_thinking import DeltaSpec, ThinkingSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.blocks.step_encoding import ScaleSpec
-from archdsl.errors import ArchdslError, Problem, SpecError, described
+from archdsl.errors import ArchdslError, Problem, SpecError, describe
 from archdsl.lang.source import Path, Tree, dotted, from_value
 from archdsl.lang.spec import BlockSpec, ModelSpec, Strict, parse_spec, to_tree, walk
 from archdsl.model.build import build
@@ -97,11 +97,11 @@ class Overlay(Strict):
 def parse_overlay(tree: Tree) -> Overlay:
     """Raises SpecError with every problem and its place; also if the graft would change logits."""
     if not isinstance(tree.value, Mapping):
-        message = f"an overlay is a mapping of name, layers and loop; got {described(tree.value)}"
-        raise SpecError(Problem("", message, tree.mark(())))
+        message = f"an overlay is a mapping of name, layers and loop; got {describe(tree.value)}"
+        raise SpecError(Problem("", message, tree.position(())))
     try:
         overlay = Overlay.model_validate(tree.value)
-        problems = list(_misfits(overlay.loop))
+        problems = list(_conflicts(overlay.loop))
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         problems = [(_without_branch(one["loc"]), one["msg"]) for one in found]
@@ -109,7 +109,7 @@ def parse_overlay(tree: Tree) -> Overlay:
     if isinstance(loop, Mapping) and "body" in loop:
         problems.append((("loop", "body"), "must be left out: the layer of the model becomes it"))
     if problems:
-        raise SpecError(Problem(dotted(path), why, tree.mark(path)) for path, why in problems)
+        raise SpecError(Problem(dotted(path), why, tree.position(path)) for path, why in problems)
     return overlay
 
 
@@ -117,12 +117,12 @@ def _without_branch(path: Path) -> Path:
     return path[:1] + path[2:] if path[0] == "layers" else path
 
 
-def _misfits(loop: LoopSpec) -> Iterator[tuple[Path, str]]:
+def _conflicts(loop: LoopSpec) -> Iterator[tuple[Path, str]]:
     for path, why in _changes(loop):
         yield ("loop", *path), why
     for path, part in [((), loop), *walk(loop)]:
         if path[:1] != ("body",):
-            yield from ((("loop", *path, *inner), why) for inner, why in part.misfits(dim=1))
+            yield from ((("loop", *path, *inner), why) for inner, why in part.conflicts(dim=1))
 
 
 def _changes(loop: LoopSpec) -> Iterator[tuple[Path, str]]:

@@ -26,7 +26,7 @@ LIMITS = {
 }
 
 
-class Kept(NamedTuple):
+class LimitUse(NamedTuple):
     """A limit of the budget, and what the model has of it."""
 
     limit: int
@@ -39,30 +39,30 @@ class Kept(NamedTuple):
         return self.spent / self.limit - 1
 
 
-def kept(spec: ModelSpec, budget: Budget) -> dict[str, Kept]:
+def limit_uses(spec: ModelSpec, budget: Budget) -> dict[str, LimitUse]:
     """Each limit that the budget sets a model, by name."""
     receipt = cost(spec)
     return {
-        name: Kept(limit, LIMITS[name].spent(receipt), LIMITS[name].unit)
+        name: LimitUse(limit, LIMITS[name].spent(receipt), LIMITS[name].unit)
         for name, limit in budget.of_model.items()
     }
 
 
-def ratios(spec: ModelSpec, budget: Budget) -> dict[str, float]:
+def excesses(spec: ModelSpec, budget: Budget) -> dict[str, float]:
     """For each limit of the budget, cost / limit - 1: above zero is too much."""
-    return {name: found.ratio for name, found in kept(spec, budget).items()}
+    return {name: found.ratio for name, found in limit_uses(spec, budget).items()}
 
 
-def over(spec: ModelSpec, budget: Budget) -> float:
+def largest_excess(spec: ModelSpec, budget: Budget) -> float:
     """The worst of the ratios; at most zero where every limit is kept."""
-    return max(ratios(spec, budget).values(), default=0.0)
+    return max(excesses(spec, budget).values(), default=0.0)
 
 
-def exceeds(spec: ModelSpec, budget: Budget) -> str:
+def describe_excess(spec: ModelSpec, budget: Budget) -> str:
     """In words, which limits are broken and by how much."""
     return " and ".join(
         f"its {found.spent:,.0f} {found.unit} exceed the budget of {found.limit:,} "
         f"by {found.ratio:.1%}"
-        for found in kept(spec, budget).values()
+        for found in limit_uses(spec, budget).values()
         if found.ratio > 0
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from archdsl.errors import described, did_you_mean
+from archdsl.errors import describe, did_you_mean
 
 MAX_CHOICES = 1000
 DEFAULT = Field(description="the value to take without a search")
@@ -16,13 +16,13 @@ DEFAULT = Field(description="the value to take without a search")
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"must be a number, got {described(value)}")
+        raise ValueError(f"must be a number, got {describe(value)}")
     return value
 
 
 def _scalar(value: Any) -> Any:
     if isinstance(value, dict | list | tuple):
-        raise ValueError(f"must be a number, a word, true, false or null, got {described(value)}")
+        raise ValueError(f"must be a number, a word, true, false or null, got {describe(value)}")
     return value
 
 
@@ -38,7 +38,7 @@ def _choices(value: Any) -> Any:
         raise ValueError("lists and mappings as choices need labels: {label: [...], other: [...]}")
     for i, item in enumerate(value):
         if any(_same(item, other) for other in value[:i]):
-            raise ValueError(f"choice {described(item)} is given twice")
+            raise ValueError(f"choice {describe(item)} is given twice")
     return tuple(value)
 
 
@@ -101,7 +101,7 @@ class Range(_Strict):
         """The value in the type of this range; raises ValueError if it is none of its values."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
             wanted = "a whole number" if self.is_whole else "a number"
-            raise ValueError(f"must be {wanted}, got {described(value)}")
+            raise ValueError(f"must be {wanted}, got {describe(value)}")
         if not self.low <= value <= self.high:
             raise ValueError(f"{value} lies outside of {self.low} to {self.high}")
         if self.step and (_exact(value) - _exact(self.low)) % _exact(self.step):
@@ -144,8 +144,8 @@ class Choice(_Strict):
             if _same(choice, value):
                 return choice
         hint = did_you_mean(str(value), map(str, self.choices))
-        known = ", ".join(map(described, self.choices))
-        raise ValueError(f"{described(value)} is not one of the choices {known}{hint}")
+        known = ", ".join(map(describe, self.choices))
+        raise ValueError(f"{describe(value)} is not one of the choices {known}{hint}")
 
     @property
     def subtrees(self) -> dict[str, Any]:
@@ -178,4 +178,4 @@ class Fit(_Strict):
         return self
 
 
-Leaf = Range | Choice
+Distribution = Range | Choice

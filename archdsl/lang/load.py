@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from archdsl.errors import Problem, SpecError
 from archdsl.lang import source, template
-from archdsl.lang.budget import exceeds, over, ratios
+from archdsl.lang.budget import describe_excess, excesses, largest_excess
 from archdsl.lang.spec import Budget, ModelSpec, parse_spec
 
 
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> source.
             "is an overlay for a trained model, no model of its own: "
             f"archdsl retrofit CHECKPOINT {path} --out FOLDER"
         )
-        raise SpecError(Problem("", message, tree.mark(())))
+        raise SpecError(Problem("", message, tree.position(())))
     return tree
 
 
@@ -60,7 +60,7 @@ def budget_of(tree: source.Tree, given: Budget | None = None) -> Budget:
 
 def _at_default(tree: source.Tree) -> tuple[ModelSpec, tuple[source.Path, template.Fit] | None]:
     """The spec with the default of its ``fit`` leaf, and that leaf."""
-    found = template.fit_leaf(tree)
+    found = template.find_fit(tree)
     return parse_spec(template.replace(tree, found[0], found[1].default) if found else tree), found
 
 
@@ -99,9 +99,11 @@ def _solved(
         whole = parse_spec(template.replace(tree, path, best))
         return whole.model_copy(update={"budget": budget})
     least = at(sizes[0])
-    message = f"no size fits: {sizes[0]} is the least and {exceeds(least, budget)}"
+    message = f"no size fits: {sizes[0]} is the least and {describe_excess(least, budget)}"
     where = ".".join(map(str, path))
-    raise NoFitError(Problem(where, message, tree.mark(path)), least, over(least, budget))
+    raise NoFitError(
+        Problem(where, message, tree.position(path)), least, largest_excess(least, budget)
+    )
 
 
 def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable[[int], ModelSpec]:
@@ -128,4 +130,4 @@ def _largest(sizes: range, broken: Callable[[int], set[str]]) -> tuple[int, set[
 
 
 def _broken(spec: ModelSpec, budget: Budget) -> set[str]:
-    return {name for name, ratio in ratios(spec, budget).items() if ratio > 0}
+    return {name for name, ratio in excesses(spec, budget).items() if ratio > 0}

@@ -16,7 +16,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from archdsl.errors import Mark, Problem, SpecError, described, did_you_mean
+from archdsl.errors import Position, Problem, SpecError, describe, did_you_mean
 from archdsl.lang.yaml import (
     MAX_CHARS,
     MAX_DEPTH,
@@ -32,7 +32,7 @@ from archdsl.lang.yaml import (
 __all__ = [
     "Path",
     "Tree",
-    "at_mark",
+    "at_position",
     "dotted",
     "dump",
     "dump_inline",
@@ -105,7 +105,7 @@ def _trouble(path: pathlib.Path) -> str | None:
 
 
 def _fail(path: pathlib.Path, message: str) -> SpecError:
-    return SpecError(Problem("", message, Mark(str(path)[:MAX_NAME], 0, 0)))
+    return SpecError(Problem("", message, Position(str(path)[:MAX_NAME], 0, 0)))
 
 
 def read(path: str | os.PathLike[str]) -> Tree:
@@ -116,8 +116,8 @@ def read(path: str | os.PathLike[str]) -> Tree:
 def _read(file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> Tree:
     tree = parse(_text(file), str(file))
     if not isinstance(tree.value, dict):
-        message = f"a spec is a mapping of keys to values, got {described(tree.value)}"
-        raise SpecError(Problem("", message, tree.mark(())))
+        message = f"a spec is a mapping of keys to values, got {describe(tree.value)}"
+        raise SpecError(Problem("", message, tree.position(())))
     own = _without(tree, "extends", "set")
     if "extends" in tree.value:
         own = merge(_read(_base(tree, file, below), (*below, file)), own)
@@ -138,9 +138,9 @@ def _text(file: pathlib.Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         before = data[: error.start].decode()
-        mark = Mark(str(file), before.count("\n") + 1, len(before) - before.rfind("\n"))
+        position = Position(str(file), before.count("\n") + 1, len(before) - before.rfind("\n"))
         message = f"not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        raise SpecError(Problem("", message, mark)) from None
+        raise SpecError(Problem("", message, position)) from None
 
 
 def _open(path: str, flags: int) -> int:
@@ -152,11 +152,11 @@ def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pa
     """The file that ``file`` extends."""
 
     def fail(message: str) -> SpecError:
-        return SpecError(Problem("extends", message, tree.mark(("extends",))))
+        return SpecError(Problem("extends", message, tree.position(("extends",))))
 
     name = tree.value["extends"]
     if not isinstance(name, str):
-        raise fail(f"must be the name of one spec file, got {described(name)}")
+        raise fail(f"must be the name of one spec file, got {describe(name)}")
     try:
         base = _find(file.parent / name, pathlib.Path(name))
     except SpecError as error:
@@ -171,32 +171,36 @@ def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pa
 
 def _without(tree: Tree, *keys: str) -> Tree:
     value = {key: item for key, item in tree.value.items() if key not in keys}
-    marks = {path: mark for path, mark in tree.marks.items() if not path or path[0] not in keys}
-    return Tree(value, marks)
+    positions = {
+        path: position
+        for path, position in tree.positions.items()
+        if not path or path[0] not in keys
+    }
+    return Tree(value, positions)
 
 
 def _entries(tree: Tree) -> list[tuple[str, Tree]]:
     """What ``set`` says: dotted path, new value with its positions."""
     wanted = tree.value["set"]
     if not isinstance(wanted, dict):
-        message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {described(wanted)}"
-        raise SpecError(Problem("set", message, tree.mark(("set",))))
+        message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {describe(wanted)}"
+        raise SpecError(Problem("set", message, tree.position(("set",))))
     return [(key, _subtree(tree, ("set", key), value)) for key, value in wanted.items()]
 
 
 def _subtree(tree: Tree, path: Path, value: Any) -> Tree:
-    return Tree(value, {place: tree.marks[(*path, *place)] for place in _paths(value)})
+    return Tree(value, {place: tree.positions[(*path, *place)] for place in _paths(value)})
 
 
 def from_value(value: Any, file: str) -> Tree:
     """A plain Python value as a tree; all of it stands in ``file``, without lines."""
-    return at_mark(value, Mark(file, 0, 0))
+    return at_position(value, Position(file, 0, 0))
 
 
-def at_mark(value: Any, mark: Mark | None) -> Tree:
+def at_position(value: Any, position: Position | None) -> Tree:
     """A plain Python value as a tree that stands in one place with all its parts."""
     plain = _plain(value)
-    return Tree(plain, dict.fromkeys(_paths(plain), mark) if mark else {})
+    return Tree(plain, dict.fromkeys(_paths(plain), position) if position else {})
 
 
 def _plain(value: Any) -> Any:
@@ -218,7 +222,7 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
     problems: list[Problem] = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        whole = Mark(f"--set {assignment}", 0, 0)
+        whole = Position(f"--set {assignment}", 0, 0)
         if not equals or not text.strip():
             problems.append(Problem("", f"must be path=value, as in {EXAMPLE}=2", whole))
             continue
@@ -226,18 +230,18 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
             value = parse(text, whole.file).value
             entries.append((path.strip(), from_value(value, whole.file)))
         except SpecError as error:
-            problems += [replace(problem, mark=whole) for problem in error.problems]
+            problems += [replace(problem, position=whole) for problem in error.problems]
     return _apply(tree, entries, problems)
 
 
 def _apply(tree: Tree, entries: list[tuple[str, Tree]], problems: Iterable[Problem] = ()) -> Tree:
     # one copy that is then changed in place, as a file may have very many entries
-    changed, found = Tree(_plain(tree.value), dict(tree.marks)), list(problems)
+    changed, found = Tree(_plain(tree.value), dict(tree.positions)), list(problems)
     for words, new in entries:
         try:
             _assign(changed, _locate(changed.value, words.split(".")), new)
         except ValueError as error:
-            found.append(Problem(words, str(error), new.mark(())))
+            found.append(Problem(words, str(error), new.position(())))
         if len(found) > MAX_PROBLEMS:
             break
     if found:
@@ -259,7 +263,7 @@ def _locate(value: Any, words: list[str]) -> Path:
                 raise ValueError(f"{here} has no key {word!r}{did_you_mean(word, value)}")
             path, value = (*path, word), value.get(word)
         else:
-            raise ValueError(f"{here} is {described(value)}, it has no key {word!r}")
+            raise ValueError(f"{here} is {describe(value)}, it has no key {word!r}")
     return path
 
 
@@ -267,14 +271,14 @@ def put(tree: Tree, path: Path, new: Tree) -> Tree:
     """The tree with ``new`` at ``path``; all but the last part of the path must exist."""
     if not path:
         return new
-    changed = Tree(_plain(tree.value), dict(tree.marks))
+    changed = Tree(_plain(tree.value), dict(tree.positions))
     _assign(changed, path, new)
     return changed
 
 
 def _assign(tree: Tree, path: Path, new: Tree) -> None:
     """``put`` in place; raises ValueError for what would be too deep to walk through."""
-    if len(path) + max(map(len, new.marks), default=0) > MAX_DEPTH:
+    if len(path) + max(map(len, new.positions), default=0) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     *parents, last = path
     parent: Any = tree.value
@@ -282,9 +286,9 @@ def _assign(tree: Tree, path: Path, new: Tree) -> None:
         parent = parent[part]
     if not isinstance(parent, dict) or last in parent:
         for place in _paths(parent[last], path):
-            tree.marks.pop(place, None)
+            tree.positions.pop(place, None)
     parent[last] = new.value
-    tree.marks.update({(*path, *place): mark for place, mark in new.marks.items()})
+    tree.positions.update({(*path, *place): position for place, position in new.positions.items()})
 
 
 def merge(base: Tree, patch: Tree) -> Tree:
@@ -294,7 +298,7 @@ def merge(base: Tree, patch: Tree) -> Tree:
     """
     value = _merge(base.value, patch.value)
     # a place that both know is in the result as patch has it, since what patch replaces it owns
-    known = base.marks | patch.marks
+    known = base.positions | patch.positions
     return Tree(value, {path: known[path] for path in _paths(value) if path in known})
 
 
@@ -318,7 +322,7 @@ def parse_size(value: object) -> int:
     size = _size(value)
     if size is None or size < 0 or size.denominator != 1:
         wanted = "a whole number, plain or as in 162M, 1.2B, 8k, 64KiB"
-        raise ValueError(f"must be {wanted}; got {described(value)}")
+        raise ValueError(f"must be {wanted}; got {describe(value)}")
     return int(size)
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from archdsl.errors import Problem, SpecError, described, did_you_mean
+from archdsl.errors import Problem, SpecError, describe, did_you_mean
 from archdsl.lang import registry, source
 from archdsl.lang.messages import explain
 
@@ -54,7 +54,9 @@ class Strict(BaseModel):
         except ValidationError as error:
             # `from None`: the rewritten error says all that the first one did
             problems = explain(error, cls.model_fields)
-            raise _misfits([(_as_written(path, value), why) for path, why in problems]) from None
+            raise _validation_error(
+                [(_as_written(path, value), why) for path, why in problems]
+            ) from None
 
 
 def _as_written(path: Path, value: Any) -> Path:
@@ -64,7 +66,7 @@ def _as_written(path: Path, value: Any) -> Path:
     return path if isinstance(value.get(path[0]), list | tuple) else path[:1] + path[2:]
 
 
-def _misfits(problems: list[tuple[Path, str]]) -> ValidationError:
+def _validation_error(problems: list[tuple[Path, str]]) -> ValidationError:
     """One pydantic error out of (path, message) pairs."""
     return ValidationError.from_exception_data(
         "spec",
@@ -102,7 +104,7 @@ class Part(Strict):
             return  # the base class of a family
         registry.register(cls.family, field.default, cls)
 
-    def misfits(self, dim: int) -> Iterator[tuple[Path, str]]:
+    def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         """What does not go together at width ``dim``, as (path, message)."""
         return iter(())
 
@@ -166,14 +168,14 @@ def slot(family: str, default: str | None = None) -> Any:
                 "{message}",
                 {
                     "message": f"must be a mapping that names a kind of {family} "
-                    f"({', '.join(sorted(known))}), got {described(value)}"
+                    f"({', '.join(sorted(known))}), got {describe(value)}"
                 },
             )
         kind = value.get("kind", default)
         if not isinstance(kind, str) or kind not in known:
             found = "no kind" if kind is None else f"unknown kind {kind!r:.60}"
             hint = did_you_mean(str(kind), known)
-            raise _misfits(
+            raise _validation_error(
                 [
                     (
                         ("kind",) if "kind" in value else (),
@@ -271,14 +273,16 @@ class ModelSpec(Strict):
         total = sum(block.nodes for block in self.blocks)
         if total > MAX_NODES:
             found = f"{min(total, 10**18):,} with every repeat and step counted"
-            raise _misfits([(("blocks",), f"must run at most {MAX_NODES:,} blocks, got {found}")])
+            raise _validation_error(
+                [(("blocks",), f"must run at most {MAX_NODES:,} blocks, got {found}")]
+            )
         problems = [
             (path + inner, message)
             for path, part in walk(self)
-            for inner, message in part.misfits(self.dim)
+            for inner, message in part.conflicts(self.dim)
         ]
         if problems:
-            raise _misfits(problems)
+            raise _validation_error(problems)
         return self
 
     def canonical(self) -> ModelSpec:
@@ -373,11 +377,11 @@ def parse_spec(tree: source.Tree) -> ModelSpec:
     if not isinstance(tree.value, Mapping):
         found = type(tree.value).__name__
         message = f"a spec is a mapping with name, dim, blocks, ...; got a {found}"
-        raise SpecError(Problem("", message, tree.mark(())))
+        raise SpecError(Problem("", message, tree.position(())))
     try:
         return ModelSpec.model_validate(tree.value)
     except ValidationError as error:
         raise SpecError(
-            Problem(".".join(map(str, e["loc"])), e["msg"], tree.mark(e["loc"]))
+            Problem(".".join(map(str, e["loc"])), e["msg"], tree.position(e["loc"]))
             for e in error.errors(include_url=False, include_context=False)
         ) from None

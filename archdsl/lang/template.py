@@ -19,28 +19,28 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from archdsl.errors import Mark, Problem, SpecError, described
-from archdsl.lang.distributions import Choice, Fit, Leaf, Range
+from archdsl.errors import Position, Problem, SpecError, describe
+from archdsl.lang.distributions import Choice, Distribution, Fit, Range
 from archdsl.lang.messages import explain
-from archdsl.lang.source import Path, Tree, at_mark, put
+from archdsl.lang.source import Path, Tree, at_position, put
 from archdsl.lang.yaml import MAX_PROBLEMS
 
 __all__ = [
     "Choice",
+    "Distribution",
     "Fit",
-    "Leaf",
     "Range",
     "defaults",
     "fill",
     "fill_some",
     "find",
-    "fit_leaf",
+    "find_fit",
     "places",
     "replace",
 ]
 
 KEYS = ("search", "fit")
-Pick = Callable[[str, Leaf], Any]
+Pick = Callable[[str, Distribution], Any]
 
 
 class _Walk:
@@ -48,31 +48,33 @@ class _Walk:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.leaves: dict[str, Leaf] = {}
+        self.leaves: dict[str, Distribution] = {}
         self.places: list[tuple[str, Path]] = []
         self.fits: list[tuple[Path, Fit]] = []
         self.problems: list[Problem] = []
 
     def say(self, place: str, path: Path, message: str) -> None:
-        self.problems.append(Problem(place, message, self.tree.mark(path)))
+        self.problems.append(Problem(place, message, self.tree.position(path)))
         if len(self.problems) > MAX_PROBLEMS:
             raise SpecError(self.problems)
 
     def finish(self) -> None:
         for path, _ in self.fits[1:]:
-            first = self.tree.mark(self.fits[0][0])
+            first = self.tree.position(self.fits[0][0])
             self.say("", path, f"a second fit leaf; the first is at {first}, and one is the most")
         if self.problems:
             raise SpecError(self.problems)
 
-    def read(self, value: dict[str, Any], path: Path, place: str) -> tuple[str, Leaf] | None:
+    def read(
+        self, value: dict[str, Any], path: Path, place: str
+    ) -> tuple[str, Distribution] | None:
         """The search leaf that stands here, by name; None for a fit leaf or after a problem."""
         key = next(key for key in KEYS if key in value)
         if len(value) > 1:
             others = ", ".join(repr(other) for other in value if other != key)
             self.say(place, path, f"{key!r} must be the only key here, found beside it: {others}")
         elif not isinstance(value[key], dict):
-            message = f"must be a mapping such as {{default: ...}}, got {described(value[key])}"
+            message = f"must be a mapping such as {{default: ...}}, got {describe(value[key])}"
             self.say(f"{place}.{key}", (*path, key), message)
         elif leaf := self.model(value[key], (*path, key), f"{place}.{key}"):
             if not isinstance(leaf, Fit):
@@ -80,8 +82,8 @@ class _Walk:
             self.fits.append((path, leaf))
         return None
 
-    def model(self, body: dict[str, Any], path: Path, place: str) -> Leaf | Fit | None:
-        kind: type[Leaf | Fit] = Range if "low" in body or "high" in body else Choice
+    def model(self, body: dict[str, Any], path: Path, place: str) -> Distribution | Fit | None:
+        kind: type[Distribution | Fit] = Range if "low" in body or "high" in body else Choice
         kind = Fit if path[-1] == "fit" else kind
         try:
             return kind.model_validate(body)
@@ -90,7 +92,7 @@ class _Walk:
                 self.say(".".join(map(str, (place, *loc))), (*path, *loc), message)
             return None
 
-    def named(self, leaf: Leaf, path: Path, place: str) -> tuple[str, Leaf]:
+    def named(self, leaf: Distribution, path: Path, place: str) -> tuple[str, Distribution]:
         name = leaf.name or place
         self.places.append((name, path))
         known = self.leaves.setdefault(name, leaf)
@@ -134,16 +136,16 @@ def _inside(path: Path, label: str) -> Path:
     return (*path, "search", "choices", label)
 
 
-def _subtrees(leaf: Leaf) -> dict[str, Any]:
+def _subtrees(leaf: Distribution) -> dict[str, Any]:
     return leaf.subtrees if isinstance(leaf, Choice) else {}
 
 
-def _text(leaf: Leaf) -> str:
+def _text(leaf: Distribution) -> str:
     # not ==, for which 1 and true are the same
     return json.dumps(leaf.model_dump(), sort_keys=True)
 
 
-def find(tree: Tree) -> dict[str, Leaf]:
+def find(tree: Tree) -> dict[str, Distribution]:
     """Every search leaf that some choice can reach; raises SpecError with all that is wrong."""
     return _walked(tree).leaves
 
@@ -153,7 +155,7 @@ def places(tree: Tree) -> list[tuple[str, Path]]:
     return _walked(tree).places
 
 
-def fit_leaf(tree: Tree) -> tuple[Path, Fit] | None:
+def find_fit(tree: Tree) -> tuple[Path, Fit] | None:
     """The one size that is left to the budget, and its place."""
     fits = _walked(tree).fits
     return fits[0] if fits else None
@@ -166,7 +168,7 @@ def _walked(tree: Tree) -> _Walk:
     return walk
 
 
-def defaults(name: str, leaf: Leaf) -> Any:
+def defaults(name: str, leaf: Distribution) -> Any:
     """The pick for ``fill`` that searches nothing."""
     return leaf.default
 
@@ -180,7 +182,7 @@ def fill(tree: Tree, pick: Pick) -> Tree:
     filling = _Filling(_Walk(tree), pick)
     value = filling.fill(tree.value, (), "", ())
     filling.walk.finish()
-    return Tree(value, filling.marks)
+    return Tree(value, filling.positions)
 
 
 def fill_some(tree: Tree, values: Mapping[str, Any]) -> Tree:
@@ -188,7 +190,7 @@ def fill_some(tree: Tree, values: Mapping[str, Any]) -> Tree:
     filling = _Filling(_Walk(tree), lambda name, leaf: values[name], keep=lambda n: n not in values)
     value = filling.fill(tree.value, (), "", ())
     filling.walk.finish()
-    return Tree(value, filling.marks)
+    return Tree(value, filling.positions)
 
 
 class _Filling:
@@ -199,12 +201,12 @@ class _Filling:
         self.pick = pick
         self.keep = keep
         self.picked: dict[str, Any] = {}
-        self.marks: dict[Path, Mark] = {}
+        self.positions: dict[Path, Position] = {}
 
     def fill(self, value: Any, path: Path, place: str, target: Path) -> Any:
         """What takes the place of ``value``, which stood at ``path`` and goes to ``target``."""
-        if mark := self.walk.tree.mark(path):
-            self.marks[target] = mark
+        if position := self.walk.tree.position(path):
+            self.positions[target] = position
         named = self.walk.read(value, path, place) if _is_leaf(value) else None
         if named and self.keep(named[0]):
             return {"search": value["search"] | {"name": named[0]}}
@@ -218,7 +220,7 @@ class _Filling:
             return parts
         return list(parts.values()) if isinstance(value, list) else value
 
-    def chosen(self, name: str, leaf: Leaf, path: Path, place: str, target: Path) -> Any:
+    def chosen(self, name: str, leaf: Distribution, path: Path, place: str, target: Path) -> Any:
         try:
             if name not in self.picked:
                 self.picked[name] = leaf.take(self.pick(name, leaf))
@@ -233,4 +235,4 @@ class _Filling:
 
 def replace(tree: Tree, path: Path, value: Any) -> Tree:
     """The tree with a plain value at ``path``, in the position of what stood there."""
-    return put(tree, path, at_mark(value, tree.mark(path)))
+    return put(tree, path, at_position(value, tree.position(path)))

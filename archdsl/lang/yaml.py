@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from archdsl.errors import Mark, Problem, SpecError
+from archdsl.errors import Position, Problem, SpecError
 
 Path = tuple[str | int, ...]
 
@@ -47,13 +47,13 @@ class Tree:
     """Plain dicts, lists and scalars, and the place in the text of the value at each path."""
 
     value: Any
-    marks: dict[Path, Mark]
+    positions: dict[Path, Position]
 
-    def mark(self, path: Path) -> Mark | None:
+    def position(self, path: Path) -> Position | None:
         """The place of the value at ``path``, or of the nearest value around it."""
-        while path and path not in self.marks:
+        while path and path not in self.positions:
             path = path[:-1]
-        return self.marks.get(path)
+        return self.positions.get(path)
 
 
 def dotted(path: Path) -> str:
@@ -64,11 +64,11 @@ def parse(text: str, file: str = "<string>") -> Tree:
     """The one document in ``text``; raises SpecError with everything that is wrong in it."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARS:
-        raise SpecError(Problem("", f"is larger than {MAX_CHARS >> 20} MiB", Mark(file, 0, 0)))
+        raise SpecError(Problem("", f"is larger than {MAX_CHARS >> 20} MiB", Position(file, 0, 0)))
     if found := REFUSED.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        mark = Mark(file, line, found.start() - text.rfind("\n", 0, found.start()))
-        raise SpecError(Problem("", f"character {found[0]!a} is not allowed", mark))
+        position = Position(file, line, found.start() - text.rfind("\n", 0, found.start()))
+        raise SpecError(Problem("", f"character {found[0]!a} is not allowed", position))
     composer = _Composer(text, file)
     try:
         node = composer.document()
@@ -76,8 +76,8 @@ def parse(text: str, file: str = "<string>") -> Tree:
         composer.fail((), composer.place(error.problem_mark), _syntax(error))
     if composer.problems:
         raise SpecError(composer.problems)
-    marks: dict[Path, Mark] = {}
-    return Tree(_plain(node, (), marks), marks)
+    positions: dict[Path, Position] = {}
+    return Tree(_plain(node, (), positions), positions)
 
 
 def scalar(text: str) -> Any:
@@ -103,7 +103,7 @@ def scalar(text: str) -> Any:
 @dataclass(frozen=True)
 class _Node:
     value: Any  # a scalar, list[_Node] or dict[str, _Node]
-    mark: Mark
+    position: Position
     size: int = 1
     height: int = 0
 
@@ -118,21 +118,21 @@ class _Composer:
         self.problems: list[Problem] = []
         self.nodes = 0
 
-    def place(self, mark: Any) -> Mark:
-        return Mark(self.file, mark.line + 1, mark.column + 1)
+    def place(self, position: Any) -> Position:
+        return Position(self.file, position.line + 1, position.column + 1)
 
-    def say(self, path: Path, mark: Mark, message: str) -> None:
+    def say(self, path: Path, position: Position, message: str) -> None:
         if len(self.problems) == MAX_PROBLEMS:
-            self.fail(path, mark, f"more than {MAX_PROBLEMS} problems; reading stopped here")
-        self.problems.append(Problem(dotted(path), message, mark))
+            self.fail(path, position, f"more than {MAX_PROBLEMS} problems; reading stopped here")
+        self.problems.append(Problem(dotted(path), message, position))
 
-    def fail(self, path: Path, mark: Mark, message: str) -> NoReturn:
-        raise SpecError([*self.problems, Problem(dotted(path), message, mark)])
+    def fail(self, path: Path, position: Position, message: str) -> NoReturn:
+        raise SpecError([*self.problems, Problem(dotted(path), message, position)])
 
     def document(self) -> _Node:
         next(self.events)  # start of the stream
         if isinstance(next(self.events), yaml.StreamEndEvent):
-            self.fail((), Mark(self.file, 0, 0), "is empty")
+            self.fail((), Position(self.file, 0, 0), "is empty")
         node = self.node(next(self.events), ())
         next(self.events)  # end of the document
         if not isinstance(event := next(self.events), yaml.StreamEndEvent):
@@ -140,53 +140,55 @@ class _Composer:
         return node
 
     def node(self, event: Any, path: Path) -> _Node:
-        mark = self.place(event.start_mark)
+        position = self.place(event.start_mark)
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(str(event.anchor), path, mark)
-        self.grow(1, 0, path, mark)
+            return self.alias(str(event.anchor), path, position)
+        self.grow(1, 0, path, position)
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self.say(
-                path, mark, f"tag {reprlib.repr(tag)} is not allowed; quote the value if it is text"
+                path,
+                position,
+                f"tag {reprlib.repr(tag)} is not allowed; quote the value if it is text",
             )
         if event.anchor:
             self.anchors[event.anchor] = None
-        node = self.content(event, path, mark)
+        node = self.content(event, path, position)
         if event.anchor:
             self.anchors[event.anchor] = node
         return node
 
-    def grow(self, size: int, height: int, path: Path, mark: Mark) -> None:
+    def grow(self, size: int, height: int, path: Path, position: Position) -> None:
         self.nodes += size
         if self.nodes > MAX_NODES:
-            self.fail((), mark, f"more than {MAX_NODES} values, aliases expanded")
+            self.fail((), position, f"more than {MAX_NODES} values, aliases expanded")
         if len(path) + height > MAX_DEPTH:
-            self.fail((), mark, f"nested more than {MAX_DEPTH} levels deep")
+            self.fail((), position, f"nested more than {MAX_DEPTH} levels deep")
 
-    def alias(self, name: str, path: Path, mark: Mark) -> _Node:
+    def alias(self, name: str, path: Path, position: Position) -> _Node:
         node = self.anchors.get(name)
         if node is None:
             known = "stands inside the value it names" if name in self.anchors else "is not defined"
-            self.fail(path, mark, f"alias *{name[:50]} {known}")
-        self.grow(node.size, node.height, path, mark)
-        return _Node(node.value, mark, node.size, node.height)
+            self.fail(path, position, f"alias *{name[:50]} {known}")
+        self.grow(node.size, node.height, path, position)
+        return _Node(node.value, position, node.size, node.height)
 
-    def content(self, event: Any, path: Path, mark: Mark) -> _Node:
+    def content(self, event: Any, path: Path, position: Position) -> _Node:
         if isinstance(event, yaml.ScalarEvent):
-            return _Node(self.scalar(event, path, mark), mark)
+            return _Node(self.scalar(event, path, position), position)
         listing = isinstance(event, yaml.SequenceStartEvent)
         value = self.sequence(path) if listing else self.mapping(path)
         nodes = value if isinstance(value, list) else list(value.values())
         height = 1 + max((node.height for node in nodes), default=-1)
-        return _Node(value, mark, 1 + sum(node.size for node in nodes), height)
+        return _Node(value, position, 1 + sum(node.size for node in nodes), height)
 
-    def scalar(self, event: Any, path: Path, mark: Mark) -> Any:
+    def scalar(self, event: Any, path: Path, position: Position) -> Any:
         if not event.implicit[0]:
             return event.value
         try:
             return scalar(event.value)
         except ValueError as error:
-            self.say(path, mark, str(error))
+            self.say(path, position, str(error))
             return None
 
     def sequence(self, path: Path) -> list[_Node]:
@@ -199,26 +201,26 @@ class _Composer:
         nodes: dict[str, _Node] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            key, mark = self.key(event, path), self.place(event.start_mark)
+            key, position = self.key(event, path), self.place(event.start_mark)
             node = self.node(next(self.events), (*path, key))
             if first := lines.get(key):
-                self.say((*path, key), mark, f"key {key!r} was already given on line {first}")
-            lines[key], nodes[key] = mark.line, node
+                self.say((*path, key), position, f"key {key!r} was already given on line {first}")
+            lines[key], nodes[key] = position.line, node
         return nodes
 
     def key(self, event: Any, path: Path) -> str:
-        mark = self.place(event.start_mark)
+        position = self.place(event.start_mark)
         if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag is not None:
-            self.fail(path, mark, "a key must be a plain word, without anchor, alias or tag")
+            self.fail(path, position, "a key must be a plain word, without anchor, alias or tag")
         if event.implicit[0] and event.value == "<<":
             self.say(
-                path, mark, "merge keys (<<) are not supported; use extends, or repeat the keys"
+                path, position, "merge keys (<<) are not supported; use extends, or repeat the keys"
             )
         if event.implicit[0] and event.value == "":
-            self.say(path, mark, "a key is missing before ':'")
+            self.say(path, position, "a key is missing before ':'")
         if len(event.value) > MAX_KEY:
             self.fail(
-                path, mark, f"key of {len(event.value)} characters; at most {MAX_KEY} are read"
+                path, position, f"key of {len(event.value)} characters; at most {MAX_KEY} are read"
             )
         return str(event.value)
 
@@ -233,13 +235,13 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
     return f"not valid YAML: {error.problem}{begun}"
 
 
-def _plain(node: _Node, path: Path, marks: dict[Path, Mark]) -> Any:
+def _plain(node: _Node, path: Path, positions: dict[Path, Position]) -> Any:
     """The node as fresh plain data, so that no two places share a list."""
-    marks[path] = node.mark
+    positions[path] = node.position
     if isinstance(node.value, dict):
-        return {key: _plain(child, (*path, key), marks) for key, child in node.value.items()}
+        return {key: _plain(child, (*path, key), positions) for key, child in node.value.items()}
     if isinstance(node.value, list):
-        return [_plain(child, (*path, i), marks) for i, child in enumerate(node.value)]
+        return [_plain(child, (*path, i), positions) for i, child in enumerate(node.value)]
     return node.value
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from archdsl import __version__
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError
-from archdsl.files import read_json, whole_folder
+from archdsl.files import atomic_folder, read_json
 from archdsl.lang.source import read
 from archdsl.lang.spec import ModelSpec, parse_spec
 from archdsl.model.build import build, meta_model
@@ -93,12 +93,12 @@ def save_checkpoint(
     tokenizer_from: Data | Path | None,
     provenance: Mapping[str, Any],
     training: State | None = None,
-    lasting: bool = True,
+    durable: bool = True,
 ) -> None:
     """Writes the folder ``path``, in place of an older checkpoint of that name.
 
     ``tokenizer_from``: data, or a tokenizer.json. ``training`` maps names to tensors or JSON
-    values. Not ``lasting``: a kill harms nothing, but after a power failure it may be damaged, as
+    values. Not ``durable``: a kill harms nothing, but after a power failure it may be damaged, as
     whoever loads it is then told. Raises CheckpointError if the folder holds something else, or
     if it cannot be written.
     """
@@ -106,7 +106,7 @@ def save_checkpoint(
     if path.exists() and not empty and not (path / PROVENANCE).is_file():
         raise CheckpointError(f"{path} exists and is no checkpoint; it is left as it is")
     try:
-        with whole_folder(path, lasting=lasting) as folder:
+        with atomic_folder(path, durable=durable) as folder:
             _write(folder, model, tokenizer_from, training)
             about = _about(folder, model.spec) | dict(provenance)
             _write_json(folder / PROVENANCE, about)

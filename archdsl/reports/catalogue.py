@@ -15,11 +15,11 @@ from archdsl.lang.registry import families
 from archdsl.lang.schema import SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
 from archdsl.lang.spec import Part, Strict, to_tree
-from archdsl.reports.tables import Facts
+from archdsl.reports.tables import TwoColumns
 
 
 @dataclass(frozen=True)
-class Field:
+class CatalogueField:
     name: str
     type: str
     default: str | None  # as it would stand in a file; None: must be given
@@ -27,17 +27,17 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One kind; ``example`` is YAML that is valid as it stands."""
 
     family: str
     kind: str
     sentence: str
-    fields: list[Field]
+    fields: list[CatalogueField]
     example: str
 
 
-def catalogue(kind: str | None = None) -> list[Entry]:
+def catalogue(kind: str | None = None) -> list[CatalogueEntry]:
     """All kinds, or those called ``kind``; raises SpecError with a suggestion if there is none."""
     entries = [
         _entry(family, name, part)
@@ -52,10 +52,10 @@ def catalogue(kind: str | None = None) -> list[Entry]:
     return entries
 
 
-def _entry(family: str, kind: str, part: type[Part]) -> Entry:
+def _entry(family: str, kind: str, part: type[Part]) -> CatalogueEntry:
     schema = part.model_json_schema(schema_generator=Generator)
     fields = [
-        Field(
+        CatalogueField(
             name=name,
             type=_type(schema["properties"][name]),
             default=_default(field),
@@ -64,7 +64,7 @@ def _entry(family: str, kind: str, part: type[Part]) -> Entry:
         for name, field in part.model_fields.items()
         if name != "kind"
     ]
-    return Entry(family, kind, sentence(part), fields, dump(dict(part.example)))
+    return CatalogueEntry(family, kind, sentence(part), fields, dump(dict(part.example)))
 
 
 def _default(field: FieldInfo) -> str | None:
@@ -102,24 +102,24 @@ def listing() -> RenderableType:
     parts: list[RenderableType] = []
     for family, kinds in families().items():
         facts = [(f"  {kind}", sentence(part)) for kind, part in kinds.items()]
-        parts += [Text(family, "bold"), Facts(facts), ""]
+        parts += [Text(family, "bold"), TwoColumns(facts), ""]
     return Group(*parts, "`archdsl blocks KIND` shows one with its fields and an example")
 
 
-def page(entry: Entry) -> RenderableType:
+def page(entry: CatalogueEntry) -> RenderableType:
     """All about one kind."""
     parts: list[RenderableType] = [
         Text.assemble((entry.kind, "bold"), f", a kind of {entry.family}"),
-        Facts([("", entry.sentence)]),
+        TwoColumns([("", entry.sentence)]),
     ]
     if entry.fields:
         facts = [(f"  {field.name}", _about(field)) for field in entry.fields]
-        parts += ["", Text("fields", "bold"), Facts(facts)]
+        parts += ["", Text("fields", "bold"), TwoColumns(facts)]
     parts += ["", Text("example", "bold"), Text(textwrap.indent(entry.example, "  "), end="")]
     return Group(*parts)
 
 
-def _about(field: Field) -> str:
+def _about(field: CatalogueField) -> str:
     default = "required" if field.default is None else f"default {field.default}"
     said = field.default == "null" and "default:" in field.description
     return "; ".join(filter(None, [field.type, "" if said else default, field.description]))

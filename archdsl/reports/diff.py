@@ -14,8 +14,8 @@ from rich.text import Text
 from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.source import dump_inline
 from archdsl.lang.spec import ModelSpec, Path, Strict, to_tree
-from archdsl.reports.outline import Node, outline
-from archdsl.reports.tables import Facts, short
+from archdsl.reports.outline import OutlineNode, outline
+from archdsl.reports.tables import TwoColumns, short
 
 ABSENT = "absent"
 TOTALS = {
@@ -43,12 +43,12 @@ class NodeChange:
     """A node whose cost is not the same; None where one model does not have it."""
 
     path: str
-    first: Node | None
-    second: Node | None
+    first: OutlineNode | None
+    second: OutlineNode | None
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpecDiff:
     """``same_model``: both mean the same model, whatever they are called and however written."""
 
     names: tuple[str, str]
@@ -59,16 +59,16 @@ class Comparison:
     nodes: list[NodeChange]
 
 
-def compare(first: ModelSpec, second: ModelSpec) -> Comparison:
+def diff_specs(first: ModelSpec, second: ModelSpec) -> SpecDiff:
     """All differences, in the order of the fields.
 
     >>> import archdsl
-    >>> both = compare(archdsl.load("loop"), archdsl.load("itt"))
+    >>> both = diff_specs(archdsl.load("loop"), archdsl.load("itt"))
     >>> both.changes[1].path, both.changes[1].second
     ('blocks.0.body.1.router', '{kind: top_k, capacity: 0.7}')
     """
     contexts = (first.context, second.context)
-    return Comparison(
+    return SpecDiff(
         names=(first.name, second.name),
         contexts=contexts,
         same_model=first.fingerprint() == second.fingerprint(),
@@ -99,7 +99,9 @@ def _as_written(value: Any) -> str:
     return dump_inline(value[0] if isinstance(value, tuple) and len(value) == 1 else value)
 
 
-def _node_changes(first: Node, second: Node, contexts: tuple[int, int]) -> Iterator[NodeChange]:
+def _node_changes(
+    first: OutlineNode, second: OutlineNode, contexts: tuple[int, int]
+) -> Iterator[NodeChange]:
     """Down to where a node was added, removed or became another kind."""
     if _figures(first, contexts[0]) != _figures(second, contexts[1]):
         yield NodeChange(first.path, first, second)
@@ -113,12 +115,12 @@ def _node_changes(first: Node, second: Node, contexts: tuple[int, int]) -> Itera
             yield NodeChange(path, one.get(path), other.get(path))
 
 
-def _figures(node: Node | None, context: int) -> tuple[int, float]:
+def _figures(node: OutlineNode | None, context: int) -> tuple[int, float]:
     """Parameters and FLOPs per token."""
     return (node.cost.params, node.cost.flops / context) if node else (0, 0.0)
 
 
-def comparison_data(both: Comparison) -> dict[str, Any]:
+def diff_data(both: SpecDiff) -> dict[str, Any]:
     """The same for programs; FLOPs of nodes are per token."""
     return {
         "names": both.names,
@@ -136,13 +138,13 @@ def comparison_data(both: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison(both: Comparison) -> RenderableType:
+def diff_tables(both: SpecDiff) -> RenderableType:
     """The values, the totals and the nodes that differ."""
     parts: list[RenderableType] = [Text(f"{both.names[0]} -> {both.names[1]}", "bold")]
     if both.same_model:
         parts.append("the same model" + (", said in other words" if both.changes else ""))
     if both.changes:
-        parts += ["", Facts([(c.path, f"{c.first} -> {c.second}") for c in both.changes])]
+        parts += ["", TwoColumns([(c.path, f"{c.first} -> {c.second}") for c in both.changes])]
     if not both.same_model:
         parts += ["", _totals(both)]
     if both.nodes:
@@ -150,7 +152,7 @@ def comparison(both: Comparison) -> RenderableType:
     return Group(*parts)
 
 
-def _totals(both: Comparison) -> Table:
+def _totals(both: SpecDiff) -> Table:
     table = _table("", *both.names, "change")
     for name, field in TOTALS.items():
         one, other = (getattr(receipt, field) for receipt in both.receipts)
@@ -159,7 +161,7 @@ def _totals(both: Comparison) -> Table:
     return table
 
 
-def _nodes(both: Comparison) -> Table:
+def _nodes(both: SpecDiff) -> Table:
     table = _table("node", "parameters", "FLOPs/token")
     for node in both.nodes:
         one = _figures(node.first, both.contexts[0])

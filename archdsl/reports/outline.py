@@ -17,23 +17,23 @@ AT_DEFAULT = ("steps", "capacity")  # what a reader looks for first, said or not
 
 
 @dataclass(frozen=True)
-class Node:
+class OutlineNode:
     """One part of a model. ``cost`` is of all its repeats and steps, on one whole context."""
 
     path: str  # as `--set` takes it
     kind: str
     label: str
     cost: Cost
-    below: tuple[Node, ...] = ()
+    below: tuple[OutlineNode, ...] = ()
     leaks: bool = False
 
-    def walk(self) -> Iterator[Node]:
+    def walk(self) -> Iterator[OutlineNode]:
         yield self
         for node in self.below:
             yield from node.walk()
 
 
-def outline(spec: ModelSpec) -> Node:
+def outline(spec: ModelSpec) -> OutlineNode:
     """The whole model; its parts sum up to it.
 
     >>> import archdsl
@@ -51,13 +51,13 @@ def outline(spec: ModelSpec) -> Node:
     below = tuple(
         _node(blocks[name], name, name, cost)
         if name in blocks
-        else Node(name, name, labels[name], cost)
+        else OutlineNode(name, name, labels[name], cost)
         for name, cost in whole.parts.items()
     )
-    return Node("", "model", "model", whole, below)
+    return OutlineNode("", "model", "model", whole, below)
 
 
-def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> Node:
+def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> OutlineNode:
     costs = dict(cost.parts)
     if isinstance(part, LoopSpec) and part.is_body:
         costs = {"body": cost}
@@ -73,10 +73,10 @@ def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> 
             leaks=name in costs and _sees_ahead(parts[name]),
         )
         if name in parts
-        else Node(f"{path}.{name}", name, name, costs[name])
+        else OutlineNode(f"{path}.{name}", name, name, costs[name])
         for name in dict.fromkeys([*costs, *filled])
     )
-    return Node(path, _kind(part), _label(part, slot), cost, below, leaks)
+    return OutlineNode(path, _kind(part), _label(part, slot), cost, below, leaks)
 
 
 def _sees_ahead(part: Part) -> bool:

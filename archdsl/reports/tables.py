@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost, paper_flops
-from archdsl.lang.budget import kept
+from archdsl.lang.budget import limit_uses
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.reports.outline import Node, outline
+from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
 
 def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]:
     """By limit; ``over`` is the share of it that is too much, below zero what is to spare."""
-    limits = kept(spec, budget).items()
+    limits = limit_uses(spec, budget).items()
     return {
         "limits": {name: found.limit for name, found in limits},
         "spent": {name: found.spent for name, found in limits},
@@ -96,7 +96,7 @@ def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]
     }
 
 
-def _node_data(node: Node) -> dict[str, Any]:
+def _node_data(node: OutlineNode) -> dict[str, Any]:
     return {
         "path": node.path,
         "label": node.label,
@@ -117,15 +117,15 @@ def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> R
     head = (
         f"{spec.name}: {parameters(total.matrices)} parameters in matrices, {total.params:,} in all"
     )
-    tree = Tree(root, spec.context, convention)
-    return Group(Text(head, "bold"), "", tree, "", Facts(facts))
+    tree = CostTree(root, spec.context, convention)
+    return Group(Text(head, "bold"), "", tree, "", TwoColumns(facts))
 
 
 @dataclass(frozen=True)
-class Tree:
+class CostTree:
     """Nodes, indented, with their figures; a label that is too long goes on below itself."""
 
-    root: Node
+    root: OutlineNode
     context: int
     convention: Convention
 
@@ -149,7 +149,7 @@ class Tree:
             yield text
             yield Text("" if node is None else _figures(self._of(node), figures))
 
-    def _of(self, node: Node) -> list[str]:
+    def _of(self, node: OutlineNode) -> list[str]:
         flops = node.cost.flops
         share = f"{flops / self.root.cost.flops:.1%}"
         return [f"{node.cost.params:,}", short(flops / self.context), share]
@@ -161,7 +161,9 @@ def _figures(values: Iterable[str], widths: Mapping[str, int]) -> str:
     )
 
 
-def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node, str, str]]:
+def _branches(
+    node: OutlineNode, lead: str = "", rest: str = ""
+) -> Iterator[tuple[OutlineNode, str, str]]:
     """Each node with what stands left of it, and of the lines below it."""
     yield node, lead, rest + ("│  " if node.below else "   ")
     for child in node.below:
@@ -169,7 +171,7 @@ def _branches(node: Node, lead: str = "", rest: str = "") -> Iterator[tuple[Node
         yield from _branches(child, rest + branch, rest + under)
 
 
-def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
+def _wrapped(node: OutlineNode, lead: str, rest: str, room: int) -> Iterator[tuple[bool, str]]:
     label = f"{node.label} {LEAKS}" if node.leaks else node.label
     room = max(room, len(rest) + 8)
     lines = textwrap.wrap(
@@ -180,7 +182,7 @@ def _wrapped(node: Node, lead: str, rest: str, room: int) -> Iterator[tuple[bool
 
 
 @dataclass(frozen=True)
-class Facts:
+class TwoColumns:
     """Names and sentences in two columns."""
 
     facts: Sequence[tuple[str, str]]
@@ -232,7 +234,7 @@ def _forward(total: Receipt) -> str:
     )
 
 
-def _paper(spec: ModelSpec, root: Node) -> list[tuple[str, str]]:
+def _paper(spec: ModelSpec, root: OutlineNode) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{parameters(root.cost.matrices)} in matrices"),
         ("forward", f"{quantity(paper_flops(spec), 'FLOPs')} per {spec.context:,} tokens"),
@@ -240,7 +242,7 @@ def _paper(spec: ModelSpec, root: Node) -> list[tuple[str, str]]:
 
 
 def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
-    for found in kept(spec, budget).values():
+    for found in limit_uses(spec, budget).values():
         ratio = found.ratio
         verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
         yield f"{verdict}: {found.spent:,.0f} of {found.limit:,} {found.unit}"
@@ -249,12 +251,12 @@ def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
 def evaluation(found: Evaluation, chance: float | None) -> RenderableType:
     """Held-out quality; of a leaking model both ways."""
     if found.causal is None:
-        return Facts(_quality(found, chance))
+        return TwoColumns(_quality(found, chance))
     return Group(
         Text("with sight of later tokens (the router leaks; no decoder can do this)", "bold red"),
-        Facts(_quality(found, chance)),
+        TwoColumns(_quality(found, chance)),
         Text("causally, selecting by the same scores", "bold"),
-        Facts(_quality(found.causal, chance)),
+        TwoColumns(_quality(found.causal, chance)),
     )
 
 
@@ -288,7 +290,7 @@ def dial(points: Sequence[SweepPoint]) -> RenderableType:
         ("share", "of the tokens, selected by the routed steps in the mean"),
         ("+-", "95%; of a difference to the trained setting over pairs of windows"),
     ]
-    return Group(*parts, Facts(legend))
+    return Group(*parts, TwoColumns(legend))
 
 
 def _settings(points: Sequence[SweepPoint]) -> Table:
@@ -328,7 +330,7 @@ def scores(runs: Sequence[tuple[DialSetting, TaskScores]]) -> RenderableType:
         ("FLOPs/token", "forward, executed, of the tokens that were read for the tasks"),
         ("+-", "95%, over examples"),
     ]
-    return Group(table, "", Facts(legend))
+    return Group(table, "", TwoColumns(legend))
 
 
 def _figure(value: float) -> str:

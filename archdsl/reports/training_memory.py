@@ -57,10 +57,10 @@ def training_memory(
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
     '4.9 GB'
     """
-    rows = whole(spec, batch_size // accumulate, context)
+    rows = full_batch(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
     parts = _parts(spec, rows, checkpointed)
-    alive = _kept(rows, parts)
+    alive = _saved_for_backward(rows, parts)
     before = weights if accumulate > 1 else 0  # gradients of the parts before this one
     gradients, waiting = 0, parts[-1][1]  # to be added to those: the head's, made with the loss
     moments = []
@@ -79,7 +79,7 @@ def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
     need = training_memory(
         spec, size, config.context, accumulate=parts, checkpointed=checkpointed
     ).peak
-    have = installed()
+    have = installed_memory()
     if need <= have:
         return None
     return (
@@ -89,23 +89,23 @@ def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
     )
 
 
-def installed() -> int:
+def installed_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def whole(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
+def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
     """The batch that a model is given."""
     T = context or spec.context
     return Rows(spec.dim, batch_size, T, T)
 
 
-def kept(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
+def saved_for_backward(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
     """Bytes that the pass from tokens to logits keeps, the logits not counted."""
-    return _kept(rows, _parts(spec, rows, checkpointed))
+    return _saved_for_backward(rows, _parts(spec, rows, checkpointed))
 
 
-def _kept(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
+def _saved_for_backward(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
     model = in_a_row(rows.stream, [part for part, _ in parts])
     return model.kept + rows.tables(model.angles)
 

@@ -177,7 +177,7 @@ class Recorder:
     def _save(self) -> None:
         if self.out is None or self.log is None:
             return
-        self.log.to_disk()  # or a crash could leave a checkpoint without the lines before it
+        self.log.fsync()  # or a crash could leave a checkpoint without the lines before it
         self.trainer.save(self.out / "checkpoints" / f"step-{self.trainer.step:06d}")
         for old in _checkpoints(self.out)[: -self.trainer.config.keep_last]:
             remove_folder(old)

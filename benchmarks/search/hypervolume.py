@@ -32,7 +32,7 @@ from archdsl.costs.receipt import cost
 from archdsl.data.types import IGNORE
 from archdsl.lang.load import fitted
 from archdsl.lang.spec import ModelSpec
-from archdsl.lang.template import Choice, Leaf, defaults, fill
+from archdsl.lang.template import Choice, Distribution, defaults, fill
 from archdsl.search.stats.pareto import Point, hypervolume
 from archdsl.search.trials.proxy import Proxy, default_tasks
 from benchmarks.search.strategies import STRATEGIES, Bench
@@ -87,7 +87,7 @@ def _targets(bench: Bench, index: int) -> Tensor:
     return targets[targets != IGNORE]
 
 
-def _drawn(rng: Random, leaf: Leaf) -> Any:
+def _drawn(rng: Random, leaf: Distribution) -> Any:
     if isinstance(leaf, Choice):
         return rng.choice(list(leaf.choices))
     assert leaf.count is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from archdsl.lang.budget import kept
+from archdsl.lang.budget import limit_uses
 from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.search.analysis.comparison import contest_jobs
@@ -235,7 +235,7 @@ def _cost(proxy: Proxy, speeds: list[dict[str, Speed]], rungs: int) -> Cost:
 
 
 def _kept(models: Sequence[ModelSpec], budget: Budget) -> dict[str, tuple[int, float, float]]:
-    found = [kept(model, model.budget or budget) for model in models]
+    found = [limit_uses(model, model.budget or budget) for model in models]
     return {
         name: (first.limit, *_ends(by_name[name].spent for by_name in found))
         for name, first in found[0].items()

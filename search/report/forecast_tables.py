@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from archdsl.lang.budget import LIMITS
-from archdsl.reports.tables import Facts, quantity, short
+from archdsl.reports.tables import TwoColumns, quantity, short
 from archdsl.search.analysis.forecast import Plan, Spread
 from archdsl.search.analysis.timing import MANY
 
@@ -42,20 +42,20 @@ def shown(plan: Plan) -> RenderableType:
         ("training", f"{_between(plan, 'train_flops', short)} FLOPs, controls included"),
         *(("failed", failure) for failure in plan.calibration.failures),
     ]
-    return Group(Text(head, "bold"), "", Facts(facts))
+    return Group(Text(head, "bold"), "", TwoColumns(facts))
 
 
 def _space(plan: Plan) -> str:
     found = plan.survey
     size = "continuous" if found.size is None else f"{found.size:,} points"
-    misfits = f"; of {found.invalid} the choices do not go together" if found.invalid else ""
+    conflicts = f"; of {found.invalid} the choices do not go together" if found.invalid else ""
     models = f"; {found.distinct:,} different models"
     if plan.interval is None:
-        return f"{size}, {found.feasible:,} of which keep to the budget{misfits}{models}"
+        return f"{size}, {found.feasible:,} of which keep to the budget{conflicts}{models}"
     low, high = plan.interval
     return (
         f"{size}; of {found.tried:,} drawn at random {found.feasible:,} keep to the budget "
-        f"({low:.1%} to {high:.1%} of all draws, 95%){misfits}{models}"
+        f"({low:.1%} to {high:.1%} of all draws, 95%){conflicts}{models}"
     )
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.costs.receipt import cost
-from archdsl.reports.tables import Facts, parameters, short
+from archdsl.reports.tables import TwoColumns, parameters, short
 from archdsl.search.analysis.conclusions import what_matters
 from archdsl.search.report.report import describe, on_front, weighted
 from archdsl.search.report.tables import contestants, failures, gaps, plain_table
@@ -90,7 +90,7 @@ def candidates(trials: Sequence[Finished]) -> Table:
 
 def models(trials: Sequence[Finished]) -> RenderableType:
     """Which draw is which model."""
-    return Facts([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
+    return TwoColumns([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
 
 
 def _score(loss: float | None, accuracy: float | None) -> str:
@@ -113,7 +113,7 @@ def result(report: Report) -> RenderableType:
     if len(report.entries) > 1:
         title = "How far above the winner's loss, and 95% of the doubt"
         parts += [Text(title, "bold"), gaps(report.entries, report.proxy), ""]
-    return Group(*parts, Facts(_facts(report)))
+    return Group(*parts, TwoColumns(_facts(report)))
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -177,4 +177,4 @@ def standing(listed: Listed) -> RenderableType:
     ]
     if listed.folder is not None:
         facts.append(("folder", str(listed.folder)))
-    return Group(*parts, Facts(facts))
+    return Group(*parts, TwoColumns(facts))

@@ -13,7 +13,7 @@ import archdsl
 from archdsl.costs.receipt import cost
 from archdsl.files import write_text
 from archdsl.lang.spec import ModelSpec
-from archdsl.reports.outline import Node, outline
+from archdsl.reports.outline import OutlineNode, outline
 from archdsl.search.analysis import comparison
 from archdsl.search.analysis.comparison import Entry
 from archdsl.search.analysis.conclusions import verdict
@@ -225,7 +225,7 @@ def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
     """The rows of the model's outline: what each node costs per token."""
     root = outline(spec)
 
-    def rows(node: Node, depth: int) -> Iterator[dict[str, Any]]:
+    def rows(node: OutlineNode, depth: int) -> Iterator[dict[str, Any]]:
         yield {
             "node": f"{'  ' * depth}{node.label}",
             "path": node.path,

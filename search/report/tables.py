@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from archdsl.reports.tables import Facts, parameters, short
+from archdsl.reports.tables import TwoColumns, parameters, short
 from archdsl.search.analysis.comparison import Entry, differences, winner_of
 from archdsl.search.analysis.conclusions import verdict, what_matters
 
@@ -48,7 +48,7 @@ def result(found: Ablation) -> RenderableType:
     if found.missing:
         facts.append(("missing", f"{found.missing} trainings; the same command goes on"))
     facts.append(("also", str(found.folder / "result.json")))
-    parts: list[RenderableType] = [Facts(facts)]
+    parts: list[RenderableType] = [TwoColumns(facts)]
     if found.entries:
         own = found.entries[0].name
         parts += ["", Text("Held-out loss, mean over the seeds", "bold")]

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from archdsl.lang.source import Path, Tree
-from archdsl.lang.template import Choice, Leaf, Pick, fill, find, places
+from archdsl.lang.template import Choice, Distribution, Pick, fill, find, places
 
 Point = dict[str, Any]  # leaf name -> value
 Tied = frozenset[tuple[str, str | None]]  # named leaves that are met, with the label taken if any
@@ -26,7 +26,7 @@ def answered(tree: Tree, pick: Pick) -> Point:
     """The point that ``pick`` leads to: what it answers, by the names that are asked."""
     point: Point = {}
 
-    def answer(name: str, leaf: Leaf) -> Any:
+    def answer(name: str, leaf: Distribution) -> Any:
         point[name] = pick(name, leaf)
         return point[name]
 
@@ -132,7 +132,7 @@ class _Turn:
     def __init__(self, wheels: list[int]) -> None:
         self.wheels, self.asked = wheels, list[int]()
 
-    def pick(self, name: str, leaf: Leaf) -> Any:
+    def pick(self, name: str, leaf: Distribution) -> Any:
         values = list(leaf.choices if isinstance(leaf, Choice) else leaf.values())
         self.asked.append(len(values))
         self.wheels += [0] * (len(self.asked) - len(self.wheels))
@@ -146,7 +146,7 @@ class _Turn:
         return [*wheels[:-1], wheels[-1] + 1] if wheels else None
 
 
-def _random(rng: random.Random, leaf: Leaf) -> Any:
+def _random(rng: random.Random, leaf: Distribution) -> Any:
     if isinstance(leaf, Choice):
         return rng.choice(list(leaf.choices))
     if leaf.log:

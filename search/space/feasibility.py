@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from archdsl.errors import ArchdslError, SpecError
-from archdsl.lang.budget import Kept, exceeds, kept
+from archdsl.lang.budget import LimitUse, describe_excess, limit_uses
 from archdsl.lang.load import NoFitError, fitted
 from archdsl.lang.source import Tree, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.lang.template import Choice, Leaf, defaults, fill, find
+from archdsl.lang.template import Choice, Distribution, defaults, fill, find
 from archdsl.search.space.enumerate import Point, answered, points, size
 from archdsl.search.space.optuna_space import starting_points
 
@@ -35,7 +35,7 @@ class Tried:
 
     point: Point
     spec: ModelSpec | None = None
-    misses: dict[str, Kept] = field(default_factory=dict)
+    misses: dict[str, LimitUse] = field(default_factory=dict)
     error: str = ""
 
     @property
@@ -94,8 +94,8 @@ def tried(tree: Tree, point: Point, budget: Budget) -> Tried:
     except SpecError as error:
         return Tried(point, error=str(error))
     else:
-        said = exceeds(spec, spec.budget or budget)
-    limits = kept(spec, spec.budget or budget)
+        said = describe_excess(spec, spec.budget or budget)
+    limits = limit_uses(spec, spec.budget or budget)
     return Tried(point, spec, {n: found for n, found in limits.items() if found.ratio > 0}, said)
 
 
@@ -167,7 +167,7 @@ def _downhill(tree: Tree, closest: Tried, budget: Budget) -> Tried:
             return closest
 
 
-def _neighbours(tree: Tree, point: Point, name: str, leaf: Leaf) -> Iterable[Point]:
+def _neighbours(tree: Tree, point: Point, name: str, leaf: Distribution) -> Iterable[Point]:
     """The point with other values of a leaf: each choice, or the ends of the range."""
     if name not in point:  # another choice took it out of reach
         return
@@ -176,7 +176,7 @@ def _neighbours(tree: Tree, point: Point, name: str, leaf: Leaf) -> Iterable[Poi
             yield answered(tree, partial(_or_default, point | {name: value}))
 
 
-def _or_default(point: Point, name: str, leaf: Leaf) -> Any:
+def _or_default(point: Point, name: str, leaf: Distribution) -> Any:
     return point.get(name, leaf.default)
 
 

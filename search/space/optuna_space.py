@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from archdsl.lang.source import Tree
-from archdsl.lang.template import Choice, Leaf, Range, fill, find
+from archdsl.lang.template import Choice, Distribution, Range, fill, find
 
 if TYPE_CHECKING:
     import optuna
 
 
-def suggest(trial: optuna.Trial, name: str, leaf: Leaf) -> Any:
+def suggest(trial: optuna.Trial, name: str, leaf: Distribution) -> Any:
     """Ask Optuna for the value of one leaf."""
     if isinstance(leaf, Choice):
         return trial.suggest_categorical(name, list(leaf.choices))
@@ -44,7 +44,7 @@ def starting_points(tree: Tree) -> list[dict[str, Any]]:
 def _point(tree: Tree, label: str | None) -> dict[str, Any]:
     picked: dict[str, Any] = {}
 
-    def pick(name: str, leaf: Leaf) -> Any:
+    def pick(name: str, leaf: Distribution) -> Any:
         takes = (
             isinstance(leaf, Choice) and isinstance(leaf.choices, dict) and label in leaf.choices
         )

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.errors import SpecError
-from archdsl.lang.budget import exceeds, over, ratios
+from archdsl.lang.budget import describe_excess, excesses, largest_excess
 from archdsl.lang.load import NoFitError, fitted
 from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget, ModelSpec
@@ -169,9 +169,9 @@ class Draws:
         return found
 
     def _known(self, found: Draw, spec: ModelSpec, known: Mapping[str, int]) -> Draw:
-        found = replace(found, constraints=ratios(spec, self.budget))
-        if over(spec, self.budget) > 0:
-            error = exceeds(spec, self.budget)
+        found = replace(found, constraints=excesses(spec, self.budget))
+        if largest_excess(spec, self.budget) > 0:
+            error = describe_excess(spec, self.budget)
             return replace(found, outcome="infeasible", error=error)
         if (same := known.get(found.fingerprint)) is not None:
             return replace(found, outcome="reused", same_as=same)

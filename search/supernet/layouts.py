@@ -17,7 +17,7 @@ from typing import Any
 from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.source import Path, Tree
 from archdsl.lang.spec import ModelSpec, parse_spec
-from archdsl.lang.template import Choice, Leaf, fill, fill_some, fit_leaf, places, replace
+from archdsl.lang.template import Choice, Distribution, fill, fill_some, find_fit, places, replace
 from archdsl.search.space.enumerate import answered, points
 from archdsl.search.space.model_summary import in_words
 from archdsl.search.space.optuna_space import starting_points
@@ -136,10 +136,10 @@ def restricted(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
     ]
     choices = {label: one.value for label, one in zip(labels, cut, strict=True)}
     leaf = {"name": LAYOUT, "choices": choices, "default": labels[0]}
-    marks = {path: mark for path, mark in tree.marks.items() if not path}
+    marks = {path: mark for path, mark in tree.positions.items() if not path}
     for label, one in zip(labels, cut, strict=True):
         inside = ("search", "choices", label)
-        marks |= {(*inside, *path): mark for path, mark in one.marks.items()}
+        marks |= {(*inside, *path): mark for path, mark in one.positions.items()}
     return Tree({"search": leaf}, marks)
 
 
@@ -160,11 +160,11 @@ def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
 
 def _spec(tree: Tree) -> ModelSpec:
     """With the default of the fit leaf: a proxy has its own sizes."""
-    found = fit_leaf(tree)
+    found = find_fit(tree)
     return parse_spec(replace(tree, found[0], found[1].default) if found else tree)
 
 
-def _end(of: Callable[..., Any], name: str, leaf: Leaf) -> Any:
+def _end(of: Callable[..., Any], name: str, leaf: Distribution) -> Any:
     """The largest or smallest value; of labels the default."""
     if isinstance(leaf, Choice):
         return leaf.default if leaf.subtrees else of(leaf.choices)

@@ -132,7 +132,7 @@ class Training:
             tokenizer_from=None,
             provenance={"step": self.trainer.step},
             training=self.trainer.state() | {"progress": asdict(spent)},
-            lasting=False,  # a score does not rest on it
+            durable=False,  # a score does not rest on it
         )
         self.saved = time.perf_counter()
 

@@ -72,7 +72,7 @@ def test_warns_before_it_takes_more_memory_than_there_is(
         "2",
     ]
     assert "warning" not in cli(*train, "--out", "first").err
-    monkeypatch.setattr("archdsl.reports.training_memory.installed", lambda: 2**20)
+    monkeypatch.setattr("archdsl.reports.training_memory.installed_memory", lambda: 2**20)
     found = cli(*train, "--out", "second")
     assert found.status == 0
     assert "warning: tiny: a step needs about" in found.err

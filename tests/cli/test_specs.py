@@ -12,7 +12,7 @@ from hypothesis import given
 import archdsl
 from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec
-from archdsl.reports.outline import Node, outline
+from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
 from tests.cli.command import Cli
 from tests.strategies import specs
@@ -68,7 +68,7 @@ def test_nodes_of_any_spec_add_up(spec: ModelSpec) -> None:
     adds_up(outline(spec))
 
 
-def adds_up(node: Node) -> None:
+def adds_up(node: OutlineNode) -> None:
     if node.below:
         assert sum(child.cost.params for child in node.below) == node.cost.params
         assert sum(child.cost.flops for child in node.below) == node.cost.flops

@@ -66,7 +66,7 @@ def test_it_needs_torch_and_transformers_alone() -> None:
     names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     packages = {str(name).partition(".")[0] for name in names}
     assert packages - sys.stdlib_module_names == {"torch", "transformers"}
-    assert "misfits" not in code(), "what only validates has no place in it"
+    assert "conflicts" not in code(), "what only validates has no place in it"
 
 
 def test_nothing_is_defined_twice() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from archdsl.costs.receipt import cost
 from archdsl.errors import SpecError
-from archdsl.lang.budget import exceeds, over, ratios
+from archdsl.lang.budget import describe_excess, excesses, largest_excess
 from archdsl.lang.load import NoFitError, budget_of, fitted, load
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec
@@ -55,7 +55,11 @@ def test_the_size_that_is_solved_is_the_largest_that_keeps_to_every_limit(
     budget = Budget.model_validate(limits)
     step = 2 if name == "heads" else 1
     fit = f"{{fit: {{multiple_of: {step}, low: 4, high: {HIGHS[name]}, default: 4}}}}"
-    fits = [size for size in range(4, HIGHS[name] + 1, step) if over(at(name, size), budget) <= 0]
+    fits = [
+        size
+        for size in range(4, HIGHS[name] + 1, step)
+        if largest_excess(at(name, size), budget) <= 0
+    ]
     tree = parse(written(**{name: fit}))
     if fits:
         found = fitted(tree, budget)
@@ -64,7 +68,7 @@ def test_the_size_that_is_solved_is_the_largest_that_keeps_to_every_limit(
     else:
         with pytest.raises(NoFitError, match="no size fits: 4 is the least and its ") as error:
             fitted(tree, budget)
-        assert error.value.ratio == over(at(name, 4), budget) > 0
+        assert error.value.ratio == largest_excess(at(name, 4), budget) > 0
 
 
 def test_what_is_given_takes_the_place_of_what_is_written_limit_by_limit() -> None:
@@ -79,7 +83,7 @@ def test_what_is_given_takes_the_place_of_what_is_written_limit_by_limit() -> No
 
 def test_what_a_search_may_spend_is_no_limit_of_a_model() -> None:
     spends = Budget(params=None, flops=None, train_flops=1)
-    assert ratios(at("dim", 32), spends) == {}
+    assert excesses(at("dim", 32), spends) == {}
     fit = "{fit: {multiple_of: 8, default: 24}}"
     assert fitted(parse(written(dim=fit)), spends).dim == 24
     assert load("tiny", budget=spends) == load("tiny").model_copy(update={"budget": spends})
@@ -89,12 +93,12 @@ def test_every_limit_is_counted_from_the_receipt_and_said_in_its_unit() -> None:
     spec = at("dim", 32)
     receipt = cost(spec)
     budget = Budget(params=20_000, non_embedding=10, flops=30, kv=20)
-    found = ratios(spec, budget)
+    found = excesses(spec, budget)
     assert found["params"] == receipt.params / 20_000 - 1 < 0
     assert found["non_embedding"] == receipt.non_embedding / 10 - 1
     assert found["flops"] == receipt.expected / 30 - 1
     assert found["kv"] == receipt.kv_bytes_per_token / 20 - 1 > 0
-    words = exceeds(spec, budget)
+    words = describe_excess(spec, budget)
     assert words.count(" exceed the budget of ") == 3
     assert f"its {receipt.kv_bytes_per_token:,.0f} bytes of KV cache per token exceed" in words
     assert f"its {receipt.non_embedding:,} parameters without embedding and head exceed" in words

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archdsl.errors import Mark, Problem, SpecError, did_you_mean
+from archdsl.errors import Position, Problem, SpecError, did_you_mean
 from archdsl.lang import source
 
 KEYS = st.sampled_from("abc")
@@ -118,7 +118,9 @@ def test_extends_and_set_keep_the_positions_of_all_they_bring(here: Path) -> Non
         "blocks": [{"kind": "a", "n": {"x": 2}}],
         "top": 1,
     }
-    assert {path: str(mark).removeprefix(f"{here}/") for path, mark in tree.marks.items()} == {
+    assert {
+        path: str(position).removeprefix(f"{here}/") for path, position in tree.positions.items()
+    } == {
         (): "kid.yaml:1:1",
         ("name",): "shipped/plain.yaml:1:7",
         ("dim",): "sub/base.yaml:2:12",
@@ -162,15 +164,15 @@ def test_a_merge_takes_the_patch_where_it_speaks_and_the_base_elsewhere(old: Any
     )
     merged = source.merge(base, patch)
     assert source.merge(merged, patch) == merged
-    assert set(merged.marks) == {path for path, _ in paths(merged.value)}
+    assert set(merged.positions) == {path for path, _ in paths(merged.value)}
     for path, item in paths(merged.value):
         if not isinstance(item, dict):
-            owner = {"base": old, "patch": new}[merged.marks[path].file]
+            owner = {"base": old, "patch": new}[merged.positions[path].file]
             assert dict(paths(owner))[path] == item
     for path, item in paths(new):
         if not isinstance(item, dict) or not item:
             assert item == {} or dict(paths(merged.value))[path] == item
-            assert merged.marks[path].file == "patch"
+            assert merged.positions[path].file == "patch"
 
 
 @pytest.mark.parametrize(
@@ -205,9 +207,9 @@ def test_an_override_changes_its_place_only_and_is_the_place_of_errors() -> None
     body = [1, {"kind": 0.001}]
     assert changed.value == {"blocks": [{"repeat": 2, "body": body}], "new": None}
     assert tree == source.parse("blocks:\n  - {repeat: 4, body: [1, 2]}\n", "f")
-    assert str(changed.mark(("blocks", 0, "repeat"))) == "--set blocks.0.repeat=2"
-    assert changed.mark(("blocks", 0, "body", 0)) == tree.mark(("blocks", 0, "body", 0))
-    assert set(changed.marks) == {path for path, _ in paths(changed.value)}
+    assert str(changed.position(("blocks", 0, "repeat"))) == "--set blocks.0.repeat=2"
+    assert changed.position(("blocks", 0, "body", 0)) == tree.position(("blocks", 0, "body", 0))
+    assert set(changed.positions) == {path for path, _ in paths(changed.value)}
 
 
 def test_overrides_that_cannot_be_done_are_named_all_at_once() -> None:
@@ -235,7 +237,7 @@ def test_overrides_cannot_dig_deeper_than_a_file_may() -> None:
     deep = "x=" + "[" * 60 + "1" + "]" * 60
     deeper = "x" + ".0" * 59 + "=" + "[" * 40 + "1" + "]" * 40
     tree = source.override(source.parse("x: 1"), [deep, deeper])
-    assert max(map(len, tree.marks)) == 100
+    assert max(map(len, tree.positions)) == 100
     with pytest.raises(SpecError, match="nested more than 100 levels deep"):
         source.override(tree, ["x" + ".0" * 98 + "=[[2]]"])
 
@@ -250,7 +252,9 @@ def test_a_python_value_becomes_a_tree_of_its_own() -> None:
     value = {"a": ({"b": 1},)}
     tree = source.from_value(value, "winner")
     assert tree.value == {"a": [{"b": 1}]}
-    assert str(Problem("a.0.b", "is wrong", tree.mark(("a", 0, "b")))) == "winner: a.0.b: is wrong"
+    assert (
+        str(Problem("a.0.b", "is wrong", tree.position(("a", 0, "b")))) == "winner: a.0.b: is wrong"
+    )
 
 
 @pytest.mark.parametrize(
@@ -295,10 +299,10 @@ def test_sizes_that_are_not_whole_or_not_sizes_are_refused(size: object) -> None
 
 def test_errors_are_sorted_by_place_and_leave_out_what_is_unknown() -> None:
     problems = [
-        Problem("b", "late", Mark("f", 10, 1)),
-        Problem("a", "early", Mark("f", 9, 2)),
+        Problem("b", "late", Position("f", 10, 1)),
+        Problem("a", "early", Position("f", 9, 2)),
         Problem("", "nowhere"),
-        Problem("b", "late", Mark("f", 10, 1)),
+        Problem("b", "late", Position("f", 10, 1)),
     ]
     error = SpecError(problems)
     assert str(error) == "nowhere\nf:9:2: a: early\nf:10:1: b: late"

@@ -14,14 +14,14 @@ from archdsl.errors import Problem, SpecError
 from archdsl.lang.source import Tree, from_value, parse
 from archdsl.lang.template import (
     Choice,
+    Distribution,
     Fit,
-    Leaf,
     Range,
     defaults,
     fill,
     fill_some,
     find,
-    fit_leaf,
+    find_fit,
     replace,
 )
 
@@ -204,7 +204,7 @@ def test_a_place_is_taken_by_the_picked_value_or_subtree() -> None:
         "steps": 2,
     }
     assert not picks
-    assert {path: str(mark) for path, mark in filled.marks.items() if "dim" not in path} == {
+    assert {path: str(mark) for path, mark in filled.positions.items() if "dim" not in path} == {
         (): "f:1:1",
         ("blocks",): "f:10:9",
         ("blocks", 0): "f:10:11",
@@ -217,7 +217,7 @@ def test_a_place_is_taken_by_the_picked_value_or_subtree() -> None:
 def test_only_reachable_leaves_are_asked_and_each_name_once() -> None:
     asked: list[str] = []
 
-    def pick(name: str, leaf: Leaf) -> Any:
+    def pick(name: str, leaf: Distribution) -> Any:
         asked.append(name)
         return "loop" if name == "layout" else leaf.default
 
@@ -255,13 +255,15 @@ def test_filling_with_defaults_leaves_no_leaf_and_a_mark_for_every_value(value: 
 
 def test_the_fit_leaf_is_found_and_replaced_in_its_place() -> None:
     tree = fill(parse(SPACE, "f"), defaults)
-    found = fit_leaf(tree)
+    found = find_fit(tree)
     assert found == (("dim",), Fit(multiple_of=64, default=1024, low=64, high=64 * 1024))
     fitted = replace(tree, found[0], 512)
     assert fitted.value["dim"] == 512
-    assert fit_leaf(fitted) is None
-    assert str(Problem("dim", "is odd", fitted.mark(("dim",)))) == "f:1:6: dim: is odd"
-    assert set(tree.marks) - set(fitted.marks) == {path for path in tree.marks if "fit" in path}
+    assert find_fit(fitted) is None
+    assert str(Problem("dim", "is odd", fitted.position(("dim",)))) == "f:1:6: dim: is odd"
+    assert set(tree.positions) - set(fitted.positions) == {
+        path for path in tree.positions if "fit" in path
+    }
 
 
 def test_leaves_cannot_be_changed() -> None:
@@ -272,7 +274,7 @@ def test_leaves_cannot_be_changed() -> None:
 def test_each_of_several_subtrees_may_have_a_fit_leaf_as_only_one_is_taken() -> None:
     fit = "fit: {multiple_of: 8, default: 8}"
     choice = f"{{search: {{choices: {{x: {{{fit}}}, y: {{{fit}}}}}, default: x}}}}"
-    assert fit_leaf(parse(f"a: {choice}")) is not None
+    assert find_fit(parse(f"a: {choice}")) is not None
     assert "second fit leaf" in places(parse(f"a: {choice}\nb: {{{fit}}}"))[0]
 
 

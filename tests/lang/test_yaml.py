@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archdsl.errors import Mark, SpecError
+from archdsl.errors import Position, SpecError
 from archdsl.lang import yaml as archdsl_yaml
 from archdsl.lang.yaml import Path, Tree, dump, dump_inline, parse
 
@@ -75,12 +75,12 @@ def test_what_is_dumped_reads_back_as_the_same(value: Any) -> None:
 def test_positions_point_at_the_text_of_each_scalar(value: Any) -> None:
     text = dump(value)
     tree = parse(text, "f.yaml")
-    assert set(tree.marks) == {path for path, _ in paths(value)}
+    assert set(tree.positions) == {path for path, _ in paths(value)}
     for path, item in paths(value):
-        mark = tree.marks[path]
+        position = tree.positions[path]
         if not isinstance(item, dict | list):
-            line = text.split("\n")[mark.line - 1]
-            assert line[mark.column - 1 :].startswith(dump_inline(item))
+            line = text.split("\n")[position.line - 1]
+            assert line[position.column - 1 :].startswith(dump_inline(item))
 
 
 @given(st.text("[]{}:,-&*!|>'\"\\#%@`?~<= \n\tab01.\u2028\x00", max_size=40) | st.text())
@@ -88,7 +88,7 @@ def test_any_text_is_a_tree_or_a_spec_error(text: str) -> None:
     try:
         value = parse(text).value
     except SpecError as error:
-        value = [problem.mark.file for problem in error.problems if problem.mark]
+        value = [problem.position.file for problem in error.problems if problem.position]
     assert repr(parse(dump(value)).value) == repr(value)
 
 
@@ -186,13 +186,13 @@ def test_every_place_of_an_alias_is_a_copy_that_knows_its_origin() -> None:
     tree = parse("a: &x {b: 1}\nc: *x\n", "f")
     assert tree.value["a"] == tree.value["c"]
     assert tree.value["a"] is not tree.value["c"]
-    assert (str(tree.mark(("c",))), str(tree.mark(("c", "b")))) == ("f:2:4", "f:1:11")
+    assert (str(tree.position(("c",))), str(tree.position(("c", "b")))) == ("f:2:4", "f:1:11")
 
 
 def test_a_place_that_is_not_there_has_the_mark_of_what_is_around_it() -> None:
     tree = parse("a:\n  b: 1", "f")
-    assert tree.mark(("a", "b", "union tag", 3)) == Mark("f", 2, 6)
-    assert Tree(1, {}).mark(("a",)) is None
+    assert tree.position(("a", "b", "union tag", 3)) == Position("f", 2, 6)
+    assert Tree(1, {}).position(("a",)) is None
 
 
 def test_the_python_parser_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,6 @@ def test_a_scaling_that_says_too_little_is_refused(fields: dict[str, Any], compl
 def test_what_does_not_go_together_is_said() -> None:
     scaling = LLAMA3 | {"low_freq_factor": 4.0}
     spec = AttentionSpec.model_validate({"rope_theta": None, "rope_scaling": scaling})
-    assert [path for path, _ in spec.misfits(64)] == [("rope_scaling",)]
+    assert [path for path, _ in spec.conflicts(64)] == [("rope_scaling",)]
     assert spec.rope_scaling is not None
-    assert [path for path, _ in spec.rope_scaling.misfits(64)] == [("high_freq_factor",)]
+    assert [path for path, _ in spec.rope_scaling.conflicts(64)] == [("high_freq_factor",)]

@@ -16,7 +16,13 @@ from archdsl.blocks.attention import QUERIES
 from archdsl.blocks.loop import LoopSpec
 from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec, Sizes, walk
-from archdsl.reports.training_memory import installed, kept, shortage, training_memory, whole
+from archdsl.reports.training_memory import (
+    full_batch,
+    installed_memory,
+    saved_for_backward,
+    shortage,
+    training_memory,
+)
 from archdsl.training.config import TrainConfig
 from benchmarks.memory import allocated, measured
 from tests.strategies import specs
@@ -97,7 +103,7 @@ def test_any_of_400_specs_keeps_what_autograd_saves(spec: ModelSpec) -> None:
 def keeps_what_autograd_saves(spec: ModelSpec) -> None:
     parts = [part for _, part in walk(spec)]
     assume(not any(depends_on_the_choice(part) for part in parts))
-    assert kept(spec, whole(spec, 3)) == saved_bytes(spec, 3)
+    assert saved_for_backward(spec, full_batch(spec, 3)) == saved_bytes(spec, 3)
 
 
 def depends_on_the_choice(part: Any) -> bool:
@@ -113,14 +119,14 @@ def depends_on_the_choice(part: Any) -> bool:
 @pytest.mark.parametrize("router", [None, "top_k", "prefix"])
 def test_attention_under_a_mask_keeps_what_autograd_saves(attention: Any, router: Any) -> None:
     spec = looped(attention, router and {"kind": router, "capacity": 0.9}, context=2 * QUERIES)
-    assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+    assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
 
 
 @pytest.mark.parametrize("attention", [{}, {"queries_per_kv": 2}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("router", ["top_k", "prefix", "random"])
 def test_most_queries_are_kept_at_the_places_of_all(attention: Any, router: Any) -> None:
     spec = looped(attention, {"kind": router, "capacity": 0.9}, context=40, kv="shared")
-    assert kept(spec, whole(spec, 2)) == saved_bytes(spec, 2)
+    assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
 
 
 def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpec:
@@ -133,13 +139,18 @@ def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpe
 def test_under_shared_keys_it_keeps_nearly_what_autograd_saves() -> None:
     spec = archdsl.load("hybrid").resized(SMALL._replace(context=300))
     assert any(depends_on_the_choice(part) for _, part in walk(spec))
-    assert kept(spec, whole(spec, 2)) == pytest.approx(saved_bytes(spec, 2), rel=0.01)
+    assert saved_for_backward(spec, full_batch(spec, 2)) == pytest.approx(
+        saved_bytes(spec, 2), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("name", ["transformer", "itt", "hybrid"])
 def test_recomputed_layers_keep_their_inputs_alone(name: str) -> None:
     spec = archdsl.load(name).resized(SMALL)
-    closed, saved = kept(spec, whole(spec, 2), checkpointed=True), saved_bytes(spec, 2, True)
+    closed, saved = (
+        saved_for_backward(spec, full_batch(spec, 2), checkpointed=True),
+        saved_bytes(spec, 2, True),
+    )
     # the tables of rotary angles are the context's, and nobody saves them
     assert saved <= closed <= saved + 2 * 4 * spec.context * SMALL.head_size
 
@@ -189,7 +200,7 @@ def test_only_activations_grow_with_the_batch() -> None:
 def test_a_training_that_needs_more_than_there_is_says_what_needs_less() -> None:
     spec = archdsl.load("itt")
     huge = TrainConfig(batch_size=10_000, accumulate=2)
-    assert training_memory(spec, 10_000, accumulate=2).peak > installed() > 2**20
+    assert training_memory(spec, 10_000, accumulate=2).peak > installed_memory() > 2**20
     said = shortage(spec, huge)
     assert said is not None
     assert "--batch-size (now 10000)" in said

@@ -9,7 +9,7 @@ from typing import Any
 from archdsl.costs.receipt import cost
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec, parse_spec
-from archdsl.lang.template import Choice, Leaf, fill
+from archdsl.lang.template import Choice, Distribution, fill
 from archdsl.search.analysis.comparison import Entry, Role
 from archdsl.search.analysis.proxy_validation import Trust, WiderPoint
 from archdsl.search.analysis.supernet_validation import ProofPoint, Shared
@@ -104,7 +104,7 @@ def _spent() -> dict[str, Spent]:
 def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
     picked: dict[str, Any] = {}
 
-    def pick(name: str, leaf: Leaf) -> Any:
+    def pick(name: str, leaf: Distribution) -> Any:
         if isinstance(leaf, Choice):
             picked[name] = rng.choice(list(leaf.choices))
         else:

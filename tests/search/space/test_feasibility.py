@@ -12,11 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from archdsl.errors import SpecError
-from archdsl.lang.budget import over
+from archdsl.lang.budget import largest_excess
 from archdsl.lang.load import load, read
 from archdsl.lang.source import Tree, from_value, override, parse
 from archdsl.lang.spec import Budget
-from archdsl.lang.template import Choice, Leaf, find
+from archdsl.lang.template import Choice, Distribution, find
 from archdsl.search.space.enumerate import Point, answered, points, size
 from archdsl.search.space.feasibility import NothingFitsError, refuse_infeasible, survey, tried
 
@@ -51,7 +51,7 @@ def counted(tree: Tree) -> set[str]:
     return {as_text(answered(tree, lambda name, _, a=a: a[name])) for a in answers}  # type: ignore[misc]
 
 
-def _values(leaf: Leaf) -> Any:
+def _values(leaf: Distribution) -> Any:
     return leaf.choices if isinstance(leaf, Choice) else leaf.values()
 
 
@@ -149,7 +149,7 @@ def many(text: str) -> Tree:
 @pytest.mark.parametrize("space", [parse(SPACE), many(SPACE)])
 def test_a_space_in_which_one_corner_fits_is_not_refused(space: Tree) -> None:
     found = refuse_infeasible(space, Budget.model_validate(corner()))
-    assert over(found, Budget.model_validate(corner())) == 0
+    assert largest_excess(found, Budget.model_validate(corner())) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from archdsl.costs.receipt import sequence_cost
 from archdsl.lang.load import fitted, load, read
 from archdsl.lang.source import Tree, parse
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.lang.template import Choice, Leaf, fill, fill_some, find, fit_leaf
+from archdsl.lang.template import Choice, Distribution, fill, fill_some, find, find_fit
 from archdsl.model.build import build
 from archdsl.model.compute_meter import metered
 from archdsl.search.analysis.supernet_validation import ProofPoint, Shared, proof_points
@@ -264,8 +264,8 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
     assert labels == ["0: layer + layer x3 prefix .5/.4 overwrite", "1: 2x layer", labels[2]]
     filled = fill(space, lambda name, leaf: leaf.default)
     assert fitted(filled) == fitted(fill(tree, lambda name, leaf: leaf.default))
-    assert str(filled.mark(("dim",))) == "small.yaml:5:6"
-    assert fit_leaf(space) is not None
+    assert str(filled.position(("dim",))) == "small.yaml:5:6"
+    assert find_fit(space) is not None
 
 
 def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path)
     assert named > 12
 
 
-def drawn(rng: Random, leaf: Leaf) -> Any:
+def drawn(rng: Random, leaf: Distribution) -> Any:
     return rng.choice(list(leaf.choices if isinstance(leaf, Choice) else leaf.values()))
 
 
