@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -77,6 +78,10 @@ class Group(TyperGroup):
             command = get_command(study.app)
         elif name:
             command = with_options(self.functions[name])
+        if name:  # also `archdsl build SPEC --plugin MODULE`
+            plugin = next(param for param in self.params if param.name == "plugin")
+            for each in getattr(command, "commands", {name: command}).values():
+                each.params.append(plugin)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -100,6 +105,13 @@ def with_options(function: Command) -> Any:
     return get_command(alone)
 
 
+def _load_plugins(modules: Sequence[str] | None) -> None:
+    from archdsl.lang.registry import load_plugin
+
+    for module in modules or ():
+        load_plugin(module)
+
+
 app = typer.Typer(cls=Group, no_args_is_help=True, **PLAIN)
 
 
@@ -115,5 +127,15 @@ def archdsl_(
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            callback=_load_plugins,
+            is_eager=True,
+            expose_value=False,
+            help="Load blocks from this Python module; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Language models that think with dynamic depth: written as YAML, costed, trained, searched."""

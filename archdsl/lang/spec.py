@@ -175,14 +175,10 @@ def slot(family: str, default: str | None = None) -> Any:
         if not isinstance(kind, str) or kind not in known:
             found = "no kind" if kind is None else f"unknown kind {kind!r:.60}"
             hint = did_you_mean(str(kind), known)
-            raise _validation_error(
-                [
-                    (
-                        ("kind",) if "kind" in value else (),
-                        f"{found} of {family}{hint}; known kinds: {', '.join(sorted(known))}",
-                    )
-                ]
-            )
+            message = f"{found} of {family}{hint}; known kinds: {', '.join(sorted(known))}"
+            if kind is not None and not hint:
+                message = f"{message}; {registry.how_to_load()}"
+            raise _validation_error([(("kind",) if "kind" in value else (), message)])
         return known[kind].model_validate(value)
 
     return BeforeValidator(by_kind, json_schema_input_type=Any)
