@@ -30,8 +30,8 @@ import numpy as np
 from archdsl.data.loading import TextData
 from archdsl.lang.load import budget_of, load, read
 from archdsl.search.trials import proxy_training
-from archdsl.search.trials.proxy import Job, Proxy, Score
-from archdsl.search.workers.pool import processes
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore
+from archdsl.search.workers.pool import process_pool
 from archdsl.training.trainer import Trainer
 from benchmarks.measure import NotEqual, arguments, bar, progress, record
 
@@ -52,11 +52,11 @@ class Timed:
 
     job: Job
 
-    def run(self, beat: Callable[[], None]) -> tuple[Score, dict[str, float]]:
+    def run(self, heartbeat: Callable[[], None]) -> tuple[ProxyScore, dict[str, float]]:
         global accounted
         taken: dict[str, float] = defaultdict(float)
         with _timed(Trainer, "run", taken), _timed(proxy_training, "held_out", taken):
-            score = self.job.run(beat)
+            score = self.job.run(heartbeat)
         taken["process"] = time.process_time() - accounted  # of the first also since the fork
         accounted = time.process_time()
         return score, dict(taken)
@@ -90,7 +90,7 @@ def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, fl
     Each rung runs twice, in two stores. Raises NotEqual where its scores differ.
     """
     shares = {}
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         for name in specs:
             seconds = {"run": 0.0, "held_out": 0.0, "process": 0.0}
             for task in proxy.tasks.values():
@@ -108,7 +108,7 @@ def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, fl
     return shares
 
 
-def _found(score: Score) -> Score:
+def _found(score: ProxyScore) -> ProxyScore:
     """Without what a score says of the machine."""
     return score.model_copy(update={"seconds": 0.0, "peak_bytes": 0})
 
@@ -122,16 +122,16 @@ def check_mapped(proxy: Proxy) -> None:
     progress("equal: the tokens of every split lie in a mapped file")
 
 
-def draw_seconds(storage: BaseStorage, draws: int) -> list[float]:
+def trial_seconds(storage: BaseStorage, draws: int) -> list[float]:
     """Of each draw of the default space: everything but the training."""
     # here, as each child imports this module anew, and in a search none imports optuna
-    from archdsl.search.study.sampler import Draws
+    from archdsl.search.study.sampler import TrialSampler
     from archdsl.search.study.study import Study
     from benchmarks.search.strategies import WINDOW
 
     tree = read("search")
     study = Study(
-        storage, "overhead", Draws(tree, budget_of(tree), 2, 0), ("loss", "flops"), WINDOW
+        storage, "overhead", TrialSampler(tree, budget_of(tree), 2, 0), ("loss", "flops"), WINDOW
     )
     rng = Random(0)
     taken: list[float] = []
@@ -142,20 +142,20 @@ def draw_seconds(storage: BaseStorage, draws: int) -> list[float]:
         for rung in range(1, RUNGS + 1):
             score = _score(rung, rng.random())
             values = (3.0 - rung / 2 + score.seconds, 1e9 * rng.random())
-            study.climbed(trial, {"text": score, "skill": score}, values)
+            study.record_rung(trial, {"text": score, "skill": score}, values)
             if rung == RUNGS:
-                study.close(trial, "complete", values)
-            elif not study.goes_on(trial, values):
-                study.close(trial, "pruned")
+                study.finish(trial, "complete", values)
+            elif not study.is_promoted(trial, values):
+                study.finish(trial, "pruned")
                 break
         taken.append(time.process_time() - started)
     return taken
 
 
-def _score(rung: int, luck: float) -> Score:
+def _score(rung: int, luck: float) -> ProxyScore:
     """As large as a real one: a curve of 50 points."""
     curve = tuple((step, 3.0 / step) for step in range(1, 51))
-    return Score(
+    return ProxyScore(
         steps=50 * rung, loss=3.0, accuracy=0.2, bits_per_byte=None, seconds=luck, curve=curve
     )
 
@@ -235,7 +235,7 @@ def main() -> None:
         check_mapped(proxy)
         shares = job_shares(folder / "jobs", proxy, SPECS[:1] if args.small else SPECS)
         figures |= {f"{name}: CPU besides training": share for name, share in shares.items()}
-        taken = draw_seconds(journal(folder), draws)
+        taken = trial_seconds(journal(folder), draws)
         quarter = max(1, draws // 4)
         figures["CPU s of a draw, first quarter"] = fmean(taken[:quarter])
         figures["CPU s of a draw, last quarter"] = fmean(taken[-quarter:])

@@ -13,19 +13,25 @@ from optuna.storages import BaseStorage
 
 from archdsl.lang.load import budget_of, read
 from archdsl.lang.spec import Budget
-from archdsl.search.analysis.forecast import Plan, plan
-from archdsl.search.engine import WIDER_RUNS, Machine, Search, Watch
-from archdsl.search.report.report import Report, write_report
-from archdsl.search.space.feasibility import refuse_infeasible
+from archdsl.search.analysis.forecast import SearchForecast, forecast_search
+from archdsl.search.engine import VALIDATION_RUNS, Machine, SearchEngine, Watch
+from archdsl.search.report.report import SearchReport, write_report
+from archdsl.search.space.feasibility import require_feasible
 from archdsl.search.space.objectives import parse_axes
-from archdsl.search.study.sampler import Draws
-from archdsl.search.study.settings import Settings, claim
-from archdsl.search.study.spending import Ledger, Limits
-from archdsl.search.study.storage import HEARTBEAT, alone, answering, database, journal
+from archdsl.search.study.sampler import TrialSampler
+from archdsl.search.study.settings import Settings, claim_folder
+from archdsl.search.study.spending import Limits, Spending
+from archdsl.search.study.storage import (
+    HEARTBEAT_SECONDS,
+    database,
+    database_errors,
+    exclusive,
+    journal,
+)
 from archdsl.search.study.study import Study
-from archdsl.search.supernet.layouts import LAYOUTS, served
+from archdsl.search.supernet.layouts import LAYOUTS, supernet_space
 from archdsl.search.trials.proxy import Proxy, default_tasks
-from archdsl.search.trials.scorers import Scorer, Separate
+from archdsl.search.trials.scorers import Scorer, SeparateTraining
 
 SECONDS = 540.0  # by default: with starting up, under ten minutes
 
@@ -48,10 +54,10 @@ def search(
     out: Path | None = None,
     store: Path | None = None,
     storage: str | None = None,
-    heartbeat: int = HEARTBEAT,
+    heartbeat: int = HEARTBEAT_SECONDS,
     watch: Watch | None = None,
     command: str = "",
-) -> Report:
+) -> SearchReport:
     """Searches a space of specs for the front of proxy loss and cost, under a budget.
 
     The budget is kept by the full-size models; ``budget.train_flops`` is for the whole search, as
@@ -79,22 +85,24 @@ def search(
         window=window,
         seed=seed,
     )
-    refuse_infeasible(tree, limits)
+    require_feasible(tree, limits)
     folder = out or Path("runs") / settings.name
     store = store or folder / "proxies"
-    scorer: Scorer = Separate(settings.proxy, store, seed)
+    scorer: Scorer = SeparateTraining(settings.proxy, store, seed)
     if strategy == "shared":
-        tree, scorer = served(tree, settings.proxy, store, seed, layouts)
-    claim(folder, settings)
+        tree, scorer = supernet_space(tree, settings.proxy, store, seed, layouts)
+    claim_folder(folder, settings)
     with opened(folder, storage, heartbeat) as (backend, mine):
-        draws = Draws(tree, limits, len(settings.axes), seed)
-        study = Study(backend, settings.name, draws, settings.axes, window)
-        study.describe(settings.as_json())
+        sampler = TrialSampler(tree, limits, len(settings.axes), seed)
+        study = Study(backend, settings.name, sampler, settings.axes, window)
+        study.write_settings(settings.as_json())
         if mine:
-            study.abandon()
-        ledger = Ledger(backend, study.id, Limits(seconds, limits.train_flops))
-        hunt = Search(folder, store, study, scorer, ledger, settings, trials, seeds, watch)
-        return write_report(replace(hunt.run(machine or Machine()), command=command))
+            study.fail_running()
+        spending = Spending(backend, study.id, Limits(seconds, limits.train_flops))
+        engine = SearchEngine(
+            folder, store, study, scorer, spending, settings, trials, seeds, watch
+        )
+        return write_report(replace(engine.run(machine or Machine()), command=command))
 
 
 def planned(
@@ -108,11 +116,11 @@ def planned(
     seed: int = 0,
     seeds: int = 3,
     machine: Machine | None = None,
-) -> Plan:
+) -> SearchForecast:
     """What ``search`` with these settings would do and cost; half a minute, nothing is kept."""
     tree = read(space, overrides)
     with (machine or Machine()).pool() as pool:
-        return plan(
+        return forecast_search(
             pool,
             tree,
             budget_of(tree, budget),
@@ -121,7 +129,7 @@ def planned(
             trials=trials,
             seed=seed,
             seeds=seeds,
-            wider=WIDER_RUNS,
+            wider=VALIDATION_RUNS,
         )
 
 
@@ -129,8 +137,8 @@ def planned(
 def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[BaseStorage, bool]]:
     """The storage of a study, and whether this process is the only one that uses it."""
     if url is not None:
-        with answering(url):
+        with database_errors(url):
             yield database(url, heartbeat), False
         return
-    with alone(folder):
+    with exclusive(folder):
         yield journal(folder), True

@@ -10,11 +10,11 @@ from statistics import fmean
 
 from archdsl.errors import ArchdslError
 from archdsl.search.space.objectives import others
-from archdsl.search.study.spending import Ledger
-from archdsl.search.study.study import Study, Trial
-from archdsl.search.trials.proxy import Proxy, Score, objective
+from archdsl.search.study.spending import Spending
+from archdsl.search.study.study import RunningTrial, Study
+from archdsl.search.trials.proxy import Proxy, ProxyScore, objective
 from archdsl.search.trials.scorers import Scorer
-from archdsl.search.workers.pool import JobFailed, Pool, first_done
+from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
 
 FAILURES = 5  # in a row: something is wrong with more than a trial
 SECONDS_BETWEEN_LOOKS = 0.5  # at what other workers do
@@ -25,21 +25,21 @@ class SearchFailedError(ArchdslError):
 
 
 @dataclass
-class Climb:
+class TrialJobs:
     """A draw and the work on the rung it is on, by task."""
 
-    trial: Trial
-    jobs: dict[str, Future[Score]]
+    trial: RunningTrial
+    jobs: dict[str, Future[ProxyScore]]
 
     @property
     def done(self) -> bool:
         return all(job.done() for job in self.jobs.values())
 
 
-class Climber:
+class RungScheduler:
     """Takes draws of a study and trains them until none may be made any more.
 
-    ``may_draw``: whether there may be a draw of this number, with so many under way here.
+    ``may_start``: whether there may be a draw of this number, with so many under way here.
     ``tell``: called about twice a second with a sentence on what happened last.
     """
 
@@ -48,37 +48,37 @@ class Climber:
         study: Study,
         scorer: Scorer,
         proxy: Proxy,
-        ledger: Ledger,
-        may_draw: Callable[[int, int], bool],
+        spending: Spending,
+        may_start: Callable[[int, int], bool],
         tell: Callable[[str, int], None],
     ) -> None:
-        self.study, self.scorer, self.proxy, self.ledger = study, scorer, proxy, ledger
-        self.may_draw, self.tell = may_draw, tell
-        self.climbing: list[Climb] = []
+        self.study, self.scorer, self.proxy, self.spending = study, scorer, proxy, spending
+        self.may_start, self.tell = may_start, tell
+        self.active: list[TrialJobs] = []
         self.failed_in_a_row = 0
         self.said = ""
 
     def run(self, pool: Pool) -> None:
         """Returns when every draw was told, also those of other workers, or the means are spent."""
-        pool = self.ledger.paying(pool, "search")
+        pool = self.spending.metered(pool, "search")
         try:
-            while self._take(pool) or self.climbing or self.study.under_way:
-                if self.ledger.is_spent and not self.climbing:
+            while self._take(pool) or self.active or self.study.unfinished:
+                if self.spending.is_spent and not self.active:
                     return
                 self._wait()
-                for climb in [climb for climb in self.climbing if climb.done]:
-                    self._finish_rung(pool, climb)
-                self.ledger.keep()
-                self.tell(self.said, sum(not climb.done for climb in self.climbing))
+                for trial_jobs in [trial_jobs for trial_jobs in self.active if trial_jobs.done]:
+                    self._finish_rung(pool, trial_jobs)
+                self.spending.update()
+                self.tell(self.said, sum(not trial_jobs.done for trial_jobs in self.active))
         finally:  # what an error or Ctrl-C leaves undone is free to be taken up again
-            for climb in self.climbing:
-                self.study.give_back(climb.trial)
+            for trial_jobs in self.active:
+                self.study.release(trial_jobs.trial)
 
     def _take(self, pool: Pool) -> bool:
         taken = False
         # one more than can be trained at once, so that nobody waits while a draw is made
-        while len(self.climbing) <= pool.workers and not self.ledger.is_spent:
-            trial = self.study.take(lambda number: self.may_draw(number, len(self.climbing)))
+        while len(self.active) <= pool.workers and not self.spending.is_spent:
+            trial = self.study.take(lambda number: self.may_start(number, len(self.active)))
             if trial is None:
                 break
             taken = True
@@ -89,52 +89,52 @@ class Climber:
         return taken
 
     def _wait(self) -> None:
-        jobs = [job for climb in self.climbing for job in climb.jobs.values()]
+        jobs = [job for trial_jobs in self.active for job in trial_jobs.jobs.values()]
         if not jobs:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        elif not any(climb.done for climb in self.climbing):
-            first_done(jobs, SECONDS_BETWEEN_LOOKS)
+        elif not any(trial_jobs.done for trial_jobs in self.active):
+            wait_for_any(jobs, SECONDS_BETWEEN_LOOKS)
 
-    def _next_rung(self, pool: Pool, trial: Trial) -> None:
+    def _next_rung(self, pool: Pool, trial: RunningTrial) -> None:
         jobs = {
-            task: pool.submit(self.scorer.work(trial.spec, trial.params, task, len(trial.rungs)))
+            task: pool.submit(self.scorer.job(trial.spec, trial.params, task, len(trial.rungs)))
             for task in self.proxy.tasks
         }
-        self.climbing.append(Climb(trial, jobs))
+        self.active.append(TrialJobs(trial, jobs))
 
-    def _finish_rung(self, pool: Pool, climb: Climb) -> None:
-        self.climbing.remove(climb)
-        failure = next((e for job in climb.jobs.values() if (e := job.exception())), None)
+    def _finish_rung(self, pool: Pool, trial_jobs: TrialJobs) -> None:
+        self.active.remove(trial_jobs)
+        failure = next((e for job in trial_jobs.jobs.values() if (e := job.exception())), None)
         if failure is not None:
-            self._failed(climb.trial, failure)
+            self._failed(trial_jobs.trial, failure)
             return
         self.failed_in_a_row = 0
-        scores = {task: job.result() for task, job in climb.jobs.items()}
-        self.study.climbed(climb.trial, scores, self._values(climb.trial, scores))
-        self._decide(pool, climb.trial)
+        scores = {task: job.result() for task, job in trial_jobs.jobs.items()}
+        self.study.record_rung(trial_jobs.trial, scores, self._values(trial_jobs.trial, scores))
+        self._decide(pool, trial_jobs.trial)
 
-    def _decide(self, pool: Pool, trial: Trial) -> None:
+    def _decide(self, pool: Pool, trial: RunningTrial) -> None:
         """Told, or on to the next rung."""
         values = self._values(trial, trial.rungs[-1])
         if values is None:
-            self.study.close(trial, "diverged")
+            self.study.finish(trial, "diverged")
             self.said = f"draw {trial.number} diverged"
         elif len(trial.rungs) == self.scorer.rungs:
-            self.study.close(trial, "complete", values)
+            self.study.finish(trial, "complete", values)
             self.said = f"draw {trial.number}: {values[0]:.3f}"
-        elif not self.study.goes_on(trial, values):
-            self.study.close(trial, "pruned")
+        elif not self.study.is_promoted(trial, values):
+            self.study.finish(trial, "pruned")
             self.said = f"draw {trial.number}: {values[0]:.3f}, stopped early"
-        elif self.ledger.is_spent:
-            self.study.give_back(trial)
+        elif self.spending.is_spent:
+            self.study.release(trial)
         else:
             self._next_rung(pool, trial)
 
-    def _failed(self, trial: Trial, failure: BaseException) -> None:
+    def _failed(self, trial: RunningTrial, failure: BaseException) -> None:
         if not isinstance(failure, JobFailed):
             raise failure
         reason = str(failure)
-        self.study.close(trial, "failed", error=reason)
+        self.study.finish(trial, "failed", error=reason)
         self.said = f"draw {trial.number} failed, {reason}"
         self.failed_in_a_row += 1
         if self.failed_in_a_row == FAILURES:
@@ -142,7 +142,9 @@ class Climber:
                 f"{FAILURES} trials failed one after the other, the last with {reason}"
             ) from failure
 
-    def _values(self, trial: Trial, scores: dict[str, Score]) -> tuple[float, ...] | None:
+    def _values(
+        self, trial: RunningTrial, scores: dict[str, ProxyScore]
+    ) -> tuple[float, ...] | None:
         loss = objective(scores, self.proxy)
         if loss is None:
             return None
@@ -152,7 +154,7 @@ class Climber:
         return (loss, *others(self.study.axes, trial.spec, small, shares))
 
 
-def mean_shares(scores: Collection[Score]) -> dict[str, float]:
+def mean_shares(scores: Collection[ProxyScore]) -> dict[str, float]:
     """What routers selected, on average over tasks."""
     names = dict.fromkeys(name for score in scores for name in score.shares)
     return {name: fmean(s.shares[name] for s in scores if name in s.shares) for name in names}

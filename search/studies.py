@@ -15,9 +15,9 @@ from archdsl.errors import ArchdslError
 from archdsl.files import read_json
 from archdsl.lang.budget import LIMITS
 from archdsl.search.report.report import best, on_front, row
-from archdsl.search.study.record import Finished, Record
-from archdsl.search.study.spending import Account, account_of
-from archdsl.search.study.storage import alone, database, journal
+from archdsl.search.study.record import StudyRecord, Trial
+from archdsl.search.study.spending import SpendingSummary, spending_summary
+from archdsl.search.study.storage import database, exclusive, journal
 
 RUNS = Path("runs")
 
@@ -29,10 +29,10 @@ class StudyError(ArchdslError):
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedStudy:
     """A study and where it is: a folder, or a database if ``folder`` is None."""
 
-    record: Record
+    record: StudyRecord
     folder: Path | None
 
     @property
@@ -40,8 +40,8 @@ class Listed:
         return self.record.name
 
     @property
-    def account(self) -> Account:
-        return account_of(self.record.storage, self.record.id)
+    def spending(self) -> SpendingSummary:
+        return spending_summary(self.record.storage, self.record.id)
 
     def as_json(self) -> dict[str, Any]:
         finished = self.record.finished()
@@ -51,10 +51,10 @@ class Listed:
             "folder": str(self.folder) if self.folder else None,
             "objective": list(self.record.axes),
             "outcomes": self.record.outcomes(),
-            "under_way": self.record.under_way,
+            "under_way": self.record.unfinished,
             "best": {"trial": top[0].number, "loss": top[0].value} if top else None,
             "front": [trial.number for trial in on_front(finished)],
-            "spent": self.account.as_json(),
+            "spent": self.spending.as_json(),
         }
 
     def result(self) -> dict[str, Any] | None:
@@ -64,23 +64,25 @@ class Listed:
         return read_json(self.folder / "result.json", StudyError)
 
 
-def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[Listed]:
+def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStudy]:
     """All of a database, or of the folders in ``runs``, which may be one itself."""
     if storage is not None:
         backend = database(storage)
         for found in sorted(backend.get_all_studies(), key=lambda study: study.study_name):
             settings = found.user_attrs.get("settings", {})
             if axes := settings.get("objective"):
-                yield Listed(Record(backend, found.study_name, tuple(axes)), None)
+                yield ListedStudy(StudyRecord(backend, found.study_name, tuple(axes)), None)
         return
     for file in sorted({*runs.glob("settings.json"), *runs.glob("*/settings.json")}):
         settings = read_json(file, StudyError)
         if "objective" in settings and (file.parent / "study.journal").exists():
             axes = tuple(settings["objective"])
-            yield Listed(Record(journal(file.parent), settings["name"], axes), file.parent)
+            yield ListedStudy(
+                StudyRecord(journal(file.parent), settings["name"], axes), file.parent
+            )
 
 
-def study(name: str, storage: str | None = None) -> Listed:
+def study(name: str, storage: str | None = None) -> ListedStudy:
     """By name, or by folder; what a name begins with is enough where only one does."""
     folder = Path(name)
     if storage is None and (folder / "settings.json").exists():
@@ -97,7 +99,7 @@ def study(name: str, storage: str | None = None) -> Listed:
     raise StudyError(f"{name} {said}names {len(found)} studies of {where}, which has {known}")
 
 
-def choose(trials: Sequence[Finished], limits: Mapping[str, int | None]) -> Finished:
+def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Trial:
     """The lowest loss within limits on the cost of the model; raises StudyError."""
     from archdsl.costs.receipt import cost
 
@@ -111,7 +113,7 @@ def choose(trials: Sequence[Finished], limits: Mapping[str, int | None]) -> Fini
     raise StudyError("no draw that reached the last rung keeps to these limits")
 
 
-def exported(listed: Listed, form: str) -> str:
+def export(listed: ListedStudy, form: str) -> str:
     """Every draw, as CSV (a column for each choice) or as a JSON object per line."""
     rows = [row(trial) for trial in listed.record.finished()]
     if form == "jsonl":
@@ -136,10 +138,10 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
     return plain | values | last | {f"choice.{k}": v for k, v in found["choices"].items()}
 
 
-def remove(listed: Listed) -> None:
+def remove(listed: ListedStudy) -> None:
     """With all that it trained inside its folder. Raises StorageError if it is being searched."""
     if listed.folder is None:
         listed.record.storage.delete_study(listed.record.id)
         return
-    with alone(listed.folder):
+    with exclusive(listed.folder):
         shutil.rmtree(listed.folder)

@@ -16,7 +16,7 @@ from archdsl.data.loading import TextData, TokenCache
 from archdsl.data.types import Batch
 from archdsl.lang.spec import Budget
 from archdsl.search.engine import Machine
-from archdsl.search.report.report import Report
+from archdsl.search.report.report import SearchReport
 from archdsl.search.trials.proxy import Proxy, Task
 from archdsl.search.workers.pool import InProcess
 from tests.cli.command import Cli
@@ -100,7 +100,7 @@ class InThisProcess(Machine):
         yield InProcess()
 
 
-def search(trials: int, out: str = "study", store: str | None = None) -> Report:
+def search(trials: int, out: str = "study", store: str | None = None) -> SearchReport:
     """The call that wrote the old study, but for the number of trials."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("archdsl.search.report.report.plot", lambda result, folder: [])
@@ -148,5 +148,5 @@ def test_a_study_is_shown(cli: Cli) -> None:
 def test_scores_of_the_result_store_are_used_again(written: Path) -> None:
     before = contents(written / "study/proxies", "step-*.json")
     report = search(trials=3, out="another", store="study/proxies")
-    assert report.account.total.train_flops == 0
+    assert report.spending.total.train_flops == 0
     assert contents(written / "study/proxies", "step-*.json") == before

@@ -76,10 +76,10 @@ def best(
 
     Example: archdsl study best search-1a2b3c4d --flops 0.5G > best.yaml
     """
-    from archdsl.search.studies import choose, study
+    from archdsl.search.studies import best_within, study
 
     limits = {"params": params, "flops": flops, "kv": kv}
-    print(choose(study(name, storage).record.finished(), limits).spec.to_yaml(), end="")
+    print(best_within(study(name, storage).record.finished(), limits).spec.to_yaml(), end="")
 
 
 @app.command()
@@ -96,9 +96,9 @@ def export(
     Example: archdsl study export search-1a2b3c4d --out draws.csv
     """
     from archdsl.files import write_text
-    from archdsl.search.studies import exported, study
+    from archdsl.search.studies import export, study
 
-    text = exported(study(name, storage), form)
+    text = export(study(name, storage), form)
     if out is None:
         print(text, end="")
     else:

@@ -16,12 +16,12 @@ from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import fill
 from archdsl.search.space.optuna_space import starting_points, suggest
-from archdsl.search.stats.pareto import Point, front
-from archdsl.search.study.sampler import Draws
+from archdsl.search.stats.pareto import Point, pareto_front
+from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.study import Study
-from archdsl.search.supernet.layouts import served
-from archdsl.search.trials.proxy import Proxy, Score
-from archdsl.search.trials.scorers import Scorer, Separate
+from archdsl.search.supernet.layouts import supernet_space
+from archdsl.search.trials.proxy import Proxy, ProxyScore
+from archdsl.search.trials.scorers import Scorer, SeparateTraining
 
 WINDOW = 8  # of `archdsl search`: draws that may be under way at once
 LAYOUTS = 3  # that super-nets are trained for: those of the starting points
@@ -46,9 +46,9 @@ class Bench:
     def budget(self) -> Budget:
         return Budget.model_validate(self.tree.value["budget"])
 
-    def score(self, spec: ModelSpec, rung: int) -> Score:
+    def score(self, spec: ModelSpec, rung: int) -> ProxyScore:
         """Trains the spec's proxy up to a rung; it is read back where it was trained before."""
-        work = Separate(self.proxy, self.store, self.seed).work(spec, {}, self.task, rung)
+        work = SeparateTraining(self.proxy, self.store, self.seed).job(spec, {}, self.task, rung)
         return work.run(lambda: None)
 
 
@@ -67,7 +67,7 @@ class Trained:
 Strategy = Callable[[Bench], Iterator[Trained]]
 
 
-def point(score: Score) -> Point | None:
+def point(score: ProxyScore) -> Point | None:
     if score.loss is None or score.flops_per_token is None:
         return None
     return score.loss, score.flops_per_token
@@ -109,18 +109,18 @@ def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
 
 def separate(bench: Bench) -> Iterator[Trained]:
     """``archdsl search``: what its study draws, up the rungs as long as it says so."""
-    return _climbed(bench, bench.tree, Separate(bench.proxy, bench.store, bench.seed))
+    return _trials(bench, bench.tree, SeparateTraining(bench.proxy, bench.store, bench.seed))
 
 
 def shared(bench: Bench) -> Iterator[Trained]:
     """``archdsl search --strategy shared``: after SETTINGS draws that super-nets score, the models
     of the front are trained for themselves; only these count."""
-    tree, scorer = served(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
-    drawn = list(islice(_climbed(bench, tree, scorer), SETTINGS))
-    for trained in drawn:
+    tree, scorer = supernet_space(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
+    found_trials = list(islice(_trials(bench, tree, scorer), SETTINGS))
+    for trained in found_trials:
         yield replace(trained, point=None)
-    found = [trained for trained in drawn if trained.point is not None]
-    for i in front([trained.point for trained in found if trained.point is not None]):
+    found = [trained for trained in found_trials if trained.point is not None]
+    for i in pareto_front([trained.point for trained in found if trained.point is not None]):
         scores = [bench.score(found[i].spec, rung) for rung in range(bench.proxy.rungs)]
         cost = sum(score.train_flops for score in scores)
         yield Trained(found[i].spec, cost, point(scores[-1]))
@@ -128,29 +128,29 @@ def shared(bench: Bench) -> Iterator[Trained]:
 
 def dialled(bench: Bench) -> Iterator[Trained]:
     """The same without training anything alone: a setting of a net is the model that is found."""
-    tree, scorer = served(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
-    return islice(_climbed(bench, tree, scorer), SETTINGS)
+    tree, scorer = supernet_space(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
+    return islice(_trials(bench, tree, scorer), SETTINGS)
 
 
-def _climbed(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
+def _trials(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
     """As the search does it with one worker."""
-    draws = Draws(tree, bench.budget, axes=2, seed=bench.seed)
+    sampler = TrialSampler(tree, bench.budget, axes=2, seed=bench.seed)
     storage = optuna.storages.InMemoryStorage()
-    study = Study(storage, "benchmark", draws, ("loss", "flops"), WINDOW)
+    study = Study(storage, "benchmark", sampler, ("loss", "flops"), WINDOW)
     while (trial := study.take(lambda number: not study.exhausted)) is not None:
         cost, values = 0.0, None
         for rung in range(scorer.rungs):
-            score = scorer.work(trial.spec, trial.params, bench.task, rung).run(lambda: None)
+            score = scorer.job(trial.spec, trial.params, bench.task, rung).run(lambda: None)
             cost += score.train_flops
             values = point(score)
-            study.climbed(trial, {bench.task: score}, values)
+            study.record_rung(trial, {bench.task: score}, values)
             if values is None:
-                study.close(trial, "diverged")
+                study.finish(trial, "diverged")
                 break
             if rung + 1 == scorer.rungs:
-                study.close(trial, "complete", values)
-            elif not study.goes_on(trial, values):
-                study.close(trial, "pruned")
+                study.finish(trial, "complete", values)
+            elif not study.is_promoted(trial, values):
+                study.finish(trial, "pruned")
                 values = None
                 break
         yield Trained(trial.spec, cost, values)

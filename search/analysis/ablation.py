@@ -14,18 +14,18 @@ import archdsl
 from archdsl.files import write_text
 from archdsl.lang.load import load
 from archdsl.search.analysis.comparison import (
-    Entry,
+    ComparisonEntry,
     Key,
     Result,
     as_json,
-    contest_jobs,
+    comparison_jobs,
     entries,
-    known,
-    run_contest,
+    run_comparison,
+    stored_scores,
 )
-from archdsl.search.analysis.conclusions import verdict, what_matters
+from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 from archdsl.search.trials.proxy import Proxy, default_tasks
-from archdsl.search.workers.pool import processes
+from archdsl.search.workers.pool import process_pool
 
 MODEL = "model"  # what a winner is called where nothing was won
 
@@ -35,15 +35,15 @@ class Ablation:
     """What came of it; it also lies in ``folder``. ``missing``: trainings that were not made."""
 
     folder: Path
-    entries: list[Entry]
+    entries: list[ComparisonEntry]
     proxy: Proxy
     missing: int
     interrupted: bool
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "verdict": verdict(self.entries, self.proxy),
-            "what_matters": what_matters(self.entries, self.proxy),
+            "verdict": conclusion(self.entries, self.proxy),
+            "what_matters": ablation_conclusion(self.entries, self.proxy),
             "entries": as_json(self.entries, self.proxy),
             "proxy": self.proxy.model_dump(mode="json"),
             "missing": self.missing,
@@ -72,15 +72,15 @@ def ablate(
     """
     model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
     folder = out or Path("runs") / f"{model.name}-ablation"
-    jobs = contest_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
+    jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
     end = None if seconds is None else monotonic() + seconds
     interrupted = False
     results: dict[Key, Result] = {}
     try:
-        with processes(workers or min(8, os.cpu_count() or 1)) as pool:
-            results = run_contest(pool, jobs, lambda: end is None or monotonic() < end, tell)
+        with process_pool(workers or min(8, os.cpu_count() or 1)) as pool:
+            results = run_comparison(pool, jobs, lambda: end is None or monotonic() < end, tell)
     except KeyboardInterrupt:
-        interrupted, results = True, dict(known(jobs))
+        interrupted, results = True, dict(stored_scores(jobs))
     found = [
         replace(entry, name=MODEL) if entry.role == "winner" else entry
         for entry in entries(model, jobs, results)

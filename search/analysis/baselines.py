@@ -18,40 +18,40 @@ from archdsl.costs.receipt import block_cost, sequence_cost
 from archdsl.lang.spec import BlockSpec, ModelSpec, Part, walk
 
 WINNER = "winner"
-PARAMS_TWIN = "equal-parameters plain"
-FLOPS_TWIN = "equal-FLOPs plain"
-LOOP_TWIN = "equal-FLOPs loop"
-RANDOM_TWIN = "random-routing"
-CONTROLS = (PARAMS_TWIN, FLOPS_TWIN, LOOP_TWIN, RANDOM_TWIN)
+EQUAL_PARAMS = "equal-parameters plain"
+EQUAL_FLOPS = "equal-FLOPs plain"
+EQUAL_FLOPS_LOOP = "equal-FLOPs loop"
+RANDOM_ROUTING = "random-routing"
+BASELINES = (EQUAL_PARAMS, EQUAL_FLOPS, EQUAL_FLOPS_LOOP, RANDOM_ROUTING)
 
 Change = Callable[[LoopSpec], Part]
 Specs = dict[str, ModelSpec]  # by name
 
 
-def controls(winner: ModelSpec) -> Specs:
+def baselines(winner: ModelSpec) -> Specs:
     """By name; without those that are the winner itself, or another control."""
-    found = contestants(winner)
-    return {name: found[name] for name in distinct([found]) if name in CONTROLS}
+    found = compared_specs(winner)
+    return {name: found[name] for name in distinct([found]) if name in BASELINES}
 
 
 def ablations(winner: ModelSpec) -> Specs:
     """By name; without what changes nothing, and what is a control already."""
-    found = contestants(winner)
-    return {name: found[name] for name in distinct([found]) if name not in (WINNER, *CONTROLS)}
+    found = compared_specs(winner)
+    return {name: found[name] for name in distinct([found]) if name not in (WINNER, *BASELINES)}
 
 
-def contestants(winner: ModelSpec) -> Specs:
+def compared_specs(winner: ModelSpec) -> Specs:
     """The winner, its controls and its ablations, in this order; some may be the same model."""
-    plain = plain_twin(winner)
+    plain = plain_baseline(winner)
     flops = sequence_cost(winner).flops
     found = {
         WINNER: winner,
-        PARAMS_TWIN: plain,
-        FLOPS_TWIN: of_depth(plain, flops),
-        LOOP_TWIN: looped(winner, flops),
-        RANDOM_TWIN: _changed(winner, _random),
+        EQUAL_PARAMS: plain,
+        EQUAL_FLOPS: with_depth_for(plain, flops),
+        EQUAL_FLOPS_LOOP: loop_baseline(winner, flops),
+        RANDOM_ROUTING: _changed(winner, _random),
     }
-    found |= {f"without {what}": _changed(winner, take) for what, take in TAKEN_OUT.items()}
+    found |= {f"without {what}": _changed(winner, take) for what, take in ABLATIONS.items()}
     loops = sum(isinstance(part, LoopSpec) for _, part in walk(winner))
     found |= {f"without loop {i + 1}": _without_loop(winner, i) for i in range(loops)}
     return {name: _named(spec, winner, name) for name, spec in found.items()}
@@ -69,7 +69,7 @@ def distinct(by_task: Sequence[Specs]) -> list[str]:
 def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
     if name == WINNER:
         return winner
-    about = f"{name} twin of {winner.name}" if name in CONTROLS else f"{winner.name} {name}"
+    about = f"{name} twin of {winner.name}" if name in BASELINES else f"{winner.name} {name}"
     called = f"{winner.name[:60]}-{name.lower().replace(' ', '-')}"
     return spec.model_copy(update={"name": called, "description": about, "budget": None})
 
@@ -77,7 +77,7 @@ def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
 # plain models
 
 
-def plain_twin(spec: ModelSpec) -> ModelSpec:
+def plain_baseline(spec: ModelSpec) -> ModelSpec:
     """Every loop replaced by its body, which runs once: the same weights, no thinking."""
     return _with_blocks(spec, _unrolled(_changed(spec, unlooped)))
 
@@ -89,7 +89,7 @@ def unlooped(loop: LoopSpec) -> BlockSpec:
     return StackSpec(repeat=loop.steps, body=(loop.body,))
 
 
-def of_depth(plain: ModelSpec, flops: int) -> ModelSpec:
+def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
     """The plain model with as many of its layers, evenly repeated or left out, as come closest to
     ``flops`` per context."""
     blocks = plain.blocks
@@ -115,7 +115,7 @@ def of_depth(plain: ModelSpec, flops: int) -> ModelSpec:
 # plain loops
 
 
-def looped(spec: ModelSpec, flops: int) -> ModelSpec:
+def loop_baseline(spec: ModelSpec, flops: int) -> ModelSpec:
     """The spec's loops as plain loops of every token, which overwrite, with the parameters of the
     plain twin and as many steps as come closest to ``flops`` per context.
 
@@ -153,7 +153,7 @@ def _unnested(loop: LoopSpec) -> LoopSpec:
     return _with(loop, router=loop.router.model_copy(update={"nested": False}))
 
 
-TAKEN_OUT: dict[str, Change] = {
+ABLATIONS: dict[str, Change] = {
     "router": lambda loop: _with(loop, router=None),
     "nesting": _unnested,
     "residual": lambda loop: _with(loop, residual=OverwriteSpec()),

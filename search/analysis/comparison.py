@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 
 from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.analysis.baselines import CONTROLS, WINNER, contestants, distinct
-from archdsl.search.space.model_summary import in_words
+from archdsl.search.analysis.baselines import BASELINES, WINNER, compared_specs, distinct
+from archdsl.search.space.model_summary import model_summary
 from archdsl.search.stats.paired import Difference, paired
-from archdsl.search.trials.proxy import Job, Proxy, Score, objective
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
 from archdsl.search.workers.pool import JobFailed, Pool
 
 OBJECTIVE = "objective"
@@ -23,12 +23,12 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 Role = Literal["winner", "control", "ablation"]
 Key = tuple[str, str, int]  # name, task, seed
-Result = Score | JobFailed
+Result = ProxyScore | JobFailed
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparisonEntry:
     """The winner, a control or an ablation: spec and receipt of full size, scores of its proxies.
 
     ``scores``: by task, one for each seed; none where one of the trainings failed, which ``error``
@@ -39,7 +39,7 @@ class Entry:
     role: Role
     spec: ModelSpec
     receipt: Receipt
-    scores: dict[str, list[Score]]
+    scores: dict[str, list[ProxyScore]]
     error: str = ""
 
     def losses(self, task: str) -> list[float]:
@@ -49,13 +49,13 @@ class Entry:
 def role_of(name: str) -> Role:
     if name == WINNER:
         return "winner"
-    return "control" if name in CONTROLS else "ablation"
+    return "control" if name in BASELINES else "ablation"
 
 
 # training
 
 
-def contest_jobs(
+def comparison_jobs(
     winner: ModelSpec, proxy: Proxy, seeds: Iterable[int], store: Path, *, ablate: bool
 ) -> dict[Key, Job]:
     """What is to be trained, seed by seed, in each of them controls before ablations: whenever
@@ -63,7 +63,7 @@ def contest_jobs(
 
     Controls are made of the proxy, so that they are equal where they are trained.
     """
-    small = {t: contestants(proxy.shrink(winner, task)) for t, task in proxy.tasks.items()}
+    small = {t: compared_specs(proxy.shrink(winner, task)) for t, task in proxy.tasks.items()}
     names = [n for n in distinct(list(small.values())) if ablate or role_of(n) != "ablation"]
     return {
         (name, t, seed): Job(store, small[t][name], task, seed, task.rungs[-1])
@@ -73,7 +73,7 @@ def contest_jobs(
     }
 
 
-def run_contest(
+def run_comparison(
     pool: Pool,
     jobs: Mapping[K, Job],
     may_go_on: Callable[[], bool],
@@ -83,9 +83,9 @@ def run_contest(
 
     ``tell``: called about twice a second with a sentence.
     """
-    results: dict[K, Result] = dict(known(jobs))
+    results: dict[K, Result] = dict(stored_scores(jobs))
     waiting = [key for key in jobs if key not in results]
-    running: dict[Future[Score], K] = {}
+    running: dict[Future[ProxyScore], K] = {}
     while running or (waiting and may_go_on()):
         while waiting and len(running) < pool.workers and may_go_on():
             key = _free(waiting, jobs)
@@ -101,16 +101,16 @@ def run_contest(
 
 def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
     """The first that no other process trains: workers that share a store share the contest."""
-    return next((key for key in waiting if not jobs[key].place.in_use), waiting[0])
+    return next((key for key in waiting if not jobs[key].stored_run.in_use), waiting[0])
 
 
-def known(jobs: Mapping[K, Job]) -> dict[K, Score]:
+def stored_scores(jobs: Mapping[K, Job]) -> dict[K, ProxyScore]:
     """Of those that were done before, the scores."""
-    found = {key: job.known() for key, job in jobs.items()}
+    found = {key: job.stored_score() for key, job in jobs.items()}
     return {key: score for key, score in found.items() if score is not None}
 
 
-def _result(future: Future[Score]) -> Result:
+def _result(future: Future[ProxyScore]) -> Result:
     try:
         return future.result()
     except JobFailed as failure:
@@ -122,10 +122,10 @@ def _result(future: Future[Score]) -> Result:
 
 def entries(
     winner: ModelSpec, jobs: Mapping[Key, Job], results: Mapping[Key, Result]
-) -> list[Entry]:
+) -> list[ComparisonEntry]:
     """The winner and those that it can be compared with: only whole seeds count, of controls
     those in which the winner and all controls were trained, of ablations those with all."""
-    full = contestants(winner)
+    full = compared_specs(winner)
     names = list(dict.fromkeys(name for name, _, _ in jobs))
     rivals = [name for name in names if role_of(name) != "ablation"]
     found = []
@@ -151,27 +151,31 @@ def _entry(
     seeds: Sequence[int],
     jobs: Mapping[Key, Job],
     results: Mapping[Key, Result],
-) -> Entry:
+) -> ComparisonEntry:
     tasks = dict.fromkeys(task for _, task, _ in jobs)
-    scores: dict[str, list[Score]] = {task: [] for task in tasks}
+    scores: dict[str, list[ProxyScore]] = {task: [] for task in tasks}
     for seed in seeds:
         for task in tasks:
             result = results[name, task, seed]
             if isinstance(result, JobFailed):
                 error = f"{task}, seed {seed}: {result}"
-                return Entry(name, role_of(name), full, cost(full), {t: [] for t in tasks}, error)
+                return ComparisonEntry(
+                    name, role_of(name), full, cost(full), {t: [] for t in tasks}, error
+                )
             scores[task].append(result)
-    return Entry(name, role_of(name), full, cost(full), scores)
+    return ComparisonEntry(name, role_of(name), full, cost(full), scores)
 
 
-def objectives(entry: Entry, proxy: Proxy) -> list[float]:
+def objectives(entry: ComparisonEntry, proxy: Proxy) -> list[float]:
     """One for each seed; inf where training diverged."""
     by_seed = zip(*(entry.scores[task] for task in proxy.tasks), strict=True)
     totals = [objective(dict(zip(proxy.tasks, scores, strict=True)), proxy) for scores in by_seed]
     return [math.inf if total is None else total for total in totals]
 
 
-def differences(entries: Sequence[Entry], proxy: Proxy) -> dict[str, dict[str, Difference]]:
+def differences(
+    entries: Sequence[ComparisonEntry], proxy: Proxy
+) -> dict[str, dict[str, Difference]]:
     """By name, of controls and ablations that were trained: how much higher than the winner's
     their losses are, in the objective (the first key) and by task, paired by seed."""
     own = winner_of(entries)
@@ -190,11 +194,11 @@ def _gap(other: Sequence[float], own: Sequence[float]) -> Difference:
     return paired(other, own[: len(other)])
 
 
-def winner_of(entries: Sequence[Entry]) -> Entry | None:
+def winner_of(entries: Sequence[ComparisonEntry]) -> ComparisonEntry | None:
     return next((entry for entry in entries if entry.role == "winner"), None)
 
 
-def as_json(entries: Sequence[Entry], proxy: Proxy) -> list[dict[str, Any]]:
+def as_json(entries: Sequence[ComparisonEntry], proxy: Proxy) -> list[dict[str, Any]]:
     """Each contestant: spec, scores by task and seed, and how far from the winner."""
     gaps = differences(entries, proxy)
     return [
@@ -203,7 +207,7 @@ def as_json(entries: Sequence[Entry], proxy: Proxy) -> list[dict[str, Any]]:
             "role": entry.role,
             "params": entry.receipt.params,
             "flops_per_token": entry.receipt.expected,
-            "words": in_words(entry.spec),
+            "words": model_summary(entry.spec),
             "spec": entry.spec.to_yaml(),
             "error": entry.error,
             "scores": {

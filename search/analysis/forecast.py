@@ -13,9 +13,9 @@ from typing import Any
 from archdsl.lang.budget import limit_uses
 from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.search.analysis.comparison import contest_jobs
-from archdsl.search.analysis.timing import Calibration, Speed, calibrate
-from archdsl.search.space.feasibility import Survey, refuse_infeasible, survey
+from archdsl.search.analysis.comparison import comparison_jobs
+from archdsl.search.analysis.timing import Speed, Timing, measure_timing
+from archdsl.search.space.feasibility import Survey, require_feasible, survey
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.workers.pool import Pool
 
@@ -38,7 +38,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Means:
+class Resources:
     """What a search may use; None: no limit. ``workers``: children that train at a time."""
 
     workers: int
@@ -48,7 +48,7 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """Of one training, over all tasks: seconds of a worker, and FLOPs."""
 
     seconds: Spread
@@ -56,7 +56,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Course:
+class Scenario:
     """How a search would go, all that follows its trials included.
 
     ``trials``: infinitely many where nothing limits them. ``stops_at``: the first of the means to
@@ -70,36 +70,36 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchForecast:
     """The forecast of a search; what is no count, limit or cost of a full-size model is estimated.
 
     ``interval``: of the share that fits, 95%; None where every point was tried. ``kept``: for each
     limit of the budget, itself, and the least and most that the models drawn have of it.
     ``trial``: up to the last rung; ``stopped``: up to the first. ``after``: trainings that follow
     the trials: winner, controls and ablations with each seed, and those of the wider proxy.
-    ``climbing``: if every trial climbs to the last rung; ``stopping``: if none climbs further than
-    the first. A search lies between the two.
+    ``all_promoted``: if every trial reaches the last rung; ``all_stopped``: if each stops at the
+    first. A search lies between the two.
     """
 
     survey: Survey
     interval: tuple[float, float] | None
     kept: dict[str, tuple[int, float, float]]
-    means: Means
-    calibration: Calibration
-    trial: Cost
-    stopped: Cost
+    resources: Resources
+    timing: Timing
+    trial: TrainingCost
+    stopped: TrainingCost
     after: float
-    climbing: Course
-    stopping: Course
+    all_promoted: Scenario
+    all_stopped: Scenario
 
     @property
     def seconds_after(self) -> float:
-        return self.after * self.trial.seconds.mean / self.means.workers
+        return self.after * self.trial.seconds.mean / self.resources.workers
 
     @property
     def peak_bytes(self) -> int:
         """Of the memory of one worker."""
-        return max(s.peak_bytes for found in self.calibration.speeds for s in found.values())
+        return max(s.peak_bytes for found in self.timing.speeds for s in found.values())
 
     def as_json(self) -> dict[str, Any]:
         found = self.survey
@@ -118,11 +118,11 @@ class Plan:
                 name: {"limit": limit, "least": least, "most": most}
                 for name, (limit, least, most) in self.kept.items()
             },
-            "means": asdict(self.means),
+            "means": asdict(self.resources),
             "calibration": {
-                "proxies": len(self.calibration.models),
-                "seconds": self.calibration.seconds,
-                "failures": self.calibration.failures,
+                "proxies": len(self.timing.models),
+                "seconds": self.timing.seconds,
+                "failures": self.timing.failures,
             },
             "estimated": {
                 "trial": asdict(self.trial),
@@ -130,8 +130,8 @@ class Plan:
                 "peak_bytes": self.peak_bytes,
                 "trainings_after": self.after,
                 "seconds_after": self.seconds_after,
-                "climbing": _finite(asdict(self.climbing)),
-                "stopping": _finite(asdict(self.stopping)),
+                "climbing": _finite(asdict(self.all_promoted)),
+                "stopping": _finite(asdict(self.all_stopped)),
             },
         }
 
@@ -141,7 +141,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value == math.inf else value for key, value in values.items()}
 
 
-def plan(
+def forecast_search(
     pool: Pool,
     tree: Tree,
     budget: Budget,
@@ -152,83 +152,87 @@ def plan(
     seed: int = 0,
     seeds: int = 3,
     wider: int = 16,
-    calibration: float = SECONDS,
-) -> Plan:
+    timing: float = SECONDS,
+) -> SearchForecast:
     """Surveys the space and trains some of its proxies for a while; nothing of it is kept.
 
     ``seconds``, ``trials`` and the budget's ``train_flops`` limit the search. ``seeds`` and
     ``wider``: what its winner and the trust in its proxy will cost, the latter in trials.
-    ``calibration``: seconds of training; what has begun is ended. Raises SpecError,
+    ``timing``: seconds of training; what has begun is ended. Raises SpecError,
     NothingFitsError, and JobFailed if no proxy can be trained.
     """
-    fits = refuse_infeasible(tree, budget)
+    fits = require_feasible(tree, budget)
     found = survey(tree, budget, seed=seed)
-    means = Means(pool.workers, seconds, trials, budget.train_flops)
+    resources = Resources(pool.workers, seconds, trials, budget.train_flops)
     with tempfile.TemporaryDirectory(prefix="archdsl-plan-") as folder:
         store = Path(folder)
-        measured = calibrate(
-            pool, found.models or (fits,), proxy, store, seconds=calibration, seed=seed
+        measured = measure_timing(
+            pool, found.models or (fits,), proxy, store, seconds=timing, seed=seed
         )
-        contests = [
-            len(contest_jobs(model, proxy, range(seeds), store, ablate=True)) / len(proxy.tasks)
+        comparisons = [
+            len(comparison_jobs(model, proxy, range(seeds), store, ablate=True)) / len(proxy.tasks)
             for model in measured.models
         ]
-    return forecast(found, budget, proxy, measured, means, after=fmean(contests) + wider)
-
-
-def forecast(
-    found: Survey,
-    budget: Budget,
-    proxy: Proxy,
-    measured: Calibration,
-    means: Means,
-    *,
-    after: float,
-) -> Plan:
-    """The plan from what was measured; ``after``: trainings that follow the trials."""
-    trial, stopped = _cost(proxy, measured.speeds, proxy.rungs), _cost(proxy, measured.speeds, 1)
-    models = found.distinct if found.whole else None
-    return Plan(
-        survey=found,
-        interval=None if found.whole else wilson(found.feasible, found.tried),
-        kept=_kept(found.models or measured.models, budget),
-        means=means,
-        calibration=measured,
-        trial=trial,
-        stopped=stopped,
-        after=after,
-        climbing=_course(means, models, trial, trial, after),
-        stopping=_course(means, models, stopped, trial, after),
+    return forecast_from_timing(
+        found, budget, proxy, measured, resources, after=fmean(comparisons) + wider
     )
 
 
-def _course(means: Means, models: int | None, each: Cost, whole: Cost, after: float) -> Course:
+def forecast_from_timing(
+    found: Survey,
+    budget: Budget,
+    proxy: Proxy,
+    measured: Timing,
+    resources: Resources,
+    *,
+    after: float,
+) -> SearchForecast:
+    """The plan from what was measured; ``after``: trainings that follow the trials."""
+    trial, stopped = _cost(proxy, measured.speeds, proxy.rungs), _cost(proxy, measured.speeds, 1)
+    models = found.distinct if found.whole else None
+    return SearchForecast(
+        survey=found,
+        interval=None if found.whole else wilson(found.feasible, found.tried),
+        kept=_kept(found.models or measured.models, budget),
+        resources=resources,
+        timing=measured,
+        trial=trial,
+        stopped=stopped,
+        after=after,
+        all_promoted=_course(resources, models, trial, trial, after),
+        all_stopped=_course(resources, models, stopped, trial, after),
+    )
+
+
+def _course(
+    resources: Resources, models: int | None, each: TrainingCost, whole: TrainingCost, after: float
+) -> Scenario:
     """With trials that cost ``each``, and then so many trainings that cost the ``whole``."""
     limits: dict[str, float] = {}
     if models is not None:
         limits["models"] = models
-    if means.trials is not None:
-        limits["trials"] = means.trials
-    if means.seconds is not None:
-        left = means.seconds * means.workers - after * whole.seconds.mean
+    if resources.trials is not None:
+        limits["trials"] = resources.trials
+    if resources.seconds is not None:
+        left = resources.seconds * resources.workers - after * whole.seconds.mean
         limits["time"] = max(0, left // each.seconds.mean)
-    if means.train_flops is not None:
-        left = means.train_flops - after * whole.flops.mean
+    if resources.train_flops is not None:
+        left = resources.train_flops - after * whole.flops.mean
         limits["train_flops"] = max(0, left // each.flops.mean)
     stops_at = min(limits, key=lambda name: limits[name], default="")
     trials = limits.get(stops_at, math.inf)
-    return Course(
+    return Scenario(
         trials,
-        (trials * each.seconds.mean + after * whole.seconds.mean) / means.workers,
+        (trials * each.seconds.mean + after * whole.seconds.mean) / resources.workers,
         trials * each.flops.mean + after * whole.flops.mean,
         stops_at,
     )
 
 
-def _cost(proxy: Proxy, speeds: list[dict[str, Speed]], rungs: int) -> Cost:
+def _cost(proxy: Proxy, speeds: list[dict[str, Speed]], rungs: int) -> TrainingCost:
     """Of a training up so many rungs."""
     steps = {name: task.rungs[rungs - 1] for name, task in proxy.tasks.items()}
-    return Cost(
+    return TrainingCost(
         Spread.of(sum(s.seconds(steps[n], rungs) for n, s in model.items()) for model in speeds),
         Spread.of(sum(s.flops_per_step * steps[n] for n, s in model.items()) for model in speeds),
     )

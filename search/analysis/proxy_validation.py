@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.analysis.comparison import run_contest
+from archdsl.search.analysis.comparison import run_comparison
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.study.record import Finished
-from archdsl.search.trials.proxy import Job, Proxy, Score, objective
+from archdsl.search.study.record import Trial
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
 from archdsl.search.workers.pool import Pool
 
 BEST, POINTS = 3, 8  # of the models that are trained again: the best, and how many in all
@@ -27,7 +27,7 @@ class WiderPoint:
 
 
 @dataclass(frozen=True)
-class Trust:
+class ProxyValidation:
     """Rank correlations: of first and last rung, and of the proxy and one of ``width``.
 
     ``width`` is None where nothing wider than what was searched is to be had.
@@ -48,7 +48,7 @@ class Trust:
         if self.wider.tau is None:
             return f"Whether the ranking holds at width {self.width} was not tried."
         found = f"Kendall's tau is {self.wider}"
-        if self.wider.is_shown:
+        if self.wider.is_significant:
             return f"The proxy's ranking holds at width {self.width}: {found}."
         if self.wider.high is not None and self.wider.high < 0:
             return f"The proxy's ranking is turned round at width {self.width}: {found}."
@@ -58,21 +58,21 @@ class Trust:
         found = self.between_rungs
         if found.tau is None:
             return ""
-        holds = "agree" if found.is_shown else "are not shown to agree"
+        holds = "agree" if found.is_significant else "are not shown to agree"
         return f"First and last rung {holds}: {found}."
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def between_rungs(trials: Sequence[Finished], proxy: Proxy) -> Correlation:
+def between_rungs(trials: Sequence[Trial], proxy: Proxy) -> Correlation:
     """Of the objective on the first rung and on the last, over the models that reached it."""
     climbed = [trial for trial in _models(trials) if len(trial.rungs) > 1]
     firsts = [(objective(trial.rungs[0], proxy), trial) for trial in climbed]
     return kendall_tau([(first, _loss(trial)) for first, trial in firsts if first is not None])
 
 
-def points(trials: Sequence[Finished]) -> list[Finished]:
+def points(trials: Sequence[Trial]) -> list[Trial]:
     """The models that are trained again: the best, and evenly spread over the ranking others."""
     ranked = sorted(_models(trials), key=lambda trial: (_loss(trial), trial.number))
     best, others = ranked[:BEST], ranked[BEST:]
@@ -81,16 +81,16 @@ def points(trials: Sequence[Finished]) -> list[Finished]:
     return best + [others[(i + 1) * len(others) // many - 1] for i in range(many)]
 
 
-def _models(trials: Sequence[Finished]) -> list[Finished]:
+def _models(trials: Sequence[Trial]) -> list[Trial]:
     """Of the draws that climbed to the last rung, each model once."""
-    first: dict[str, Finished] = {}
+    first: dict[str, Trial] = {}
     for trial in trials:
         if trial.value is not None and trial.rungs:
             first.setdefault(trial.fingerprint, trial)
     return list(first.values())
 
 
-def _loss(trial: Finished) -> float:
+def _loss(trial: Trial) -> float:
     assert trial.value is not None
     return trial.value
 
@@ -103,7 +103,7 @@ def wider(proxy: Proxy, factor: int = 2) -> Proxy | None:
 
 
 def jobs(
-    trials: Sequence[Finished], wide: Proxy, seed: int, store: Path
+    trials: Sequence[Trial], wide: Proxy, seed: int, store: Path
 ) -> dict[tuple[int, str], Job]:
     """By number and task; the best first, and all tasks of a model one after the other."""
     return {
@@ -113,42 +113,42 @@ def jobs(
     }
 
 
-def run_trust(
+def validate_proxy(
     pool: Pool,
-    trials: Sequence[Finished],
+    trials: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
-) -> Trust:
+) -> ProxyValidation:
     """Trains the points at twice the width, as far as it may, and compares the rankings."""
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
-        return Trust(rungs, kendall_tau([]), None, [])
+        return ProxyValidation(rungs, kendall_tau([]), None, [])
     found = [
         WiderPoint(trial.number, _loss(trial), loss)
-        for trial, loss, _ in retrained(pool, points(trials), wide, seed, store, may_go_on, tell)
+        for trial, loss, _ in retrain(pool, points(trials), wide, seed, store, may_go_on, tell)
     ]
     correlation = kendall_tau([(point.loss, point.wider_loss) for point in found])
-    return Trust(rungs, correlation, wide.dim, found)
+    return ProxyValidation(rungs, correlation, wide.dim, found)
 
 
-def retrained(
+def retrain(
     pool: Pool,
-    trials: Sequence[Finished],
+    trials: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
-) -> list[tuple[Finished, float, dict[str, Score]]]:
+) -> list[tuple[Trial, float, dict[str, ProxyScore]]]:
     """Each model that was trained for itself on all tasks, with its loss and scores."""
-    results = run_contest(pool, jobs(trials, proxy, seed, store), may_go_on, tell)
+    results = run_comparison(pool, jobs(trials, proxy, seed, store), may_go_on, tell)
     found = []
     for trial in trials:
         by_task = {task: results.get((trial.number, task)) for task in proxy.tasks}
-        scores = {task: r for task, r in by_task.items() if isinstance(r, Score)}
+        scores = {task: r for task, r in by_task.items() if isinstance(r, ProxyScore)}
         loss = objective(scores, proxy) if len(scores) == len(by_task) else None
         if loss is not None:
             found.append((trial, loss, scores))

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.analysis.proxy_validation import retrained
+from archdsl.search.analysis.proxy_validation import retrain
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.stats.pareto import front
-from archdsl.search.study.record import Finished
+from archdsl.search.stats.pareto import pareto_front
+from archdsl.search.study.record import Trial
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.workers.pool import Pool
 
@@ -18,7 +18,7 @@ POINTS = 8
 
 
 @dataclass(frozen=True)
-class ProofPoint:
+class SupernetPoint:
     """A model's loss with the weights of a net, and with its own. ``flops``: of its training."""
 
     number: int
@@ -28,14 +28,14 @@ class ProofPoint:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SupernetValidation:
     """``settings`` models were scored by nets; ``points`` are those trained alone as well.
 
     ``shared_flops``: what training the nets took.
     """
 
     correlation: Correlation
-    points: list[ProofPoint]
+    points: list[SupernetPoint]
     settings: int
     shared_flops: float
 
@@ -49,7 +49,7 @@ class Shared:
         found = f"Kendall's tau is {self.correlation}"
         if self.correlation.tau is None:
             return "Whether the super-nets rank models as trainings of their own do was not tried."
-        if self.correlation.is_shown:
+        if self.correlation.is_significant:
             ranking = f"The super-nets rank models as trainings of their own do: {found}."
         else:
             ranking = f"It is not shown that super-nets rank as trainings of their own do: {found}."
@@ -63,20 +63,20 @@ class Shared:
         return asdict(self) | {"alone_flops": self.alone_flops}
 
 
-def proof_points(trials: Sequence[Finished], count: int = POINTS) -> list[Finished]:
+def supernet_points(trials: Sequence[Trial], count: int = POINTS) -> list[Trial]:
     """Models of the front, at most half of the points, then those farthest in loss from the ones
     that are chosen already."""
-    models: dict[str, Finished] = {}
+    models: dict[str, Trial] = {}
     for trial in trials:
         if trial.value is not None:
             models.setdefault(trial.fingerprint, trial)
     every = list(models.values())
-    best = [every[i] for i in front([trial.point for trial in every])]
+    best = [every[i] for i in pareto_front([trial.point for trial in every])]
     chosen = _spread([], best, min(len(best), count // 2))
     return _spread(chosen, every, min(len(every), count))
 
 
-def _spread(chosen: list[Finished], among: Sequence[Finished], count: int) -> list[Finished]:
+def _spread(chosen: list[Trial], among: Sequence[Trial], count: int) -> list[Trial]:
     """More of them, up to ``count``; the lowest loss first."""
     chosen = list(chosen)
     while len(chosen) < count:
@@ -89,28 +89,28 @@ def _spread(chosen: list[Finished], among: Sequence[Finished], count: int) -> li
     return chosen
 
 
-def _loss(trial: Finished) -> float:
+def _loss(trial: Trial) -> float:
     assert trial.value is not None
     return trial.value
 
 
-def run_proof(
+def validate_supernet(
     pool: Pool,
-    trials: Sequence[Finished],
+    trials: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
     shared_flops: float,
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
-) -> Shared:
+) -> SupernetValidation:
     """Trains the points each for itself, with the seed of the nets, as far as it may."""
     found = [
-        ProofPoint(trial.number, _loss(trial), own, sum(s.train_flops for s in scores.values()))
-        for trial, own, scores in retrained(
-            pool, proof_points(trials), proxy, seed, store, may_go_on, tell
+        SupernetPoint(trial.number, _loss(trial), own, sum(s.train_flops for s in scores.values()))
+        for trial, own, scores in retrain(
+            pool, supernet_points(trials), proxy, seed, store, may_go_on, tell
         )
     ]
     correlation = kendall_tau([(point.loss, point.own_loss) for point in found])
     models = len({trial.fingerprint for trial in trials if trial.value is not None})
-    return Shared(correlation, found, models, shared_flops)
+    return SupernetValidation(correlation, found, models, shared_flops)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.trials.proxy import Job, Proxy, Score, Task
-from archdsl.search.workers.pool import Beat, JobFailed, Pool, first_done
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
+from archdsl.search.workers.pool import Heartbeat, JobFailed, Pool, wait_for_any
 
 FEW, MANY = 4, 24  # steps that a probe trains, scored at both
 LEAST = 2  # proxies that are measured, however long it takes
@@ -24,8 +24,8 @@ class Probe:
     few: int
     many: int
 
-    def run(self, beat: Beat) -> tuple[Score, Score]:
-        first, second = (replace(self.job, steps=n).run(beat) for n in (self.few, self.many))
+    def run(self, heartbeat: Heartbeat) -> tuple[ProxyScore, ProxyScore]:
+        first, second = (replace(self.job, steps=n).run(heartbeat) for n in (self.few, self.many))
         return first, second
 
     def smaller(self) -> Probe | None:
@@ -34,10 +34,10 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoWork:
     """Work that only starts a child."""
 
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         pass
 
     def smaller(self) -> None:
@@ -60,7 +60,7 @@ class Speed:
         return rungs * self.per_rung + steps * self.per_step
 
 
-def measured(first: Score, second: Score, elapsed: float) -> Speed:
+def measured(first: ProxyScore, second: ProxyScore, elapsed: float) -> Speed:
     """From the scores of a probe and the seconds between asking for it and having it."""
     starting = max(0.0, elapsed - first.seconds - second.seconds)
     # both rungs had the same to do beside their steps
@@ -76,7 +76,7 @@ def measured(first: Score, second: Score, elapsed: float) -> Speed:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Timing:
     """The speeds of proxies by task; ``failures``: what those said that could not be trained."""
 
     models: list[ModelSpec]
@@ -85,7 +85,7 @@ class Calibration:
     seconds: float
 
 
-def calibrate(
+def measure_timing(
     pool: Pool,
     models: Sequence[ModelSpec],
     proxy: Proxy,
@@ -93,12 +93,12 @@ def calibrate(
     *,
     seconds: float,
     seed: int = 0,
-) -> Calibration:
+) -> Timing:
     """Probes one proxy after the other until the time is over, and what is under way is done.
 
     ``store``: a folder for the probes alone. Raises JobFailed if none of them could be trained.
     """
-    pool.submit(Nothing()).result()  # the first child waits for a server that starts
+    pool.submit(NoWork()).result()  # the first child waits for a server that starts
     started = time.monotonic()
     found: dict[int, dict[str, Speed]] = {}
     failures: list[JobFailed] = []
@@ -114,7 +114,7 @@ def calibrate(
     whole = sorted(index for index, by_task in found.items() if len(by_task) == len(proxy.tasks))
     if not whole:
         raise failures[0]
-    return Calibration(
+    return Timing(
         models=[models[index] for index in whole],
         speeds=[found[index] for index in whole],
         failures=[str(failure) for failure in failures],
@@ -149,7 +149,7 @@ def _probed(
     may_start: Callable[[int], bool],
 ) -> Iterator[tuple[int, str, Speed | JobFailed]]:
     """Keeps each worker busy with one probe, so that none waits within the time it is given."""
-    running: dict[Future[tuple[Score, Score]], tuple[int, str, float]] = {}
+    running: dict[Future[tuple[ProxyScore, ProxyScore]], tuple[int, str, float]] = {}
     more = True
     while more or running:
         while more and len(running) < pool.workers:
@@ -158,7 +158,7 @@ def _probed(
             if probe is not None and more:
                 asked = time.monotonic()
                 running[pool.submit(probe)] = (index, task, asked)
-        first_done(running, seconds=1.0)
+        wait_for_any(running, seconds=1.0)
         for future in [future for future in running if future.done()]:
             index, task, asked = running.pop(future)
             failure = future.exception()

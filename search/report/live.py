@@ -16,16 +16,16 @@ from rich.text import Text
 
 from archdsl.costs.receipt import cost
 from archdsl.reports.tables import TwoColumns, parameters, short
-from archdsl.search.analysis.conclusions import what_matters
-from archdsl.search.report.report import describe, on_front, weighted
-from archdsl.search.report.tables import contestants, failures, gaps, plain_table
-from archdsl.search.space.model_summary import in_words
+from archdsl.search.analysis.conclusions import ablation_conclusion
+from archdsl.search.report.report import describe_proxy, on_front, weighted
+from archdsl.search.report.tables import comparison_table, difference_table, failures, plain_table
+from archdsl.search.space.model_summary import model_summary
 
 if TYPE_CHECKING:
-    from archdsl.search.engine import Progress, Watch
-    from archdsl.search.report.report import Report
-    from archdsl.search.studies import Listed
-    from archdsl.search.study.record import Finished
+    from archdsl.search.engine import SearchProgress, Watch
+    from archdsl.search.report.report import SearchReport
+    from archdsl.search.studies import ListedStudy
+    from archdsl.search.study.record import Trial
 
 SECONDS_BETWEEN_LINES = 20.0
 SEARCHING = "searching"
@@ -46,14 +46,14 @@ class _Lines:
     def __init__(self) -> None:
         self.said, self.at = "", 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: SearchProgress) -> None:
         if progress.last == self.said and time.monotonic() - self.at < SECONDS_BETWEEN_LINES:
             return
         self.said, self.at = progress.last, time.monotonic()
         print(_line(progress), file=sys.stderr, flush=True)
 
 
-def _line(progress: Progress) -> str:
+def _line(progress: SearchProgress) -> str:
     limit = f"/{progress.seconds:.0f}" if progress.seconds else ""
     parts = [f"{progress.elapsed:.0f}{limit} s", progress.phase, progress.last]
     if progress.best:
@@ -63,7 +63,7 @@ def _line(progress: Progress) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _live(progress: Progress) -> RenderableType:
+def _live(progress: SearchProgress) -> RenderableType:
     bar = ProgressBar(total=progress.seconds or None, completed=progress.elapsed, width=40)
     counts = ", ".join(f"{n} {what}" for what, n in progress.outcomes.items())
     head = Text(_line(progress))
@@ -71,7 +71,7 @@ def _live(progress: Progress) -> RenderableType:
     return Group(head, bar, Text(counts, "dim"), *best)
 
 
-def candidates(trials: Sequence[Finished]) -> Table:
+def candidates(trials: Sequence[Trial]) -> Table:
     """Proxy scores, and what the model costs at full size; FLOPs as executed, if so searched."""
     tasks = list(trials[0].rungs[-1]) if trials else []
     table = plain_table("draw", "objective", *tasks, "params", "FLOPs/token")
@@ -88,16 +88,16 @@ def candidates(trials: Sequence[Finished]) -> Table:
     return table
 
 
-def models(trials: Sequence[Finished]) -> RenderableType:
+def models(trials: Sequence[Trial]) -> RenderableType:
     """Which draw is which model."""
-    return TwoColumns([(f"{trial.number:>5}", in_words(trial.spec)) for trial in trials])
+    return TwoColumns([(f"{trial.number:>5}", model_summary(trial.spec)) for trial in trials])
 
 
 def _score(loss: float | None, accuracy: float | None) -> str:
     return "diverged" if loss is None else f"{loss:.3f} ({accuracy or 0:.0%})"
 
 
-def result(report: Report) -> RenderableType:
+def result(report: SearchReport) -> RenderableType:
     """What a search ends with: what its winner is worth first."""
     parts: list[RenderableType] = [
         *(Text(sentence, "bold") for sentence in report.sentences if sentence),
@@ -109,27 +109,27 @@ def result(report: Report) -> RenderableType:
     ]
     if report.entries:
         title = "The winner (lowest loss), its controls, and the winner with one thing taken out"
-        parts += [Text(title, "bold"), contestants(report.entries, report.proxy), ""]
+        parts += [Text(title, "bold"), comparison_table(report.entries, report.proxy), ""]
     if len(report.entries) > 1:
         title = "How far above the winner's loss, and 95% of the doubt"
-        parts += [Text(title, "bold"), gaps(report.entries, report.proxy), ""]
+        parts += [Text(title, "bold"), difference_table(report.entries, report.proxy), ""]
     return Group(*parts, TwoColumns(_facts(report)))
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def _facts(report: SearchReport) -> list[tuple[str, str]]:
     counts = ", ".join(f"{n} {what}" for what, n in report.outcomes.items())
-    total = report.account.total
-    matters = what_matters(report.entries, report.proxy)
+    total = report.spending.total
+    matters = ablation_conclusion(report.entries, report.proxy)
     facts = [("parts", matters)] if matters else []
     facts += failures(report.entries)
     facts += [
         ("draws", f"{counts}; {report.trained_share:.0%} of them were trained"),
         (
             "spent",
-            f"{report.account.wall:.0f} s, {total.seconds:.0f} s of workers, "
+            f"{report.spending.wall:.0f} s, {total.seconds:.0f} s of workers, "
             f"{short(total.train_flops)} FLOPs of training",
         ),
-        ("proxy", describe(report.proxy)),
+        ("proxy", describe_proxy(report.proxy)),
         ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
         ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
         ("also", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
@@ -139,7 +139,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def listing(found: Sequence[Listed]) -> Table:
+def listing(found: Sequence[ListedStudy]) -> Table:
     """A line for each study."""
     table = plain_table("study", "draws", "best", "front", "spent", "training")
     for one in found:
@@ -156,7 +156,7 @@ def listing(found: Sequence[Listed]) -> Table:
     return table
 
 
-def standing(listed: Listed) -> RenderableType:
+def standing(listed: ListedStudy) -> RenderableType:
     """Where a study stands; what its last report said first, if there is one."""
     result = listed.result()
     sentences = [result["verdict"], result["trust_sentence"]] if result else []

@@ -15,32 +15,32 @@ from archdsl.files import write_text
 from archdsl.lang.spec import ModelSpec
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.search.analysis import comparison
-from archdsl.search.analysis.comparison import Entry
-from archdsl.search.analysis.conclusions import verdict
-from archdsl.search.analysis.proxy_validation import Trust
-from archdsl.search.analysis.supernet_validation import Shared
+from archdsl.search.analysis.comparison import ComparisonEntry
+from archdsl.search.analysis.conclusions import conclusion
+from archdsl.search.analysis.proxy_validation import ProxyValidation
+from archdsl.search.analysis.supernet_validation import SupernetValidation
 from archdsl.search.report.html import write_page
 from archdsl.search.report.png import plot
-from archdsl.search.space.model_summary import in_words
-from archdsl.search.stats.pareto import front
-from archdsl.search.study.record import Finished
+from archdsl.search.space.model_summary import model_summary
+from archdsl.search.stats.pareto import pareto_front
+from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
-from archdsl.search.study.spending import Account, Limits
-from archdsl.search.trials.proxy import Proxy, Score
+from archdsl.search.study.spending import Limits, SpendingSummary
+from archdsl.search.trials.proxy import Proxy, ProxyScore
 
 
 @dataclass(frozen=True)
-class Report:
+class SearchReport:
     """The result of a search; everything in it also lies in ``folder``."""
 
     folder: Path
     settings: Settings
-    trials: list[Finished]
+    trials: list[Trial]
     outcomes: dict[str, int]
-    entries: list[Entry]
-    trust: Trust | None
-    shared: Shared | None
-    account: Account
+    entries: list[ComparisonEntry]
+    proxy_validation: ProxyValidation | None
+    supernet_validation: SupernetValidation | None
+    spending: SpendingSummary
     limits: Limits
     importance: dict[str, float]
     interrupted: bool
@@ -56,45 +56,45 @@ class Report:
         return list(self.proxy.tasks)
 
     @cached_property
-    def best(self) -> list[Finished]:
+    def best(self) -> list[Trial]:
         """Draws that reached the last rung, of lowest loss first."""
         return best(self.trials)
 
     @cached_property
-    def front(self) -> list[Finished]:
+    def front(self) -> list[Trial]:
         """Those that none of the others beats in every axis."""
         return on_front(self.trials)
 
     @cached_property
-    def top(self) -> Finished:
+    def top(self) -> Trial:
         """The winner's draw: of lowest loss; where weights were shared, of lowest loss alone."""
-        return top(self.trials, self.shared)
+        return top(self.trials, self.supernet_validation)
 
     @cached_property
     def winner(self) -> ModelSpec:
         """The spec of lowest loss, named and described as such."""
         top = self.best[0]
         about = (
-            f"Best of a search by proxies ({describe(self.proxy)}): draw {top.number}, objective "
-            f"{top.value:.4f} nats. The figures beside it are in result.json."
+            f"Best of a search by proxies ({describe_proxy(self.proxy)}): draw {top.number}, "
+            f"objective {top.value:.4f} nats. The figures beside it are in result.json."
         )
         return top.spec.model_copy(update={"name": f"{top.spec.name}-winner", "description": about})
 
     @property
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """In one sentence, whether the winner beats its controls."""
         if not self.entries:
             return (
                 "Stopped before the winner met its controls; the same command goes on, "
                 "with more --time if that was used up."
             )
-        return verdict(self.entries, self.proxy)
+        return conclusion(self.entries, self.proxy)
 
     @property
     def sentences(self) -> list[str]:
         """What is to be read first: the verdict, and how far the scores can be trusted."""
-        told = [self.shared, self.trust]
-        return [self.verdict, *(one.sentence() for one in told if one is not None)]
+        told = [self.supernet_validation, self.proxy_validation]
+        return [self.conclusion, *(one.sentence() for one in told if one is not None)]
 
     @property
     def trained_share(self) -> float:
@@ -105,7 +105,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.settings.name,
-            "verdict": self.verdict,
+            "verdict": self.conclusion,
             "trust_sentence": " ".join(self.sentences[1:]),
             "interrupted": self.interrupted,
             "winner": self.top.number,
@@ -113,14 +113,16 @@ class Report:
             "front": [trial.number for trial in self.front],
             "axes": list(self.settings.axes),
             "objective": weighted(self.proxy),
-            "proxy": describe(self.proxy),
+            "proxy": describe_proxy(self.proxy),
             "budget": self.settings.budget.model_dump(mode="json", exclude_none=True),
             "trained_share": round(self.trained_share, 4),
-            "spent": self.account.as_json()
+            "spent": self.spending.as_json()
             | {"outcomes": self.outcomes, "limits": asdict(self.limits)},
             "entries": comparison.as_json(self.entries, self.proxy),
-            "trust": self.trust.as_json() if self.trust else None,
-            "shared": _shared(self.shared) if self.shared else None,
+            "trust": self.proxy_validation.as_json() if self.proxy_validation else None,
+            "shared": _supernet_json(self.supernet_validation)
+            if self.supernet_validation
+            else None,
             "importance": self.importance,
             "tree": _tree(self.winner),
             "trials": [row(trial) for trial in self.trials],
@@ -130,26 +132,26 @@ class Report:
         }
 
 
-def best(trials: Sequence[Finished]) -> list[Finished]:
+def best(trials: Sequence[Trial]) -> list[Trial]:
     done = [trial for trial in trials if trial.value is not None]
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def top(trials: Sequence[Finished], shared: Shared | None) -> Finished:
+def top(trials: Sequence[Trial], supernet_validation: SupernetValidation | None) -> Trial:
     """The lowest loss; of models that share weights only those that were trained alone, too, as
     nets flatter some layouts."""
-    if shared is None or not shared.points:
+    if supernet_validation is None or not supernet_validation.points:
         return best(trials)[0]
-    number = min(shared.points, key=lambda point: point.own_loss).number
+    number = min(supernet_validation.points, key=lambda point: point.own_loss).number
     return next(trial for trial in trials if trial.number == number)
 
 
-def on_front(trials: Sequence[Finished]) -> list[Finished]:
+def on_front(trials: Sequence[Trial]) -> list[Trial]:
     done = [trial for trial in trials if trial.values is not None]
-    return [done[i] for i in front([trial.point for trial in done])]
+    return [done[i] for i in pareto_front([trial.point for trial in done])]
 
 
-def write_report(report: Report) -> Report:
+def write_report(report: SearchReport) -> SearchReport:
     """Fills the folder: winner.yaml, trials.jsonl, result.json, report.html and its pictures."""
     folder = report.folder
     result = report.as_json()
@@ -170,12 +172,18 @@ def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
     return ("report.html", *(path.name for path in drawn))
 
 
-def _shared(shared: Shared) -> dict[str, Any]:
-    points = [{"trial": p.number, "shared": p.loss, "alone": p.own_loss} for p in shared.points]
-    return shared.as_json() | {"points": points, "sentence": shared.sentence()}
+def _supernet_json(supernet_validation: SupernetValidation) -> dict[str, Any]:
+    points = [
+        {"trial": p.number, "shared": p.loss, "alone": p.own_loss}
+        for p in supernet_validation.points
+    ]
+    return supernet_validation.as_json() | {
+        "points": points,
+        "sentence": supernet_validation.sentence(),
+    }
 
 
-def describe(proxy: Proxy) -> str:
+def describe_proxy(proxy: Proxy) -> str:
     """The proxy in a line, for a reader who wants to know how far to trust it."""
     if proxy.dim is None:
         sizes = "the real size"
@@ -195,7 +203,7 @@ def weighted(proxy: Proxy) -> str:
     return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
-def row(trial: Finished) -> dict[str, Any]:
+def row(trial: Trial) -> dict[str, Any]:
     receipt = cost(trial.spec)
     return {
         "trial": trial.number,
@@ -210,12 +218,12 @@ def row(trial: Finished) -> dict[str, Any]:
         + [_scores(rung, curve=True) for rung in trial.rungs[-1:]],
         "choices": trial.params,
         "fingerprint": trial.fingerprint,
-        "words": in_words(trial.spec),
+        "words": model_summary(trial.spec),
         "spec": trial.spec.to_yaml(),
     }
 
 
-def _scores(rung: dict[str, Score], curve: bool = False) -> dict[str, Any]:
+def _scores(rung: dict[str, ProxyScore], curve: bool = False) -> dict[str, Any]:
     """``curve``: with that of the training so far; the last rung's holds those of the others."""
     left_out = set() if curve else {"curve"}
     return {task: score.model_dump(mode="json", exclude=left_out) for task, score in rung.items()}

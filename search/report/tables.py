@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from archdsl.reports.tables import TwoColumns, parameters, short
-from archdsl.search.analysis.comparison import Entry, differences, winner_of
-from archdsl.search.analysis.conclusions import verdict, what_matters
+from archdsl.search.analysis.comparison import ComparisonEntry, differences, winner_of
+from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 
 if TYPE_CHECKING:
     from archdsl.search.analysis.ablation import Ablation
@@ -41,8 +41,8 @@ def saying() -> Iterator[Callable[[str], None]]:
 
 def result(found: Ablation) -> RenderableType:
     """What `archdsl ablate` ends with."""
-    facts = [("verdict", verdict(found.entries, found.proxy))]
-    if matters := what_matters(found.entries, found.proxy):
+    facts = [("verdict", conclusion(found.entries, found.proxy))]
+    if matters := ablation_conclusion(found.entries, found.proxy):
         facts.append(("parts", matters))
     facts += failures(found.entries)
     if found.missing:
@@ -52,13 +52,13 @@ def result(found: Ablation) -> RenderableType:
     if found.entries:
         own = found.entries[0].name
         parts += ["", Text("Held-out loss, mean over the seeds", "bold")]
-        parts += [contestants(found.entries, found.proxy), ""]
+        parts += [comparison_table(found.entries, found.proxy), ""]
         parts += [Text(f"How far above the {own}'s loss, with the 95% interval", "bold")]
-        parts += [gaps(found.entries, found.proxy)]
+        parts += [difference_table(found.entries, found.proxy)]
     return Group(*parts)
 
 
-def contestants(entries: Sequence[Entry], proxy: Proxy) -> Table:
+def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
     """Parameters and FLOPs of full size; FLOPs of the proxies as shares of the winner's; losses."""
     own = winner_of(entries)
     table = plain_table("", "params", "FLOPs/token", "trained", *proxy.tasks)
@@ -73,7 +73,7 @@ def contestants(entries: Sequence[Entry], proxy: Proxy) -> Table:
     return table
 
 
-def gaps(entries: Sequence[Entry], proxy: Proxy) -> Table:
+def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
     """By how many nats each loss is above the winner's, with the 95% interval; or what failed."""
     found = differences(entries, proxy)
     table = plain_table("", "objective", *proxy.tasks)
@@ -85,12 +85,12 @@ def gaps(entries: Sequence[Entry], proxy: Proxy) -> Table:
     return table
 
 
-def failures(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def failures(entries: Sequence[ComparisonEntry]) -> list[tuple[str, str]]:
     """Who failed, and why."""
     return [("failed", f"{entry.name}: {entry.error}") for entry in entries if entry.error]
 
 
-def _flops(entry: Entry) -> float:
+def _flops(entry: ComparisonEntry) -> float:
     """Executed by the proxies, per token; zero where that is not known."""
     known = [s.flops_per_token for of_task in entry.scores.values() for s in of_task]
     return fmean([flops or 0.0 for flops in known]) if known else 0.0

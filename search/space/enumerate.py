@@ -22,7 +22,7 @@ TRIES = 50  # for a point that was not drawn before
 NOTHING: Mapping[Tied, int] = {frozenset(): 1}
 
 
-def answered(tree: Tree, pick: Pick) -> Point:
+def point_from(tree: Tree, pick: Pick) -> Point:
     """The point that ``pick`` leads to: what it answers, by the names that are asked."""
     point: Point = {}
 
@@ -34,7 +34,7 @@ def answered(tree: Tree, pick: Pick) -> Point:
     return point
 
 
-def size(tree: Tree) -> int | None:
+def space_size(tree: Tree) -> int | None:
     """How many points there are: ways to answer all that is asked; None if some are continuous."""
     counts = {
         name: len(leaf.choices) if isinstance(leaf, Choice) else leaf.count
@@ -104,13 +104,13 @@ def points(tree: Tree, limit: int, seed: int) -> list[Point]:
 
     Those are drawn leaf by leaf, each value of a leaf alike; fewer where new ones are hard to meet.
     """
-    count = size(tree)
+    count = space_size(tree)
     if count is not None and count <= limit:
         return list(_every(tree))
     rng = random.Random(seed)
     found: dict[str, Point] = {}
     for _ in range(TRIES * limit):
-        point = answered(tree, lambda _, leaf: _random(rng, leaf))
+        point = point_from(tree, lambda _, leaf: _random(rng, leaf))
         found.setdefault(json.dumps(point), point)
         if len(found) == limit:
             break
@@ -122,7 +122,7 @@ def _every(tree: Tree) -> Iterator[Point]:
     wheels: list[int] | None = []
     while wheels is not None:
         turn = _Turn(wheels)
-        yield answered(tree, turn.pick)
+        yield point_from(tree, turn.pick)
         wheels = turn.next()
 
 

@@ -14,7 +14,7 @@ from archdsl.lang.load import NoFitError, fitted
 from archdsl.lang.source import Tree, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import Choice, Distribution, defaults, fill, find
-from archdsl.search.space.enumerate import Point, answered, points, size
+from archdsl.search.space.enumerate import Point, point_from, points, space_size
 from archdsl.search.space.optuna_space import starting_points
 
 WHOLE = 256  # points of a space that is tried whole
@@ -26,7 +26,7 @@ class NothingFitsError(ArchdslError):
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPoint:
     """A point of the space and its model.
 
     ``spec``: where no size fits, that of the least; None where the choices do not go together.
@@ -85,49 +85,51 @@ def _filled(tree: Tree, point: Point) -> Tree:
     return fill(tree, lambda name, _: point[name])
 
 
-def tried(tree: Tree, point: Point, budget: Budget) -> Tried:
+def try_point(tree: Tree, point: Point, budget: Budget) -> TriedPoint:
     """The model of a point, and how it keeps to the budget."""
     try:
         spec = fitted(_filled(tree, point), budget)
     except NoFitError as error:
         spec, said = error.least, error.problems[0].message
     except SpecError as error:
-        return Tried(point, error=str(error))
+        return TriedPoint(point, error=str(error))
     else:
         said = describe_excess(spec, spec.budget or budget)
     limits = limit_uses(spec, spec.budget or budget)
-    return Tried(point, spec, {n: found for n, found in limits.items() if found.ratio > 0}, said)
+    return TriedPoint(
+        point, spec, {n: found for n, found in limits.items() if found.ratio > 0}, said
+    )
 
 
 def survey(tree: Tree, budget: Budget, limit: int = WHOLE, seed: int = 0) -> Survey:
     """What fits, of all points of the space or of ``limit`` of them."""
-    found = [tried(tree, point, budget) for point in points(tree, limit, seed)]
+    found = [try_point(tree, point, budget) for point in points(tree, limit, seed)]
     fitting = [one.spec for one in found if one.fits and one.spec]
     closest = min(found, key=lambda one: one.miss)
     return Survey(
-        size=size(tree),
+        size=space_size(tree),
         tried=len(found),
         feasible=len(fitting),
         invalid=sum(one.spec is None for one in found),
         models=tuple({spec.fingerprint(): spec for spec in fitting}.values()),
-        closest="" if fitting else f"{_named(tree, closest.point)}: {closest.error}",
+        closest="" if fitting else f"{_describe_point(tree, closest.point)}: {closest.error}",
         miss=closest.miss,
     )
 
 
-def refuse_infeasible(tree: Tree, budget: Budget) -> ModelSpec:
+def require_feasible(tree: Tree, budget: Budget) -> ModelSpec:
     """The first model that is found to fit, at best that of the defaults.
 
     A space of many points is also searched downhill from the point that comes closest. Raises
     NothingFitsError if none fits, and SpecError for a mistake in the space.
     """
-    missed: list[Tried] = []
+    missed: list[TriedPoint] = []
     for one in _candidates(tree, budget):
         if one.spec and one.fits:
             return one.spec
         missed.append(one)
     closest = min(missed, key=lambda one: one.miss)
-    count = size(tree)
+    count = space_size(tree)
     whole = count is not None and count <= WHOLE
     if not whole:
         closest = _downhill(tree, closest, budget)
@@ -136,31 +138,32 @@ def refuse_infeasible(tree: Tree, budget: Budget) -> ModelSpec:
     which = f"none of its {count:,} points" if whole else f"none of the {len(missed)} points tried"
     raise NothingFitsError(
         f"no model of this space keeps to the budget: {which} does; the closest, "
-        f"{_named(tree, closest.point)}: {closest.error}; it would fit with {_raised(closest)}"
+        f"{_describe_point(tree, closest.point)}: {closest.error}; it would fit "
+        f"with {_needed_limits(closest)}"
     )
 
 
-def _candidates(tree: Tree, budget: Budget) -> Iterator[Tried]:
+def _candidates(tree: Tree, budget: Budget) -> Iterator[TriedPoint]:
     """The pure models, all of which are to be right: a mistake shows in them. Then other points."""
-    pure = [tried(tree, point, budget) for point in starting_points(tree)]
+    pure = [try_point(tree, point, budget) for point in starting_points(tree)]
     for one in pure:
         if one.spec is None:
             fitted(_filled(tree, one.point), budget)  # raises what is wrong, with its place
     yield from pure
-    count = size(tree)
+    count = space_size(tree)
     limit = WHOLE if count is not None and count <= WHOLE else SAMPLE
     for point in points(tree, limit, seed=0):
-        yield tried(tree, point, budget)
+        yield try_point(tree, point, budget)
 
 
-def _downhill(tree: Tree, closest: Tried, budget: Budget) -> Tried:
+def _downhill(tree: Tree, closest: TriedPoint, budget: Budget) -> TriedPoint:
     """Changes one leaf after the other for the better, until one fits or nothing helps."""
     leaves = find(tree)
     while True:
         before = closest.miss
         for name in list(closest.point):
             for point in _neighbours(tree, closest.point, name, leaves[name]):
-                closest = min(closest, tried(tree, point, budget), key=lambda one: one.miss)
+                closest = min(closest, try_point(tree, point, budget), key=lambda one: one.miss)
                 if closest.fits:
                     return closest
         if closest.miss == before:
@@ -173,21 +176,21 @@ def _neighbours(tree: Tree, point: Point, name: str, leaf: Distribution) -> Iter
         return
     for value in leaf.choices if isinstance(leaf, Choice) else (leaf.low, leaf.high):
         if value != point[name]:
-            yield answered(tree, partial(_or_default, point | {name: value}))
+            yield point_from(tree, partial(_or_default, point | {name: value}))
 
 
 def _or_default(point: Point, name: str, leaf: Distribution) -> Any:
     return point.get(name, leaf.default)
 
 
-def _named(tree: Tree, point: Point) -> str:
+def _describe_point(tree: Tree, point: Point) -> str:
     """A point by what differs from the defaults."""
-    usual = answered(tree, defaults)
+    usual = point_from(tree, defaults)
     others = [f"{n}={dump_inline(v)}" for n, v in point.items() if n not in usual or usual[n] != v]
     return f"with {', '.join(others)}" if others else "with every default"
 
 
-def _raised(closest: Tried) -> str:
+def _needed_limits(closest: TriedPoint) -> str:
     return " and ".join(
         f"{name} of at least {math.ceil(found.spent):,}" for name, found in closest.misses.items()
     )

@@ -10,7 +10,7 @@ from archdsl.blocks.stack import StackSpec
 from archdsl.lang.spec import BlockSpec, ModelSpec
 
 
-def in_words(spec: ModelSpec) -> str:
+def model_summary(spec: ModelSpec) -> str:
     """The blocks in a line: ``4x(layer + layer x4 prefix .7 thinking scale)``."""
     return _series(spec.blocks)
 
@@ -30,7 +30,7 @@ def _groups(blocks: Iterable[BlockSpec]) -> list[tuple[str, int]]:
 
 def _counted(block: BlockSpec) -> tuple[str, int]:
     if not isinstance(block, StackSpec):
-        return words(block), 1
+        return block_summary(block), 1
     groups = _groups(block.body)
     if len(groups) == 1:
         text, count = groups[0]
@@ -44,7 +44,7 @@ def _times(text: str, count: int) -> str:
     return f"{count}x({text})" if " " in text else f"{count}x {text}"
 
 
-def words(block: BlockSpec) -> str:
+def block_summary(block: BlockSpec) -> str:
     """``layer x4 prefix .7/.5 thinking``."""
     match block:
         case StackSpec():
@@ -52,13 +52,13 @@ def words(block: BlockSpec) -> str:
         case LoopSpec() if not block.is_body:
             return " ".join(_loop(block))
         case LoopSpec():
-            return words(block.body)
+            return block_summary(block.body)
         case _:
             return str(getattr(block, "kind", "block"))
 
 
 def _loop(loop: LoopSpec) -> list[str]:
-    said = [f"{words(loop.body)} x{loop.steps}"]
+    said = [f"{block_summary(loop.body)} x{loop.steps}"]
     if loop.router is not None and any(row is not None for row in loop.rows()):
         used = loop.router.capacity[: max(1, loop.steps - loop.full_steps)]
         shares = [f"{share:g}".removeprefix("0") for share in used]

@@ -13,7 +13,7 @@ import numpy as np
 # 97.5% quantiles of Student's t by degrees of freedom (Abramowitz & Stegun, table 26.10)
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-Verdict = Literal["lower", "higher", "cannot tell"]
+Conclusion = Literal["lower", "higher", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Difference:
     pairs: int
 
     @property
-    def verdict(self) -> Verdict:
+    def conclusion(self) -> Conclusion:
         """What the winner's loss is, beside the control's."""
         if abs(self.mean) <= self.half_width:
             return "cannot tell"
@@ -38,9 +38,9 @@ class Difference:
         return f"{self.mean:+.3f}{width}"
 
 
-def paired(control: Sequence[float], winner: Sequence[float]) -> Difference:
-    """``control`` - ``winner``, seed by seed."""
-    gaps = [c - w for c, w in zip(control, winner, strict=True)]
+def paired(baseline: Sequence[float], winner: Sequence[float]) -> Difference:
+    """``baseline`` - ``winner``, seed by seed."""
+    gaps = [c - w for c, w in zip(baseline, winner, strict=True)]
     n = len(gaps)
     if not all(math.isfinite(gap) for gap in gaps):  # a run diverged
         return Difference(math.inf, math.inf, n)
@@ -60,7 +60,7 @@ class Correlation:
     pairs: int
 
     @property
-    def is_shown(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval leaves no room for rankings that have nothing in common."""
         return self.low is not None and self.low > 0
 

@@ -16,7 +16,7 @@ def dominates(one: Point, other: Point) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def front(points: Sequence[Point]) -> list[int]:
+def pareto_front(points: Sequence[Point]) -> list[int]:
     """Indices of the points that no other dominates, by the first axis; of equal ones the first."""
     kept = [
         i

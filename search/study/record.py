@@ -17,17 +17,17 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.lang.source import parse
 from archdsl.lang.spec import ModelSpec, parse_spec
-from archdsl.search.study.sampler import experimental
-from archdsl.search.trials.proxy import Score
+from archdsl.search.study.sampler import no_experimental_warnings
+from archdsl.search.trials.proxy import ProxyScore
 
-Scores = dict[str, Score]  # by task
+Scores = dict[str, ProxyScore]  # by task
 UNTRAINED = ("infeasible", "invalid", "reused")  # outcomes of draws that cost no training
 SETTINGS = "settings"  # attribute of a study
 EXHAUSTED = 3  # draws in a row that find nothing new: the space is used up
 
 
 @dataclass(frozen=True)
-class Finished:
+class Trial:
     """A draw that was told. ``values``: by axis; None unless it climbed to the last rung."""
 
     number: int
@@ -50,13 +50,13 @@ class Finished:
         return tuple(self.values.values())
 
 
-class Record:
+class StudyRecord:
     """A study of a storage, to be read. ``axes``: what should be low, the loss first."""
 
     def __init__(self, storage: BaseStorage, name: str, axes: tuple[str, ...]) -> None:
         self.storage, self.name, self.axes = storage, name, axes
         self.id = storage.get_study_id_from_name(name)
-        self._finished: dict[int, Finished] = {}
+        self._finished: dict[int, Trial] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,12 +68,12 @@ class Record:
 
     def attempts(self) -> dict[int, FrozenTrial]:
         """For each draw the trial that counts."""
-        return counting(self.all_trials())
+        return counting_attempts(self.all_trials())
 
-    def known_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
+    def finished_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
         """The last draw up to which all were told."""
-        told = (number for number in range(len(attempts)) if not is_told(attempts[number]))
-        return next(told, len(attempts)) - 1
+        finished = (number for number in range(len(attempts)) if not is_finished(attempts[number]))
+        return next(finished, len(attempts)) - 1
 
     def trained(self, before: int | None = None) -> int:
         """How many draws (below ``before``) cost training, also those that still do."""
@@ -91,26 +91,26 @@ class Record:
         return len(last) == EXHAUSTED and all(outcome == "reused" for outcome in last)
 
     @property
-    def under_way(self) -> int:
+    def unfinished(self) -> int:
         """Draws that were not told, whoever trains them."""
-        return sum(not is_told(trial) for trial in self.attempts().values())
+        return sum(not is_finished(trial) for trial in self.attempts().values())
 
-    def finished(self) -> list[Finished]:
+    def finished(self) -> list[Trial]:
         """Every draw that was told and had a spec, in order."""
         for number, trial in self.attempts().items():
             known = number in self._finished
-            if not known and is_told(trial) and "spec" in trial.user_attrs:
-                self._finished[number] = self._as_finished(trial)
+            if not known and is_finished(trial) and "spec" in trial.user_attrs:
+                self._finished[number] = self._as_trial(trial)
         return [self._finished[number] for number in sorted(self._finished)]
 
-    def _as_finished(self, trial: FrozenTrial) -> Finished:
+    def _as_trial(self, trial: FrozenTrial) -> Trial:
         attrs = trial.user_attrs
         whole = attrs["outcome"] == "complete"
-        return Finished(
+        return Trial(
             number=attrs["draw"],
             spec=spec_of(attrs),
             fingerprint=attrs["fingerprint"],
-            params={name: _as_written(value) for name, value in trial.params.items()},
+            params={name: _rounded(value) for name, value in trial.params.items()},
             outcome=attrs["outcome"],
             values=dict(zip(self.axes, trial.values, strict=True)) if whole else None,
             rungs=rungs_of(attrs),
@@ -122,7 +122,7 @@ class Record:
         """How many draws ended how."""
         counts: dict[str, int] = {}
         for trial in self.attempts().values():
-            if is_told(trial):
+            if is_finished(trial):
                 outcome = trial.user_attrs["outcome"]
                 counts[outcome] = counts.get(outcome, 0) + 1
         return counts
@@ -137,42 +137,42 @@ class Record:
             create_trial(value=t.values[0], params=t.params, distributions=t.distributions)
             for t in whole
         )
-        shared = set.intersection(*(set(trial.params) for trial in whole))
-        with experimental():
+        common = set.intersection(*(set(trial.params) for trial in whole))
+        with no_experimental_warnings():
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return optuna.importance.get_param_importances(
-            study, evaluator=evaluator, params=sorted(shared)
+            study, evaluator=evaluator, params=sorted(common)
         )
 
 
-def counting(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+def counting_attempts(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
     """For each draw the trial that counts: the first that was told, else the first alive."""
     found: dict[int, FrozenTrial] = {}
     for trial in trials:
         number = trial.user_attrs["draw"]
         best = found.get(number)
-        if best is None or _weight(trial) > _weight(best):
+        if best is None or _precedence(trial) > _precedence(best):
             found[number] = trial
     return found
 
 
-def is_told(trial: FrozenTrial) -> bool:
+def is_finished(trial: FrozenTrial) -> bool:
     """Not who wrote an outcome and was killed before telling it."""
     failed = trial.user_attrs.get("outcome") == "failed"
     return trial.state.is_finished() and (trial.state != TrialState.FAIL or failed)
 
 
-def is_lost(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and not is_told(trial)
+def is_interrupted(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and not is_finished(trial)
 
 
-def _as_written(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     """Optuna's 0.6000000000000001 as 0.6."""
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
-def _weight(trial: FrozenTrial) -> int:
-    return 2 if is_told(trial) else 0 if is_lost(trial) else 1
+def _precedence(trial: FrozenTrial) -> int:
+    return 2 if is_finished(trial) else 0 if is_interrupted(trial) else 1
 
 
 def spec_of(attrs: dict[str, Any]) -> ModelSpec:
@@ -181,6 +181,6 @@ def spec_of(attrs: dict[str, Any]) -> ModelSpec:
 
 def rungs_of(attrs: dict[str, Any]) -> list[Scores]:
     return [
-        {task: Score.model_validate(score) for task, score in rung.items()}
+        {task: ProxyScore.model_validate(score) for task, score in rung.items()}
         for rung in json.loads(attrs.get("rungs", "[]"))
     ]

@@ -29,13 +29,13 @@ from archdsl.search.stats.pareto import Point, dominates
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-TRIES = 20  # for a model that fits and is new, before a draw is given up
+MAX_TRIES = 20  # for a model that fits and is new, before a draw is given up
 STARTUP = 4  # draws to the last rung before any is stopped early
-SURE = 1.0  # standard deviations of what the rungs above bring, in favour of a model
+MARGIN = 1.0  # standard deviations of what the rungs above bring, in favour of a model
 
 
 @contextmanager
-def experimental() -> Iterator[None]:
+def no_experimental_warnings() -> Iterator[None]:
     """Meanwhile Optuna does not warn of what it calls experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -43,7 +43,7 @@ def experimental() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Past:
+class EarlierTrial:
     """An earlier draw, as a later one may know it."""
 
     params: dict[str, Any]
@@ -55,7 +55,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Proposal:
     """A point of the space. ``outcome``: why it is not trained; None where it is."""
 
     number: int
@@ -70,7 +70,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrialSampler:
     """The draws from a space; ``axes``: how many figures of a model should be low."""
 
     tree: Tree
@@ -83,7 +83,9 @@ class Draws:
         """The pure models of the space, which are drawn first."""
         return starting_points(self.tree)
 
-    def draw(self, number: int, past: Sequence[Past], known: Mapping[str, int]) -> Draw:
+    def propose(
+        self, number: int, earlier: Sequence[EarlierTrial], known: Mapping[str, int]
+    ) -> Proposal:
         """Draw ``number``, from what is known of earlier ones.
 
         ``known``: models drawn before by fingerprint, also those that are still being trained.
@@ -91,61 +93,65 @@ class Draws:
         if number < len(self.starting_points):
             study = self._study([])
             study.enqueue_trial(self.starting_points[number])
-            return self._tried(number, study, known)
-        study = self._study(past)
-        with experimental():
+            return self._try(number, study, known)
+        study = self._study(earlier)
+        with no_experimental_warnings():
             study.sampler = optuna.samplers.TPESampler(
                 seed=self.seed * 1_000_003 + number,
                 n_startup_trials=8,
                 multivariate=True,
                 group=True,
             )
-        found = self._tried(number, study, known)
-        for _ in range(1, TRIES):
+        found = self._try(number, study, known)
+        for _ in range(1, MAX_TRIES):
             if found.outcome is None:
                 break
-            found = self._tried(number, study, known)
+            found = self._try(number, study, known)
         return found
 
-    def goes_on(self, losses: Sequence[float], others: Point, past: Sequence[Past]) -> bool:
+    def is_promoted(
+        self, losses: Sequence[float], others: Point, earlier: Sequence[EarlierTrial]
+    ) -> bool:
         """Whether a draw with these losses so far climbs further."""
         if self.axes == 1:
-            return not self._pruned(losses, past)
-        return may_join(losses, others, past)
+            return not self._is_pruned(losses, earlier)
+        return may_join_front(losses, others, earlier)
 
-    def _pruned(self, losses: Sequence[float], past: Sequence[Past]) -> bool:
-        study = self._study(past)
+    def _is_pruned(self, losses: Sequence[float], earlier: Sequence[EarlierTrial]) -> bool:
+        study = self._study(earlier)
         pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=STARTUP)
         trial = study.ask()
         for step, loss in enumerate(losses, 1):
             trial.report(loss, step)
         return pruner.prune(study, study.trials[-1])
 
-    def _study(self, past: Sequence[Past]) -> optuna.Study:
+    def _study(self, earlier: Sequence[EarlierTrial]) -> optuna.Study:
         study = optuna.create_study(directions=["minimize"] * self.axes)
-        gains = expected_gains(past)
-        study.add_trials([self._as_trial(one, gains) for one in past])
+        gains = expected_gains(earlier)
+        study.add_trials([self._as_trial(one, gains) for one in earlier])
         return study
 
-    def _as_trial(self, past: Past, gains: Mapping[int, tuple[float, float]]) -> FrozenTrial:
+    def _as_trial(
+        self, earlier: EarlierTrial, gains: Mapping[int, tuple[float, float]]
+    ) -> FrozenTrial:
         given: dict[str, Any] = {
-            "params": past.params,
-            "distributions": past.distributions,
-            "constraints": past.constraints,
+            "params": earlier.params,
+            "distributions": earlier.distributions,
+            "constraints": earlier.constraints,
         }
         if self.axes == 1:
-            given["intermediate_values"] = dict(enumerate(past.losses, 1))
-        climbed = len(past.losses)
-        if past.complete:
-            values = [past.losses[-1], *past.others]
-        elif self.axes > 1 and climbed in gains:
+            given["intermediate_values"] = dict(enumerate(earlier.losses, 1))
+        rungs_reached = len(earlier.losses)
+        if earlier.complete:
+            values = [earlier.losses[-1], *earlier.others]
+        elif self.axes > 1 and rungs_reached in gains:
             # with several axes Optuna knows no stopped trials: what this one would have reached
-            values = [past.losses[-1] + gains[climbed][0], *past.others]
+            values = [earlier.losses[-1] + gains[rungs_reached][0], *earlier.others]
         else:
             return create_trial(state=TrialState.PRUNED, **given)
         return create_trial(values=values, **given)
 
-    def _tried(self, number: int, study: optuna.Study, known: Mapping[str, int]) -> Draw:
+    def _try(self, number: int, study: optuna.Study, known: Mapping[str, int]) -> Proposal:
         ask = study.ask()
         error: SpecError | None = None
         try:
@@ -155,11 +161,11 @@ class Draws:
             error = failure
         point = (number, dict(ask.params), dict(ask.distributions))
         if isinstance(error, NoFitError):
-            found = Draw(*point, constraints={"fit": error.ratio}, outcome="infeasible")
+            found = Proposal(*point, constraints={"fit": error.ratio}, outcome="infeasible")
         elif error is not None:
-            found = Draw(*point, outcome="invalid")
+            found = Proposal(*point, outcome="invalid")
         else:
-            found = self._known(Draw(*point, spec, spec.fingerprint()), spec, known)
+            found = self._check(Proposal(*point, spec, spec.fingerprint()), spec, known)
         if error is not None:
             found = replace(found, error=str(error))
         for name, ratio in found.constraints.items():
@@ -168,7 +174,7 @@ class Draws:
             study.tell(ask, state=TrialState.PRUNED)
         return found
 
-    def _known(self, found: Draw, spec: ModelSpec, known: Mapping[str, int]) -> Draw:
+    def _check(self, found: Proposal, spec: ModelSpec, known: Mapping[str, int]) -> Proposal:
         found = replace(found, constraints=excesses(spec, self.budget))
         if largest_excess(spec, self.budget) > 0:
             error = describe_excess(spec, self.budget)
@@ -178,9 +184,9 @@ class Draws:
         return found
 
 
-def expected_gains(past: Sequence[Past]) -> dict[int, tuple[float, float]]:
+def expected_gains(earlier: Sequence[EarlierTrial]) -> dict[int, tuple[float, float]]:
     """By rungs climbed, what the rungs above added to the loss: mean and standard deviation."""
-    whole = [one.losses for one in past if one.complete]
+    whole = [one.losses for one in earlier if one.complete]
     if len(whole) < STARTUP:
         return {}
     changes = {
@@ -190,14 +196,16 @@ def expected_gains(past: Sequence[Past]) -> dict[int, tuple[float, float]]:
     return {rung: (fmean(found), stdev(found)) for rung, found in changes.items()}
 
 
-def may_join(losses: Sequence[float], others: Point, past: Sequence[Past]) -> bool:
+def may_join_front(losses: Sequence[float], others: Point, earlier: Sequence[EarlierTrial]) -> bool:
     """Whether a model could still join the front of those that climbed to the last rung.
 
     It is granted what the rungs above brought others, and a standard deviation of that on top.
     """
-    gains = expected_gains(past)
+    gains = expected_gains(earlier)
     if len(losses) not in gains:
         return True
     mean, deviation = gains[len(losses)]
-    hoped = (losses[-1] + mean - SURE * deviation, *others)
-    return not any(dominates((one.losses[-1], *one.others), hoped) for one in past if one.complete)
+    hoped = (losses[-1] + mean - MARGIN * deviation, *others)
+    return not any(
+        dominates((one.losses[-1], *one.others), hoped) for one in earlier if one.complete
+    )

@@ -54,7 +54,7 @@ class Settings:
         return f"{name}-{digest[:8]}"
 
 
-def claim(folder: Path, settings: Settings) -> None:
+def claim_folder(folder: Path, settings: Settings) -> None:
     """Takes the folder for these settings, which are those it was made for if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"

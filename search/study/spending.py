@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from optuna.storages import BaseStorage
 
-from archdsl.search.trials.proxy import Score
+from archdsl.search.trials.proxy import ProxyScore
 from archdsl.search.workers.pool import Pool, Work
 
 SECONDS_BETWEEN_RECORDS = 5.0
@@ -50,7 +50,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Account:
+class SpendingSummary:
     """The sums over all workers. ``wall``: seconds in which at least one of them ran."""
 
     wall: float
@@ -73,7 +73,7 @@ class Account:
         }
 
 
-class Ledger:
+class Spending:
     """This process's record in a study, and the sums over all."""
 
     def __init__(self, storage: BaseStorage, study_id: int, limits: Limits) -> None:
@@ -83,17 +83,17 @@ class Ledger:
         self.recorded = 0.0
         self.mine: dict[str, Spent] = {}
         self.others = self._read()
-        self.bills: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
+        self.finished_jobs: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
 
-    def paying(self, pool: Pool, phase: str) -> Pool:
+    def metered(self, pool: Pool, phase: str) -> Pool:
         """The pool; what is done in it is charged to ``phase``."""
-        return _Paying(pool, phase, self.bills)
+        return _MeteredPool(pool, phase, self.finished_jobs)
 
-    def keep(self) -> None:
+    def update(self) -> None:
         """To be called often: a process that is killed loses what it did since it last was."""
         charged = False
-        while not self.bills.empty():
-            charged |= self._charge(*self.bills.get())
+        while not self.finished_jobs.empty():
+            charged |= self._charge(*self.finished_jobs.get())
         if charged or time.time() - self.recorded > SECONDS_BETWEEN_RECORDS:
             self.save()
 
@@ -102,7 +102,7 @@ class Ledger:
         if job.cancelled() or job.exception() is not None:
             return False
         score = job.result()
-        if not isinstance(score, Score) or score.reused:
+        if not isinstance(score, ProxyScore) or score.reused:
             return False
         spent = Spent(score.seconds, score.train_flops, score.eval_flops, 1)
         self.mine[phase] = self.mine.get(phase, Spent()) + spent
@@ -121,13 +121,15 @@ class Ledger:
         attrs = self.storage.get_study_user_attrs(self.study_id)
         return {k: v for k, v in attrs.items() if k.startswith("worker/") and k != self.key}
 
-    def account(self) -> Account:
+    def summary(self) -> SpendingSummary:
         records = [*self.others.values(), self._record()]
         phases: dict[str, Spent] = {}
         for record in records:
             for phase, spent in record["phases"].items():
                 phases[phase] = phases.get(phase, Spent()) + Spent(**spent)
-        return Account(covered([(r["from"], r["to"]) for r in records]), phases, len(records))
+        return SpendingSummary(
+            covered_seconds([(r["from"], r["to"]) for r in records]), phases, len(records)
+        )
 
     @property
     def is_spent(self) -> bool:
@@ -137,20 +139,20 @@ class Ledger:
     def seconds_left(self) -> float:
         if self.limits.seconds is None:
             return float("inf")
-        return self.limits.seconds - self.account().wall
+        return self.limits.seconds - self.summary().wall
 
     @property
     def flops_left(self) -> float:
         if self.limits.train_flops is None:
             return float("inf")
-        return self.limits.train_flops - self.account().total.train_flops
+        return self.limits.train_flops - self.summary().total.train_flops
 
 
 @dataclass(frozen=True)
-class _Paying:
+class _MeteredPool:
     pool: Pool
     phase: str
-    bills: SimpleQueue[tuple[str, Future[Any]]]
+    finished_jobs: SimpleQueue[tuple[str, Future[Any]]]
 
     @property
     def workers(self) -> int:
@@ -158,18 +160,18 @@ class _Paying:
 
     def submit(self, work: Work[R]) -> Future[R]:
         future = self.pool.submit(work)
-        future.add_done_callback(lambda job: self.bills.put((self.phase, job)))
+        future.add_done_callback(lambda job: self.finished_jobs.put((self.phase, job)))
         return future
 
 
-def account_of(storage: BaseStorage, study_id: int) -> Account:
+def spending_summary(storage: BaseStorage, study_id: int) -> SpendingSummary:
     """What was spent, for one who spends nothing."""
-    ledger = Ledger(storage, study_id, Limits())
-    wall = covered([(r["from"], r["to"]) for r in ledger.others.values()])
-    return replace(ledger.account(), wall=wall, workers=len(ledger.others))
+    spending = Spending(storage, study_id, Limits())
+    wall = covered_seconds([(r["from"], r["to"]) for r in spending.others.values()])
+    return replace(spending.summary(), wall=wall, workers=len(spending.others))
 
 
-def covered(sessions: list[tuple[float, float]]) -> float:
+def covered_seconds(sessions: list[tuple[float, float]]) -> float:
     """Seconds covered by at least one of them."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(sessions):

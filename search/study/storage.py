@@ -14,9 +14,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from archdsl.errors import ArchdslError
-from archdsl.search.study.sampler import experimental
+from archdsl.search.study.sampler import no_experimental_warnings
 
-HEARTBEAT = 30  # seconds; a worker that misses two is taken for dead
+HEARTBEAT_SECONDS = 30  # seconds; a worker that misses two is taken for dead
 
 
 class StorageError(ArchdslError):
@@ -26,12 +26,12 @@ class StorageError(ArchdslError):
 
 
 def journal(folder: Path) -> BaseStorage:
-    """For one process at a time; see ``alone``."""
+    """For one process at a time; see ``exclusive``."""
     return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder meanwhile, until this one ends, however it does."""
     with (folder / "lock").open("w") as file:
         try:
@@ -44,11 +44,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def database(url: str, heartbeat: int = HEARTBEAT) -> BaseStorage:
+def database(url: str, heartbeat: int = HEARTBEAT_SECONDS) -> BaseStorage:
     """A database by its SQLAlchemy URL, such as postgresql+psycopg://user@host/name."""
     import sqlalchemy
 
-    with experimental():
+    with no_experimental_warnings():
         try:
             # of several workers that make the tables at once, all but one fail the first time
             for attempt in range(5):
@@ -69,7 +69,7 @@ def database(url: str, heartbeat: int = HEARTBEAT) -> BaseStorage:
 
 
 @contextmanager
-def answering(url: str) -> Iterator[None]:
+def database_errors(url: str) -> Iterator[None]:
     """Raises StorageError where the database answers no more."""
     try:
         yield
@@ -99,7 +99,7 @@ def _without_password(url: str) -> str:
         return "URL"
 
 
-class Heart:
+class HeartbeatThread:
     """Says in a database, from a thread, which trials are still worked on."""
 
     def __init__(self, storage: BaseStorage) -> None:
@@ -109,14 +109,14 @@ class Heart:
         self.trials: set[int] = set()
         self.stop = Event()
         if self.storage is not None:
-            Thread(target=self._beat, daemon=True).start()
+            Thread(target=self._run, daemon=True).start()
 
     def record(self, trial_id: int) -> None:
         """Before a worker takes the trial: should it die at once, the beat will be missed."""
         if self.storage is not None:
             self.storage.record_heartbeat(trial_id)
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         assert self.storage is not None
         while not self.stop.wait(self.storage.get_heartbeat_interval()):
             for trial_id in list(self.trials):

@@ -18,11 +18,11 @@ from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.source import Path, Tree
 from archdsl.lang.spec import ModelSpec, parse_spec
 from archdsl.lang.template import Choice, Distribution, fill, fill_some, find_fit, places, replace
-from archdsl.search.space.enumerate import answered, points
-from archdsl.search.space.model_summary import in_words
+from archdsl.search.space.enumerate import point_from, points
+from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.optuna_space import starting_points
 from archdsl.search.supernet.supernet import Supernet
-from archdsl.search.supernet.supernet_job import Evaluated
+from archdsl.search.supernet.supernet_job import SupernetJob
 from archdsl.search.trials.proxy import Proxy
 
 LAYOUT = "layout"  # the leaf that takes the place of all that are no dial leaves
@@ -31,14 +31,14 @@ SAMPLE = 64  # settings that a net is trained at, besides the largest and the sm
 MISSES = 20  # draws for each layout that may be known already or make no spec
 
 
-class SharedError(ArchdslError):
+class SupernetError(ArchdslError):
     """A space that super-nets cannot serve."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
-class Served:
+class SupernetScorer:
     """The scorer of a restricted space: each draw is a setting of its layout's net.
 
     ``nets``: by label of the layout, of full size. ``stretch``: steps of a net, as a multiple of
@@ -56,30 +56,30 @@ class Served:
         """A net serves nobody before it has been trained."""
         return 1
 
-    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Evaluated:
+    def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> SupernetJob:
         net, trained = self.nets[params[LAYOUT]], self.proxy.tasks[task]
         net = Supernet(self.proxy.shrink(net.spec, trained), net.settings)
         small = self.proxy.shrink(spec, trained)
         if not net.serves(small):
-            raise SharedError(
+            raise SupernetError(
                 f"{spec.name}: the proxies of one layout have different shapes, so they cannot "
                 "share weights; for --strategy shared let `fit` solve for dim, make other sizes "
                 "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
             )
         steps = round(self.stretch * trained.rungs[-1])
-        return Evaluated(self.store, small, trained, self.seed, steps, net=net)
+        return SupernetJob(self.store, small, trained, self.seed, steps, net=net)
 
 
-def served(
+def supernet_space(
     tree: Tree, proxy: Proxy, store: Folder, seed: int, count: int = LAYOUTS
-) -> tuple[Tree, Served]:
+) -> tuple[Tree, SupernetScorer]:
     """The space that is searched in the place of ``tree``, and what scores its draws."""
-    space = restricted(tree, layouts(tree, count, seed))
+    space = restrict(tree, layouts(tree, count, seed))
     nets = {
         label: supernet(fill_some(space, {LAYOUT: label}), seed)
         for label in space.value["search"]["choices"]
     }
-    return space, Served(proxy, store, seed, nets)
+    return space, SupernetScorer(proxy, store, seed, nets)
 
 
 def dial_leaves(tree: Tree) -> frozenset[str]:
@@ -127,11 +127,11 @@ def layouts(tree: Tree, count: int, seed: int) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def restricted(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
+def restrict(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
     """The points of a space that have one of these layouts, which become a choice of their own."""
     cut = [fill_some(tree, layout) for layout in chosen]
     labels = [
-        f"{i}: {in_words(_spec(fill(one, lambda _, leaf: leaf.default)))}"
+        f"{i}: {model_summary(_spec(fill(one, lambda _, leaf: leaf.default)))}"
         for i, one in enumerate(cut)
     ]
     choices = {label: one.value for label, one in zip(labels, cut, strict=True)}
@@ -146,7 +146,7 @@ def restricted(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
 def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
     """For the points of a space that has none but dial leaves. Raises SpecError if all of its
     points are wrong."""
-    ends = [answered(layout, partial(_end, of)) for of in (max, min)]
+    ends = [point_from(layout, partial(_end, of)) for of in (max, min)]
     specs, wrong = [], None
     for point in ends + points(layout, sample, seed):
         try:

@@ -26,18 +26,18 @@ from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 
-DRAWN = 2  # settings of a step besides the largest and the smallest
+RANDOM_SETTINGS = 2  # settings of a step besides the largest and the smallest
 CALIBRATION = 20  # passes in which routers learn what scores are like at a setting
 
 
-class Dialled(NamedTuple):
+class LoopSetting(NamedTuple):
     """How a loop runs. ``capacity``: of each pass after the full ones; empty without a router."""
 
     steps: int
     capacity: tuple[float, ...]
 
 
-Setting = tuple[Dialled, ...]
+Setting = tuple[LoopSetting, ...]
 """One for each loop of a spec, in the order of ``walk``; copies of a stack run alike."""
 
 
@@ -45,19 +45,19 @@ def loops(spec: ModelSpec) -> list[LoopSpec]:
     return [part for _, part in walk(spec) if isinstance(part, LoopSpec)]
 
 
-def setting(spec: ModelSpec) -> Setting:
+def setting_of(spec: ModelSpec) -> Setting:
     """How the loops of a spec run."""
-    return tuple(_dialled(loop) for loop in loops(spec))
+    return tuple(_loop_setting(loop) for loop in loops(spec))
 
 
-def _dialled(loop: LoopSpec) -> Dialled:
+def _loop_setting(loop: LoopSpec) -> LoopSetting:
     router, further = loop.router, max(0, loop.steps - loop.full_steps)
     if router is None:
-        return Dialled(loop.steps, ())
-    return Dialled(loop.steps, tuple(at_step(router.capacity, step) for step in range(further)))
+        return LoopSetting(loop.steps, ())
+    return LoopSetting(loop.steps, tuple(at_step(router.capacity, step) for step in range(further)))
 
 
-def at(spec: ModelSpec, wanted: Setting) -> ModelSpec:
+def with_setting(spec: ModelSpec, wanted: Setting) -> ModelSpec:
     """The spec with its loops run so."""
     each = iter(wanted)
 
@@ -68,7 +68,7 @@ def at(spec: ModelSpec, wanted: Setting) -> ModelSpec:
     return spec.model_copy(update={"blocks": blocks})
 
 
-def _at(loop: LoopSpec, one: Dialled) -> LoopSpec:
+def _at(loop: LoopSpec, one: LoopSetting) -> LoopSpec:
     router = loop.router and loop.router.model_copy(update={"capacity": one.capacity or (1.0,)})
     return loop.model_copy(update={"steps": one.steps, "router": router})
 
@@ -94,34 +94,34 @@ class Supernet:
     def of(cls, specs: Iterable[ModelSpec]) -> Supernet:
         """For specs that differ in steps and capacities alone."""
         ranked = sorted(specs, key=lambda spec: sequence_cost(spec).flops)
-        settings = dict.fromkeys(map(setting, [ranked[-1], ranked[0], *ranked[1:-1]]))
+        settings = dict.fromkeys(map(setting_of, [ranked[-1], ranked[0], *ranked[1:-1]]))
         largest = [
             _largest(loop, of) for loop, *of in zip(loops(ranked[0]), *settings, strict=True)
         ]
-        return cls(at(ranked[0], tuple(largest)), tuple(settings))
+        return cls(with_setting(ranked[0], tuple(largest)), tuple(settings))
 
     def serves(self, spec: ModelSpec) -> bool:
         """Whether a spec is this one but for its steps and capacities."""
         known = {"name": spec.name, "description": spec.description, "budget": spec.budget}
-        mine = setting(self.spec)
+        mine = setting_of(self.spec)
         same = len(loops(spec)) == len(mine)
-        return same and at(spec, mine) == self.spec.model_copy(update=known)
+        return same and with_setting(spec, mine) == self.spec.model_copy(update=known)
 
     def sandwich(self, step: int, seed: int) -> list[Setting]:
         """The settings that a training step runs, the largest last."""
         ends, others = self.settings[:2], self.settings[2:]
-        drawn = Random(f"{seed}/{step}").sample(others, min(DRAWN, len(others)))
-        return [*drawn, *reversed(ends)]
+        random = Random(f"{seed}/{step}").sample(others, min(RANDOM_SETTINGS, len(others)))
+        return [*random, *reversed(ends)]
 
 
-def _largest(loop: LoopSpec, of: Sequence[Dialled]) -> Dialled:
+def _largest(loop: LoopSpec, of: Sequence[LoopSetting]) -> LoopSetting:
     capacity: list[float] = []
     for step in range(max(len(one.capacity) for one in of)):
         given = [one.capacity[step] for one in of if len(one.capacity) > step]
         capacity.append(max((share for share in given if share < 1), default=1.0))
         if loop.router is not None and loop.router.nested:
             capacity[-1] = min(capacity)
-    return Dialled(max(one.steps for one in of), tuple(capacity))
+    return LoopSetting(max(one.steps for one in of), tuple(capacity))
 
 
 class SandwichTrainer(Trainer):
@@ -150,7 +150,7 @@ def build_net(net: Supernet, seed: int) -> LanguageModel:
     return model
 
 
-def calibrate(trainer: Trainer) -> None:
+def calibrate_routers(trainer: Trainer) -> None:
     """Routers that know what scores are like learn it anew, at the setting that the model has."""
     model, config = trainer.model, trainer.config
     tables = [router for router in model.routers if isinstance(router, Threshold)]

@@ -19,24 +19,24 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import meta_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.search.supernet.supernet import (
-    DRAWN,
+    RANDOM_SETTINGS,
     SandwichTrainer,
     Supernet,
-    at,
     build_net,
-    calibrate,
+    calibrate_routers,
     dial,
-    setting,
+    setting_of,
+    with_setting,
 )
 from archdsl.search.trials.proxy import Job
 from archdsl.search.trials.proxy_scoring import held_out
-from archdsl.search.trials.proxy_training import Score, Training, read_score
-from archdsl.search.trials.result_store import Place
+from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
+from archdsl.search.trials.result_store import StoredRun
 from archdsl.training.trainer import TrainStep
 
 
 @dataclass(frozen=True)
-class Evaluated(Job):
+class SupernetJob(Job):
     """Score ``spec`` with the weights of ``net``, both of a proxy's size.
 
     ``steps``: those that the net is trained. What was spent on it is part of the score of the one
@@ -46,49 +46,49 @@ class Evaluated(Job):
     net: Supernet = field(kw_only=True)
 
     @property
-    def place(self) -> Place:
+    def stored_run(self) -> StoredRun:
         """Where the net is."""
         data = self.task.load()
-        decides = {
+        identity = {
             "archdsl": __version__,
             "model": self.net.spec.model_dump(
                 mode="json", exclude={"name", "description", "budget"}
             ),
             "settings": self.net.settings,
-            "drawn": DRAWN,
+            "drawn": RANDOM_SETTINGS,
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"accumulate"}),
         }
-        return Place(
-            self.store, decides, about={"name": self.net.spec.name, "data_name": data.name}
+        return StoredRun(
+            self.store, identity, description={"name": self.net.spec.name, "data_name": data.name}
         )
 
-    def file(self, place: Place) -> Path:
+    def file(self, stored_run: StoredRun) -> Path:
         """The score of the setting."""
-        text = json.dumps(setting(self.spec))
-        return place.folder / f"setting-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        text = json.dumps(setting_of(self.spec))
+        return stored_run.folder / f"setting-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def run(self, beat: Callable[[], None]) -> Score:
+    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
         """Trains the net unless that was done, waits while another process does; then scores."""
-        place = self.place
-        file = self.file(place)
-        if known := read_score(file):
-            return known
-        with place.locked(beat):
-            if known := read_score(file):  # of who had the lock before
-                return known
+        stored_run = self.stored_run
+        file = self.file(stored_run)
+        if stored := read_score(file):
+            return stored
+        with stored_run.locked(heartbeat):
+            if stored := read_score(file):  # of who had the lock before
+                return stored
             model = build_net(self.net, self.seed)
             trainer = SandwichTrainer(self.net, model, self.task.load(), self.config)
-            training = NetTraining(place, trainer, beat)
-            trained = read_score(place.score(self.steps)) or training.score()
+            training = SupernetTraining(stored_run, trainer, heartbeat)
+            trained = read_score(stored_run.score(self.steps)) or training.score()
         if trained.loss is None:
             return trained
-        score = training.served(self.spec)
+        score = training.score_setting(self.spec)
         write_text(file, score.model_dump_json())
         return score
 
 
-class NetTraining(Training):
+class SupernetTraining(ProxyTraining):
     """The training of a net, whose score is that of its largest setting.
 
     What was spent on the net is part of the scores of whoever trained it.
@@ -96,12 +96,14 @@ class NetTraining(Training):
 
     trainer: SandwichTrainer
 
-    def __init__(self, place: Place, trainer: SandwichTrainer, beat: Callable[[], None]) -> None:
-        super().__init__(place, trainer, beat)
+    def __init__(
+        self, stored_run: StoredRun, trainer: SandwichTrainer, heartbeat: Callable[[], None]
+    ) -> None:
+        super().__init__(stored_run, trainer, heartbeat)
         self.net = trainer.net
         sequence_BT = trainer.data.batch(0, 1, trainer.context, self.config.seed).tokens_BT
         self.flops = {
-            one: sequence_cost(at(self.net.spec, one), tokens=sequence_BT.size(1)).flops
+            one: sequence_cost(with_setting(self.net.spec, one), tokens=sequence_BT.size(1)).flops
             for one in self.net.settings
         }
 
@@ -110,12 +112,12 @@ class NetTraining(Training):
         self.step_flops = 3 * self.config.batch_size * sum(self.flops[one] for one in ran)
         super()._after_step(step)
 
-    def served(self, spec: ModelSpec) -> Score:
+    def score_setting(self, spec: ModelSpec) -> ProxyScore:
         """The score of a spec that the net serves."""
         model = self.trainer.model
-        dial(model, setting(spec))
-        calibrate(self.trainer)
-        score = self._scored(held_out(self.trainer, self.beat))
+        dial(model, setting_of(spec))
+        calibrate_routers(self.trainer)
+        score = self._scored(held_out(self.trainer, self.heartbeat))
         names = routed_names(model, spec)
         measured = {
             name: {new: found[old] for new, old in names.items() if old in found}

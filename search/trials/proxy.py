@@ -19,12 +19,12 @@ from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec, Sizes, Strict
 from archdsl.model.build import build
-from archdsl.search.trials.proxy_training import Score, Training, read_score
-from archdsl.search.trials.result_store import Place
+from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
+from archdsl.search.trials.result_store import StoredRun
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 
-__all__ = ["Job", "Proxy", "ProxyError", "Score", "Task", "default_tasks", "objective"]
+__all__ = ["Job", "Proxy", "ProxyError", "ProxyScore", "Task", "default_tasks", "objective"]
 
 
 LOADED: dict[tuple[str | None, str], Data] = {}  # in this process, by name and tokenizer
@@ -170,33 +170,37 @@ class Job:
         return self.task.config(self.seed).model_copy(update=update)
 
     @property
-    def place(self) -> Place:
+    def stored_run(self) -> StoredRun:
         """Where the score is; not a matter of how far to train, nor in how many parts."""
         data, model = self.task.load(), self.spec.canonical()
-        decides = {
+        identity = {
             "archdsl": __version__,
             "model": model.model_dump(mode="json"),
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
         }
-        return Place(self.store, decides, about={"name": self.spec.name, "data_name": data.name})
+        return StoredRun(
+            self.store, identity, description={"name": self.spec.name, "data_name": data.name}
+        )
 
-    def known(self) -> Score | None:
+    def stored_score(self) -> ProxyScore | None:
         """The score, if this was done before."""
-        return read_score(self.place.score(self.steps))
+        return read_score(self.stored_run.score(self.steps))
 
-    def run(self, beat: Callable[[], None]) -> Score:
+    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
         """Climbs to the rung from where training stands; waits while another process does."""
-        place = self.place
-        with place.locked(beat):
-            if known := read_score(place.score(self.steps)):
-                return known
+        stored_run = self.stored_run
+        with stored_run.locked(heartbeat):
+            if stored := read_score(stored_run.score(self.steps)):
+                return stored
             # equal specs, equal bits and names
             model = build(self.spec.canonical(), seed=self.seed)
-            return Training(place, Trainer(model, self.task.load(), self.config), beat).score()
+            return ProxyTraining(
+                stored_run, Trainer(model, self.task.load(), self.config), heartbeat
+            ).score()
 
 
-def objective(scores: dict[str, Score], proxy: Proxy) -> float | None:
+def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:
     """The weighted sum of the tasks' losses, in nats; None if one diverged.
 
     Weights are inverse to each task's noise between seeds: see docs/LOG.md.

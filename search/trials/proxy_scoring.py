@@ -23,7 +23,7 @@ from archdsl.training.trainer import Trainer
 
 
 @dataclass
-class Health:
+class RouterHealth:
     """How undecided routers are: the entropy of selecting a token, in bits, by loop and step."""
 
     bits: dict[str, float] = field(default_factory=dict)  # sums over tokens
@@ -53,26 +53,28 @@ def entropy(score_BT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutScores:
     """A held-out evaluation; ``meter`` and ``health`` are of its causal passes."""
 
     evaluation: Evaluation
     meter: Meter
-    health: Health
+    health: RouterHealth
 
 
-def held_out(trainer: Trainer, beat: Callable[[], None]) -> Held:
+def held_out(trainer: Trainer, heartbeat: Callable[[], None]) -> HeldOutScores:
     """Scores what was trained so far. Raises TrainingDiverged."""
-    with _watched(trainer, beat) as (meter, health):
-        return Held(trainer.evaluate(), meter, health)
+    with _watched(trainer, heartbeat) as (meter, health):
+        return HeldOutScores(trainer.evaluate(), meter, health)
 
 
 @contextmanager
-def _watched(trainer: Trainer, beat: Callable[[], None]) -> Iterator[tuple[Meter, Health]]:
-    model, meter, health = trainer.model, Meter(), Health()
+def _watched(
+    trainer: Trainer, heartbeat: Callable[[], None]
+) -> Iterator[tuple[Meter, RouterHealth]]:
+    model, meter, health = trainer.model, Meter(), RouterHealth()
 
     def after_pass(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
-        beat()
+        heartbeat()
         if not model.leaks:  # leaking models are scored causally, too
             meter.note(model, *args)
 

@@ -17,8 +17,8 @@ from archdsl.files import remove_folder, write_text
 from archdsl.lang.spec import Strict
 from archdsl.model.checkpoint import CheckpointError, load_training, load_weights, save_checkpoint
 from archdsl.search.trials.curve import Curve
-from archdsl.search.trials.proxy_scoring import Held, held_out
-from archdsl.search.trials.result_store import Place
+from archdsl.search.trials.proxy_scoring import HeldOutScores, held_out
+from archdsl.search.trials.result_store import StoredRun
 from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
 SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
@@ -29,7 +29,7 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
 
 
-class Score(Strict):
+class ProxyScore(Strict):
     """Held-out quality of a proxy after ``steps``; causal, also where training leaks.
 
     What was spent is what this rung added to the one below. ``reused``: it was read back, so the
@@ -56,7 +56,7 @@ class Score(Strict):
 
 
 @dataclass
-class Progress:
+class SavedProgress:
     """What is kept beside a state: its curve, and what was spent since the last score."""
 
     curve: Curve = field(default_factory=Curve)
@@ -64,58 +64,60 @@ class Progress:
     train_flops: float = 0.0
 
 
-def read_score(file: Path) -> Score | None:
+def read_score(file: Path) -> ProxyScore | None:
     """What was written there before, if anything."""
     if not file.exists():
         return None
-    score = Score.model_validate_json(file.read_text(encoding="utf-8"))
+    score = ProxyScore.model_validate_json(file.read_text(encoding="utf-8"))
     return score.model_copy(update={"reused": True})
 
 
-class Training:
+class ProxyTraining:
     """Trains to the last step of the trainer's config; whoever calls holds the place's lock."""
 
-    def __init__(self, place: Place, trainer: Trainer, beat: Callable[[], None]) -> None:
+    def __init__(
+        self, stored_run: StoredRun, trainer: Trainer, heartbeat: Callable[[], None]
+    ) -> None:
         self.started = self.saved = time.perf_counter()
-        self.place, self.trainer, self.beat = place, trainer, beat
+        self.stored_run, self.trainer, self.heartbeat = stored_run, trainer, heartbeat
         self.config = trainer.config
-        self.progress = Progress()
+        self.progress = SavedProgress()
         self.furthest = self._resume()
         self.step_flops = _step_flops(self.trainer)
 
     def _resume(self) -> bool:
         """Goes on from the state, if there is one; False if that is beyond the rung."""
-        if not self.place.state.exists():
+        if not self.stored_run.state.exists():
             return True
         try:
-            state = load_training(self.place.state)
+            state = load_training(self.stored_run.state)
             if state["step"] > self.config.steps:
                 return False
-            load_weights(self.place.state, self.trainer.model)
+            load_weights(self.stored_run.state, self.trainer.model)
         except CheckpointError:  # the power failed: what was trained is trained again
-            remove_folder(self.place.state)
+            remove_folder(self.stored_run.state)
             return True
         self.trainer.restore(state)
         progress = state["progress"]
         self.progress.curve = Curve(**progress["curve"])
-        if not self.place.score(state["step"]).exists():
+        if not self.stored_run.score(state["step"]).exists():
             self.progress.seconds = progress["seconds"]
             self.progress.train_flops = progress["train_flops"]
         return True
 
-    def score(self) -> Score:
+    def score(self) -> ProxyScore:
         """Trains, scores, and writes the score where it will be found."""
         try:
             self.trainer.run(on_step=self._after_step)
             self._save()
-            score = self._scored(held_out(self.trainer, self.beat))
+            score = self._scored(held_out(self.trainer, self.heartbeat))
         except TrainingDiverged:
-            score = Score(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
-        write_text(self.place.score(self.config.steps), score.model_dump_json())
+            score = ProxyScore(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
+        write_text(self.stored_run.score(self.config.steps), score.model_dump_json())
         return score
 
     def _after_step(self, step: TrainStep) -> None:
-        self.beat()
+        self.heartbeat()
         self.progress.curve.add(step.step, step.loss)
         self.progress.train_flops += self.step_flops
         if time.perf_counter() - self.saved > SECONDS_APART:
@@ -127,7 +129,7 @@ class Training:
             return
         spent = replace(self.progress, seconds=self._seconds())
         save_checkpoint(
-            self.place.state,
+            self.stored_run.state,
             self.trainer.model,
             tokenizer_from=None,
             provenance={"step": self.trainer.step},
@@ -150,10 +152,10 @@ class Training:
             "accumulate": self.config.accumulate,
         }
 
-    def _scored(self, found: Held) -> Score:
+    def _scored(self, found: HeldOutScores) -> ProxyScore:
         as_trained, meter = found.evaluation, found.meter
         honest = as_trained.causal or as_trained
-        return Score(
+        return ProxyScore(
             loss=honest.loss,
             accuracy=honest.accuracy,
             bits_per_byte=honest.bits_per_byte,

@@ -23,20 +23,20 @@ from typing import Any
 
 from archdsl.files import write_text
 
-LOOK_AGAIN = 0.1  # seconds; a file lock can be waited for only in silence
+SECONDS_BETWEEN_TRIES = 0.1  # seconds; a file lock can be waited for only in silence
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredRun:
     """The folder of one training run, of whatever length."""
 
     root: Path
-    decides: Mapping[str, Any]  # JSON values
-    about: Mapping[str, Any]  # for people; what made the folder first
+    identity: Mapping[str, Any]  # JSON values
+    description: Mapping[str, Any]  # for people; what made the folder first
 
     @cached_property
     def folder(self) -> Path:
-        text = json.dumps(self.decides, sort_keys=True)
+        text = json.dumps(self.identity, sort_keys=True)
         return self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
@@ -53,23 +53,23 @@ class Place:
         if not (self.folder / "lock").exists():
             return False
         with (self.folder / "lock").open("a") as file:
-            return not _took(file.fileno())
+            return not _try_lock(file.fileno())
 
     @contextmanager
-    def locked(self, beat: Callable[[], None]) -> Iterator[None]:
+    def locked(self, heartbeat: Callable[[], None]) -> Iterator[None]:
         """One process at a time; the others wait, and beat. Whoever dies gives way."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as file:
-            while not _took(file.fileno()):
-                beat()
-                time.sleep(LOOK_AGAIN)
+            while not _try_lock(file.fileno()):
+                heartbeat()
+                time.sleep(SECONDS_BETWEEN_TRIES)
             made_by = self.folder / "made_by.json"
             if not made_by.exists():
-                write_text(made_by, json.dumps({**self.about, **self.decides}, indent=1))
+                write_text(made_by, json.dumps({**self.description, **self.identity}, indent=1))
             yield
 
 
-def _took(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from archdsl.costs.receipt import sequence_cost
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.trials.proxy import Job, Proxy, Score
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore
 from archdsl.search.workers.pool import Work
 
 
@@ -18,13 +18,13 @@ class Scorer(Protocol):
     @property
     def rungs(self) -> int: ...
 
-    def work(
+    def job(
         self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int
-    ) -> Work[Score]: ...
+    ) -> Work[ProxyScore]: ...
 
 
 @dataclass(frozen=True)
-class Separate:
+class SeparateTraining:
     """Every draw is trained for itself."""
 
     proxy: Proxy
@@ -35,7 +35,7 @@ class Separate:
     def rungs(self) -> int:
         return self.proxy.rungs
 
-    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job:
+    def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job:
         trained = self.proxy.tasks[task]
         small = self.proxy.shrink(spec, trained)
         return Job(self.store, small, trained, self.seed, trained.rungs[rung])

@@ -21,25 +21,25 @@ from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, Protocol, TypeVar
 
-from archdsl.search.workers.worker import Beat, JobFailed, Work, be_a_child, failure
+from archdsl.search.workers.worker import Heartbeat, JobFailed, Work, failure, run_worker
 
 __all__ = [
-    "Beat",
+    "Heartbeat",
     "InProcess",
     "JobFailed",
     "Pool",
-    "Processes",
+    "ProcessPool",
     "Work",
-    "first_done",
-    "processes",
+    "process_pool",
     "start_server",
+    "wait_for_any",
 ]
 
 R = TypeVar("R")
 
-BEATS_APART = 1.0  # seconds, at least, unless patience is short
-STARTING = 60.0  # seconds more for the first sign of life: the server may be loading torch
-PIECES = 50  # done by a child before another takes its place: what it may have lost is given back
+HEARTBEAT_INTERVAL = 1.0  # seconds, at least, unless patience is short
+STARTUP_SECONDS = 60.0  # seconds more for the first sign of life: the server may be loading torch
+WORK_PER_WORKER = 50  # done by one process, then a new one starts and leaked memory is freed
 
 
 class Pool(Protocol):
@@ -57,13 +57,13 @@ class InProcess:
     def submit(self, work: Work[R]) -> Future[R]:
         future: Future[R] = Future()
         try:
-            future.set_result(_twice(work))
+            future.set_result(_run_with_retry(work))
         except Exception as error:  # a failure belongs to its future
             future.set_exception(failure(error))
         return future
 
 
-def _twice(work: Work[R]) -> R:
+def _run_with_retry(work: Work[R]) -> R:
     try:
         return work.run(lambda: None)
     except Exception as error:
@@ -74,15 +74,15 @@ def _twice(work: Work[R]) -> R:
 
 
 @contextmanager
-def processes(
+def process_pool(
     workers: int, memory: int | None = None, patience: float = 120.0
-) -> Iterator[Processes]:
+) -> Iterator[ProcessPool]:
     """Does up to ``workers`` pieces of work at once; leaves when all are done.
 
     ``memory``: bytes that each may allocate. ``patience``: seconds without a beat after which a
     child is killed. On an exception all children are killed at once.
     """
-    pool = Processes(workers, memory, patience)
+    pool = ProcessPool(workers, memory, patience)
     try:
         yield pool
         pool.finish()
@@ -124,7 +124,7 @@ class _Child:
     pieces: int = 0  # that it was given
 
 
-class Processes:
+class ProcessPool:
     """A queue of work and the children that do it, all of them in the hands of one thread."""
 
     def __init__(self, workers: int, memory: int | None, patience: float) -> None:
@@ -203,9 +203,9 @@ class Processes:
     def _fork(self) -> connection.Connection[Any, Any]:
         """A child that waits, by what is said to it and heard of it."""
         mine, its = self._context.Pipe()
-        apart = min(BEATS_APART, self.patience / 8)
+        apart = min(HEARTBEAT_INTERVAL, self.patience / 8)
         process = self._context.Process(
-            target=be_a_child, args=(its, self.memory, apart), daemon=True
+            target=run_worker, args=(its, self.memory, apart), daemon=True
         )
         try:
             process.start()
@@ -214,7 +214,7 @@ class Processes:
             raise
         finally:
             its.close()
-        self._children[mine] = _Child(process, time.monotonic() + STARTING)
+        self._children[mine] = _Child(process, time.monotonic() + STARTUP_SECONDS)
         return mine
 
     def _listen(self) -> None:
@@ -236,7 +236,7 @@ class Processes:
         except (EOFError, OSError):
             self._take_leave(line)
             if order:
-                self._failed(child, order, _death(child.process))
+                self._failed(child, order, _exit_failure(child.process))
             return
         if said is None or order is None:
             child.heard = time.monotonic()
@@ -246,7 +246,7 @@ class Processes:
             self._take_leave(line)
             self._failed(child, order, said)
         else:
-            if child.pieces == PIECES:
+            if child.pieces == WORK_PER_WORKER:
                 self._take_leave(line)
             order.future.set_result(said[0])
 
@@ -280,7 +280,7 @@ class Processes:
             self._queue.appendleft(_Order(again, order.future, begun=True, smaller=smaller))
 
 
-def _death(process: ForkServerProcess) -> JobFailed:
+def _exit_failure(process: ForkServerProcess) -> JobFailed:
     """Why a child ended that said nothing."""
     code = process.exitcode or 0
     if code == -signal.SIGKILL:
@@ -290,6 +290,6 @@ def _death(process: ForkServerProcess) -> JobFailed:
     return JobFailed("crash", f"the process ended with exit status {code} and no result")
 
 
-def first_done(jobs: Iterable[Future[Any]], seconds: float) -> None:
+def wait_for_any(jobs: Iterable[Future[Any]], seconds: float) -> None:
     """Waits until another of the jobs is done, or the time is over."""
     wait([job for job in jobs if not job.done()], seconds, return_when=FIRST_COMPLETED)

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 from archdsl.errors import ArchdslError
 
 R_co = TypeVar("R_co", covariant=True)
-Beat = Callable[[], None]  # "I am alive"
+Heartbeat = Callable[[], None]  # "I am alive"
 Reason = Literal["out of memory", "crash", "hang", "error"]
 
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
@@ -30,8 +30,8 @@ NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memo
 class Work(Protocol[R_co]):
     """Something to be done in a child; plain data, so that it can cross processes."""
 
-    def run(self, beat: Beat) -> R_co:
-        """Does it, and calls ``beat`` often: who is silent for long is taken to hang."""
+    def run(self, heartbeat: Heartbeat) -> R_co:
+        """Does it, and calls ``heartbeat`` often: who is silent for long is taken to hang."""
 
     def smaller(self) -> Self | None:
         """The same in less memory; None where that cannot be."""
@@ -58,7 +58,7 @@ def failure(error: BaseException) -> JobFailed:
     return JobFailed(reason, message, "".join(traceback.format_exception(error)[-6:]))
 
 
-def be_a_child(
+def run_worker(
     line: connection.Connection[Any, Any], memory: int | None, seconds_apart: float
 ) -> None:
     """Does one piece of work after the other, as they come, until there will be no more.
@@ -76,13 +76,13 @@ def be_a_child(
     with suppress(EOFError, ConnectionError):  # the coordinator needs no more, or is gone
         while True:
             said = line.recv_bytes()
-            line.send_bytes(_outcome(said, limit, _Beats(line, seconds_apart)))
+            line.send_bytes(_outcome(said, limit, _HeartbeatSender(line, seconds_apart)))
             del said
             gc.collect()  # a model is a cycle, and may be large
             _forget_peak()
 
 
-class _Beats:
+class _HeartbeatSender:
     """Signs of life, the first one at once."""
 
     def __init__(self, line: connection.Connection[Any, Any], apart: float) -> None:
@@ -97,12 +97,12 @@ class _Beats:
             self.heard = time.monotonic()
 
 
-def _outcome(said: bytes, limit: int | None, beat: Beat) -> bytes:
+def _outcome(said: bytes, limit: int | None, heartbeat: Heartbeat) -> bytes:
     try:
-        beat()
+        heartbeat()
         work: Work[Any] = pickle.loads(said)
         with _at_most(limit):
-            done = work.run(beat)
+            done = work.run(heartbeat)
         return bytes(ForkingPickler.dumps((done,)))
     except BaseException as error:  # whatever ends the work is said
         return bytes(ForkingPickler.dumps(failure(error)))

@@ -62,7 +62,7 @@ def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
         assert workers >= 1
         yield Pool(trainings)
 
-    monkeypatch.setattr("archdsl.search.analysis.ablation.processes", pool)
+    monkeypatch.setattr("archdsl.search.analysis.ablation.process_pool", pool)
     monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from archdsl.lang.load import load
-from archdsl.search.study.storage import alone
+from archdsl.search.study.storage import exclusive
 from tests.cli.command import Cli
 from tests.search.test_search import SPACE, go
 
@@ -76,7 +76,7 @@ def test_a_study_is_deleted_unless_somebody_searches(
 ) -> None:
     go(searched / "small.yaml", tmp_path / "runs" / "gone", trials=1)
     monkeypatch.chdir(tmp_path)
-    with alone(Path("runs/gone")):
+    with exclusive(Path("runs/gone")):
         assert cli("study", "rm", "runs/gone", "--yes").status == 2
     assert Path("runs/gone/winner.yaml").exists()
     assert cli("study", "rm", "runs/gone", "--yes").status == 0

@@ -10,17 +10,17 @@ from archdsl.costs.receipt import cost
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec, parse_spec
 from archdsl.lang.template import Choice, Distribution, fill
-from archdsl.search.analysis.comparison import Entry, Role
-from archdsl.search.analysis.proxy_validation import Trust, WiderPoint
-from archdsl.search.analysis.supernet_validation import ProofPoint, Shared
-from archdsl.search.report.report import Report
+from archdsl.search.analysis.comparison import ComparisonEntry, Role
+from archdsl.search.analysis.proxy_validation import ProxyValidation, WiderPoint
+from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetValidation
+from archdsl.search.report.report import SearchReport
 from archdsl.search.space.objectives import FLOPS, LOSS, others
 from archdsl.search.stats.paired import Correlation
-from archdsl.search.study.record import Finished
+from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
-from archdsl.search.study.spending import Account, Limits, Spent
+from archdsl.search.study.spending import Limits, SpendingSummary, Spent
 from archdsl.search.trials.proxy import Proxy, Task, objective
-from archdsl.search.trials.proxy_training import Score
+from archdsl.search.trials.proxy_training import ProxyScore
 
 SPACE = """
 name: small
@@ -53,7 +53,7 @@ PROXY = Proxy(
         "skill": Task(data="skill:p-hop,hops=1,length=12", rungs=(100, 200, 400), weight=0.15),
     },
 )
-CONTROLS = ("equal-parameters plain", "equal-FLOPs plain", "equal-FLOPs Loop")
+BASELINES = ("equal-parameters plain", "equal-FLOPs plain", "equal-FLOPs Loop")
 
 
 def made_up(
@@ -67,25 +67,27 @@ def made_up(
     outcomes = [one.outcome for one in drawn]
     correlation = Correlation(0.71, 0.42, 0.93, min(8, len(done)))
     points = [(one.number, one.value or 0.0) for one in done[:8]]
-    report = Report(
+    report = SearchReport(
         folder=Path("runs/small"),
         settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY, axes),
         trials=drawn,
         outcomes={name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
         entries=_entries(best, seeds, rng),
-        trust=Trust(
+        proxy_validation=ProxyValidation(
             between_rungs=Correlation(0.62, 0.41, 0.8, len(done)),
             wider=correlation,
             width=64,
             points=[WiderPoint(n, loss, 0.8 * loss + rng.gauss(0, 0.03)) for n, loss in points],
         ),
-        shared=Shared(
+        supernet_validation=SupernetValidation(
             correlation=Correlation(0.55, 0.2, 0.85, len(points)),
-            points=[ProofPoint(n, loss + rng.gauss(0.2, 0.05), loss, 5e12) for n, loss in points],
+            points=[
+                SupernetPoint(n, loss + rng.gauss(0.2, 0.05), loss, 5e12) for n, loss in points
+            ],
             settings=24,
             shared_flops=4.1e12,
         ),
-        account=Account(598.2, _spent(), workers=2),
+        spending=SpendingSummary(598.2, _spent(), workers=2),
         limits=Limits(seconds=600),
         importance={"blocks.0.body.1": 0.46, "dim": 0.31, "blocks.0.body.1[itt].steps": 0.23},
         interrupted=False,
@@ -116,7 +118,7 @@ def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
     return picked, parse_spec(fill(parse(SPACE, "small.yaml"), pick))
 
 
-def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Finished:
+def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Trial:
     choices, spec = _draw(rng)
     flops = cost(spec).expected
     outcome = rng.choice(["complete", "complete", "pruned", "pruned", "diverged", "failed"])
@@ -126,7 +128,7 @@ def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Finished:
     if outcome == "diverged":
         rungs = [{task: s.model_copy(update={"loss": None}) for task, s in rungs[0].items()}]
     loss = objective(rungs[-1], PROXY) if outcome == "complete" else None
-    return Finished(
+    return Trial(
         number=number,
         spec=spec,
         fingerprint=spec.fingerprint(),
@@ -140,20 +142,22 @@ def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Finished:
     )
 
 
-def _scores(spec: ModelSpec, quality: float, rung: int, rng: random.Random) -> dict[str, Score]:
+def _scores(
+    spec: ModelSpec, quality: float, rung: int, rng: random.Random
+) -> dict[str, ProxyScore]:
     return {
         name: _score(spec, quality, task.rungs[rung], rng) for name, task in PROXY.tasks.items()
     }
 
 
-def _score(spec: ModelSpec, quality: float, steps: int, rng: random.Random) -> Score:
+def _score(spec: ModelSpec, quality: float, steps: int, rng: random.Random) -> ProxyScore:
     routed = "router" in spec.to_yaml()
     names = [f"blocks.0.blocks.{loop}.{step}" for loop in (1, 3) for step in range(3)]
 
     def loss(at: int) -> float:
         return quality + 3 * 0.985**at + rng.gauss(0, 0.01)
 
-    return Score(
+    return ProxyScore(
         steps=steps,
         loss=loss(steps),
         accuracy=min(1.0, 0.9 / quality),
@@ -168,23 +172,25 @@ def _score(spec: ModelSpec, quality: float, steps: int, rng: random.Random) -> S
     )
 
 
-def _entries(best: Finished, seeds: int, rng: random.Random) -> list[Entry]:
+def _entries(best: Trial, seeds: int, rng: random.Random) -> list[ComparisonEntry]:
     own = _entry("winner", "winner", best.spec, best.value or 0.0, seeds, rng)
-    losses = [(best.value or 0.0) + 0.06 - 0.04 * i for i in range(len(CONTROLS))]
-    controls = [
+    losses = [(best.value or 0.0) + 0.06 - 0.04 * i for i in range(len(BASELINES))]
+    baselines = [
         _entry(name, "control", _draw(rng)[1], loss, seeds, rng)
-        for name, loss in zip(CONTROLS, losses, strict=True)
+        for name, loss in zip(BASELINES, losses, strict=True)
     ]
     ablation = _entry("without residual", "ablation", best.spec, losses[0] + 0.1, seeds, rng)
-    none: dict[str, list[Score]] = {task: [] for task in PROXY.tasks}
-    failed = Entry("without router", "ablation", best.spec, cost(best.spec), none, "out of memory")
-    return [own, *controls, ablation, failed]
+    none: dict[str, list[ProxyScore]] = {task: [] for task in PROXY.tasks}
+    failed = ComparisonEntry(
+        "without router", "ablation", best.spec, cost(best.spec), none, "out of memory"
+    )
+    return [own, *baselines, ablation, failed]
 
 
 def _entry(
     name: str, role: Role, spec: ModelSpec, loss: float, seeds: int, rng: random.Random
-) -> Entry:
+) -> ComparisonEntry:
     quality = (loss - 0.147) / 1.15
     by_seed = [_scores(spec, quality, -1, rng) for _ in range(seeds)]
     scores = {task: [rungs[task] for rungs in by_seed] for task in PROXY.tasks}
-    return Entry(name, role, spec, cost(spec), scores)
+    return ComparisonEntry(name, role, spec, cost(spec), scores)

@@ -17,10 +17,10 @@ import archdsl
 from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.load import load
 from archdsl.lang.spec import Budget
-from archdsl.search.engine import Machine, Progress
-from archdsl.search.report.report import Report
+from archdsl.search.engine import Machine, SearchProgress
+from archdsl.search.report.report import SearchReport
 from archdsl.search.space.feasibility import NothingFitsError
-from archdsl.search.study.storage import StorageError, alone
+from archdsl.search.study.storage import StorageError, exclusive
 from archdsl.search.trials.proxy import Proxy, Task
 from archdsl.search.workers.pool import InProcess
 
@@ -63,7 +63,7 @@ class Here(Machine):
         yield InProcess()
 
 
-def go(space: Path, out: Path, plots: bool = False, **given: object) -> Report:
+def go(space: Path, out: Path, plots: bool = False, **given: object) -> SearchReport:
     settings = {"budget": Budget(params=60_000), "proxy": PROXY, "seeds": 2, "machine": Here()}
     with pytest.MonkeyPatch.context() as patch:
         if not plots:  # they take longer than all else
@@ -85,7 +85,7 @@ def test_a_search_ends_with_a_winner_under_budget_that_builds(space: Path, tmp_p
     lines = (tmp_path / "run" / "trials.jsonl").read_text().splitlines()
     assert [json.loads(line)["trial"] for line in lines] == list(range(len(lines)))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["verdict"] == report.verdict
+    assert result["verdict"] == report.conclusion
     assert result["front"] == [trial.number for trial in report.front]
     assert "Plotly" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "front.png").stat().st_size > 10_000
@@ -122,8 +122,8 @@ def test_searches_that_share_a_store_train_nothing_twice(space: Path, tmp_path: 
     )
     assert scores(tmp_path / "store") == before
     assert [t.value for t in again.trials] == [t.value for t in first.trials]
-    assert first.account.total.train_flops > 0
-    assert again.account.total.train_flops == 0
+    assert first.spending.total.train_flops > 0
+    assert again.spending.total.train_flops == 0
 
 
 def test_the_same_command_goes_on_and_ends_the_same(space: Path, tmp_path: Path) -> None:
@@ -138,19 +138,19 @@ def test_running_it_again_trains_nothing(space: Path, tmp_path: Path) -> None:
     first = go(space, tmp_path / "run", trials=3)
     before = scores(tmp_path)
     again = go(space, tmp_path / "run", trials=3, seconds=0.001)  # nor does it need time
-    assert again.verdict == first.verdict
+    assert again.conclusion == first.conclusion
     assert scores(tmp_path) == before
 
 
 def test_training_stops_within_a_rung_of_its_limit(space: Path, tmp_path: Path) -> None:
-    free = go(space, tmp_path / "free", trials=2).account.total
+    free = go(space, tmp_path / "free", trials=2).spending.total
     limit = int(free.train_flops * 1.5)
     report = go(space, tmp_path / "run", budget=Budget(params=60_000, train_flops=limit))
     rung = max(s.train_flops for t in report.trials for r in t.rungs for s in r.values())
-    assert report.account.total.train_flops <= limit + rung
+    assert report.spending.total.train_flops <= limit + rung
     assert (tmp_path / "run" / "winner.yaml").exists()
     more = go(space, tmp_path / "run", trials=4)  # what was spent does not change what it is
-    assert more.account.total.train_flops > report.account.total.train_flops
+    assert more.spending.total.train_flops > report.spending.total.train_flops
 
 
 def test_other_settings_do_not_touch_a_run(space: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_other_settings_do_not_touch_a_run(space: Path, tmp_path: Path) -> None:
 
 def test_two_processes_do_not_search_in_one_folder(space: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with alone(tmp_path / "run"), pytest.raises(StorageError, match="another process"):
+    with exclusive(tmp_path / "run"), pytest.raises(StorageError, match="another process"):
         go(space, tmp_path / "run", trials=1)
 
 
@@ -188,7 +188,7 @@ def test_choices_that_do_not_go_together_are_drawn_past(space: Path, tmp_path: P
 
 
 def test_ctrl_c_ends_with_the_result_so_far(space: Path, tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: SearchProgress) -> None:
         if progress.best:
             raise KeyboardInterrupt
 

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from archdsl.lang.load import budget_of, read
-from archdsl.search.study.sampler import Draws
+from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.storage import database, journal
 from archdsl.search.study.study import Study
 
@@ -41,14 +41,14 @@ blocks:
           residual: {kind: {search: {choices: [overwrite, thinking], default: thinking}}}
           body: *layer
 """
-DRAWS = 14
+TRIALS = 14
 LONGEST = 600.0  # seconds, on a machine that does much else
 
 
 def command(space: Path, out: Path, *more: str) -> list[str]:
     proxy = "--proxy dim=16,head_size=8,steps=8 --data skill:p-hop,hops=1,length=12 --seeds 2"
-    means = f"--trials {DRAWS} --time 1h --workers 1"
-    words = [str(space), *proxy.split(), *means.split(), "--out", str(out), *more]
+    limits = f"--trials {TRIALS} --time 1h --workers 1"
+    words = [str(space), *proxy.split(), *limits.split(), "--out", str(out), *more]
     return [sys.executable, "-m", "archdsl", "search", *words]
 
 
@@ -56,7 +56,7 @@ def disturb(words: list[str], url: str, log: Path) -> None:
     """Four workers; eight times one of them is killed and started again, all along the search."""
     rng = random.Random(0)
     # draws told; when all were, the winner meets its controls
-    moments = [*sorted(rng.choices(range(DRAWS), k=6)), DRAWS, DRAWS]
+    moments = [*sorted(rng.choices(range(TRIALS), k=6)), TRIALS, TRIALS]
     with log.open("wb") as output, ExitStack() as stack:
 
         def start() -> subprocess.Popen[bytes]:
@@ -66,7 +66,7 @@ def disturb(words: list[str], url: str, log: Path) -> None:
 
         workers = [start() for _ in range(4)]
         for moment in moments:
-            wait_until_told(url, moment, log)
+            wait_until_finished(url, moment, log)
             time.sleep(rng.random())
             victim = rng.randrange(4)
             assert workers[victim].poll() is None, log.read_text()
@@ -75,7 +75,7 @@ def disturb(words: list[str], url: str, log: Path) -> None:
         assert [worker.wait(LONGEST) for worker in workers] == [0] * 4, log.read_text()
 
 
-def told(url: str) -> int:
+def finished_trials(url: str) -> int:
     """Draws of which the database knows the end; none while there are no tables."""
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
         if connection.execute("SELECT to_regclass('trials')").fetchone() == (None,):
@@ -86,9 +86,9 @@ def told(url: str) -> int:
     return int(found[0])
 
 
-def wait_until_told(url: str, count: int, log: Path) -> None:
+def wait_until_finished(url: str, count: int, log: Path) -> None:
     deadline = time.monotonic() + LONGEST
-    while told(url) < count:
+    while finished_trials(url) < count:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
 
@@ -106,7 +106,7 @@ def trials(storage: BaseStorage) -> list[FrozenTrial]:
     return optuna.load_study(study_name=study, storage=storage).trials
 
 
-def by_draw(found: list[FrozenTrial]) -> dict[int, tuple[Any, ...]]:
+def by_trial(found: list[FrozenTrial]) -> dict[int, tuple[Any, ...]]:
     """What became of each draw. Fails where one has no end, or two."""
     ends: dict[int, tuple[Any, ...]] = {}
     for trial in found:
@@ -132,29 +132,29 @@ def undisturbed(words: list[str], out: Path) -> dict[int, tuple[Any, ...]]:
     """By one worker, which keeps its record in a file."""
     done = subprocess.run(words, capture_output=True, timeout=LONGEST)
     assert done.returncode == 0, done.stderr.decode()
-    return by_draw(trials(journal(out)))
+    return by_trial(trials(journal(out)))
 
 
 def test_who_falls_silent_loses_its_draw_to_another(postgresql: str, space: Path) -> None:
     tree = read(space)
-    draws = Draws(tree, budget_of(tree), axes=1, seed=0)
+    sampler = TrialSampler(tree, budget_of(tree), axes=1, seed=0)
     with closing_database(postgresql) as mine, closing_database(postgresql) as theirs:
-        silent = Study(mine, "study", draws, ("loss",), window=4)
-        living = Study(theirs, "study", draws, ("loss",), window=4)
+        silent = Study(mine, "study", sampler, ("loss",), window=4)
+        living = Study(theirs, "study", sampler, ("loss",), window=4)
         taken = silent.take(lambda number: number < 1)
         assert taken is not None
         assert living.take(lambda number: number < 1) is None  # it has been heard of
-        silent.heart.stop.set()
+        silent.heartbeat.stop.set()
         deadline = time.monotonic() + LONGEST
         while (again := living.take(lambda number: number < 1)) is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert (again.number, again.fingerprint) == (taken.number, taken.fingerprint)
-        silent.close(taken, "complete", (9.0,))  # it was only slow, and is too late
-        living.close(again, "complete", (1.0,))
-        living.heart.stop.set()
+        silent.finish(taken, "complete", (9.0,))  # it was only slow, and is too late
+        living.finish(again, "complete", (1.0,))
+        living.heartbeat.stop.set()
         assert [trial.values for trial in silent.finished()] == [{"loss": 1.0}]
-        ends = by_draw(trials(mine))
+        ends = by_trial(trials(mine))
     assert [outcome for outcome, *_ in ends.values()] == ["complete"]
 
 
@@ -167,5 +167,5 @@ def test_four_workers_and_eight_kills_change_nothing(
     words = command(space, out, "--storage", postgresql, "--heartbeat", "2")
     disturb(words, postgresql, tmp_path / "log")
     with closing_database(postgresql) as storage:
-        assert by_draw(trials(storage)) == expected
+        assert by_trial(trials(storage)) == expected
     assert (out / "winner.yaml").read_text() == (tmp_path / "alone" / "winner.yaml").read_text()

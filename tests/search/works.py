@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 KEPT: list[bytearray] = []
 
 
@@ -25,13 +25,13 @@ class Whole:
 class Raises(Whole):
     error: BaseException
 
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         raise self.error
 
 
 @dataclass(frozen=True)
 class Aborts(Whole):
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         os.abort()
 
 
@@ -39,7 +39,7 @@ class Aborts(Whole):
 class Leaves(Whole):
     status: int
 
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         os._exit(self.status)
 
 
@@ -49,15 +49,15 @@ class Sleeps(Whole):
 
     note: Path
     seconds: float
-    beats: bool = True
+    heartbeats: bool = True
 
-    def run(self, beat: Beat) -> int:
+    def run(self, heartbeat: Heartbeat) -> int:
         started = time.monotonic()
         self.note.write_text(f"{os.getpid()} {os.getppid()} {started}")
         while time.monotonic() < started + self.seconds:
             time.sleep(0.02)
-            if self.beats:
-                beat()
+            if self.heartbeats:
+                heartbeat()
         return os.getpid()
 
 
@@ -68,7 +68,7 @@ class Killed:
     size: int
     fits: int
 
-    def run(self, beat: Beat) -> int:
+    def run(self, heartbeat: Heartbeat) -> int:
         if self.size > self.fits:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.size
@@ -84,7 +84,7 @@ class Allocates(Whole):
     size: int
     with_torch: bool
 
-    def run(self, beat: Beat) -> int:
+    def run(self, heartbeat: Heartbeat) -> int:
         if self.with_torch:
             import torch
 
@@ -98,7 +98,7 @@ class Keeps(Whole):
 
     size: int
 
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         KEPT.append(bytearray(self.size))
 
 
@@ -108,7 +108,7 @@ class Peaks(Whole):
 
     size: int
 
-    def run(self, beat: Beat) -> int:
+    def run(self, heartbeat: Heartbeat) -> int:
         from archdsl.search.trials.proxy_training import _peak_bytes
 
         held = bytearray(self.size)
@@ -128,7 +128,7 @@ class DiesAt(Whole):
     job: Any
     step: int
 
-    def run(self, beat: Beat) -> None:
+    def run(self, heartbeat: Heartbeat) -> None:
         from archdsl.search.trials import proxy_training
 
         proxy_training.SECONDS_APART = 0

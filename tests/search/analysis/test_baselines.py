@@ -11,13 +11,13 @@ from archdsl.lang.source import from_value
 from archdsl.lang.spec import ModelSpec, Part, parse_spec, to_tree, walk
 from archdsl.model.build import meta_model
 from archdsl.search.analysis.baselines import (
-    FLOPS_TWIN,
-    LOOP_TWIN,
-    PARAMS_TWIN,
-    RANDOM_TWIN,
+    EQUAL_FLOPS,
+    EQUAL_FLOPS_LOOP,
+    EQUAL_PARAMS,
+    RANDOM_ROUTING,
     ablations,
-    contestants,
-    controls,
+    baselines,
+    compared_specs,
     distinct,
 )
 from tests.strategies import specs
@@ -45,45 +45,45 @@ def slots(spec: ModelSpec) -> int:
 @pytest.mark.parametrize("name", ["itt", "loop", "mor", "hybrid", "tiny", "mod", "universal"])
 def test_twins_match_in_what_they_are_named_after(name: str) -> None:
     winner = archdsl.load(name)
-    found = contestants(winner)
-    own, plain = sequence_cost(winner), found[PARAMS_TWIN]
+    found = compared_specs(winner)
+    own, plain = sequence_cost(winner), found[EQUAL_PARAMS]
     params = sequence_cost(plain).params
     assert params == own.params - slots(winner) == pytest.approx(own.params, rel=0.03)
-    assert sequence_cost(found[LOOP_TWIN]).params == params
+    assert sequence_cost(found[EQUAL_FLOPS_LOOP]).params == params
     layer = sequence_cost(plain).flops / len(plain.blocks)  # and its share of the head
-    assert abs(sequence_cost(found[FLOPS_TWIN]).flops - own.flops) < layer / 2
-    for twin in (PARAMS_TWIN, FLOPS_TWIN):
+    assert abs(sequence_cost(found[EQUAL_FLOPS]).flops - own.flops) < layer / 2
+    for twin in (EQUAL_PARAMS, EQUAL_FLOPS):
         assert not loops(found[twin])
 
 
 @settings(max_examples=60)
 @given(specs())
 def test_what_is_equal_is_so_for_any_spec(winner: ModelSpec) -> None:
-    found = contestants(winner)
-    own, plain = sequence_cost(winner), sequence_cost(found[PARAMS_TWIN])
+    found = compared_specs(winner)
+    own, plain = sequence_cost(winner), sequence_cost(found[EQUAL_PARAMS])
     if all(loop.parameters == "shared" for loop in loops(winner)):
         # a loop without a router's choice, or of one step, builds no slots
         assert own.params - slots(winner) <= plain.params <= own.params
-    assert not loops(found[PARAMS_TWIN])
-    assert not loops(found[FLOPS_TWIN])
-    for loop in loops(found[LOOP_TWIN]):
+    assert not loops(found[EQUAL_PARAMS])
+    assert not loops(found[EQUAL_FLOPS])
+    for loop in loops(found[EQUAL_FLOPS_LOOP]):
         bare = LoopSpec(steps=loop.steps, body=loop.body)
         assert loop == bare
-    assert sequence_cost(found[LOOP_TWIN]).params == plain.params
-    gap = abs(sequence_cost(found[LOOP_TWIN]).flops - own.flops)
+    assert sequence_cost(found[EQUAL_FLOPS_LOOP]).params == plain.params
+    gap = abs(sequence_cost(found[EQUAL_FLOPS_LOOP]).flops - own.flops)
     assert gap <= abs(plain.flops - own.flops)
-    assert abs(sequence_cost(found[FLOPS_TWIN]).flops - own.flops) <= abs(plain.flops - own.flops)
-    for loop in loops(found[RANDOM_TWIN]):
+    assert abs(sequence_cost(found[EQUAL_FLOPS]).flops - own.flops) <= abs(plain.flops - own.flops)
+    for loop in loops(found[RANDOM_ROUTING]):
         assert loop.router is None or not loop.router.learned
     # scores and weights apart, which a random choice has not, the FLOPs are those of the winner
-    heaviest = [sequence_cost(spec).heaviest for spec in (winner, found[RANDOM_TWIN])]
+    heaviest = [sequence_cost(spec).heaviest for spec in (winner, found[RANDOM_ROUTING])]
     assert heaviest[1] <= heaviest[0]
 
 
 @settings(max_examples=60)
 @given(specs())
 def test_all_are_valid_and_other_models_than_the_winner(winner: ModelSpec) -> None:
-    found = controls(winner) | ablations(winner)
+    found = baselines(winner) | ablations(winner)
     prints = [spec.fingerprint() for spec in (winner, *found.values())]
     assert len(set(prints)) == len(prints)
     for spec in found.values():
@@ -95,7 +95,7 @@ def test_all_are_valid_and_other_models_than_the_winner(winner: ModelSpec) -> No
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_loop_of_equal_flops_is_as_close_as_a_step_allows(name: str) -> None:
     winner = archdsl.load(name)
-    loop, own = contestants(winner)[LOOP_TWIN], sequence_cost(winner).flops
+    loop, own = compared_specs(winner)[EQUAL_FLOPS_LOOP], sequence_cost(winner).flops
     for i, block in enumerate(loop.blocks):
         steps = block.steps if isinstance(block, LoopSpec) else 1
         body = block.body if isinstance(block, LoopSpec) else block
@@ -110,14 +110,14 @@ def test_a_loop_of_equal_flops_is_as_close_as_a_step_allows(name: str) -> None:
 
 def test_steps_that_are_no_whole_number_are_taken_by_some_of_the_loops() -> None:
     winner = archdsl.load("itt", overrides=["blocks.0.body.1.router.capacity=0.5"])
-    twin = contestants(winner)[LOOP_TWIN]
+    twin = compared_specs(winner)[EQUAL_FLOPS_LOOP]
     assert [loop.steps for loop in loops(twin)] == [3, 2, 2, 2]
     assert sequence_cost(twin).flops == pytest.approx(sequence_cost(winner).flops, rel=0.05)
 
 
 def test_random_routing_keeps_everything_but_the_choice() -> None:
     winner = archdsl.load("itt", overrides=["blocks.0.body.1.router.kind=prefix"])
-    random = controls(winner)[RANDOM_TWIN]
+    random = baselines(winner)[RANDOM_ROUTING]
     assert [loop.router.kind for loop in loops(random)] == ["random"]  # type: ignore[union-attr]
     assert (
         random.fingerprint() == winner.patch("blocks.0.body.1.router.kind", "random").fingerprint()
@@ -148,19 +148,19 @@ def test_of_several_loops_each_is_put_back_in_turn() -> None:
 
 
 def test_a_plain_winner_needs_no_twin() -> None:
-    assert controls(archdsl.load("transformer")) == {}
+    assert baselines(archdsl.load("transformer")) == {}
 
 
 def test_what_routes_below_a_full_pass_is_matched_by_fewer_layers() -> None:
     winner = archdsl.load("mod")
-    twin = controls(winner)[FLOPS_TWIN]
+    twin = baselines(winner)[EQUAL_FLOPS]
     assert len(twin.blocks) < len(winner.canonical().blocks)
     assert sequence_cost(twin).flops == pytest.approx(sequence_cost(winner).flops, rel=0.06)
 
 
 def test_per_step_weights_are_matched_by_layers() -> None:
     winner = archdsl.load("loop", overrides=["blocks.0.body.1.parameters=per_step"])
-    assert sequence_cost(controls(winner)[PARAMS_TWIN]).params == sequence_cost(winner).params
+    assert sequence_cost(baselines(winner)[EQUAL_PARAMS]).params == sequence_cost(winner).params
     assert "without weights per step" in ablations(winner)
 
 
@@ -171,7 +171,7 @@ def test_nested_loops_are_taken_apart() -> None:
         {"kind": "loop", "steps": 2, "body": {"kind": "layer", "attention": {"head_size": 16}}},
     )
     assert isinstance(nested, ModelSpec)
-    assert [block.kind for block in controls(nested)[PARAMS_TWIN].blocks] == ["layer", "layer"]  # type: ignore[attr-defined]
+    assert [block.kind for block in baselines(nested)[EQUAL_PARAMS].blocks] == ["layer", "layer"]  # type: ignore[attr-defined]
 
 
 def test_a_name_is_kept_where_it_is_another_model_for_one_of_the_tasks() -> None:

@@ -18,27 +18,27 @@ import archdsl
 from archdsl.costs.receipt import cost, sequence_cost
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.baselines import (
-    FLOPS_TWIN,
-    LOOP_TWIN,
-    PARAMS_TWIN,
-    RANDOM_TWIN,
+    EQUAL_FLOPS,
+    EQUAL_FLOPS_LOOP,
+    EQUAL_PARAMS,
+    RANDOM_ROUTING,
     WINNER,
 )
 from archdsl.search.analysis.comparison import (
     OBJECTIVE,
-    Entry,
+    ComparisonEntry,
     Key,
     as_json,
-    contest_jobs,
+    comparison_jobs,
     differences,
     entries,
-    known,
     role_of,
-    run_contest,
+    run_comparison,
+    stored_scores,
 )
-from archdsl.search.analysis.conclusions import verdict, what_matters
-from archdsl.search.report.tables import contestants, failures, gaps
-from archdsl.search.trials.proxy import Job, Proxy, Score, Task
+from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
+from archdsl.search.report.tables import comparison_table, difference_table, failures
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, JobFailed
 
 TASK = Task(
@@ -48,14 +48,14 @@ HALF = TASK.model_copy(update={"weight": 0.5})
 PROXY = Proxy(dim=16, head_size=8, tasks={"a": TASK, "b": HALF})
 
 
-def score(loss: float | None) -> Score:
-    return Score(steps=2, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0)
+def score(loss: float | None) -> ProxyScore:
+    return ProxyScore(steps=2, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0)
 
 
 class Scripted:
     """A pool in which a function says what comes of each job, in the order of asking."""
 
-    def __init__(self, outcome: Callable[[Job], Score], workers: int = 2) -> None:
+    def __init__(self, outcome: Callable[[Job], ProxyScore], workers: int = 2) -> None:
         self.outcome, self.workers = outcome, workers
         self.jobs: list[Job] = []
 
@@ -81,7 +81,7 @@ def winner() -> ModelSpec:
 
 @pytest.fixture
 def jobs(winner: ModelSpec, tmp_path: Path) -> dict[Key, Job]:
-    return contest_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=True)
+    return comparison_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=True)
 
 
 def quiet(_: str) -> None: ...
@@ -94,15 +94,15 @@ def test_all_meet_with_one_seed_before_the_next_and_controls_come_first(
     assert seeds == [7, 8, 9]
     first = [role_of(name) for name, _, seed in jobs if seed == 7]
     assert [role for role, _ in groupby(first)] == ["winner", "control", "ablation"]
-    unablated = contest_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=False)
+    unablated = comparison_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=False)
     assert unablated == {k: v for k, v in jobs.items() if role_of(k[0]) != "ablation"}
     assert all(job.steps == TASK.rungs[-1] for job in jobs.values())
 
 
 def test_controls_are_equal_where_they_are_trained(jobs: dict[Key, Job]) -> None:
-    own, layer = (sequence_cost(jobs[name, "a", 7].spec) for name in (WINNER, PARAMS_TWIN))
+    own, layer = (sequence_cost(jobs[name, "a", 7].spec) for name in (WINNER, EQUAL_PARAMS))
     assert layer.params == pytest.approx(own.params, rel=0.03)
-    for twin in (FLOPS_TWIN, LOOP_TWIN):
+    for twin in (EQUAL_FLOPS, EQUAL_FLOPS_LOOP):
         assert sequence_cost(jobs[twin, "a", 7].spec).flops == pytest.approx(own.flops, rel=0.1)
 
 
@@ -137,7 +137,7 @@ def test_nothing_is_begun_that_may_not_be(jobs: dict[Key, Job]) -> None:
     pool = Scripted(lambda job: score(1.0))
     said: list[str] = []
     # the loop asks once for itself, and once for each job
-    results = run_contest(pool, jobs, times(6), said.append)
+    results = run_comparison(pool, jobs, times(6), said.append)
     assert set(results) == set(list(jobs)[: len(results)])
     assert 0 < len(results) <= 6
     assert pool.jobs == list(jobs.values())[: len(results)]
@@ -159,56 +159,56 @@ def test_no_more_are_under_way_than_there_are_workers(jobs: dict[Key, Job]) -> N
         if pending:
             pending.pop(0).set_result(score(1.0))
 
-    assert len(run_contest(Slow(), jobs, lambda: True, finish_one)) == len(jobs)
+    assert len(run_comparison(Slow(), jobs, lambda: True, finish_one)) == len(jobs)
 
 
 def test_one_that_fails_is_shown_with_its_reason(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
-    loop = jobs[LOOP_TWIN, "a", 8].spec
+    loop = jobs[EQUAL_FLOPS_LOOP, "a", 8].spec
 
-    def outcome(job: Job) -> Score:
+    def outcome(job: Job) -> ProxyScore:
         if job.spec == loop and job.seed == 8:
             raise JobFailed("out of memory", "killed twice")
         return score(1.0 if job.spec == jobs[WINNER, "a", 8].spec else 2.0)
 
-    results = run_contest(Scripted(outcome), jobs, lambda: True, quiet)
+    results = run_comparison(Scripted(outcome), jobs, lambda: True, quiet)
     assert len(results) == len(jobs)
     found = entries(winner, jobs, results)
     failed = {entry.name: entry.error for entry in found if entry.error}
-    assert failed == {LOOP_TWIN: "a, seed 8: out of memory: killed twice"}
-    assert LOOP_TWIN not in differences(found, PROXY)
-    said = verdict(found, PROXY)
+    assert failed == {EQUAL_FLOPS_LOOP: "a, seed 8: out of memory: killed twice"}
+    assert EQUAL_FLOPS_LOOP not in differences(found, PROXY)
+    said = conclusion(found, PROXY)
     assert "beats 3 of its controls" in said
-    assert f"the {LOOP_TWIN} twin failed" in said
-    assert as_json(found, PROXY)[3]["error"] == failed[LOOP_TWIN]
+    assert f"the {EQUAL_FLOPS_LOOP} twin failed" in said
+    assert as_json(found, PROXY)[3]["error"] == failed[EQUAL_FLOPS_LOOP]
 
 
 def test_what_was_trained_before_is_read_back_without_being_allowed_anything(
     winner: ModelSpec, tmp_path: Path
 ) -> None:
-    few = dict(list(contest_jobs(winner, PROXY, (7,), tmp_path, ablate=False).items())[:1])
-    first = run_contest(InProcess(), few, lambda: True, quiet)
-    assert set(known(few)) == set(few)
-    again = run_contest(
+    few = dict(list(comparison_jobs(winner, PROXY, (7,), tmp_path, ablate=False).items())[:1])
+    first = run_comparison(InProcess(), few, lambda: True, quiet)
+    assert set(stored_scores(few)) == set(few)
+    again = run_comparison(
         Scripted(lambda job: pytest.fail("trained again")), few, lambda: False, quiet
     )
-    losses = [[r.loss for r in rs.values() if isinstance(r, Score)] for rs in (first, again)]
+    losses = [[r.loss for r in rs.values() if isinstance(r, ProxyScore)] for rs in (first, again)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 1
 
 
-def entry(name: str, *losses: float | None, error: str = "") -> Entry:
+def entry(name: str, *losses: float | None, error: str = "") -> ComparisonEntry:
     """One of loss ``losses`` in task a, by seed, and of 1 in task b."""
     spec = archdsl.load("tiny")
     scores = {"a": [score(loss) for loss in losses], "b": [score(1.0) for _ in losses]}
-    return Entry(name, role_of(name), spec, cost(spec), scores, error)
+    return ComparisonEntry(name, role_of(name), spec, cost(spec), scores, error)
 
 
 def test_differences_are_paired_by_seed_over_those_that_both_have() -> None:
     own = entry(WINNER, 1.0, 3.0, 2.0)
-    found = differences([own, entry(PARAMS_TWIN, 1.5, 3.5, 2.5), entry("without x", 1.2)], PROXY)
-    assert list(found) == [PARAMS_TWIN, "without x"]
-    assert list(found[PARAMS_TWIN]) == [OBJECTIVE, "a", "b"]
-    gap = found[PARAMS_TWIN][OBJECTIVE]
+    found = differences([own, entry(EQUAL_PARAMS, 1.5, 3.5, 2.5), entry("without x", 1.2)], PROXY)
+    assert list(found) == [EQUAL_PARAMS, "without x"]
+    assert list(found[EQUAL_PARAMS]) == [OBJECTIVE, "a", "b"]
+    gap = found[EQUAL_PARAMS][OBJECTIVE]
     assert [gap.mean, gap.half_width, gap.pairs] == pytest.approx([0.5, 0, 3])
     assert found["without x"]["a"].mean == pytest.approx(0.2)
     assert found["without x"]["a"].half_width == math.inf
@@ -218,87 +218,90 @@ OWN = (1.0, 1.1, 1.2)
 ABOVE, BELOW, AROUND = (1.3, 1.41, 1.5), (0.7, 0.81, 0.9), (1.0, 1.2, 1.1)
 
 
-def cases() -> Iterator[tuple[list[Entry], str]]:
+def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
     yield [], "No seed was trained with all of the controls: nothing is known yet."
     yield (
         [entry(WINNER, *OWN)],
         "The winner is plain, nothing in it thinks: it is its own control.",
     )
     yield (
-        [entry(WINNER, *OWN), entry(PARAMS_TWIN, *ABOVE), entry(FLOPS_TWIN, *ABOVE)],
+        [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE), entry(EQUAL_FLOPS, *ABOVE)],
         "Over 3 seeds that chose nothing, the winner beats all of its controls: it beats "
-        f"the {PARAMS_TWIN} twin and the {FLOPS_TWIN} twin.",
+        f"the {EQUAL_PARAMS} twin and the {EQUAL_FLOPS} twin.",
     )
     yield (
         [
             entry(WINNER, *OWN),
-            entry(PARAMS_TWIN, *ABOVE),
-            entry(FLOPS_TWIN, *BELOW),
-            entry(LOOP_TWIN, *AROUND),
-            entry(RANDOM_TWIN, 1.3, None, 1.5),
+            entry(EQUAL_PARAMS, *ABOVE),
+            entry(EQUAL_FLOPS, *BELOW),
+            entry(EQUAL_FLOPS_LOOP, *AROUND),
+            entry(RANDOM_ROUTING, 1.3, None, 1.5),
         ],
         "Over 3 seeds that chose nothing, the winner beats 1 of its controls: it beats the "
-        f"{PARAMS_TWIN} twin; it loses to the {FLOPS_TWIN} twin; it cannot be told from the "
-        f"{LOOP_TWIN} twin; the {RANDOM_TWIN} twin diverged (95% intervals, each for itself).",
+        f"{EQUAL_PARAMS} twin; it loses to the {EQUAL_FLOPS} twin; it cannot be told from the "
+        f"{EQUAL_FLOPS_LOOP} twin; the {RANDOM_ROUTING} twin diverged "
+        "(95% intervals, each for itself).",
     )
     yield (
-        [entry(WINNER, 1.0), entry(PARAMS_TWIN, 9.0)],
+        [entry(WINNER, 1.0), entry(EQUAL_PARAMS, 9.0)],
         "Over one seed that chose nothing, the winner beats none of its controls: it cannot be "
-        f"told from the {PARAMS_TWIN} twin (95% intervals, each for itself).",
+        f"told from the {EQUAL_PARAMS} twin (95% intervals, each for itself).",
     )
     yield (
-        [entry(WINNER, 1.0, None), entry(PARAMS_TWIN, 2.0, 2.0)],
+        [entry(WINNER, 1.0, None), entry(EQUAL_PARAMS, 2.0, 2.0)],
         "The winner diverged, trained with 2 seeds that chose nothing.",
     )
     yield (
-        [entry(WINNER, error="a, seed 1: crash: x"), entry(PARAMS_TWIN, 2.0, 2.0)],
+        [entry(WINNER, error="a, seed 1: crash: x"), entry(EQUAL_PARAMS, 2.0, 2.0)],
         "The winner could not be trained: a, seed 1: crash: x.",
     )
 
 
 @pytest.mark.parametrize(("found", "sentence"), list(cases()))
-def test_the_verdict_says_no_more_than_the_intervals(found: list[Entry], sentence: str) -> None:
-    assert verdict(found, PROXY) == sentence
+def test_the_verdict_says_no_more_than_the_intervals(
+    found: list[ComparisonEntry], sentence: str
+) -> None:
+    assert conclusion(found, PROXY) == sentence
 
 
 def test_what_matters_is_what_the_winner_is_worse_without() -> None:
     found = [
         entry(WINNER, *OWN),
-        entry(PARAMS_TWIN, *ABOVE),
+        entry(EQUAL_PARAMS, *ABOVE),
         entry("without router", *ABOVE),
         entry("without encoding", *AROUND),
         entry("without residual", *ABOVE),
     ]
-    assert what_matters(found, PROXY) == (
+    assert ablation_conclusion(found, PROXY) == (
         "The winner is worse without router, without residual; it cannot be told from itself "
         "without encoding (95% intervals, each for itself)."
     )
-    assert what_matters(found[:2], PROXY) == ""
+    assert ablation_conclusion(found[:2], PROXY) == ""
 
 
 def test_tables_show_what_failed_and_what_only_some_seeds_say() -> None:
     found = [
         entry(WINNER, *OWN),
-        entry(PARAMS_TWIN, *ABOVE),
-        entry(LOOP_TWIN, error="a, seed 1: crash: x"),
+        entry(EQUAL_PARAMS, *ABOVE),
+        entry(EQUAL_FLOPS_LOOP, error="a, seed 1: crash: x"),
         entry("without router", 1.5),
     ]
     table = Console(width=80, record=True, file=StringIO())
-    table.print(contestants(found, PROXY), gaps(found, PROXY))
+    table.print(comparison_table(found, PROXY), difference_table(found, PROXY))
     text = table.export_text()
-    assert re.search(rf"{PARAMS_TWIN} +\+0.303 ± 0.014", text)
-    assert re.search(rf"{LOOP_TWIN} +failed", text)
+    assert re.search(rf"{EQUAL_PARAMS} +\+0.303 ± 0.014", text)
+    assert re.search(rf"{EQUAL_FLOPS_LOOP} +failed", text)
     assert re.search(r"without router +\+0.500, one seed", text)
     assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 +1.000", text)
-    assert failures(found) == [("failed", f"{LOOP_TWIN}: a, seed 1: crash: x")]
+    assert failures(found) == [("failed", f"{EQUAL_FLOPS_LOOP}: a, seed 1: crash: x")]
 
 
 def test_what_another_process_trains_is_waited_for_last(jobs: dict[Key, Job]) -> None:
     pool = Scripted(lambda job: score(1.0))
-    busy = next(iter(jobs.values())).place
+    busy = next(iter(jobs.values())).stored_run
     with busy.locked(lambda: None):
-        results = run_contest(pool, jobs, lambda: True, quiet)
+        results = run_comparison(pool, jobs, lambda: True, quiet)
     assert len(results) == len(jobs)
-    at_it = [job.place.folder == busy.folder for job in pool.jobs]
+    at_it = [job.stored_run.folder == busy.folder for job in pool.jobs]
     assert at_it == sorted(at_it)
     assert any(at_it)

@@ -18,12 +18,18 @@ from archdsl.lang.load import fitted
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import fill
-from archdsl.search.analysis.comparison import contest_jobs
-from archdsl.search.analysis.forecast import Means, Plan, forecast, plan, wilson
-from archdsl.search.analysis.timing import Calibration, Probe, Speed, calibrate, measured
+from archdsl.search.analysis.comparison import comparison_jobs
+from archdsl.search.analysis.forecast import (
+    Resources,
+    SearchForecast,
+    forecast_from_timing,
+    forecast_search,
+    wilson,
+)
+from archdsl.search.analysis.timing import Probe, Speed, Timing, measure_timing, measured
 from archdsl.search.report.forecast_tables import shown
 from archdsl.search.space.feasibility import NothingFitsError, Survey, survey
-from archdsl.search.trials.proxy import Job, Proxy, Score, Task
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, JobFailed
 
 SKILL = "skill:p-hop,hops=1,length=8,alphabet=3"
@@ -54,9 +60,9 @@ def model(steps: int = 2) -> ModelSpec:
     return fitted(fill(SPACE, lambda name, _: picked[name]))
 
 
-def score(steps: int, seconds: float, flops: float) -> Score:
+def score(steps: int, seconds: float, flops: float) -> ProxyScore:
     held: dict[str, Any] = {"loss": 1.0, "accuracy": 0.5, "bits_per_byte": None}
-    return Score(steps=steps, seconds=seconds, train_flops=flops, peak_bytes=7 * steps, **held)
+    return ProxyScore(steps=steps, seconds=seconds, train_flops=flops, peak_bytes=7 * steps, **held)
 
 
 def test_two_rungs_tell_what_a_step_and_what_a_rung_costs() -> None:
@@ -73,42 +79,45 @@ def test_two_rungs_tell_what_a_step_and_what_a_rung_costs() -> None:
 SPEED = Speed(per_step=1.0, per_rung=5.0, flops_per_step=100.0, peak_bytes=1000)
 
 
-def predicted(means: Means, found: Survey, after: float = 10) -> Plan:
+def predicted(resources: Resources, found: Survey, after: float = 10) -> SearchForecast:
     """With trials of 37 s and 1700 FLOPs, 17 s and 700 FLOPs if they stop on the first rung."""
     by_task = {"skill": SPEED, "other": SPEED}
-    calibration = Calibration([model()], [by_task], failures=[], seconds=1.0)
-    return forecast(found, Budget(), PROXY, calibration, means, after=after)
+    timing = Timing([model()], [by_task], failures=[], seconds=1.0)
+    return forecast_from_timing(found, Budget(), PROXY, timing, resources, after=after)
 
 
 LARGE = Survey(size=10**6, tried=100, feasible=90, invalid=5, models=(model(),))
 
 
 def test_what_is_used_up_first_ends_the_search() -> None:
-    time = predicted(Means(workers=2, seconds=1000), LARGE)
+    time = predicted(Resources(workers=2, seconds=1000), LARGE)
     assert time.seconds_after == 10 * 37 / 2
-    assert (time.climbing.trials, time.climbing.stops_at) == ((2000 - 370) // 37, "time")
-    assert (time.stopping.trials, time.stopping.stops_at) == ((2000 - 370) // 17, "time")
-    assert time.climbing.seconds == (44 * 37 + 370) / 2 <= 1000
-    assert time.climbing.train_flops == 44 * 1700 + 17_000
+    assert (time.all_promoted.trials, time.all_promoted.stops_at) == ((2000 - 370) // 37, "time")
+    assert (time.all_stopped.trials, time.all_stopped.stops_at) == ((2000 - 370) // 17, "time")
+    assert time.all_promoted.seconds == (44 * 37 + 370) / 2 <= 1000
+    assert time.all_promoted.train_flops == 44 * 1700 + 17_000
 
-    flops = predicted(Means(workers=2, seconds=1000, train_flops=50_000), LARGE)
-    assert (flops.climbing.trials, flops.climbing.stops_at) == (33_000 // 1700, "train_flops")
-    trials = predicted(Means(workers=2, seconds=1000, trials=7), LARGE)
-    assert (trials.climbing.trials, trials.stopping.stops_at) == (7, "trials")
-    assert trials.climbing.seconds == (7 * 37 + 370) / 2
-    assert trials.stopping.seconds == (7 * 17 + 370) / 2
+    flops = predicted(Resources(workers=2, seconds=1000, train_flops=50_000), LARGE)
+    assert (flops.all_promoted.trials, flops.all_promoted.stops_at) == (
+        33_000 // 1700,
+        "train_flops",
+    )
+    trials = predicted(Resources(workers=2, seconds=1000, trials=7), LARGE)
+    assert (trials.all_promoted.trials, trials.all_stopped.stops_at) == (7, "trials")
+    assert trials.all_promoted.seconds == (7 * 37 + 370) / 2
+    assert trials.all_stopped.seconds == (7 * 17 + 370) / 2
     small = replace(LARGE, size=100, models=tuple(model(steps) for steps in (1, 2, 3)))
-    assert predicted(Means(workers=1, seconds=9999), small).climbing.trials == 3
-    endless = predicted(Means(workers=1), LARGE)
-    assert endless.climbing.trials == math.inf
+    assert predicted(Resources(workers=1, seconds=9999), small).all_promoted.trials == 3
+    endless = predicted(Resources(workers=1), LARGE)
+    assert endless.all_promoted.trials == math.inf
     assert endless.as_json()["estimated"]["climbing"]["trials"] is None
-    short = predicted(Means(workers=1, seconds=100), LARGE)
-    assert short.climbing.trials == 0
+    short = predicted(Resources(workers=1, seconds=100), LARGE)
+    assert short.all_promoted.trials == 0
 
 
 def test_a_share_that_was_sampled_has_an_interval_that_covers_it() -> None:
-    assert predicted(Means(1), LARGE).interval == wilson(90, 100)
-    assert predicted(Means(1), replace(LARGE, size=100)).interval is None
+    assert predicted(Resources(1), LARGE).interval == wilson(90, 100)
+    assert predicted(Resources(1), replace(LARGE, size=100)).interval is None
     for share in (0.02, 0.3, 0.9, 0.995):
         covered = sum(
             math.comb(100, k) * share**k * (1 - share) ** (100 - k)
@@ -127,26 +136,26 @@ def test_a_plan_trains_a_few_proxies_and_leaves_nothing_behind(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     budget = Budget(params=50_000, train_flops=10**12)
-    found = plan(InProcess(), SPACE, budget, PROXY, seconds=3600, calibration=0.0, wider=2)
+    found = forecast_search(InProcess(), SPACE, budget, PROXY, seconds=3600, timing=0.0, wider=2)
     assert list(tmp_path.glob("archdsl*")) == []
     assert (found.survey.size, found.survey.feasible, found.survey.distinct) == (6, 6, 5)
-    assert len(found.calibration.models) == 2  # no time, so the least
+    assert len(found.timing.models) == 2  # no time, so the least
     assert found.kept["params"][0] == 50_000 >= found.kept["params"][2]
 
     # FLOPs are a sum over steps: those of whole trainings, to the last
     flops = []
-    for trained in found.calibration.models:
+    for trained in found.timing.models:
         jobs = [
             Job(tmp_path / "store", PROXY.shrink(trained, task), task, 0, task.rungs[-1])
             for task in PROXY.tasks.values()
         ]
         flops.append(sum(job.run(lambda: None).train_flops for job in jobs))
     assert (found.trial.flops.least, found.trial.flops.most) == (min(flops), max(flops))
-    contests = [
-        len(contest_jobs(m, PROXY, range(3), tmp_path, ablate=True)) / 2
-        for m in found.calibration.models
+    comparisons = [
+        len(comparison_jobs(m, PROXY, range(3), tmp_path, ablate=True)) / 2
+        for m in found.timing.models
     ]
-    assert found.after == sum(contests) / 2 + 2
+    assert found.after == sum(comparisons) / 2 + 2
 
     said = words(found)
     assert "6 points, 6 of which keep to the budget; 5 different models" in said
@@ -155,7 +164,7 @@ def test_a_plan_trains_a_few_proxies_and_leaves_nothing_behind(
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["space"]["whole"] is True
 
 
-def words(found: Plan) -> str:
+def words(found: SearchForecast) -> str:
     console = Console(file=io.StringIO(), width=1000)
     console.print(shown(found))
     assert isinstance(console.file, io.StringIO)
@@ -163,16 +172,16 @@ def words(found: Plan) -> str:
 
 
 def test_the_words_say_what_was_sampled_and_what_is_too_short() -> None:
-    said = words(predicted(Means(workers=2, seconds=1000), LARGE))
+    said = words(predicted(Resources(workers=2, seconds=1000), LARGE))
     assert "of 100 drawn at random 90 keep to the budget (82.6% to 94.5% of all draws, 95%)" in said
     assert "of 5 the choices do not go together" in said
     assert "44 to 95 trials, from all climbing to the last rung to all stopped on the first" in said
     assert "10 trainings of the winner, its controls and ablations" in said
     assert "3.1 min, 19% of the whole" in said
-    short = words(predicted(Means(workers=1, seconds=100), LARGE))
+    short = words(predicted(Resources(workers=1, seconds=100), LARGE))
     assert "no trial and all that follows it fit into the means; that needs 6.8 min" in short
     assert "end after 1.7 min, with controls left undone" in short
-    assert "ended by nothing: give --time" in words(predicted(Means(workers=1), LARGE))
+    assert "ended by nothing: give --time" in words(predicted(Resources(workers=1), LARGE))
 
 
 class Failing(InProcess):
@@ -194,14 +203,14 @@ class Failing(InProcess):
 
 def test_proxies_that_cannot_be_trained_are_named_and_do_not_count(tmp_path: Path) -> None:
     models = [model(steps) for steps in (1, 2, 3)]
-    found = calibrate(Failing("other", {1}), models, PROXY, tmp_path, seconds=60)
+    found = measure_timing(Failing("other", {1}), models, PROXY, tmp_path, seconds=60)
     assert found.models == models[1:]
     assert found.failures == ["crash: it fell over"]
     with pytest.raises(JobFailed, match="it fell over"):
-        calibrate(Failing("skill", {1, 2, 3}), models, PROXY, tmp_path / "b", seconds=60)
+        measure_timing(Failing("skill", {1, 2, 3}), models, PROXY, tmp_path / "b", seconds=60)
 
 
 def test_a_space_in_which_nothing_fits_has_no_plan() -> None:
     with pytest.raises(NothingFitsError, match="none of its 6 points does"):
-        plan(InProcess(), SPACE, Budget(params=10), PROXY, seconds=60)
+        forecast_search(InProcess(), SPACE, Budget(params=10), PROXY, seconds=60)
     assert survey(SPACE, Budget(params=10)).models == ()

@@ -14,10 +14,16 @@ from hypothesis import strategies as st
 
 import archdsl
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.analysis.proxy_validation import Trust, between_rungs, points, run_trust, wider
+from archdsl.search.analysis.proxy_validation import (
+    ProxyValidation,
+    between_rungs,
+    points,
+    validate_proxy,
+    wider,
+)
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.study.record import Finished
-from archdsl.search.trials.proxy import Proxy, Score, Task
+from archdsl.search.study.record import Trial
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import JobFailed
 
 TASK = Task(
@@ -27,8 +33,8 @@ PROXY = Proxy(dim=16, head_size=8, tasks={"skill": TASK})
 TINY = archdsl.load("tiny")
 
 
-def score(loss: float | None, steps: int = 2) -> Score:
-    return Score(steps=steps, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0)
+def score(loss: float | None, steps: int = 2) -> ProxyScore:
+    return ProxyScore(steps=steps, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0)
 
 
 @cache
@@ -36,10 +42,10 @@ def model(number: int) -> ModelSpec:
     return TINY.patch("blocks.1.steps", number + 1)
 
 
-def finished(number: int, first: float, last: float | None, like: int | None = None) -> Finished:
+def finished(number: int, first: float, last: float | None, like: int | None = None) -> Trial:
     """A draw with these losses on its rungs; pruned without a last one."""
     losses = [first] if last is None else [first, last]
-    return Finished(
+    return Trial(
         number=number,
         spec=model(number),
         fingerprint=str(number if like is None else like),
@@ -50,7 +56,7 @@ def finished(number: int, first: float, last: float | None, like: int | None = N
     )
 
 
-def ranked(losses: Sequence[float]) -> list[Finished]:
+def ranked(losses: Sequence[float]) -> list[Trial]:
     return [finished(number, loss, loss) for number, loss in enumerate(losses)]
 
 
@@ -80,7 +86,7 @@ def test_rungs_are_compared_over_those_that_reached_the_last() -> None:
     trials = [finished(i, first, 3.0 - i) for i, first in enumerate((1.0, 2.0, 3.0))]
     found = between_rungs([*trials, finished(3, 0.0, None)], PROXY)
     assert (found.tau, found.pairs) == (-1.0, 3)
-    one_rung = [Finished(**{**vars(t), "rungs": t.rungs[-1:]}) for t in trials]
+    one_rung = [Trial(**{**vars(t), "rungs": t.rungs[-1:]}) for t in trials]
     assert between_rungs(one_rung, PROXY).tau is None  # it would agree with itself
 
 
@@ -109,26 +115,32 @@ class Scripted:
         return future
 
 
-def trusted(loss: Callable[[int], float | None], store: Path) -> Trust:
+def validated(loss: Callable[[int], float | None], store: Path) -> ProxyValidation:
     """Of ten models whose losses at the wider width are a function of their number."""
     pool, trials = Scripted(loss), ranked([i / 10 for i in range(10)])
-    return run_trust(pool, trials, PROXY, 0, store, lambda: True, lambda _: None)
+    return validate_proxy(pool, trials, PROXY, 0, store, lambda: True, lambda _: None)
 
 
 def test_a_ranking_that_holds_is_said_to_hold(tmp_path: Path) -> None:
-    trust = trusted(lambda number: number + 5.0, tmp_path)
-    assert (trust.width, trust.wider.tau, trust.wider.pairs) == (32, 1.0, 8)
-    assert trust.sentence().startswith("The proxy's ranking holds at width 32: Kendall's tau is")
-    assert "First and last rung agree" in trust.sentence()
-    assert trust.points[0].number == 0
-    assert (trust.points[1].loss, trust.points[1].wider_loss) == (0.1, 6.0)
+    proxy_validation = validated(lambda number: number + 5.0, tmp_path)
+    assert (proxy_validation.width, proxy_validation.wider.tau, proxy_validation.wider.pairs) == (
+        32,
+        1.0,
+        8,
+    )
+    assert proxy_validation.sentence().startswith(
+        "The proxy's ranking holds at width 32: Kendall's tau is"
+    )
+    assert "First and last rung agree" in proxy_validation.sentence()
+    assert proxy_validation.points[0].number == 0
+    assert (proxy_validation.points[1].loss, proxy_validation.points[1].wider_loss) == (0.1, 6.0)
 
 
 def test_a_ranking_that_does_not_hold_is_said_not_to(tmp_path: Path) -> None:
-    mixed = trusted(lambda number: float(number * 7 % 5), tmp_path)
-    assert not mixed.wider.is_shown
+    mixed = validated(lambda number: float(number * 7 % 5), tmp_path)
+    assert not mixed.wider.is_significant
     assert mixed.sentence().startswith("That the proxy's ranking holds at width 32 is not shown")
-    turned = trusted(lambda number: -float(number), tmp_path)
+    turned = validated(lambda number: -float(number), tmp_path)
     assert turned.sentence().startswith("The proxy's ranking is turned round at width 32")
 
 
@@ -138,20 +150,20 @@ def test_who_diverges_or_fails_at_the_larger_width_is_left_out(tmp_path: Path) -
             raise JobFailed("crash", "it ended")
         return None if number == 2 else float(number)
 
-    trust = trusted(loss, tmp_path)
-    assert trust.wider.pairs == 6
-    assert {point.number for point in trust.points}.isdisjoint({1, 2})
+    proxy_validation = validated(loss, tmp_path)
+    assert proxy_validation.wider.pairs == 6
+    assert {point.number for point in proxy_validation.points}.isdisjoint({1, 2})
 
 
 def test_what_was_not_tried_is_not_claimed() -> None:
     few = kendall_tau([])
-    assert Trust(few, few, 64, []).sentence() == (
+    assert ProxyValidation(few, few, 64, []).sentence() == (
         "Whether the ranking holds at width 64 was not tried."
     )
-    own = Trust(few, few, None, []).sentence()
+    own = ProxyValidation(few, few, None, []).sentence()
     assert own == "The models were trained at their own size, so no proxy needs to be trusted."
     rungs = Correlation(0.5, -0.1, 0.9, 6)
-    said = Trust(rungs, few, 64, []).sentence()
+    said = ProxyValidation(rungs, few, 64, []).sentence()
     assert said.endswith(
         "First and last rung are not shown to agree: +0.50 (-0.10 to +0.90, 6 models)."
     )

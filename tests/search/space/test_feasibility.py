@@ -17,8 +17,8 @@ from archdsl.lang.load import load, read
 from archdsl.lang.source import Tree, from_value, override, parse
 from archdsl.lang.spec import Budget
 from archdsl.lang.template import Choice, Distribution, find
-from archdsl.search.space.enumerate import Point, answered, points, size
-from archdsl.search.space.feasibility import NothingFitsError, refuse_infeasible, survey, tried
+from archdsl.search.space.enumerate import Point, point_from, points, space_size
+from archdsl.search.space.feasibility import NothingFitsError, require_feasible, survey, try_point
 
 SCALARS = st.sampled_from([1, "x", None])
 NAMED = [  # of equal names there is one kind only
@@ -48,7 +48,7 @@ def counted(tree: Tree) -> set[str]:
     leaves = find(tree)
     values = [list(_values(leaf)) for leaf in leaves.values()]
     answers = (dict(zip(leaves, picked, strict=True)) for picked in product(*values))
-    return {as_text(answered(tree, lambda name, _, a=a: a[name])) for a in answers}  # type: ignore[misc]
+    return {as_text(point_from(tree, lambda name, _, a=a: a[name])) for a in answers}  # type: ignore[misc]
 
 
 def _values(leaf: Distribution) -> Any:
@@ -63,7 +63,7 @@ def as_text(point: Point) -> str:
 def test_the_size_of_a_space_is_the_number_of_its_points(tree: Tree) -> None:
     assume(len(find(tree)) <= 6)
     expected = counted(tree)
-    assert size(tree) == len(expected)
+    assert space_size(tree) == len(expected)
     found = points(tree, len(expected), seed=0)
     assert len(found) == len(expected)
     assert {as_text(point) for point in found} == expected
@@ -78,7 +78,7 @@ def test_a_continuous_space_has_no_size_but_points() -> None:
         "b: {search: {low: 0.0, high: 1.0, default: 0.1}}\n"
         "c: {search: {low: 1, high: 1000, log: true, default: 1}}\n"
     )
-    assert size(tree) is None
+    assert space_size(tree) is None
     found = points(tree, 40, seed=3)
     assert len(found) == 40
     assert found == points(tree, 40, seed=3) != points(tree, 40, seed=4)
@@ -108,7 +108,7 @@ HIDDEN = "blocks.0.body.ffn.hidden"
 def corner() -> dict[str, int]:
     """What the one cheapest model costs."""
     tree = parse(SPACE)
-    least = tried(tree, {STEPS: 2, CAPACITY: 0.25, HIDDEN: 8}, Budget(params=1, flops=1))
+    least = try_point(tree, {STEPS: 2, CAPACITY: 0.25, HIDDEN: 8}, Budget(params=1, flops=1))
     return {name: round(found.spent) for name, found in least.misses.items()}
 
 
@@ -136,7 +136,7 @@ def test_choices_that_do_not_go_together_are_counted_apart() -> None:
     assert (found.size, found.invalid, found.feasible) == (54, 27, 27)
     mistaken = heads.replace("default: 8}}", "default: 6}}")
     with pytest.raises(SpecError, match="head_size: must divide dim 16, got 6"):
-        refuse_infeasible(parse(mistaken), Budget())
+        require_feasible(parse(mistaken), Budget())
 
 
 def many(text: str) -> Tree:
@@ -148,7 +148,7 @@ def many(text: str) -> Tree:
 
 @pytest.mark.parametrize("space", [parse(SPACE), many(SPACE)])
 def test_a_space_in_which_one_corner_fits_is_not_refused(space: Tree) -> None:
-    found = refuse_infeasible(space, Budget.model_validate(corner()))
+    found = require_feasible(space, Budget.model_validate(corner()))
     assert largest_excess(found, Budget.model_validate(corner())) == 0
 
 
@@ -161,23 +161,23 @@ def test_one_in_which_nothing_fits_names_the_closest_and_what_would_help(
     costs = corner()
     limits = {"params": costs["params"] - 10, "flops": costs["flops"] - 10}
     with pytest.raises(NothingFitsError) as error:
-        refuse_infeasible(space, Budget.model_validate(limits))
+        require_feasible(space, Budget.model_validate(limits))
     said = str(error.value)
     assert tried in said
     assert f"{STEPS}=2" in said
     assert f"{CAPACITY}=0.25" in said
     assert f"its {costs['params']:,} parameters exceed the budget of {limits['params']:,}" in said
     assert f"it would fit with params of at least {costs['params']:,} and flops of at " in said
-    refuse_infeasible(space, Budget.model_validate(costs))
+    require_feasible(space, Budget.model_validate(costs))
 
 
 def test_the_shipped_space_is_answered_for_at_once() -> None:
     tree = read("search")
     started = time.process_time()
-    refuse_infeasible(tree, Budget(params=162_000_000, kv=2**16))
+    require_feasible(tree, Budget(params=162_000_000, kv=2**16))
     with pytest.raises(NothingFitsError, match=r"no size fits: 64 is the least .* kv of at least"):
-        refuse_infeasible(tree, Budget(kv=100))
+        require_feasible(tree, Budget(kv=100))
     assert time.process_time() - started < 4
-    assert tried(tree, answered(tree, lambda _, leaf: leaf.default), Budget()).spec == load(
+    assert try_point(tree, point_from(tree, lambda _, leaf: leaf.default), Budget()).spec == load(
         "search"
     )

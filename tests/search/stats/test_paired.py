@@ -16,22 +16,22 @@ def test_the_interval_is_students() -> None:
     found = paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert found.mean == 2
     assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
-    assert found.verdict == "cannot tell"
+    assert found.conclusion == "cannot tell"
 
 
 def test_what_all_seeds_share_cancels() -> None:
     found = paired([1.1, 5.1, 9.1], [1.0, 5.0, 9.0])
     assert found.mean == pytest.approx(0.1)
-    assert found.verdict == "lower"
-    assert paired([1.0, 5.0, 9.0], [1.1, 5.1, 9.1]).verdict == "higher"
+    assert found.conclusion == "lower"
+    assert paired([1.0, 5.0, 9.0], [1.1, 5.1, 9.1]).conclusion == "higher"
 
 
 def test_one_seed_tells_nothing() -> None:
-    assert paired([9.0], [1.0]).verdict == "cannot tell"
+    assert paired([9.0], [1.0]).conclusion == "cannot tell"
 
 
 def test_a_diverged_run_tells_nothing() -> None:
-    assert paired([math.inf, 1.0, 1.0], [0.9, 0.9, 0.9]).verdict == "cannot tell"
+    assert paired([math.inf, 1.0, 1.0], [0.9, 0.9, 0.9]).conclusion == "cannot tell"
 
 
 def scores(order: Sequence[int]) -> list[tuple[float, float]]:
@@ -61,14 +61,14 @@ def test_taus_interval_narrows_with_more_trials() -> None:
 
 def test_taus_interval_holds_zero_as_often_as_it_promises() -> None:
     rng = random.Random(0)
-    held = [kendall_tau(scores(rng.sample(range(12), 12))).is_shown for _ in range(200)]
+    held = [kendall_tau(scores(rng.sample(range(12), 12))).is_significant for _ in range(200)]
     assert sum(held) / 200 <= 0.05  # one side of 95% is 2.5%
 
 
 def test_perfect_agreement_of_three_shows_nothing() -> None:
     # one in six rankings of three agrees by chance
-    assert not kendall_tau(scores([0, 1, 2])).is_shown
-    assert kendall_tau(scores(range(8))).is_shown
+    assert not kendall_tau(scores([0, 1, 2])).is_significant
+    assert kendall_tau(scores(range(8))).is_significant
 
 
 def test_tau_needs_three_trials() -> None:

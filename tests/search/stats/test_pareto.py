@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archdsl.search.stats.pareto import Point, dominates, front, hypervolume
-from archdsl.search.study.sampler import STARTUP, Past, may_join
+from archdsl.search.stats.pareto import Point, dominates, hypervolume, pareto_front
+from archdsl.search.study.sampler import STARTUP, EarlierTrial, may_join_front
 
 SIDE = 5
 
@@ -35,28 +35,28 @@ def test_a_hypervolume_is_the_cells_that_some_point_dominates(
 @settings(max_examples=60, deadline=None)
 @given(grids(2))
 def test_a_front_is_what_nothing_dominates(points: list[Point]) -> None:
-    chosen = {points[i] for i in front(points)}
+    chosen = {points[i] for i in pareto_front(points)}
     assert chosen == {p for p in points if not any(dominates(other, p) for other in points)}
-    assert len(front(points)) == len(chosen)
+    assert len(pareto_front(points)) == len(chosen)
 
 
-def past(first: float, last: float, flops: float) -> Past:
-    return Past({}, {}, losses=(first, last), others=(flops,), complete=True)
+def past(first: float, last: float, flops: float) -> EarlierTrial:
+    return EarlierTrial({}, {}, losses=(first, last), others=(flops,), complete=True)
 
 
 def test_a_model_goes_on_while_it_could_still_join_the_front() -> None:
     # the second rung takes off 1.0 on average, with a standard deviation of 0.1
     known = [past(3.0, 1.9, 10), past(3.0, 2.1, 20), past(4.0, 2.9, 5), past(4.0, 3.1, 6)]
-    assert may_join((9.0,), (99.0,), known[: STARTUP - 1])  # nothing is known yet
-    assert may_join((2.9,), (10.0,), known)  # better than the best
-    assert may_join((9.0,), (4.0,), known)  # cheaper than the cheapest
-    assert may_join((2.99,), (10.0,), known)  # a little luck is granted
-    assert not may_join((3.2,), (10.0,), known)
-    assert may_join((3.2,), (9.0,), known)  # between: the front there is at 2.9
-    assert not may_join((4.2,), (9.0,), known)
+    assert may_join_front((9.0,), (99.0,), known[: STARTUP - 1])  # nothing is known yet
+    assert may_join_front((2.9,), (10.0,), known)  # better than the best
+    assert may_join_front((9.0,), (4.0,), known)  # cheaper than the cheapest
+    assert may_join_front((2.99,), (10.0,), known)  # a little luck is granted
+    assert not may_join_front((3.2,), (10.0,), known)
+    assert may_join_front((3.2,), (9.0,), known)  # between: the front there is at 2.9
+    assert not may_join_front((4.2,), (9.0,), known)
 
 
 @pytest.mark.parametrize("loss", [2.0, 2.5, 3.0])
 def test_without_costs_to_weigh_a_front_is_the_best(loss: float) -> None:
     known = [past(3.0, 2.0, 0)] * STARTUP
-    assert may_join((loss,), (0.0,), known) == (loss <= 3.0)
+    assert may_join_front((loss,), (0.0,), known) == (loss <= 3.0)

@@ -11,20 +11,20 @@ import pytest
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 
-from archdsl.search.study.spending import Ledger, Limits, account_of, covered
-from archdsl.search.trials.proxy import Score
+from archdsl.search.study.spending import Limits, Spending, covered_seconds, spending_summary
+from archdsl.search.trials.proxy import ProxyScore
 from archdsl.search.workers.pool import InProcess
 
 
 @dataclass(frozen=True)
-class Bill:
+class Charge:
     train_flops: float
     reused: bool = False
 
-    def run(self, beat: Callable[[], None]) -> Score:
+    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
         if self.train_flops < 0:
             raise ValueError("failed")
-        return Score(
+        return ProxyScore(
             steps=1,
             loss=1.0,
             accuracy=None,
@@ -45,44 +45,44 @@ def storage() -> BaseStorage:
     return made
 
 
-def ledger(storage: BaseStorage, limit: float | None = None) -> Ledger:
-    return Ledger(storage, 0, Limits(train_flops=limit))
+def spending_of(storage: BaseStorage, limit: float | None = None) -> Spending:
+    return Spending(storage, 0, Limits(train_flops=limit))
 
 
-def pay(to: Ledger, phase: str, *bills: Bill) -> None:
-    jobs: list[Future[Score]] = [to.paying(InProcess(), phase).submit(bill) for bill in bills]
+def pay(to: Spending, phase: str, *works: Charge) -> None:
+    jobs: list[Future[ProxyScore]] = [to.metered(InProcess(), phase).submit(work) for work in works]
     assert all(job.done() for job in jobs)
-    to.keep()
+    to.update()
 
 
 def test_the_account_sums_up_all_workers_whether_they_live_or_not(storage: BaseStorage) -> None:
-    dead = ledger(storage)
-    pay(dead, "search", Bill(10), Bill(20))
-    pay(dead, "controls", Bill(5))
-    alive = ledger(storage, limit=50)
-    pay(alive, "search", Bill(7), Bill(99, reused=True), Bill(-1))
-    account = alive.account()
-    assert account.by_phase["search"].train_flops == 37
-    assert (account.total.train_flops, account.total.jobs, account.total.seconds) == (42, 4, 8.0)
+    killed = spending_of(storage)
+    pay(killed, "search", Charge(10), Charge(20))
+    pay(killed, "controls", Charge(5))
+    alive = spending_of(storage, limit=50)
+    pay(alive, "search", Charge(7), Charge(99, reused=True), Charge(-1))
+    summary = alive.summary()
+    assert summary.by_phase["search"].train_flops == 37
+    assert (summary.total.train_flops, summary.total.jobs, summary.total.seconds) == (42, 4, 8.0)
     assert alive.flops_left == 8
     assert not alive.is_spent
-    pay(alive, "search", Bill(8))
+    pay(alive, "search", Charge(8))
     assert alive.is_spent
     alive.save()
-    assert account_of(storage, 0).total == alive.account().total
-    assert account_of(storage, 0).workers == 2
+    assert spending_summary(storage, 0).total == alive.summary().total
+    assert spending_summary(storage, 0).workers == 2
 
 
 def test_time_passes_once_for_all_workers() -> None:
-    assert covered([]) == 0
-    assert covered([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
+    assert covered_seconds([]) == 0
+    assert covered_seconds([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
 
 
 def test_time_goes_on_where_the_last_process_stopped(storage: BaseStorage) -> None:
-    first = ledger(storage)
+    first = spending_of(storage)
     time.sleep(0.05)
     first.save()
-    second = Ledger(storage, 0, Limits(seconds=0.06))
-    assert 0.05 <= second.account().wall < 5
+    second = Spending(storage, 0, Limits(seconds=0.06))
+    assert 0.05 <= second.summary().wall < 5
     time.sleep(0.05)
     assert second.is_spent

@@ -16,13 +16,13 @@ from optuna.trial import TrialState
 
 from archdsl.lang.load import read
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.search.rung_scheduler import Climber, SearchFailedError
-from archdsl.search.study.record import Finished
-from archdsl.search.study.sampler import Draws
-from archdsl.search.study.spending import Ledger, Limits
+from archdsl.search.rung_scheduler import RungScheduler, SearchFailedError
+from archdsl.search.study.record import Trial
+from archdsl.search.study.sampler import TrialSampler
+from archdsl.search.study.spending import Limits, Spending
 from archdsl.search.study.storage import journal
 from archdsl.search.study.study import Study
-from archdsl.search.trials.proxy import Proxy, Score, Task
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, Work
 
 SPACE = """
@@ -64,11 +64,11 @@ class Pretended:
     fingerprint: str
     rung: int
 
-    def run(self, beat: Callable[[], None]) -> Score:
+    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
         rng = random.Random(f"{self.fingerprint}/{self.rung}")
         quality = random.Random(self.fingerprint).random()
         loss = 2 - 0.3 * self.rung + quality + 0.1 * rng.random()
-        return Score(
+        return ProxyScore(
             steps=self.rung,
             loss=None if quality > 0.97 else loss,
             accuracy=0.0,
@@ -84,7 +84,9 @@ class Pretended:
 class Pretend:
     rungs = 2
 
-    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Work[Score]:
+    def job(
+        self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int
+    ) -> Work[ProxyScore]:
         return Pretended(spec.fingerprint(), rung)
 
 
@@ -105,26 +107,26 @@ class Fragile(InProcess):
 
 
 def study_of(space: Path, storage: BaseStorage, axes: tuple[str, ...], seed: int) -> Study:
-    draws = Draws(read(space), BUDGET, len(axes), seed)
-    return Study(storage, "study", draws, axes, window=4)
+    sampler = TrialSampler(read(space), BUDGET, len(axes), seed)
+    return Study(storage, "study", sampler, axes, window=4)
 
 
-def climbers(
+def schedulers(
     space: Path,
     storage: BaseStorage,
     axes: tuple[str, ...],
     workers: int,
     trials: int,
     scorer: Pretend = Pretend(),  # noqa: B008  it holds nothing
-) -> list[Climber]:
-    def one() -> Climber:
+) -> list[RungScheduler]:
+    def one() -> RungScheduler:
         study = study_of(space, storage, axes, seed=3)
-        ledger = Ledger(storage, study.id, Limits())
-        return Climber(
+        spending = Spending(storage, study.id, Limits())
+        return RungScheduler(
             study,
             scorer,
             PROXY,
-            ledger,
+            spending,
             lambda number, _: study.trained(before=number) < trials and not study.exhausted,
             lambda said, running: None,
         )
@@ -132,13 +134,13 @@ def climbers(
     return [one() for _ in range(workers)]
 
 
-def told(found: list[Finished]) -> list[tuple[Any, ...]]:
+def told(found: list[Trial]) -> list[tuple[Any, ...]]:
     return [(t.number, t.fingerprint, t.outcome, t.values, t.same_as) for t in found]
 
 
 @pytest.mark.parametrize("axes", [("loss",), ("loss", "flops")])
 def test_a_study_does_not_depend_on_who_works_on_it(space: Path, axes: tuple[str, ...]) -> None:
-    (alone,) = climbers(space, InMemoryStorage(), axes, workers=1, trials=24)
+    (alone,) = schedulers(space, InMemoryStorage(), axes, workers=1, trials=24)
     alone.run(InProcess())
     expected = told(alone.study.finished())
     outcomes = alone.study.outcomes()
@@ -152,30 +154,30 @@ def test_a_study_does_not_depend_on_who_works_on_it(space: Path, axes: tuple[str
 def stormy(space: Path, axes: tuple[str, ...], chance: int) -> Study:
     """Three workers that take turns at random, and die at random moments."""
     rng, storage = random.Random(chance), InMemoryStorage()
-    workers = climbers(space, storage, axes, workers=3, trials=24)
+    workers = schedulers(space, storage, axes, workers=3, trials=24)
     pools = [Fragile(random.Random(rng.random()), 0.1) for _ in workers]
     while True:
         which = rng.randrange(len(workers))
         worker = workers[which]
         try:
-            if not turn(worker, pools[which], rng) and not worker.study.under_way:
+            if not turn(worker, pools[which], rng) and not worker.study.unfinished:
                 return worker.study
         except Killed:
-            bury(worker, storage)
-            (workers[which],) = climbers(space, storage, axes, workers=1, trials=24)
+            fail_trials_of(worker, storage)
+            (workers[which],) = schedulers(space, storage, axes, workers=1, trials=24)
 
 
-def turn(worker: Climber, pool: Fragile, rng: random.Random) -> bool:
+def turn(worker: RungScheduler, pool: Fragile, rng: random.Random) -> bool:
     """Takes a draw, or finishes a rung of one; whether there was anything to do."""
-    if not worker.climbing or (len(worker.climbing) < 2 and rng.random() < 0.5):
+    if not worker.active or (len(worker.active) < 2 and rng.random() < 0.5):
         return worker._take(pool)
-    worker._finish_rung(pool, rng.choice(worker.climbing))
+    worker._finish_rung(pool, rng.choice(worker.active))
     return True
 
 
-def bury(worker: Climber, storage: BaseStorage) -> None:
+def fail_trials_of(worker: RungScheduler, storage: BaseStorage) -> None:
     """What missing heartbeats do: the trials that the worker held are lost."""
-    for trial_id in worker.study.heart.trials:
+    for trial_id in worker.study.heartbeat.trials:
         storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
@@ -189,8 +191,8 @@ def test_every_trial_of_optuna_is_a_result_or_was_left_behind(space: Path) -> No
 
 
 @contextmanager
-def held(study: Study, draws: int) -> Iterator[None]:
-    for _ in range(draws):
+def held(study: Study, sampler: int) -> Iterator[None]:
+    for _ in range(sampler):
         assert study.take(lambda number: True) is not None
     yield
 
@@ -208,11 +210,11 @@ def test_what_a_dead_process_held_is_taken_first_with_what_is_known(
     trial = study.take(lambda number: True)
     assert trial is not None
     score = Pretended(trial.fingerprint, 0).run(lambda: None)
-    study.climbed(trial, {"skill": score}, (2.5,))
-    study._note(trial, outcome="complete")  # and here it is killed, before telling
+    study.record_rung(trial, {"skill": score}, (2.5,))
+    study._set_attrs(trial, outcome="complete")  # and here it is killed, before telling
     again = study_of(space, journal(tmp_path), ("loss",), seed=0)
     assert again.finished() == []
-    again.abandon()
+    again.fail_running()
     taken = again.take(lambda number: True)
     assert taken is not None
     assert (taken.number, taken.fingerprint) == (trial.number, trial.fingerprint)
@@ -223,17 +225,17 @@ def test_who_was_wrongly_taken_for_dead_changes_nothing(space: Path, tmp_path: P
     study = study_of(space, journal(tmp_path), ("loss",), seed=0)
     slow = study.take(lambda number: True)
     assert slow is not None
-    study.abandon()
+    study.fail_running()
     quick = study.take(lambda number: True)
     assert quick is not None
-    study.close(quick, "complete", (1.0,))
-    study.climbed(slow, {}, (9.0,))
-    study.close(slow, "complete", (9.0,))
+    study.finish(quick, "complete", (1.0,))
+    study.record_rung(slow, {}, (9.0,))
+    study.finish(slow, "complete", (9.0,))
     assert [t.value for t in study.finished()] == [1.0]
 
 
 def test_a_draw_is_new_wherever_there_is_something_new(space: Path) -> None:
-    (worker,) = climbers(space, InMemoryStorage(), ("loss",), workers=1, trials=40)
+    (worker,) = schedulers(space, InMemoryStorage(), ("loss",), workers=1, trials=40)
     worker.run(InProcess())
     found = worker.study.finished()
     trained = [t.fingerprint for t in found if t.outcome != "reused"]
@@ -243,7 +245,7 @@ def test_a_draw_is_new_wherever_there_is_something_new(space: Path) -> None:
 
 @dataclass(frozen=True)
 class Exhausting(Pretended):
-    def run(self, beat: Callable[[], None]) -> Score:
+    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
         raise MemoryError("no more")
 
 
@@ -253,14 +255,16 @@ class Exhaust(Pretend):
 
     share: float
 
-    def work(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Work[Score]:
+    def job(
+        self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int
+    ) -> Work[ProxyScore]:
         found = spec.fingerprint()
         large = random.Random(f"size of {found}").random() < self.share
         return (Exhausting if large else Pretended)(found, rung)
 
 
 def test_a_trial_that_fails_does_so_alone_and_says_why(space: Path) -> None:
-    (worker,) = climbers(
+    (worker,) = schedulers(
         space, InMemoryStorage(), ("loss", "flops"), workers=1, trials=16, scorer=Exhaust(0.2)
     )
     worker.run(InProcess())
@@ -273,7 +277,7 @@ def test_a_trial_that_fails_does_so_alone_and_says_why(space: Path) -> None:
 
 
 def test_when_every_trial_fails_the_search_ends_and_says_why(space: Path) -> None:
-    (worker,) = climbers(
+    (worker,) = schedulers(
         space, InMemoryStorage(), ("loss",), workers=1, trials=16, scorer=Exhaust(1.0)
     )
     with pytest.raises(SearchFailedError, match=r"5 trials failed .* no more"):

@@ -17,29 +17,33 @@ from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import Choice, Distribution, fill, fill_some, find, find_fit
 from archdsl.model.build import build
 from archdsl.model.compute_meter import metered
-from archdsl.search.analysis.supernet_validation import ProofPoint, Shared, proof_points
-from archdsl.search.space.enumerate import answered, points
+from archdsl.search.analysis.supernet_validation import (
+    SupernetPoint,
+    SupernetValidation,
+    supernet_points,
+)
+from archdsl.search.space.enumerate import point_from, points
 from archdsl.search.space.optuna_space import starting_points
 from archdsl.search.stats.paired import kendall_tau
-from archdsl.search.study.record import Finished
+from archdsl.search.study.record import Trial
 from archdsl.search.supernet.layouts import (
     LAYOUT,
-    SharedError,
+    SupernetError,
     dial_leaves,
     layouts,
-    restricted,
-    served,
+    restrict,
+    supernet_space,
 )
 from archdsl.search.supernet.supernet import (
     SandwichTrainer,
     Supernet,
-    at,
     build_net,
-    calibrate,
+    calibrate_routers,
     dial,
-    setting,
+    setting_of,
+    with_setting,
 )
-from archdsl.search.supernet.supernet_job import Evaluated, routed_names
+from archdsl.search.supernet.supernet_job import SupernetJob, routed_names
 from archdsl.search.trials.proxy import Proxy, Task
 from archdsl.training.trainer import Trainer
 
@@ -108,12 +112,12 @@ def sandwich_trainer(net: Supernet, seed: int = 0) -> SandwichTrainer:
 
 def test_a_net_has_the_most_steps_and_a_router_wherever_one_is_needed() -> None:
     net = net_of()
-    assert setting(net.spec) == ((3, (0.8, 0.6)), (3, (0.7, 0.3)))
+    assert setting_of(net.spec) == ((3, (0.8, 0.6)), (3, (0.7, 0.3)))
     assert net.settings[:2] == (
         ((3, (1.0, 1.0)), (3, (1.0, 1.0))),
         ((1, ()), (1, ())),
     )
-    assert all(net.serves(at(net.spec, one)) for one in net.settings)
+    assert all(net.serves(with_setting(net.spec, one)) for one in net.settings)
     assert not net.serves(net.spec.model_copy(update={"dim": 32}))
     assert not net.serves(model(loop(3, [0.8, 0.6]), LAYER))
 
@@ -140,7 +144,7 @@ def test_a_net_at_a_setting_is_the_model_of_the_same_weights(fields: dict[str, A
     weights = big.state_dict()
     own.load_state_dict({k: weights[k][: len(mine)] for k, mine in own.state_dict().items()})
     tokens_BT = torch.arange(24).view(2, 12) * 7 % V
-    dial(big, setting(drawn))
+    dial(big, setting_of(drawn))
     assert big(tokens_BT).equal(own(tokens_BT))
     dial(big, net.settings[0])
     assert not big(tokens_BT).allclose(own(tokens_BT))
@@ -190,8 +194,8 @@ def test_a_table_of_scores_is_learned_anew_for_the_setting_that_is_scored(router
 
     def taken(spec: ModelSpec, known: float) -> float:
         table_RQ.fill_(known)
-        dial(trainer.model, setting(spec))
-        calibrate(trainer)
+        dial(trainer.model, setting_of(spec))
+        calibrate_routers(trainer)
         with metered(trainer.model) as meter, trainer.model.causal_routing():
             trainer.evaluate()
         return meter.shares["blocks.0.0"]
@@ -243,7 +247,7 @@ def test_a_restricted_space_has_the_points_of_its_layouts_and_no_others() -> Non
         {"blocks.1": "itt", "blocks.1[itt].router.kind": "random"},
     ]
     assert layouts(tree, 2, seed=0) == found[:2]
-    space = restricted(tree, found[1:])
+    space = restrict(tree, found[1:])
     assert set(find(space)) == {LAYOUT, *dials}
     wanted = [
         point
@@ -252,14 +256,14 @@ def test_a_restricted_space_has_the_points_of_its_layouts_and_no_others() -> Non
     ]
     assert len(wanted) == 5
     assert values(space, points(space, 100, 0)) == values(tree, wanted)
-    assert values(restricted(tree, found), points(restricted(tree, found), 100, 0)) == values(
+    assert values(restrict(tree, found), points(restrict(tree, found), 100, 0)) == values(
         tree, points(tree, 100, 0)
     )
 
 
 def test_a_restricted_space_is_searched_as_any_other() -> None:
     tree = parse(SPACE, "small.yaml")
-    space = restricted(tree, layouts(tree, 3, seed=0))
+    space = restrict(tree, layouts(tree, 3, seed=0))
     labels = [point[LAYOUT] for point in starting_points(space)]
     assert labels == ["0: layer + layer x3 prefix .5/.4 overwrite", "1: 2x layer", labels[2]]
     filled = fill(space, lambda name, leaf: leaf.default)
@@ -271,14 +275,14 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
 def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"batch_size": 1})
     proxy = Proxy(dim=16, head_size=8, tasks={"skill": task})
-    space, scorer = served(read("search"), proxy, tmp_path, seed=0, count=5)
+    space, scorer = supernet_space(read("search"), proxy, tmp_path, seed=0, count=5)
     rng, named = Random(0), 0
     tokens_BT = torch.arange(12).unsqueeze(0) % V
     for _ in range(12):
-        point = answered(space, lambda _, leaf: drawn(rng, leaf))
-        work = scorer.work(fitted(fill_some(space, point)), point, "skill", 0)
+        point = point_from(space, lambda _, leaf: drawn(rng, leaf))
+        work = scorer.job(fitted(fill_some(space, point)), point, "skill", 0)
         net, own = build_net(work.net, 0).eval(), build(work.spec.canonical()).eval()
-        dial(net, setting(work.spec))
+        dial(net, setting_of(work.spec))
         with torch.no_grad():
             net(tokens_BT), own(tokens_BT)
         names = routed_names(net, work.spec)
@@ -297,10 +301,10 @@ def test_a_model_of_other_shapes_than_its_net_is_refused(
     dim: int | None, ffn: str, tmp_path: Path
 ) -> None:
     tree = parse(SPACE.replace("ratio: 2", ffn))
-    space, scorer = served(tree, Proxy(dim=dim, tasks={"skill": TASK}), tmp_path, 0, 1)
+    space, scorer = supernet_space(tree, Proxy(dim=dim, tasks={"skill": TASK}), tmp_path, 0, 1)
     point = starting_points(space)[0]
-    with pytest.raises(SharedError, match="let `fit` solve for dim, make other sizes relative"):
-        scorer.work(fitted(fill_some(space, point), Budget(params=100_000)), point, "skill", 0)
+    with pytest.raises(SupernetError, match="let `fit` solve for dim, make other sizes relative"):
+        scorer.job(fitted(fill_some(space, point), Budget(params=100_000)), point, "skill", 0)
 
 
 # scores
@@ -310,11 +314,11 @@ def test_a_net_is_trained_once_for_all_of_its_settings(tmp_path: Path) -> None:
     net = net_of("threshold")
 
     def score(folder: str, one: int) -> Any:
-        spec = at(net.spec, net.settings[one])
-        return Evaluated(tmp_path / folder, spec, TASK, 0, 4, net=net).run(lambda: None)
+        spec = with_setting(net.spec, net.settings[one])
+        return SupernetJob(tmp_path / folder, spec, TASK, 0, 4, net=net).run(lambda: None)
 
     first, second, again = score("a", 2), score("a", 3), score("a", 2)
-    forward = {one: forward_flops(at(net.spec, one)) for one in net.settings}
+    forward = {one: forward_flops(with_setting(net.spec, one)) for one in net.settings}
     passes = sum(forward[one] for step in range(4) for one in net.sandwich(step, 0))
     assert first.train_flops == 3 * TASK.batch_size * passes
     assert (first.reused, second.reused, again.reused) == (False, False, True)
@@ -335,22 +339,22 @@ def forward_flops(spec: ModelSpec) -> int:
 def test_the_proof_is_of_models_spread_over_the_losses() -> None:
     spec = load("tiny")
 
-    def trial(number: int, loss: float, flops: float) -> Finished:
+    def trial(number: int, loss: float, flops: float) -> Trial:
         values = {"loss": loss, "flops": flops}
-        return Finished(number, spec, str(number), {}, "complete", values, [])
+        return Trial(number, spec, str(number), {}, "complete", values, [])
 
     losses = [1.0, 1.1, 1.2, 3.0, 2.0, 2.9, 2.1]
     trials = [trial(i, loss, flops=3 - i if i < 3 else 9) for i, loss in enumerate(losses)]
     trials += [trial(0, 1.0, 3)]
     # three are on the front, of which two: the lowest, and the farthest from it
-    assert [one.number for one in proof_points(trials, 4)] == [0, 2, 3, 6]
-    assert len(proof_points(trials)) == 7
+    assert [one.number for one in supernet_points(trials, 4)] == [0, 2, 3, 6]
+    assert len(supernet_points(trials)) == 7
 
 
 def test_the_proof_says_what_it_found() -> None:
-    points = [ProofPoint(i, loss=i, own_loss=i**2, flops=2e9) for i in range(8)]
+    points = [SupernetPoint(i, loss=i, own_loss=i**2, flops=2e9) for i in range(8)]
     tau = kendall_tau([(p.loss, p.own_loss) for p in points])
-    said = Shared(tau, points, settings=40, shared_flops=5e9).sentence()
+    said = SupernetValidation(tau, points, settings=40, shared_flops=5e9).sentence()
     assert said.startswith("The super-nets rank models as trainings of their own do")
     assert "5e+09 FLOPs of training for 40 models, 2.5 times what one took alone" in said
-    assert "not tried" in Shared(kendall_tau([]), [], 40, 5e9).sentence()
+    assert "not tried" in SupernetValidation(kendall_tau([]), [], 40, 5e9).sentence()

@@ -19,9 +19,9 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.model.checkpoint import load_training
 from archdsl.search.trials import proxy
 from archdsl.search.trials.curve import MOST, Curve
-from archdsl.search.trials.proxy import Job, Proxy, Score, Task
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.trials.proxy_scoring import entropy
-from archdsl.search.workers.pool import processes
+from archdsl.search.workers.pool import process_pool
 from tests.search.works import DiesAt
 
 TASK = Task(
@@ -41,16 +41,16 @@ def job(store: Path, steps: int = 4, spec: ModelSpec | None = None, **task: Any)
     return Job(store, spec or small(), TASK.model_copy(update=task), 0, steps)
 
 
-def run(job: Job) -> Score:
+def run(job: Job) -> ProxyScore:
     return job.run(lambda: None)
 
 
-def found(score: Score) -> dict[str, Any]:
+def found(score: ProxyScore) -> dict[str, Any]:
     """All but how fast it was, and how often."""
     return score.model_dump(exclude={"seconds", "peak_bytes"})
 
 
-def trained(score: Score) -> dict[str, Any]:
+def trained(score: ProxyScore) -> dict[str, Any]:
     """What does not depend on where the rung began."""
     return {k: v for k, v in found(score).items() if k != "train_flops"}
 
@@ -74,25 +74,25 @@ def test_the_same_job_is_trained_once(tmp_path: Path) -> None:
     again = run(job(tmp_path, rungs=(4, 8), weight=3.0))  # no matter for this rung
     assert again.reused
     assert again == first.model_copy(update={"reused": True})
-    assert job(tmp_path).known() == again
+    assert job(tmp_path).stored_score() == again
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "made_by.json").read_text())["data_name"].startswith("skill:p-hop")
 
 
 def test_by_two_processes_at_once_too(tmp_path: Path) -> None:
     one = job(tmp_path, steps=30)
-    with processes(2) as pool:
+    with process_pool(2) as pool:
         scores = [future.result() for future in [pool.submit(one), pool.submit(one)]]
     assert sorted(score.reused for score in scores) == [False, True]
     assert found(scores[0]) == found(scores[1])
 
 
 def test_who_waits_for_another_beats(tmp_path: Path) -> None:
-    def beat() -> None:
+    def heartbeat() -> None:
         raise TimeoutError
 
-    place = job(tmp_path).place
-    with place.locked(lambda: None), pytest.raises(TimeoutError), place.locked(beat):
+    stored_run = job(tmp_path).stored_run
+    with stored_run.locked(lambda: None), pytest.raises(TimeoutError), stored_run.locked(heartbeat):
         pytest.fail("two had the same place")
 
 
@@ -104,7 +104,7 @@ def test_what_decides_a_score_has_a_place_of_its_own(
 ) -> None:
     seed = change.pop("seed", 0)
     other = replace(job(tmp_path, **change), seed=seed)
-    assert other.place.folder != job(tmp_path).place.folder
+    assert other.stored_run.folder != job(tmp_path).stored_run.folder
 
 
 def test_a_rung_is_climbed_from_the_one_below(tmp_path: Path) -> None:
@@ -118,14 +118,14 @@ def test_a_rung_in_between_leaves_the_furthest_state(tmp_path: Path) -> None:
     run(job(tmp_path))
     between = run(job(tmp_path, 3))
     assert found(between) == found(run(job(tmp_path / "fresh", 3)))
-    assert load_training(job(tmp_path).place.state)["step"] == 4
+    assert load_training(job(tmp_path).stored_run.state)["step"] == 4
 
 
 def test_one_that_is_killed_on_the_way_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         error = pool.submit(DiesAt(job(tmp_path), 3)).exception()
         assert "killed" in str(error)
-        assert load_training(job(tmp_path).place.state)["step"] == 2
+        assert load_training(job(tmp_path).stored_run.state)["step"] == 2
         assert not list(tmp_path.glob("*/step-*.json"))
         resumed = pool.submit(job(tmp_path)).result()
     assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
@@ -136,18 +136,18 @@ def test_a_state_that_a_power_failure_has_damaged_is_trained_again(
     tmp_path: Path, name: str
 ) -> None:
     run(job(tmp_path, 2))
-    file = job(tmp_path).place.state / name
+    file = job(tmp_path).stored_run.state / name
     file.write_bytes(bytes(file.stat().st_size))
     resumed = run(job(tmp_path))
     assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
-    assert load_training(job(tmp_path).place.state)["step"] == 4
+    assert load_training(job(tmp_path).stored_run.state)["step"] == 4
 
 
 def test_smaller_batches_find_the_same_up_to_rounding(tmp_path: Path) -> None:
     whole = job(tmp_path / "whole")
     half = replace(whole, store=tmp_path / "half").smaller()
     assert half is not None
-    assert half.place.folder.name == whole.place.folder.name
+    assert half.stored_run.folder.name == whole.stored_run.folder.name
     score = run(half)
     assert score.accumulate == 2
     assert score.loss == pytest.approx(run(whole).loss, abs=1e-5)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from archdsl.search.workers import pool as pool_of
-from archdsl.search.workers.pool import InProcess, JobFailed, Work, processes
+from archdsl.search.workers.pool import InProcess, JobFailed, Work, process_pool
 from tests.search.works import (
     Aborts,
     Allocates,
@@ -29,14 +29,14 @@ MIB = 2**20
 
 
 def failure(work: Work[Any], **settings: Any) -> JobFailed:
-    with processes(1, **settings) as pool:
+    with process_pool(1, **settings) as pool:
         error = pool.submit(work).exception()
     assert isinstance(error, JobFailed)
     return error
 
 
 def test_failures_are_told_apart_and_leave_the_pool_working() -> None:
-    with processes(2) as pool:
+    with process_pool(2) as pool:
         works = (Raises(KeyError("x")), Aborts(), Leaves(3), Raises(SystemExit(4)))
         errors = [future.exception() for future in [pool.submit(work) for work in works]]
         assert pool.submit(Killed(1, fits=1)).result() == 1
@@ -51,7 +51,7 @@ def test_failures_are_told_apart_and_leave_the_pool_working() -> None:
 
 
 def test_one_that_is_out_of_memory_is_tried_once_more_with_less() -> None:
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         assert pool.submit(Killed(8, fits=4)).result() == 4
         error = pool.submit(Killed(8, fits=2)).exception()
     assert isinstance(error, JobFailed)
@@ -61,7 +61,7 @@ def test_one_that_is_out_of_memory_is_tried_once_more_with_less() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process allocates")
 @pytest.mark.parametrize("with_torch", [False, True])
 def test_the_limit_of_memory_holds(with_torch: bool) -> None:
-    with processes(1, memory=256 * MIB) as pool:
+    with process_pool(1, memory=256 * MIB) as pool:
         assert pool.submit(Allocates(128 * MIB, with_torch)).result() == 128 * MIB
         error = pool.submit(Allocates(512 * MIB, with_torch)).exception()
     assert isinstance(error, JobFailed)
@@ -70,15 +70,15 @@ def test_the_limit_of_memory_holds(with_torch: bool) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process allocates")
 def test_what_one_piece_kept_is_not_missing_to_the_next() -> None:
-    with processes(1, memory=256 * MIB) as pool:
+    with process_pool(1, memory=256 * MIB) as pool:
         errors = [pool.submit(Keeps(n * MIB)).exception() for n in (128, 192, 192, 300)]
     assert errors[:3] == [None, None, None]
     assert "out of memory" in str(errors[3])
 
 
 def test_one_that_is_silent_hangs_and_one_that_beats_does_not(tmp_path: Path) -> None:
-    with processes(2, patience=1.5) as pool:
-        hangs = pool.submit(Sleeps(tmp_path / "silent", 60, beats=False))
+    with process_pool(2, patience=1.5) as pool:
+        hangs = pool.submit(Sleeps(tmp_path / "silent", 60, heartbeats=False))
         works = pool.submit(Sleeps(tmp_path / "beating", 2.5))
         error = hangs.exception()
         works.result()
@@ -90,10 +90,10 @@ def test_one_that_is_silent_hangs_and_one_that_beats_does_not(tmp_path: Path) ->
 def test_a_child_goes_on_until_it_fails_or_has_done_its_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_of, "PIECES", 3)
+    monkeypatch.setattr(pool_of, "WORK_PER_WORKER", 3)
     works: list[Work[Any]] = [Sleeps(tmp_path / str(i), 0.0) for i in range(6)]
     works.insert(1, Raises(KeyError("x")))
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         futures = [pool.submit(work) for work in works]
     children = [future.result() for future in futures if not future.exception()]
     one, two, three = dict.fromkeys(children)
@@ -101,7 +101,7 @@ def test_a_child_goes_on_until_it_fails_or_has_done_its_share(
 
 
 def test_one_that_dies_while_it_waits_takes_no_work_with_it(tmp_path: Path) -> None:
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         child = pool.submit(Sleeps(tmp_path / "first", 0.0)).result()
         os.kill(child, signal.SIGKILL)
         while is_alive(child):
@@ -111,13 +111,13 @@ def test_one_that_dies_while_it_waits_takes_no_work_with_it(tmp_path: Path) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets how much was held")
 def test_the_peak_of_memory_is_that_of_each_piece_alone() -> None:
-    with processes(1) as pool:
+    with process_pool(1) as pool:
         large, small = (pool.submit(Peaks(size * MIB)).result() for size in (512, 1))
     assert large - small > 400 * MIB
 
 
 def test_no_more_than_the_workers_at_once_first_come_first_served(tmp_path: Path) -> None:
-    with processes(2) as pool:
+    with process_pool(2) as pool:
         jobs = [pool.submit(Sleeps(tmp_path / str(i), 0.15)) for i in range(6)]
     assert len({job.result() for job in jobs}) == 2
     begun = [float((tmp_path / str(i)).read_text().split()[2]) for i in range(6)]
@@ -131,7 +131,7 @@ def test_leaving_by_an_exception_ends_the_children_at_once(tmp_path: Path) -> No
     futures: list[Future[int]] = []
 
     def give_up() -> None:
-        with processes(1) as pool:
+        with process_pool(1) as pool:
             futures.extend(pool.submit(Sleeps(tmp_path / n, 60)) for n in ("first", "second"))
             written(tmp_path / "first")
             raise RuntimeError("enough")
@@ -164,11 +164,11 @@ COORDINATOR = """
 import signal
 import sys
 from pathlib import Path
-from archdsl.search.workers.pool import processes
+from archdsl.search.workers.pool import process_pool
 from tests.search.works import Sleeps
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
-    with processes(2) as pool:
+    with process_pool(2) as pool:
         for name in ("first", "second"):
             pool.submit(Sleeps(Path(sys.argv[1]) / name, 600))
 """
