@@ -1,4 +1,4 @@
-"""What archdsl says when something is wrong: where, what was found, what would be right."""
+"""Errors of archdsl and the texts they are made of: where, what was found, what would be right."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 
 class ArchdslError(Exception):
-    """A mistake outside the code; the command line prints it without a traceback."""
+    """The base of all errors that a user can correct, such as a wrong spec or a missing file.
+
+    The command line prints the message without a traceback and exits with ``exit_status``.
+    """
 
     exit_status = 1
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """A place in a text; lines and columns count from 1, line 0 stands for the whole."""
+    """A position in a text file. Lines and columns count from 1; line 0 means the whole file."""
 
     file: str
     line: int
@@ -30,7 +33,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a spec; ``path`` is dotted, such as ``blocks.0.steps``."""
+    """One thing that is wrong with a spec.
+
+    ``path`` is the dotted path of the wrong value, such as ``blocks.0.steps``. ``position`` is
+    where the value stands in its file, if it comes from a file.
+    """
 
     path: str
     message: str
@@ -41,7 +48,7 @@ class Problem:
 
 
 class SpecError(ArchdslError):
-    """Everything that is wrong with a spec at once, one line per problem, in reading order."""
+    """All problems of a spec in one error: one line per problem, in the order of the file."""
 
     exit_status = 2
 
@@ -56,14 +63,17 @@ def _position(problem: Problem) -> tuple[Position, str, str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion to append to a message, such as `` (did you mean 'steps'?)``, or nothing."""
-    # comparing is slow, and a hostile file has very many keys
+    """Returns `` (did you mean 'steps'?)`` for the most similar known word, to append to a message.
+
+    Returns an empty string if no known word is similar.
+    """
+    # The comparison is slow and a hostile file may have very many keys, so both are limited.
     close = difflib.get_close_matches(word[:100], list(islice(known, 1000)), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def describe(value: Any) -> str:
-    """What was found, for the end of a message: ``a list``, ``true``, ``'on'``."""
+    """Describes a wrong value at the end of a message: ``a list``, ``true``, ``'on'``."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, also when the machine stops in between."""
+"""Atomic writes: a file or folder appears complete or not at all, also after a crash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_JSON = 2**26  # bytes
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file by ``text`` in one step, also where others are about to do the same."""
+    """Writes ``text`` to the file in one atomic step. Several processes may do so at once."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     _fsync(temporary)
@@ -26,7 +26,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
-    """The object in a file of a stranger; raises ``failure``."""
+    """Reads the JSON object in a file that may come from an untrusted source.
+
+    Raises ``failure`` if the file does not exist, is larger than MAX_JSON bytes, or holds anything
+    other than one JSON object.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_JSON + 1)
@@ -44,9 +48,10 @@ def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
 
 @contextmanager
 def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A new folder to fill; it takes the name ``path`` once the block ends without an error.
+    """Yields a temporary folder, which is renamed to ``path`` if the block ends without an error.
 
-    Not ``durable``: after a power failure what the files hold must be doubted.
+    A folder that already has the name ``path`` is replaced. With ``durable=False`` nothing is
+    flushed to disk (no fsync): after a power failure the files may hold wrong content.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left over from a crash
@@ -55,15 +60,16 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         for file in (*temporary.iterdir(), temporary) if durable else ():
             _fsync(file)
-        _take_name(temporary, path, durable)
+        _rename(temporary, path, durable)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _take_name(folder: Path, path: Path, durable: bool) -> None:
-    """Renames, after moving a folder of that name out of the way: none can replace a full one."""
-    old = _out_of_the_way(path) if path.exists() else None
+def _rename(folder: Path, path: Path, durable: bool) -> None:
+    """Renames ``folder`` to ``path``. The system cannot replace a folder that holds files, so an
+    existing one is moved aside first."""
+    old = _move_aside(path) if path.exists() else None
     folder.rename(path)
     if durable:
         _fsync(path.parent)
@@ -72,24 +78,28 @@ def _take_name(folder: Path, path: Path, durable: bool) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Nobody will ever see half of it under its name."""
-    shutil.rmtree(_out_of_the_way(path))
+    """Removes a folder. It is renamed first, so that a crash never leaves half of it at ``path``.
+
+    Raises OSError if the folder does not exist or cannot be removed.
+    """
+    shutil.rmtree(_move_aside(path))
 
 
-def _out_of_the_way(path: Path) -> Path:
+def _move_aside(path: Path) -> Path:
     old = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     return path.rename(old)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what crashes left of files and folders that were being written in ``parent``."""
+    """Removes the temporary files and folders that crashed writes have left in ``parent``."""
     for path in parent.glob(".*.tmp"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def _fsync(path: Path) -> None:
-    """A rename can reach the disk before what was written: then a crash leaves an empty file."""
+    """Flushes a file or folder to disk. Otherwise a rename may reach the disk before the content,
+    and a crash in between leaves an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,23 +108,26 @@ def _fsync(path: Path) -> None:
 
 
 class JsonLines:
-    """A log of one JSON object per line, each with a ``step`` that rises from line to line."""
+    """A log file with one JSON object per line; the value of ``step`` rises from line to line."""
 
     def __init__(self, path: Path, after_step: int) -> None:
-        """Opens the log, without the lines of steps later than ``after_step``."""
+        """Opens the log and removes the lines of steps later than ``after_step``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if line["step"] <= after_step]
         write_text(path, "".join(_dump(line) for line in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one line. Raises ValueError if a number in ``record`` is not finite."""
         self.file.write(_dump(record))
-        self.file.flush()  # a killed process loses no line
+        self.file.flush()  # so that no line is lost if the process is killed
 
     def fsync(self) -> None:
+        """Flushes all lines to disk, so that they survive a power failure."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self.file.close()
 
 
@@ -123,7 +136,10 @@ def _dump(record: Mapping[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log up to the first line that a crash cut short; none without the file."""
+    """Returns the objects of a log, up to the first line that a crash has left incomplete.
+
+    Returns an empty list if the file does not exist.
+    """
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

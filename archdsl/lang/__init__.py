@@ -1,5 +1,5 @@
-"""The language: YAML text becomes a tree, search leaves are filled, a validated spec comes out.
+"""The specification language: reads YAML text, fills open values and returns a validated spec.
 
-``load`` is the public function. Nothing here needs torch, and no block is known by name: kinds
-come from the registry.
+`archdsl.load` is the public function. Nothing in this folder needs torch, and no block is named
+here: the kinds of blocks come from the registry.
 """

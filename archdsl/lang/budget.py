@@ -1,4 +1,4 @@
-"""What a model spends of each limit of a budget."""
+"""Compares the costs of a model with the limits of a budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from archdsl.lang.spec import Budget, ModelSpec
 
 
 class Limit(NamedTuple):
-    """What a limit of the budget counts."""
+    """How to compute the cost that a limit of the budget refers to, and its unit."""
 
     spent: Callable[[Receipt], float]
     unit: str
@@ -27,7 +27,7 @@ LIMITS = {
 
 
 class LimitUse(NamedTuple):
-    """A limit of the budget, and what the model has of it."""
+    """A limit of the budget, and how much of it the model uses, both in ``unit``."""
 
     limit: int
     spent: float
@@ -35,12 +35,12 @@ class LimitUse(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Spent / limit - 1: above zero is too much."""
+        """``spent / limit - 1``; it is above zero if the limit is exceeded."""
         return self.spent / self.limit - 1
 
 
 def limit_uses(spec: ModelSpec, budget: Budget) -> dict[str, LimitUse]:
-    """Each limit that the budget sets a model, by name."""
+    """Returns how much the model uses of each limit that the budget sets, by the limit's name."""
     receipt = cost(spec)
     return {
         name: LimitUse(limit, LIMITS[name].spent(receipt), LIMITS[name].unit)
@@ -49,17 +49,20 @@ def limit_uses(spec: ModelSpec, budget: Budget) -> dict[str, LimitUse]:
 
 
 def excesses(spec: ModelSpec, budget: Budget) -> dict[str, float]:
-    """For each limit of the budget, cost / limit - 1: above zero is too much."""
+    """Returns ``cost / limit - 1`` for each limit of the budget; above zero if it is exceeded."""
     return {name: found.ratio for name, found in limit_uses(spec, budget).items()}
 
 
 def largest_excess(spec: ModelSpec, budget: Budget) -> float:
-    """The worst of the ratios; at most zero where every limit is kept."""
+    """Returns the largest of the `excesses`; it is at most zero if the model meets every limit.
+
+    Returns zero if the budget has no limits for a model.
+    """
     return max(excesses(spec, budget).values(), default=0.0)
 
 
 def describe_excess(spec: ModelSpec, budget: Budget) -> str:
-    """In words, which limits are broken and by how much."""
+    """Says in words which limits the model exceeds and by how much; empty if it exceeds none."""
     return " and ".join(
         f"its {found.spent:,.0f} {found.unit} exceed the budget of {found.limit:,} "
         f"by {found.ratio:.1%}"

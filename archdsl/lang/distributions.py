@@ -1,4 +1,8 @@
-"""The kinds of leaves: a range of numbers, a choice, a size that the budget decides."""
+"""What may stand in the place of a value that a spec leaves open.
+
+`Range` and `Choice` are the distributions that a search draws from. `Fit` is a size that is solved
+so that the model just meets its budget.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from archdsl.errors import describe, did_you_mean
 
 MAX_CHOICES = 1000
-DEFAULT = Field(description="the value to take without a search")
+DEFAULT = Field(description="the value to use without a search")
 
 
 def _number(value: Any) -> Any:
@@ -22,20 +26,22 @@ def _number(value: Any) -> Any:
 
 def _scalar(value: Any) -> Any:
     if isinstance(value, dict | list | tuple):
-        raise ValueError(f"must be a number, a word, true, false or null, got {describe(value)}")
+        raise ValueError(f"must be a number, text, true, false or null, got {describe(value)}")
     return value
 
 
 def _choices(value: Any) -> Any:
-    """A tuple of distinct scalars, or a dict of subtrees by label."""
+    """Validates choices: returns a tuple of distinct scalars, or a dict from labels to subtrees."""
     if not isinstance(value, dict | list | tuple) or not value:
-        raise ValueError("must be a list of values, or labels with a subtree each; neither empty")
+        raise ValueError("must be a list of values or a mapping of labels to subtrees, not empty")
     if len(value) > MAX_CHOICES:
-        raise ValueError(f"{len(value)} choices; at most {MAX_CHOICES} can be searched")
+        raise ValueError(f"has {len(value)} choices, but a search takes at most {MAX_CHOICES}")
     if isinstance(value, dict):
         return value
     if any(isinstance(item, dict | list | tuple) for item in value):
-        raise ValueError("lists and mappings as choices need labels: {label: [...], other: [...]}")
+        raise ValueError(
+            "choices that are lists or mappings need labels, as in {label: [...], other: [...]}"
+        )
     for i, item in enumerate(value):
         if any(_same(item, other) for other in value[:i]):
             raise ValueError(f"choice {describe(item)} is given twice")
@@ -47,7 +53,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _exact(number: float) -> Fraction:
-    # as it is written: 0.1 is a tenth here, so that 0.3 + 3 * 0.1 is 0.6
+    # The number as it is written: 0.1 is exactly a tenth, so that 0.3 + 3 * 0.1 is 0.6.
     return Fraction(str(number))
 
 
@@ -63,7 +69,11 @@ class _Strict(BaseModel):
 
 
 class Range(_Strict):
-    """Numbers from ``low`` to ``high``: whole ones, unless one of those given has a point."""
+    """Numbers from ``low`` to ``high``, both included.
+
+    They are whole numbers if all given numbers are, else floats. With ``step`` only the values
+    ``low + i * step`` are used. With ``log`` a search samples on a logarithmic scale.
+    """
 
     low: Number
     high: Number
@@ -85,49 +95,60 @@ class Range(_Strict):
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log needs a low above 0 and no step")
+            raise ValueError("log needs low above 0 and cannot be combined with step")
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step must be above 0, got {self.step}")
         if self.step and (_exact(self.high) - _exact(self.low)) % _exact(self.step):
-            raise ValueError(f"step {self.step} does not lead from {self.low} to {self.high}")
+            raise ValueError(
+                f"the steps of {self.step} from low {self.low} do not reach high {self.high}"
+            )
         self.take(self.default)
         return self
 
     @property
     def is_whole(self) -> bool:
+        """Whether the values are whole numbers."""
         return isinstance(self.low, int)
 
     def take(self, value: Any) -> int | float:
-        """The value in the type of this range; raises ValueError if it is none of its values."""
+        """Returns the value as an int or float of this range.
+
+        Raises ValueError if the range does not contain it.
+        """
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
             wanted = "a whole number" if self.is_whole else "a number"
             raise ValueError(f"must be {wanted}, got {describe(value)}")
         if not self.low <= value <= self.high:
-            raise ValueError(f"{value} lies outside of {self.low} to {self.high}")
+            raise ValueError(f"{value} is outside the range from {self.low} to {self.high}")
         if self.step and (_exact(value) - _exact(self.low)) % _exact(self.step):
             raise ValueError(f"{value} is not {self.low} plus a multiple of the step {self.step}")
         return value if self.is_whole else float(value)
 
     @property
     def count(self) -> int | None:
-        """How many values there are; None where they are continuous."""
+        """The number of values, or None if they are continuous."""
         if self.step is None and not self.is_whole:
             return None
         return int((_exact(self.high) - _exact(self.low)) / _exact(self.step or 1)) + 1
 
     def grid(self, i: int) -> int | float:
-        """Value number ``i`` from 0, as it would be written: 0.6, never 0.6000000000000001."""
+        """Returns value number ``i``, counted from 0, rounded as a person would write it.
+
+        For example 0.6 instead of 0.6000000000000001. Raises IndexError if there is no such value,
+        or if the values are continuous.
+        """
         if self.count is None or not 0 <= i < self.count:
             raise IndexError(f"value {i} of a range that has {self.count or 'no numbered'} values")
         value = _exact(self.low) + i * _exact(self.step or 1)
         return int(value) if self.is_whole else float(value)
 
     def values(self) -> Iterator[int | float]:
+        """Yields all values in rising order; none if they are continuous."""
         return (self.grid(i) for i in range(self.count or 0))
 
 
 class Choice(_Strict):
-    """One of several values, or one of several whole subtrees, known by their labels."""
+    """One of several values, or one of several subtrees, each of which has a label."""
 
     choices: Annotated[tuple[Scalar, ...] | dict[str, Any], PlainValidator(_choices)]
     default: Scalar = DEFAULT
@@ -139,7 +160,10 @@ class Choice(_Strict):
         return self
 
     def take(self, value: Any) -> Any:
-        """The value or label as written among the choices; raises ValueError if it is none."""
+        """Returns the value or label as it is written among the choices.
+
+        Raises ValueError if it is not one of them.
+        """
         for choice in self.choices:
             if _same(choice, value):
                 return choice
@@ -149,12 +173,12 @@ class Choice(_Strict):
 
     @property
     def subtrees(self) -> dict[str, Any]:
-        """The subtrees by label; empty for a choice among scalars."""
+        """The subtrees by label. It is empty if the choices are scalars."""
         return self.choices if isinstance(self.choices, dict) else {}
 
 
 class Fit(_Strict):
-    """A size left to the budget: the multiple of ``multiple_of`` that comes just under it."""
+    """A size that the budget decides: the largest multiple of ``multiple_of`` that meets it."""
 
     multiple_of: int = Field(ge=1)
     default: int = DEFAULT
@@ -174,7 +198,9 @@ class Fit(_Strict):
             if getattr(self, key) % self.multiple_of:
                 raise ValueError(f"{key} must be a multiple of {self.multiple_of}")
         if not self.low <= self.default <= self.high:
-            raise ValueError(f"default {self.default} lies outside of {self.low} to {self.high}")
+            raise ValueError(
+                f"default {self.default} is outside the range from {self.low} to {self.high}"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""Pydantic's findings in the words of the language: what is wrong, found, and right."""
+"""Rewrites pydantic's validation errors: what is wrong, what was found, what would be right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from archdsl.errors import did_you_mean
 
-# pydantic's error types -> the rule, filled from the error's context
+# pydantic's types of errors and their messages, formatted with the context of the error
 RULES = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -22,7 +22,7 @@ RULES = {
     "float_type": "must be a number",
     "finite_number": "must be finite",
     "bool_type": "must be true or false",
-    "string_type": "must be a word or a text",
+    "string_type": "must be text",
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
@@ -38,13 +38,13 @@ RULES = {
 def explain(
     error: ValidationError, fields: Mapping[str, FieldInfo]
 ) -> list[tuple[tuple[str | int, ...], str]]:
-    """(path, message) for each error of a model with these ``fields``."""
+    """Returns (path, message) for each error found in a model that has these ``fields``."""
     found = error.errors(include_url=False)
-    return [(e["loc"], _message(e, fields)) for e in found if not _follows(e)]
+    return [(e["loc"], _message(e, fields)) for e in found if not _is_consequence(e)]
 
 
-def _follows(error: ErrorDetails) -> bool:
-    """Whether a list is only too short because what is in it is wrong."""
+def _is_consequence(error: ErrorDetails) -> bool:
+    """Whether a list is too short only because some of its items have errors of their own."""
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 

@@ -1,7 +1,8 @@
-"""The language as a JSON schema (draft 2020-12), for editors that check and complete YAML.
+"""The JSON schema (draft 2020-12) of the language, for editors that check and complete YAML.
 
-A value may always be left to a search, and a whole number to the budget. What depends on several
-values at once (a head size that divides the width) is beyond a schema; ``archdsl build`` says it.
+Every value may be left to a search, and every whole number to the budget. A schema cannot express
+rules about several values, such as that the head size divides the width; ``archdsl build`` checks
+these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Schema: TypeAlias = dict[str, Any]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SIZE = r"^\d+(\.\d+)?([eE]\+?\d{1,2})? ?([kKmMbBgGtT]|[kKmMgGtT][iI][bB])?$"
-# pydantic writes limits in its own words where something is done to the value before
+# pydantic writes these limits under its own names if a validator runs before the type is checked
 KEYWORDS = {
     "ge": "minimum",
     "gt": "exclusiveMinimum",
@@ -34,9 +35,10 @@ RANGE, FIT = {"$ref": "#/$defs/range"}, {"$ref": "#/$defs/fit"}
 
 
 class Generator(GenerateJsonSchema):
-    """Knows the two ways in which a value may be written other than as its type."""
+    """Adds the two notations that validators accept: sizes such as "4k", and one value per step."""
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> Schema:
+        """Overrides pydantic's schema of a field that has a validator before its type check."""
         inner = super().function_before_schema(schema)
         match schema["function"]["function"]:
             case spec._size:
@@ -47,17 +49,21 @@ class Generator(GenerateJsonSchema):
 
 
 def json_schema() -> Schema:
-    """Of a spec file: what it accepts, `load` accepts, but for values that clash."""
+    """Returns the schema of a spec file.
+
+    `archdsl.load` accepts the same files, except that it also refuses values that do not fit
+    together.
+    """
     defs: dict[str, Schema] = {
-        "range": _leaf("search", Range, "low", "high", "default"),
-        "fit": _leaf("fit", Fit, "multiple_of", "default"),
+        "range": _open_value("search", Range, "low", "high", "default"),
+        "fit": _open_value("fit", Fit, "multiple_of", "default"),
     }
     model = _part(ModelSpec, "model", defs)
     model["properties"] |= {
-        "extends": {"type": "string", "description": "another spec file, taken over key by key"},
-        "set": {"type": "object", "description": "single places to change in it, by dotted path"},
+        "extends": {"type": "string", "description": "another spec file to start from"},
+        "set": {"type": "object", "description": "values to change in it, by their dotted path"},
     }
-    # what a file extends has what it leaves out
+    # a file that extends another need not repeat the required keys
     model["anyOf"] = [{"required": ["extends"]}, {"required": model.pop("required")}]
     for family, kinds in families().items():
         for kind, part in kinds.items():
@@ -72,27 +78,30 @@ def _family(family: str, kinds: Mapping[str, type[Part]]) -> Schema:
 
 
 def _part(part: type[Strict], name: str, defs: dict[str, Schema]) -> Schema:
-    """One kind; each of its fields becomes a definition, as a choice's subtrees are fields too."""
+    """The schema of one kind.
+
+    Each of its fields becomes a definition, because the subtrees of a choice refer to it too.
+    """
     schema = part.model_json_schema(schema_generator=Generator)
     properties: dict[str, Schema] = {}
     for key, field in schema["properties"].items():
         place = f"{name}.{key}"
-        defs[place] = _open(_tidy(field, schema.get("$defs", {})), place, defs)
+        defs[place] = _or_open(_clean(field, schema.get("$defs", {})), place, defs)
         about = {word: field[word] for word in ("description", "default") if word in field}
         properties[key] = {"$ref": f"#/$defs/{place}"} | about
     return _object(properties, schema.get("required", [])) | {"description": sentence(part)}
 
 
-def _open(value: Schema, place: str, defs: dict[str, Schema]) -> Schema:
-    """What stands in a field: its value, a search for it or, for whole numbers, a fit."""
+def _or_open(value: Schema, place: str, defs: dict[str, Schema]) -> Schema:
+    """The schema of a field: its value, a search value or, for whole numbers, a fit value."""
     for array in _alternatives(value):
         if "type" in array.get("items", {}):
-            defs[f"{place}.item"] = _open(array["items"], f"{place}.item", defs)
+            defs[f"{place}.item"] = _or_open(array["items"], f"{place}.item", defs)
             array["items"] = {"$ref": f"#/$defs/{place}.item"}
     types = {one.get("type") for one in _alternatives(value)}
-    leaves = [FIT] if "integer" in types else []
-    leaves += [RANGE] if types & {"integer", "number"} else []
-    return {"anyOf": [value, *leaves, _choice(f"#/$defs/{place}")]}
+    open_values = [FIT] if "integer" in types else []
+    open_values += [RANGE] if types & {"integer", "number"} else []
+    return {"anyOf": [value, *open_values, _choice(f"#/$defs/{place}")]}
 
 
 def _alternatives(schema: Schema) -> Iterator[Schema]:
@@ -101,23 +110,23 @@ def _alternatives(schema: Schema) -> Iterator[Schema]:
         yield from _alternatives(one)
 
 
-def _leaf(key: str, leaf: type[Range | Fit], *required: str) -> Schema:
-    body = _tidy(leaf.model_json_schema(), {}) | {"required": list(required)}
+def _open_value(key: str, kind: type[Range | Fit], *required: str) -> Schema:
+    body = _clean(kind.model_json_schema(), {}) | {"required": list(required)}
     return _object({key: body}, [key])
 
 
 def _choice(ref: str) -> Schema:
-    """A choice among scalars, or among labelled subtrees of what ``ref`` describes."""
+    """The schema of a choice among scalars, or among labelled subtrees that ``ref`` describes."""
     labelled = {"type": "object", "minProperties": 1, "additionalProperties": {"$ref": ref}}
     listed = {"type": "array", "minItems": 1, "items": {"not": {"type": ["array", "object"]}}}
-    body = _tidy(_choice_itself(), {})
+    body = _clean(_choice_schema(), {})
     body["properties"]["choices"] = {"anyOf": [listed, labelled]}
     return _object({"search": body}, ["search"])
 
 
 @cache
-def _choice_itself() -> Schema:
-    """The same at the hundred places where there may be one."""
+def _choice_schema() -> Schema:
+    """The schema is the same at the hundred places where a choice may be."""
     return Choice.model_json_schema()
 
 
@@ -130,32 +139,32 @@ def _object(properties: dict[str, Schema], required: list[str]) -> Schema:
     }
 
 
-def _tidy(schema: Schema, inner: Mapping[str, Schema]) -> Schema:
-    """References resolved, titles and defaults away, limits in the schema's own words."""
+def _clean(schema: Schema, inner: Mapping[str, Schema]) -> Schema:
+    """Resolves references, removes titles and defaults, and renames limits to schema keywords."""
     match schema:
         case {"x-family": family, **rest}:
             kinds: list[Schema] = [{"$ref": f"#/$defs/{family}"}]
             if default := rest.get("x-default"):
-                kinds.append({"$ref": f"#/$defs/{family}.{default}"})  # without naming its kind
+                kinds.append({"$ref": f"#/$defs/{family}.{default}"})  # its kind may be left out
             if "default" in rest and rest["default"] is None:
                 kinds.append({"type": "null"})
             return {"anyOf": kinds}
         case {"$ref": path}:
-            return _tidy(inner[path.rpartition("/")[2]], inner)
-    tidy = {KEYWORDS.get(key, key): value for key, value in schema.items()}
+            return _clean(inner[path.rpartition("/")[2]], inner)
+    cleaned = {KEYWORDS.get(key, key): value for key, value in schema.items()}
     for key in ("title", "default", "$defs"):
-        tidy.pop(key, None)
-    if tidy.get("type") == "array" and "minLength" in tidy:
-        tidy["minItems"] = tidy.pop("minLength")
-    if "anyOf" in tidy:
-        tidy["anyOf"] = [_tidy(one, inner) for one in tidy["anyOf"]]
-    if "items" in tidy:
-        tidy["items"] = _tidy(tidy["items"], inner)
-    if "properties" in tidy:
-        tidy["properties"] = {k: _tidy(one, inner) for k, one in tidy["properties"].items()}
-    return tidy
+        cleaned.pop(key, None)
+    if cleaned.get("type") == "array" and "minLength" in cleaned:
+        cleaned["minItems"] = cleaned.pop("minLength")
+    if "anyOf" in cleaned:
+        cleaned["anyOf"] = [_clean(one, inner) for one in cleaned["anyOf"]]
+    if "items" in cleaned:
+        cleaned["items"] = _clean(cleaned["items"], inner)
+    if "properties" in cleaned:
+        cleaned["properties"] = {k: _clean(one, inner) for k, one in cleaned["properties"].items()}
+    return cleaned
 
 
 def sentence(part: type[Strict]) -> str:
-    """The first paragraph of a part's docstring, on one line."""
+    """Returns the first paragraph of the docstring of a kind, as one line."""
     return " ".join((part.__doc__ or "").partition("\n\n")[0].replace("``", "`").split())

@@ -1,7 +1,7 @@
-"""Spec files -> trees with positions: inheritance, overrides, sizes.
+"""Reads spec files into trees with positions, and applies inheritance and overrides.
 
-``extends: other.yaml`` takes over another file, key by key; ``set: {blocks.0.repeat: 2}`` then
-changes single places in it. Neither key is part of the resulting value.
+``extends: other.yaml`` starts from another file and changes it key by key; ``set:
+{blocks.0.repeat: 2}`` then changes single values in it. Neither key is part of the resulting value.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ SPECS = pathlib.Path(__file__).parents[1] / "specs"
 MAX_LEVELS = 16
 MAX_NAME = 300
 MISSING = "no such file"
-OVERLAY = "-overlay"  # ends the name of a file that changes a trained model
-LEAVES = {"search", "fit"}
+OVERLAY = "-overlay"  # the end of the name of a file that changes a trained model
+OPEN_VALUES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
 INDEX = re.compile("0|[1-9][0-9]{0,5}")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "p": 10**15}
@@ -61,36 +61,43 @@ SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNOR
 
 
 def shipped_specs() -> dict[str, pathlib.Path]:
-    """The specs that come with archdsl: name without ``.yaml`` -> file."""
+    """Returns the files of the specs that come with archdsl, by their name without ``.yaml``."""
     return {name: file for name, file in _shipped().items() if not name.endswith(OVERLAY)}
 
 
 def _shipped() -> dict[str, pathlib.Path]:
-    """Beside the specs, the overlays that ``archdsl retrofit`` takes."""
+    """The shipped specs and also the overlays for ``archdsl retrofit``, by name."""
     return {file.stem: file for file in sorted(SPECS.glob("*.yaml"))}
 
 
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The file if there is one, else the shipped ``itt``, ``itt.yaml`` or ``specs/itt.yaml``."""
+    """Returns the file of that name, or else the shipped spec of that name.
+
+    A shipped spec may be written as ``itt``, ``itt.yaml`` or ``specs/itt.yaml``. Raises SpecError
+    if there is neither.
+    """
     return _find(pathlib.Path(name), pathlib.Path(name))
 
 
 def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
-    # a folder does not hide the spec of that name: search/ stands beside specs/search.yaml
-    if (trouble := _trouble(path)) is None:
+    # A folder does not hide a shipped spec of the same name, such as the folder search/.
+    if (reason := _unreadable(path)) is None:
         return path
     shipped = _shipped()
     short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short]
-    if trouble == MISSING:
+    if reason == MISSING:
         hint = did_you_mean(short, shipped)
-        trouble += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
-    raise _fail(path, trouble)
+        reason += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
+    raise _fail(path, reason)
 
 
-def _trouble(path: pathlib.Path) -> str | None:
-    """Why ``path`` is not a file to read; found out without opening it, as a pipe would block."""
+def _unreadable(path: pathlib.Path) -> str | None:
+    """Returns why ``path`` is not a readable file, or None if it is one.
+
+    This does not open the file, because opening a pipe would block.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -98,7 +105,7 @@ def _trouble(path: pathlib.Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ValueError as error:
-        return f"is no file name: {error}"
+        return f"is not a valid file name: {error}"
     if stat.S_ISREG(mode):
         return None
     return f"is {'a directory' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, not a file"
@@ -109,7 +116,10 @@ def _fail(path: pathlib.Path, message: str) -> SpecError:
 
 
 def read(path: str | os.PathLike[str]) -> Tree:
-    """The spec in a file, or the shipped one of that name, with all that it extends and sets."""
+    """Reads a file or a shipped spec into a tree, with ``extends`` and ``set`` applied.
+
+    Raises SpecError if the file or one that it extends cannot be read or is not valid YAML.
+    """
     return _read(resolve(path), ())
 
 
@@ -144,12 +154,12 @@ def _text(file: pathlib.Path) -> str:
 
 
 def _open(path: str, flags: int) -> int:
-    # should a pipe have taken the file's place meanwhile, this returns at once
+    # O_NONBLOCK: this returns at once even if a pipe has replaced the file in the meantime
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pathlib.Path:
-    """The file that ``file`` extends."""
+    """Returns the file that ``file`` extends. ``below``: the files that extend ``file``."""
 
     def fail(message: str) -> SpecError:
         return SpecError(Problem("extends", message, tree.position(("extends",))))
@@ -163,9 +173,9 @@ def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pa
         raise fail(f"{name}: {error.problems[0].message}") from None
     if any(base.samefile(other) for other in (*below, file)):
         chain = " -> ".join(str(other) for other in (*below, file, base))
-        raise fail(f"goes round in a circle: {chain}")
+        raise fail(f"is circular: {chain}")
     if len(below) == MAX_LEVELS:
-        raise fail(f"more than {MAX_LEVELS} levels of extends")
+        raise fail(f"is nested more than {MAX_LEVELS} files deep")
     return base
 
 
@@ -180,7 +190,7 @@ def _without(tree: Tree, *keys: str) -> Tree:
 
 
 def _entries(tree: Tree) -> list[tuple[str, Tree]]:
-    """What ``set`` says: dotted path, new value with its positions."""
+    """The entries of ``set``: the dotted path and the new value with its positions."""
     wanted = tree.value["set"]
     if not isinstance(wanted, dict):
         message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {describe(wanted)}"
@@ -193,12 +203,12 @@ def _subtree(tree: Tree, path: Path, value: Any) -> Tree:
 
 
 def from_value(value: Any, file: str) -> Tree:
-    """A plain Python value as a tree; all of it stands in ``file``, without lines."""
+    """Turns a plain Python value into a tree. Its positions name ``file`` without a line."""
     return at_position(value, Position(file, 0, 0))
 
 
 def at_position(value: Any, position: Position | None) -> Tree:
-    """A plain Python value as a tree that stands in one place with all its parts."""
+    """Turns a plain Python value into a tree whose parts all have the same position."""
     plain = _plain(value)
     return Tree(plain, dict.fromkeys(_paths(plain), position) if position else {})
 
@@ -217,7 +227,10 @@ def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
 
 
 def override(tree: Tree, assignments: Sequence[str]) -> Tree:
-    """The tree after each ``blocks.0.repeat=2`` in turn; SpecError names all that went wrong."""
+    """Applies assignments such as ``blocks.0.repeat=2`` to a tree, one after the other.
+
+    Raises SpecError with the problems of all assignments.
+    """
     entries: list[tuple[str, Tree]] = []
     problems: list[Problem] = []
     for assignment in assignments:
@@ -235,7 +248,7 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
 
 
 def _apply(tree: Tree, entries: list[tuple[str, Tree]], problems: Iterable[Problem] = ()) -> Tree:
-    # one copy that is then changed in place, as a file may have very many entries
+    # The tree is copied once and then changed in place, as there may be very many entries.
     changed, found = Tree(_plain(tree.value), dict(tree.positions)), list(problems)
     for words, new in entries:
         try:
@@ -250,13 +263,16 @@ def _apply(tree: Tree, entries: list[tuple[str, Tree]], problems: Iterable[Probl
 
 
 def _locate(value: Any, words: list[str]) -> Path:
-    """The path that the words mean in ``value``; only the last may be a new key."""
+    """Returns the path that the words of a dotted path refer to in ``value``.
+
+    Only the last word may be a new key. Raises ValueError if there is no such path.
+    """
     path: Path = ()
     for i, word in enumerate(words):
         here = dotted(path) or "the spec"
         if isinstance(value, list):
             if not INDEX.fullmatch(word) or int(word) >= len(value):
-                raise ValueError(f"{here} is a list of {len(value)}, it has no place {word!r}")
+                raise ValueError(f"{here} is a list of {len(value)} and has no item {word!r}")
             path, value = (*path, int(word)), value[int(word)]
         elif isinstance(value, dict) and word:
             if word not in value and i < len(words) - 1:
@@ -268,7 +284,10 @@ def _locate(value: Any, words: list[str]) -> Path:
 
 
 def put(tree: Tree, path: Path, new: Tree) -> Tree:
-    """The tree with ``new`` at ``path``; all but the last part of the path must exist."""
+    """Returns the tree with ``new`` at ``path``; all but the last part of the path must exist.
+
+    Raises ValueError if the result is nested more than MAX_DEPTH levels deep.
+    """
     if not path:
         return new
     changed = Tree(_plain(tree.value), dict(tree.positions))
@@ -277,7 +296,7 @@ def put(tree: Tree, path: Path, new: Tree) -> Tree:
 
 
 def _assign(tree: Tree, path: Path, new: Tree) -> None:
-    """``put`` in place; raises ValueError for what would be too deep to walk through."""
+    """Does the same as `put`, but changes the tree itself."""
     if len(path) + max(map(len, new.positions), default=0) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     *parents, last = path
@@ -292,12 +311,13 @@ def _assign(tree: Tree, path: Path, new: Tree) -> None:
 
 
 def merge(base: Tree, patch: Tree) -> Tree:
-    """``base`` changed by ``patch``: mappings merge key by key, everything else is replaced.
+    """Returns ``base`` changed by ``patch``.
 
-    A mapping of another ``kind``, and a search or fit leaf, is replaced whole.
+    Mappings are merged key by key; everything else is replaced. A mapping is also replaced as a
+    whole if its ``kind`` changes, or if either side is an open value (``search`` or ``fit``).
     """
     value = _merge(base.value, patch.value)
-    # a place that both know is in the result as patch has it, since what patch replaces it owns
+    # where both have a position, the value in the result is the one of patch
     known = base.positions | patch.positions
     return Tree(value, {path: known[path] for path in _paths(value) if path in known})
 
@@ -306,7 +326,7 @@ def _merge(base: Any, patch: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(patch, dict):
         return patch
     other_kind = "kind" in base and "kind" in patch and base["kind"] != patch["kind"]
-    if other_kind or not LEAVES.isdisjoint(base) or not LEAVES.isdisjoint(patch):
+    if other_kind or not OPEN_VALUES.isdisjoint(base) or not OPEN_VALUES.isdisjoint(patch):
         return patch
     return base | {
         key: _merge(base[key], item) if key in base else item for key, item in patch.items()
@@ -314,14 +334,14 @@ def _merge(base: Any, patch: Any) -> Any:
 
 
 def parse_size(value: object) -> int:
-    """``162M``, ``1.2B``, ``8k``, ``64KiB``, ``2e9`` as an int; raises ValueError if not whole.
+    """Converts a size such as ``162M``, ``1.2B``, ``8k``, ``64KiB`` or ``2e9`` to an int.
 
-    k, M, B (or G), T and P count in thousands, KiB, MiB, GiB and TiB in 1024; capitals do not
-    matter.
+    k, M, B (or G), T and P are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024. Upper and
+    lower case are the same. Raises ValueError if the value is not a whole number of zero or more.
     """
     size = _size(value)
     if size is None or size < 0 or size.denominator != 1:
-        wanted = "a whole number, plain or as in 162M, 1.2B, 8k, 64KiB"
+        wanted = "a whole number, also written as 162M, 1.2B, 8k or 64KiB"
         raise ValueError(f"must be {wanted}; got {describe(value)}")
     return int(size)
 

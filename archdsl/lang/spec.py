@@ -1,4 +1,7 @@
-"""What a model is made of, as data. Knows nothing about torch, nor which blocks exist."""
+"""Specs: the description of a model as validated, immutable data.
+
+This module needs no torch and does not know which blocks exist.
+"""
 
 from __future__ import annotations
 
@@ -32,27 +35,27 @@ if TYPE_CHECKING:
 
 Path = tuple[str | int, ...]
 
-MAX_NODES = 10_000  # blocks that one pass runs, every repeat and step counted
+MAX_NODES = 10_000  # blocks that run in one forward pass, with every repeat and step counted
 
 
 class Strict(BaseModel):
-    """Immutable data; an unknown key is an error that names the known ones."""
+    """The base of all validated data: immutable, strict in types, without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        defer_build=True,  # a spec names a few kinds, and no others need validators
+        defer_build=True,  # validators are built only for the kinds that a spec uses
     )
 
     @model_validator(mode="wrap")
     @classmethod
-    def _say_what_would_be_right(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _rewrite_errors(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(value)
         except ValidationError as error:
-            # `from None`: the rewritten error says all that the first one did
+            # `from None`, because the rewritten error has all information of the first one
             problems = explain(error, cls.model_fields)
             raise _validation_error(
                 [(_as_written(path, value), why) for path, why in problems]
@@ -60,14 +63,14 @@ class Strict(BaseModel):
 
 
 def _as_written(path: Path, value: Any) -> Path:
-    """The path without the place in a list that was given as one value for every step."""
+    """Removes the list index from the path of a per-step value that was written as one number."""
     if not isinstance(value, Mapping) or len(path) < 2 or path[1] != 0:
         return path
     return path if isinstance(value.get(path[0]), list | tuple) else path[:1] + path[2:]
 
 
 def _validation_error(problems: list[tuple[Path, str]]) -> ValidationError:
-    """One pydantic error out of (path, message) pairs."""
+    """Makes one pydantic error from pairs of (path, message)."""
     return ValidationError.from_exception_data(
         "spec",
         [
@@ -82,20 +85,23 @@ def _validation_error(problems: list[tuple[Path, str]]) -> ValidationError:
 
 
 class Sizes(NamedTuple):
-    """What a proxy changes of a model."""
+    """The sizes that a small proxy of a model changes."""
 
     dim: int
     context: int
     vocab_size: int
     head_size: int
-    repeat: int  # copies of a stack's body, at most
+    repeat: int  # the largest number of copies of the body of a stack
 
 
 class Part(Strict):
-    """A node of the tree: one ``kind`` of its family. Subclasses register by being defined."""
+    """A part of a spec: one ``kind`` of a family, such as the kind ``top_k`` of the family router.
+
+    A subclass with a field ``kind`` is registered when it is defined.
+    """
 
     family: ClassVar[str]
-    example: ClassVar[Mapping[str, Any]] = {}  # a small valid instance, for the catalogue and tests
+    example: ClassVar[Mapping[str, Any]] = {}  # a small valid spec, for the catalogue and tests
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,19 +111,25 @@ class Part(Strict):
         registry.register(cls.family, field.default, cls)
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
-        """What does not go together at width ``dim``, as (path, message)."""
+        """Yields (path, message) for values that do not fit together in a model of width ``dim``.
+
+        The paths are relative to this part.
+        """
         return iter(())
 
     def canonical(self, dim: int) -> Part | None:
-        """The same meaning in one way of saying it; None where it means nothing at all."""
+        """Returns the one standard form of all specs that mean the same as this part.
+
+        Returns None if the part has no effect.
+        """
         return self.with_each(lambda part: part.canonical(dim))
 
     def resized(self, old: Sizes, new: Sizes) -> Part:
-        """The same structure in a model of other sizes, for a proxy."""
+        """Returns a part of the same structure for a proxy with the sizes ``new``."""
         return self.with_each(lambda part: part.resized(old, new))
 
     def with_each(self, change: Callable[[Part], Part | None]) -> Self:
-        """A copy in which every part directly inside is changed."""
+        """Returns a copy in which ``change`` is applied to every part directly inside."""
         parts: dict[str, Any] = {}
         for name in type(self).model_fields:
             match getattr(self, name):
@@ -129,36 +141,42 @@ class Part(Strict):
 
 
 class BlockSpec(Part):
-    """A block maps a stream to a stream of the same shape."""
+    """The base of the specs of blocks. A block maps a stream [B, T, D] to one of the same shape."""
 
     family: ClassVar[str] = "block"
 
     def build(self, dim: int) -> Block:
+        """Builds the module of this block for a stream of width ``dim``."""
         raise NotImplementedError
 
     def cost(self, bill: Bill) -> None:
-        """Adds what this block has to the bill."""
+        """Adds the parameters, matrix products and cache of this block to the bill."""
         raise NotImplementedError
 
     def footprint(self, rows: Rows) -> Footprint:
+        """Returns the memory in bytes that a training step needs for this block on ``rows``."""
         raise NotImplementedError
 
     def unrolled(self) -> tuple[BlockSpec, ...]:
-        """The blocks that this one stands for; itself, unless it is a mere grouping."""
+        """The blocks that run one after the other for this one; itself unless it is a stack."""
         return (self,)
 
     @property
     def nodes(self) -> int:
-        """How many blocks one pass runs for this one; no more are built."""
+        """The number of blocks that run in one pass; at most as many modules are built."""
         return 1 + sum(p.nodes for _, p in children(self) if isinstance(p, BlockSpec))
 
 
 def slot(family: str, default: str | None = None) -> Any:
-    """Marks a field that takes any kind of ``family``; a bare word stands for its kind."""
+    """Annotates a field that takes any kind of ``family``.
+
+    A single word is short for a mapping with that ``kind``. ``default`` is the kind of a mapping
+    that names none.
+    """
 
     def by_kind(value: Any) -> Any:
         if value is None or isinstance(value, Part):
-            return value  # whether a slot may be empty is said by its type
+            return value  # whether a slot may be empty depends on the type of the field
         if isinstance(value, str):
             value = {"kind": value}
         known = registry.kinds(family)
@@ -198,7 +216,7 @@ def _size(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_size)]
-"""A whole number that may be written 162M, 4k or 64KiB."""
+"""A whole number that may be written as 162M, 4k or 64KiB."""
 
 
 def _per_step(value: Any) -> Any:
@@ -211,10 +229,11 @@ PerStep = Annotated[
     BeforeValidator(_per_step),
     PlainSerializer(lambda values: values[0] if len(values) == 1 else list(values)),
 ]
-"""One value for every routed step, or a list with one for each."""
+"""One value for all routed steps, or a list with one value for each routed step."""
 
 
 def at_step(values: tuple[float, ...], step: int) -> float:
+    """Returns the value of a `PerStep` field at the routed step ``step``, counted from 0."""
     return values[0] if len(values) == 1 else values[step]
 
 
@@ -226,43 +245,43 @@ def _limit(description: str) -> Any:
 
 
 class Budget(Strict):
-    """Hard limits of the full-size model. ``fit`` solves for the tightest."""
+    """Hard limits for the full-size model. A fit value is solved so that all limits are met."""
 
     params: Size | None = _limit("parameters")
     non_embedding: Size | None = _limit("parameters without embedding and head")
     flops: Size | None = _limit("expected forward FLOPs per token at the context")
     kv: Size | None = _limit("bytes of KV cache per token, in bfloat16")
     train_flops: Size | None = _limit(
-        "FLOPs that a search may spend on training, by all its workers together"
+        "FLOPs that all workers of a search together may spend on training"
     )
 
     @property
     def of_model(self) -> dict[str, int]:
-        """The limits that a model keeps to, by name; what a search spends is no such limit."""
+        """The limits for a model by name, without ``train_flops``, the limit of a search."""
         return self.model_dump(exclude_none=True, exclude={"train_flops"})
 
     def with_limits(self, given: Budget | None) -> Budget:
-        """Limit by limit, what ``given`` says in the place of what is said here.
+        """Returns this budget with each limit that ``given`` sets replaced.
 
-        A limit that ``given`` sets to None is lifted, one that it does not set stays.
+        A limit that ``given`` sets to None is removed; a limit that it does not set stays.
         """
         update = given.model_dump(exclude_unset=True) if given else {}
         return self.model_copy(update=update)
 
 
 class ModelSpec(Strict):
-    """A language model: embedding, blocks, final norm, head."""
+    """The spec of a language model: embedding, blocks, final norm and head."""
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[\w.+-]+$")
     description: str = Field("", max_length=2000)
     vocab_size: Size = Field(ge=2, le=2**22, description="rows of the embedding")
-    context: Size = Field(ge=1, le=2**20, description="longest sequence, in tokens")
-    dim: Size = Field(ge=1, le=2**16, description="width of the stream")
+    context: Size = Field(ge=1, le=2**20, description="length of the longest sequence in tokens")
+    dim: Size = Field(ge=1, le=2**16, description="width of the residual stream")
     tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
     norm: Literal["rms", "layer"] = Field("rms", description="the norm before the head")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in that norm")
     blocks: Blocks
-    budget: Budget | None = Field(None, description="what `fit` and `search` keep to")
+    budget: Budget | None = Field(None, description="limits that `fit` and `search` must meet")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -282,23 +301,33 @@ class ModelSpec(Strict):
         return self
 
     def canonical(self) -> ModelSpec:
-        """Sizes resolved, groupings unrolled, and what means nothing taken out."""
+        """Returns the standard form of all specs of the same model.
+
+        Sizes are resolved, stacks are unrolled and parts without effect are removed. Name,
+        description and budget are reset.
+        """
         blocks = tuple(
-            leaf
+            unrolled
             for block in self.blocks
-            for leaf in cast(BlockSpec, block.canonical(self.dim)).unrolled()
+            for unrolled in cast(BlockSpec, block.canonical(self.dim)).unrolled()
         )
         return self.model_copy(
             update={"blocks": blocks, "name": "model", "description": "", "budget": None}
         )
 
     def fingerprint(self) -> str:
-        """Equal for specs that mean the same model, whatever they are called (64 hex digits)."""
+        """Returns a SHA-256 of the canonical form, as 64 hex digits.
+
+        It is equal for specs of the same model, also if their names differ.
+        """
         data = self.canonical().model_dump(mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def resized(self, new: Sizes) -> ModelSpec:
-        """The same structure at other sizes, such as a proxy that trains in seconds."""
+        """Returns a spec of the same structure with other sizes, such as a small proxy.
+
+        Raises SpecError if the result is not valid.
+        """
         old = Sizes(self.dim, self.context, self.vocab_size, new.head_size, new.repeat)
         sizes = {"dim": new.dim, "context": new.context, "vocab_size": new.vocab_size}
         blocks = tuple(block.resized(old, new) for block in self.blocks)
@@ -306,11 +335,14 @@ class ModelSpec(Strict):
         return parse_spec(source.from_value(to_tree(resized), f"proxy of {self.name}"))
 
     def to_yaml(self) -> str:
-        """As a YAML text that reads back to an equal spec; what is at its default is left out."""
+        """Returns YAML text that is read back as an equal spec. Values at their default are left
+        out."""
         return source.dump(to_tree(self))
 
     def patch(self, path: str, value: Any) -> ModelSpec:
-        """A copy with the value at a dotted path replaced.
+        """Returns a copy with the value at a dotted path replaced.
+
+        Raises SpecError if there is no such path or the result is not valid.
 
         >>> import archdsl
         >>> archdsl.load("tiny").patch("dim", 128).dim
@@ -321,7 +353,7 @@ class ModelSpec(Strict):
 
 
 def children(part: Strict) -> Iterator[tuple[Path, Part]]:
-    """The parts directly inside, with their paths."""
+    """Yields the path and the part for each part directly inside."""
     for name in type(part).model_fields:
         match getattr(part, name):
             case Part() as child:
@@ -333,35 +365,35 @@ def children(part: Strict) -> Iterator[tuple[Path, Part]]:
 
 
 def walk(part: Strict) -> Iterator[tuple[Path, Part]]:
-    """Every part below, parents first."""
+    """Yields the path and the part for every part below, each part before those inside it."""
     for path, child in children(part):
         yield path, child
         yield from ((path + inner, below) for inner, below in walk(child))
 
 
-def to_tree(part: Strict, along: Sequence[str] = ()) -> dict[str, Any]:
-    """Plain data, the kind first; values at their default are left out.
+def to_tree(part: Strict, keep: Sequence[str] = ()) -> dict[str, Any]:
+    """Converts a part to plain data, with ``kind`` first and without values at their default.
 
-    ``along``: a path whose fields are kept even so.
+    ``keep``: a path whose fields are included even if they are at their default.
     """
     tree: dict[str, Any] = {}
     for name, field in sorted(type(part).model_fields.items(), key=lambda item: item[0] != "kind"):
-        value, inside = getattr(part, name), along[1:] if along[:1] == [name] else None
+        value, inside = getattr(part, name), keep[1:] if keep[:1] == [name] else None
         default = not field.is_required() and value == field.get_default()
         if name == "kind" or not default or inside:
             tree[name] = _plain(value, inside or ())
     return tree
 
 
-def _plain(value: Any, along: Sequence[str] = ()) -> Any:
+def _plain(value: Any, keep: Sequence[str] = ()) -> Any:
     match value:
         case Strict():
-            return to_tree(value, along)
+            return to_tree(value, keep)
         case (int() | float() as same,):  # a per-step value that never changes
             return same
         case tuple():
             return [
-                _plain(item, along[1:] if along[:1] == [str(i)] else ())
+                _plain(item, keep[1:] if keep[:1] == [str(i)] else ())
                 for i, item in enumerate(value)
             ]
         case _:
@@ -369,7 +401,10 @@ def _plain(value: Any, along: Sequence[str] = ()) -> Any:
 
 
 def parse_spec(tree: source.Tree) -> ModelSpec:
-    """A tree without search leaves as a spec. Raises SpecError with every problem and its place."""
+    """Validates a tree without open values and returns the spec.
+
+    Raises SpecError with every problem and its position.
+    """
     if not isinstance(tree.value, Mapping):
         found = type(tree.value).__name__
         message = f"a spec is a mapping with name, dim, blocks, ...; got a {found}"

@@ -1,8 +1,8 @@
-"""YAML 1.2 text -> tree with positions, and back.
+"""Parses YAML 1.2 text into a tree with positions, and writes values as YAML.
 
-Scalars follow the core schema (yaml.org/spec/1.2.2, 10.3): ``1e-3`` is a number, ``on`` is a
-word, ``010`` is ten. Tags, merge keys, duplicate keys and numbers that are not finite are errors.
-libyaml is used as a stream of events only, so that a hostile file is refused before anything grows.
+Scalars follow the core schema (yaml.org/spec/1.2.2, 10.3): ``1e-3`` is a number, ``on`` is text,
+``010`` is ten. Tags, merge keys, duplicate keys and numbers that are not finite are errors.
+Only the event stream of libyaml is used, so that a hostile file is refused before it takes memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MAX_KEY = 200
 MAX_PROBLEMS = 100
 MAX_COLUMNS = 100
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is some 20 times faster
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is about 20 times faster
 
-# all but YAML's own printable characters, with the line breaks that no editor counts and BOMs; so,
-# and not as what is left of the printable ones, they compile in a tenth of the time
+# The characters that YAML does not count as printable, the line breaks that editors do not count,
+# and byte order marks.
 NOT_PRINTABLE = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff"
 REFUSED = re.compile(f"[{NOT_PRINTABLE}]")
 ESCAPED = re.compile(rf'["\\\t\n\r{NOT_PRINTABLE}]')
@@ -39,29 +39,36 @@ BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-PLAIN = re.compile(r"\w[\w./+%-]*( [\w./+%-]+)*")  # the words that need no quotes anywhere
+PLAIN = re.compile(r"\w[\w./+%-]*( [\w./+%-]+)*")  # text that never needs quotes
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Plain dicts, lists and scalars, and the place in the text of the value at each path."""
+    """A value of plain dicts, lists and scalars, and the position in the text for each path."""
 
     value: Any
     positions: dict[Path, Position]
 
     def position(self, path: Path) -> Position | None:
-        """The place of the value at ``path``, or of the nearest value around it."""
+        """Returns the position of the value at ``path``, or of the nearest value that contains it.
+
+        Returns None if there is no such position.
+        """
         while path and path not in self.positions:
             path = path[:-1]
         return self.positions.get(path)
 
 
 def dotted(path: Path) -> str:
+    """Joins the parts of a path with dots, as in ``blocks.0.steps``."""
     return ".".join(str(part) for part in path)
 
 
 def parse(text: str, file: str = "<string>") -> Tree:
-    """The one document in ``text``; raises SpecError with everything that is wrong in it."""
+    """Parses ``text``, which holds one YAML document. ``file`` is its name in error messages.
+
+    Raises SpecError with all problems of the text.
+    """
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARS:
         raise SpecError(Problem("", f"is larger than {MAX_CHARS >> 20} MiB", Position(file, 0, 0)))
@@ -73,7 +80,7 @@ def parse(text: str, file: str = "<string>") -> Tree:
     try:
         node = composer.document()
     except yaml.MarkedYAMLError as error:
-        composer.fail((), composer.place(error.problem_mark), _syntax(error))
+        composer.fail((), composer.position_of(error.problem_mark), _syntax(error))
     if composer.problems:
         raise SpecError(composer.problems)
     positions: dict[Path, Position] = {}
@@ -81,18 +88,21 @@ def parse(text: str, file: str = "<string>") -> Tree:
 
 
 def scalar(text: str) -> Any:
-    """What an unquoted word means; ValueError for numbers that cannot be."""
+    """Returns the value of an unquoted scalar. Raises ValueError for a number that is not finite.
+
+    Also raises ValueError for a number of more than MAX_DIGITS characters.
+    """
     if NULL.fullmatch(text):
         return None
     if found := BOOL.fullmatch(text):
         return found[1] is not None
     if NOT_FINITE.fullmatch(text):
-        raise ValueError(f"number {text} is not finite; quote it if a word is meant")
+        raise ValueError(f"number {text} is not finite; quote it if it is text")
     integer = INT.fullmatch(text)
     if not integer and not FLOAT.fullmatch(text):
         return text
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"number of {len(text)} characters; at most {MAX_DIGITS} are read")
+        raise ValueError(f"a number may have {MAX_DIGITS} characters, got one of {len(text)}")
     if integer:
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     if abs(number := float(text)) == float("inf"):
@@ -102,6 +112,8 @@ def scalar(text: str) -> Any:
 
 @dataclass(frozen=True)
 class _Node:
+    """A parsed value. ``size``: values in it, itself included; ``height``: levels below it."""
+
     value: Any  # a scalar, list[_Node] or dict[str, _Node]
     position: Position
     size: int = 1
@@ -109,44 +121,52 @@ class _Node:
 
 
 class _Composer:
-    """Events -> nodes, counting as it goes what the nodes would be with every alias expanded."""
+    """Composes nodes from events. It counts nodes as if every alias were expanded, and so refuses
+    small files that would expand to very large values."""
 
     def __init__(self, text: str, file: str) -> None:
         self.file = file
         self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
-        self.anchors: dict[str, _Node | None] = {}  # None while the anchored value is still open
+        self.anchors: dict[str, _Node | None] = {}  # None while the anchored value is being read
         self.problems: list[Problem] = []
         self.nodes = 0
 
-    def place(self, position: Any) -> Position:
-        return Position(self.file, position.line + 1, position.column + 1)
+    def position_of(self, mark: Any) -> Position:
+        """Converts a mark of PyYAML, which counts from zero."""
+        return Position(self.file, mark.line + 1, mark.column + 1)
 
-    def say(self, path: Path, position: Position, message: str) -> None:
+    def add_problem(self, path: Path, position: Position, message: str) -> None:
+        """Adds a problem. Raises SpecError if there are more than MAX_PROBLEMS."""
         if len(self.problems) == MAX_PROBLEMS:
             self.fail(path, position, f"more than {MAX_PROBLEMS} problems; reading stopped here")
         self.problems.append(Problem(dotted(path), message, position))
 
     def fail(self, path: Path, position: Position, message: str) -> NoReturn:
+        """Raises SpecError with this problem and all problems so far."""
         raise SpecError([*self.problems, Problem(dotted(path), message, position)])
 
     def document(self) -> _Node:
+        """Reads the whole text. Raises SpecError if there is not exactly one document."""
         next(self.events)  # start of the stream
         if isinstance(next(self.events), yaml.StreamEndEvent):
             self.fail((), Position(self.file, 0, 0), "is empty")
         node = self.node(next(self.events), ())
         next(self.events)  # end of the document
         if not isinstance(event := next(self.events), yaml.StreamEndEvent):
-            self.fail((), self.place(event.start_mark), "second document; a file holds one")
+            self.fail(
+                (), self.position_of(event.start_mark), "second document; a file may hold only one"
+            )
         return node
 
     def node(self, event: Any, path: Path) -> _Node:
-        position = self.place(event.start_mark)
+        """Reads the value that begins with ``event``."""
+        position = self.position_of(event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             return self.alias(str(event.anchor), path, position)
-        self.grow(1, 0, path, position)
+        self.count(1, 0, path, position)
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.say(
+            self.add_problem(
                 path,
                 position,
                 f"tag {reprlib.repr(tag)} is not allowed; quote the value if it is text",
@@ -158,22 +178,25 @@ class _Composer:
             self.anchors[event.anchor] = node
         return node
 
-    def grow(self, size: int, height: int, path: Path, position: Position) -> None:
+    def count(self, size: int, height: int, path: Path, position: Position) -> None:
+        """Adds to the number of values. Raises SpecError if there are too many, or too deep."""
         self.nodes += size
         if self.nodes > MAX_NODES:
-            self.fail((), position, f"more than {MAX_NODES} values, aliases expanded")
+            self.fail((), position, f"more than {MAX_NODES} values with all aliases expanded")
         if len(path) + height > MAX_DEPTH:
             self.fail((), position, f"nested more than {MAX_DEPTH} levels deep")
 
     def alias(self, name: str, path: Path, position: Position) -> _Node:
+        """Returns the value that an alias refers to."""
         node = self.anchors.get(name)
         if node is None:
-            known = "stands inside the value it names" if name in self.anchors else "is not defined"
+            known = "is inside the value it refers to" if name in self.anchors else "is not defined"
             self.fail(path, position, f"alias *{name[:50]} {known}")
-        self.grow(node.size, node.height, path, position)
+        self.count(node.size, node.height, path, position)
         return _Node(node.value, position, node.size, node.height)
 
     def content(self, event: Any, path: Path, position: Position) -> _Node:
+        """Reads a scalar, a list or a mapping."""
         if isinstance(event, yaml.ScalarEvent):
             return _Node(self.scalar(event, path, position), position)
         listing = isinstance(event, yaml.SequenceStartEvent)
@@ -183,41 +206,47 @@ class _Composer:
         return _Node(value, position, 1 + sum(node.size for node in nodes), height)
 
     def scalar(self, event: Any, path: Path, position: Position) -> Any:
+        """Returns the value of a scalar; quoted ones are always text."""
         if not event.implicit[0]:
             return event.value
         try:
             return scalar(event.value)
         except ValueError as error:
-            self.say(path, position, str(error))
+            self.add_problem(path, position, str(error))
             return None
 
     def sequence(self, path: Path) -> list[_Node]:
+        """Reads the items of a list."""
         nodes: list[_Node] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             nodes.append(self.node(event, (*path, len(nodes))))
         return nodes
 
     def mapping(self, path: Path) -> dict[str, _Node]:
+        """Reads the keys and values of a mapping; a key that is given twice is a problem."""
         nodes: dict[str, _Node] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            key, position = self.key(event, path), self.place(event.start_mark)
+            key, position = self.key(event, path), self.position_of(event.start_mark)
             node = self.node(next(self.events), (*path, key))
             if first := lines.get(key):
-                self.say((*path, key), position, f"key {key!r} was already given on line {first}")
+                self.add_problem(
+                    (*path, key), position, f"key {key!r} was already given on line {first}"
+                )
             lines[key], nodes[key] = position.line, node
         return nodes
 
     def key(self, event: Any, path: Path) -> str:
-        position = self.place(event.start_mark)
+        """Reads a key, which must be plain text."""
+        position = self.position_of(event.start_mark)
         if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag is not None:
-            self.fail(path, position, "a key must be a plain word, without anchor, alias or tag")
+            self.fail(path, position, "a key must be plain text without anchor, alias or tag")
         if event.implicit[0] and event.value == "<<":
-            self.say(
+            self.add_problem(
                 path, position, "merge keys (<<) are not supported; use extends, or repeat the keys"
             )
         if event.implicit[0] and event.value == "":
-            self.say(path, position, "a key is missing before ':'")
+            self.add_problem(path, position, "a key is missing before ':'")
         if len(event.value) > MAX_KEY:
             self.fail(
                 path, position, f"key of {len(event.value)} characters; at most {MAX_KEY} are read"
@@ -226,7 +255,7 @@ class _Composer:
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
-    """libyaml's complaint in one line."""
+    """The error message of libyaml in one line."""
     begun = f" {error.context}" if error.context else ""
     if error.context_mark:
         begun += f" that begins on line {error.context_mark.line + 1}"
@@ -236,7 +265,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
 
 
 def _plain(node: _Node, path: Path, positions: dict[Path, Position]) -> Any:
-    """The node as fresh plain data, so that no two places share a list."""
+    """Copies a node to plain data, so that two places with the same alias share no list."""
     positions[path] = node.position
     if isinstance(node.value, dict):
         return {key: _plain(child, (*path, key), positions) for key, child in node.value.items()}
@@ -246,7 +275,11 @@ def _plain(node: _Node, path: Path, positions: dict[Path, Position]) -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML that ``parse`` reads back as an equal value; what is short stands on one line."""
+    """Writes a value as YAML text, which `parse` reads back as an equal value.
+
+    Short lists and mappings are written on one line. Raises ValueError or TypeError if the value
+    cannot be written, such as a number that is not finite or a key that is not text.
+    """
     lines = _block(value, 0) if _is_collection(value) and value else [dump_inline(value)]
     return "".join(f"{line}\n" for line in lines)
 
@@ -256,7 +289,7 @@ def _is_collection(value: Any) -> bool:
 
 
 def _block(value: Any, column: int) -> list[str]:
-    """Lines of a non-empty mapping or list whose first character stands at ``column``."""
+    """Returns the lines of a non-empty mapping or list that begins at ``column``."""
     if isinstance(value, Mapping):
         entries = [_entry(f"{_text(key)}:", item, column) for key, item in value.items()]
     else:
@@ -282,7 +315,11 @@ def _is_short(value: Any, column: int) -> bool:
 
 
 def _is_flat(value: Any) -> bool:
-    """Scalars and lists of scalars; a mapping only as the one value of another, as in leaves."""
+    """Whether a collection may be written on one line.
+
+    It may hold scalars and lists of scalars. It may hold a mapping only as its single value, as in
+    ``{search: {...}}``.
+    """
     if not isinstance(value, Mapping):
         return not any(_is_collection(item) for item in value)
     items = list(value.values())
@@ -294,7 +331,7 @@ def _is_flat(value: Any) -> bool:
 
 
 def dump_inline(value: Any) -> str:
-    """The same on one line, however long."""
+    """Writes a value as `dump` does, but always on one line."""
     if isinstance(value, Mapping):
         return (
             f"{{{', '.join(f'{_text(key)}: {dump_inline(item)}' for key, item in value.items())}}}"
@@ -305,7 +342,7 @@ def dump_inline(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if not isinstance(value, int | float):
         return _text(value)
-    # the plain types' own repr, because numpy's float says np.float64(0.5)
+    # the repr of the built-in types, because the repr of a numpy float is np.float64(0.5)
     word = int.__repr__(value) if isinstance(value, int) else float.__repr__(value)
     if scalar(word) != value:
         raise ValueError(f"{word} cannot be written as a number")
@@ -314,7 +351,7 @@ def dump_inline(value: Any) -> str:
 
 def _text(text: Any) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"{text!r} is {type(text).__name__}; YAML here holds text, numbers, lists")
+        raise TypeError(f"{text!r} is of type {type(text).__name__} and cannot be written as YAML")
     if PLAIN.fullmatch(text) and _is_word(text):
         return text
     return f'"{ESCAPED.sub(_escape, text)}"'
@@ -330,7 +367,7 @@ def _is_word(text: str) -> bool:
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
     if 0xD800 <= code < 0xE000:
-        raise ValueError(f"half a character, {found[0]!a}, cannot be written")
+        raise ValueError(f"a lone surrogate, {found[0]!a}, cannot be written")
     if found[0] in '"\\\n':
         return "\\n" if found[0] == "\n" else f"\\{found[0]}"
     return f"\\u{code:04x}"

@@ -1,4 +1,4 @@
-"""Budgets: which limits hold, and the size that is solved to keep to all of them."""
+"""Budgets: which limits a model meets, and the largest size that meets all of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def at(name: str, size: int) -> ModelSpec:
     name=st.sampled_from(sorted(HIGHS)),
     given_=st.dictionaries(st.sampled_from(sorted(LIMITS)), st.floats(0.2, 6), min_size=1),
 )
-def test_the_size_that_is_solved_is_the_largest_that_keeps_to_every_limit(
+def test_the_solved_size_is_the_largest_that_meets_every_limit(
     name: str, given_: dict[str, float]
 ) -> None:
     limits = {"params": None, "flops": None} | {n: int(LIMITS[n] * x) for n, x in given_.items()}
@@ -71,7 +71,7 @@ def test_the_size_that_is_solved_is_the_largest_that_keeps_to_every_limit(
         assert error.value.ratio == largest_excess(at(name, 4), budget) > 0
 
 
-def test_what_is_given_takes_the_place_of_what_is_written_limit_by_limit() -> None:
+def test_given_limits_replace_those_of_the_file_one_by_one() -> None:
     tree = parse(written())
     assert budget_of(tree) == Budget(params=60_000, flops=1_000_000)
     assert budget_of(tree, Budget(params=9)) == Budget(params=9, flops=1_000_000)
@@ -81,7 +81,7 @@ def test_what_is_given_takes_the_place_of_what_is_written_limit_by_limit() -> No
     assert budget_of(parse(written().replace("{params: 60k, flops: 1M}", "null"))) == Budget()
 
 
-def test_what_a_search_may_spend_is_no_limit_of_a_model() -> None:
+def test_the_training_flops_of_a_search_are_not_a_limit_of_a_model() -> None:
     spends = Budget(params=None, flops=None, train_flops=1)
     assert excesses(at("dim", 32), spends) == {}
     fit = "{fit: {multiple_of: 8, default: 24}}"
@@ -89,7 +89,7 @@ def test_what_a_search_may_spend_is_no_limit_of_a_model() -> None:
     assert load("tiny", budget=spends) == load("tiny").model_copy(update={"budget": spends})
 
 
-def test_every_limit_is_counted_from_the_receipt_and_said_in_its_unit() -> None:
+def test_every_limit_is_computed_from_the_receipt_and_reported_in_its_unit() -> None:
     spec = at("dim", 32)
     receipt = cost(spec)
     budget = Budget(params=20_000, non_embedding=10, flops=30, kv=20)
@@ -110,7 +110,7 @@ def test_a_limit_is_a_whole_number_above_zero(limit: str) -> None:
         fitted(parse(written().replace("params: 60k", limit).replace(", flops: 1M", "")))
 
 
-def test_limits_are_written_with_units() -> None:
+def test_limits_may_be_written_with_units() -> None:
     text = "{params: 162M, kv: 64KiB, flops: 0.8G, train_flops: 1P, non_embedding: 1e6}"
     tree = parse(written().replace("{params: 60k, flops: 1M}", text))
     expected = {"params": 162 * 10**6, "kv": 2**16, "flops": 8 * 10**8}

@@ -1,4 +1,4 @@
-"""The JSON schema accepts what the language accepts, and catches what an editor can catch."""
+"""The JSON schema accepts valid specs and refuses the errors that an editor can find."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def loop(said: str, instead: str) -> str:
 
 
 def understood(tree: Any) -> ModelSpec:
-    """As `archdsl build` reads it."""
+    """Reads the text as `archdsl build` does."""
     return fitted(template.fill(from_value(tree, "x"), template.defaults))
 
 
 def file(**changes: str) -> Any:
-    """A valid spec file as a tree, with some of its values replaced by other YAML."""
+    """Returns a valid spec file as a tree, with some of its values replaced by other YAML."""
     lines = {"name": "x", "vocab_size": "32k", "context": "64", "dim": "64", "blocks": f"[{LOOP}]"}
     return parse("\n".join(f"{key}: {text}" for key, text in (lines | changes).items()), "x").value
 
 
-def test_is_a_schema() -> None:
+def test_the_schema_itself_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
@@ -50,7 +50,7 @@ def test_every_shipped_spec_is_valid(name: str) -> None:
 
 @settings(max_examples=50)
 @given(specs())
-def test_every_spec_is_valid_as_it_is_written(spec: ModelSpec) -> None:
+def test_every_spec_is_valid_as_written_to_yaml(spec: ModelSpec) -> None:
     VALIDATOR.validate(parse(spec.to_yaml(), "spec").value)
 
 
@@ -77,12 +77,12 @@ def test_every_example_of_the_catalogue_is_valid(entry: Any) -> None:
         },
     ],
 )
-def test_accepts_what_the_language_accepts(changes: dict[str, str]) -> None:
+def test_the_schema_accepts_what_the_language_accepts(changes: dict[str, str]) -> None:
     assert understood(file(**changes))
     VALIDATOR.validate(file(**changes))
 
 
-def test_what_extends_may_leave_out_what_it_takes_over() -> None:
+def test_a_spec_that_extends_another_may_leave_out_required_keys() -> None:
     VALIDATOR.validate({"extends": "itt.yaml", "set": {"blocks.0.repeat": 2}})
 
 
@@ -108,20 +108,22 @@ def test_what_extends_may_leave_out_what_it_takes_over() -> None:
         ({"blocks": "[{search: {choices: {one: lair}, default: one}}]"}, ["blocks"]),
     ],
 )
-def test_refuses_what_the_language_refuses(changes: dict[str, str], place: list[str]) -> None:
+def test_the_schema_refuses_what_the_language_refuses(
+    changes: dict[str, str], place: list[str]
+) -> None:
     with pytest.raises(SpecError):
         understood(file(**changes))
     errors = list(VALIDATOR.iter_errors(file(**changes)))
     assert [list(error.path)[:1] for error in errors] == [place]
 
 
-def test_refuses_a_spec_without_a_name() -> None:
+def test_the_schema_refuses_a_spec_without_a_name() -> None:
     whole = file()
     del whole["name"]
     assert not VALIDATOR.is_valid(whole)
 
 
-def test_tells_an_editor_what_a_field_is_for() -> None:
+def test_the_schema_describes_each_field_for_an_editor() -> None:
     steps = SCHEMA["$defs"]["block.loop"]["properties"]["steps"]
     assert steps["description"].startswith("passes through the body")
     assert steps["default"] == 2

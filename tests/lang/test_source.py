@@ -1,4 +1,4 @@
-"""Spec files: inheritance, overrides, merges, sizes, and how errors read."""
+"""Spec files: inheritance, overrides, merging, sizes and error messages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_shipped_spec_is_found_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "plain.yaml", "specs/plain.yaml", "specs/plain"])
-def test_a_file_comes_before_a_shipped_spec_and_that_before_a_folder(here: Path, name: str) -> None:
+def test_a_file_is_preferred_to_a_shipped_spec_and_that_to_a_folder(here: Path, name: str) -> None:
     assert source.read(name).value["dim"] == 8
     (here / name).mkdir(parents=True)
     assert source.read(name).value["dim"] == 8
@@ -61,18 +61,18 @@ def test_a_file_comes_before_a_shipped_spec_and_that_before_a_folder(here: Path,
     assert source.read(name).value == {"dim": 9}
 
 
-def test_what_is_no_readable_text_is_refused_without_waiting(here: Path) -> None:
+def test_a_file_that_is_not_readable_text_is_refused_without_blocking(here: Path) -> None:
     os.mkfifo("pipe.yaml")
     Path("latin.yaml").write_bytes(b"a: \xc3\xa9\nb: \xc3\xa9\xe9")
     Path("wide.yaml").write_bytes("a: 1".encode("utf-16"))
     Path("big.yaml").write_bytes(b"\xff" * (2**20 + 1))
     Path("list.yaml").write_text("- 1")
-    for name, complaint in {
+    for name, message in {
         "pipe.yaml": "pipe.yaml: is a pipe, socket or device, not a file",
         "shipped": "shipped: is a directory, not a file",
         "plan": "plan: no such file (did you mean 'plain'?); the specs that come with archdsl are ",
         "list.yaml/x": "list.yaml/x: cannot be read: Not a directory",
-        "a\0b": "is no file name",
+        "a\0b": "is not a valid file name",
         "latin.yaml": "latin.yaml:2:5: not UTF-8 text (byte 0xe9); save the file as UTF-8",
         "wide.yaml": "wide.yaml:1:1: not UTF-8 text",
         "big.yaml": "big.yaml: is larger than 1 MiB",
@@ -80,7 +80,7 @@ def test_what_is_no_readable_text_is_refused_without_waiting(here: Path) -> None
     }.items():
         with pytest.raises(SpecError) as error:
             source.read(name)
-        assert complaint in str(error.value)
+        assert message in str(error.value)
 
 
 def test_a_file_that_may_not_be_read_or_became_a_pipe_is_an_error(
@@ -90,7 +90,7 @@ def test_a_file_that_may_not_be_read_or_became_a_pipe_is_an_error(
         raise PermissionError(13, "Permission denied")
 
     os.mkfifo("pipe.yaml")
-    monkeypatch.setattr(source, "_trouble", lambda path: None)
+    monkeypatch.setattr(source, "_unreadable", lambda path: None)
     with pytest.raises(SpecError, match=r"pipe.yaml: is empty"):
         source.read("pipe.yaml")
     monkeypatch.setattr(os, "open", denied)
@@ -104,7 +104,7 @@ def test_a_byte_order_mark_is_skipped(here: Path) -> None:
         source.read("bom.yaml")
 
 
-def test_extends_and_set_keep_the_positions_of_all_they_bring(here: Path) -> None:
+def test_values_from_extends_and_set_keep_their_positions(here: Path) -> None:
     Path("sub").mkdir()
     Path("sub/root.yaml").write_text("extends: plain")
     Path("sub/base.yaml").write_text(
@@ -133,16 +133,16 @@ def test_extends_and_set_keep_the_positions_of_all_they_bring(here: Path) -> Non
     }
 
 
-def test_extends_says_where_it_went_wrong(here: Path) -> None:
+def test_errors_of_extends_have_the_position_of_their_cause(here: Path) -> None:
     Path("a.yaml").write_text("extends: b.yaml")
     Path("b.yaml").write_text("x: 1\nextends: ./a.yaml")
     for i in range(20):
         Path(f"c{i}.yaml").write_text(f"extends: c{i + 1}.yaml" if i < 17 else "x: 1")
     assert source.read("c1.yaml").value == {"x": 1}  # sixteen levels
-    for text, complaint in {
-        "extends: a.yaml": "a.yaml:1:10: extends: goes round in a circle: a.yaml -> a.yaml.",
-        "extends: b.yaml": "circle: a.yaml -> b.yaml -> a.yaml",
-        "extends: c0.yaml": "c15.yaml:1:10: extends: more than 16 levels of extends",
+    for text, message in {
+        "extends: a.yaml": "a.yaml:1:10: extends: is circular: a.yaml -> a.yaml.",
+        "extends: b.yaml": "circular: a.yaml -> b.yaml -> a.yaml",
+        "extends: c0.yaml": "c15.yaml:1:10: extends: is nested more than 16 files deep",
         "x: 1\nextends: [b]": "a.yaml:2:10: extends: must be the name of one spec file, got",
         "extends: plan": "a.yaml:1:10: extends: plan: no such file (did you mean 'plain'?)",
         "extends: shipped": "a.yaml:1:10: extends: shipped: is a directory",
@@ -152,11 +152,11 @@ def test_extends_says_where_it_went_wrong(here: Path) -> None:
         Path("a.yaml").write_text(text)
         with pytest.raises(SpecError) as error:
             source.read("a.yaml")
-        assert complaint in f"{error.value}."
+        assert message in f"{error.value}."
 
 
 @given(MAPPINGS, MAPPINGS)
-def test_a_merge_takes_the_patch_where_it_speaks_and_the_base_elsewhere(old: Any, new: Any) -> None:
+def test_a_merge_has_the_values_of_the_patch_and_else_those_of_the_base(old: Any, new: Any) -> None:
     base, patch = source.from_value(old, "base"), source.from_value(new, "patch")
     empty = source.Tree({}, {})
     assert (
@@ -193,13 +193,13 @@ def test_a_merge_takes_the_patch_where_it_speaks_and_the_base_elsewhere(old: Any
         ("a: {b: 1}", "a: null", {"a": None}),
     ],
 )
-def test_a_merge_replaces_other_kinds_leaves_and_lists_whole(
+def test_a_merge_replaces_other_kinds_open_values_and_lists_as_a_whole(
     base: str, patch: str, value: Any
 ) -> None:
     assert source.merge(source.parse(base), source.parse(patch)).value == value
 
 
-def test_an_override_changes_its_place_only_and_is_the_place_of_errors() -> None:
+def test_an_override_changes_one_value_and_is_named_in_errors() -> None:
     tree = source.parse("blocks:\n  - {repeat: 4, body: [1, 2]}\n", "f")
     changed = source.override(
         tree, ["blocks.0.repeat=2", "blocks.0.body.1 = {kind: 1e-3}", "new=~"]
@@ -212,12 +212,12 @@ def test_an_override_changes_its_place_only_and_is_the_place_of_errors() -> None
     assert set(changed.positions) == {path for path, _ in paths(changed.value)}
 
 
-def test_overrides_that_cannot_be_done_are_named_all_at_once() -> None:
+def test_all_impossible_overrides_are_reported_at_once() -> None:
     tree = source.parse("blocks: [{repeat: 4}]")
     wrong = {
         "block.0=1": "block.0: the spec has no key 'block' (did you mean 'blocks'?)",
-        "blocks.1=1": "blocks.1: blocks is a list of 1, it has no place '1'",
-        "blocks.-1=1": "blocks.-1: blocks is a list of 1, it has no place '-1'",
+        "blocks.1=1": "blocks.1: blocks is a list of 1 and has no item '1'",
+        "blocks.-1=1": "blocks.-1: blocks is a list of 1 and has no item '-1'",
         "blocks.0.repeat.x=1": "blocks.0.repeat.x: blocks.0.repeat is 4, it has no key 'x'",
         "blocks.0.=1": "blocks.0.: blocks.0 is a mapping, it has no key ''",
         "repeat": "must be path=value, as in blocks.0.repeat=2",
@@ -229,11 +229,11 @@ def test_overrides_that_cannot_be_done_are_named_all_at_once() -> None:
         source.override(tree, list(wrong))
     lines = complaints(error)
     assert len(lines) == len(wrong)
-    for assignment, complaint in wrong.items():
-        assert any(line.startswith(f"--set {assignment}: {complaint}") for line in lines)
+    for assignment, message in wrong.items():
+        assert any(line.startswith(f"--set {assignment}: {message}") for line in lines)
 
 
-def test_overrides_cannot_dig_deeper_than_a_file_may() -> None:
+def test_overrides_cannot_nest_deeper_than_a_file() -> None:
     deep = "x=" + "[" * 60 + "1" + "]" * 60
     deeper = "x" + ".0" * 59 + "=" + "[" * 40 + "1" + "]" * 40
     tree = source.override(source.parse("x: 1"), [deep, deeper])
@@ -242,13 +242,13 @@ def test_overrides_cannot_dig_deeper_than_a_file_may() -> None:
         source.override(tree, ["x" + ".0" * 98 + "=[[2]]"])
 
 
-def test_a_flood_of_wrong_settings_is_cut_short() -> None:
+def test_after_very_many_wrong_settings_no_more_are_reported() -> None:
     with pytest.raises(SpecError) as error:
         source.override(source.parse("x: 1"), ["x.y=1", *[f"y{i}.z=2" for i in range(500)]])
     assert len(error.value.problems) == 101
 
 
-def test_a_python_value_becomes_a_tree_of_its_own() -> None:
+def test_a_python_value_becomes_an_independent_tree() -> None:
     value = {"a": ({"b": 1},)}
     tree = source.from_value(value, "winner")
     assert tree.value == {"a": [{"b": 1}]}
@@ -279,7 +279,7 @@ def test_a_python_value_becomes_a_tree_of_its_own() -> None:
         ],
     ],
 )
-def test_sizes_read_as_people_write_them(size: object, number: int) -> None:
+def test_sizes_may_be_written_with_units(size: object, number: int) -> None:
     got = source.parse_size(size)
     assert (got, type(got)) == (number, int)
 
@@ -293,11 +293,11 @@ def test_sizes_read_as_people_write_them(size: object, number: int) -> None:
     ],
 )
 def test_sizes_that_are_not_whole_or_not_sizes_are_refused(size: object) -> None:
-    with pytest.raises(ValueError, match=r"must be a whole number, plain or as in 162M.*; got "):
+    with pytest.raises(ValueError, match=r"must be a whole number, also written as 162M.*; got "):
         source.parse_size(size)
 
 
-def test_errors_are_sorted_by_place_and_leave_out_what_is_unknown() -> None:
+def test_errors_are_sorted_by_position_and_leave_out_unknown_positions() -> None:
     problems = [
         Problem("b", "late", Position("f", 10, 1)),
         Problem("a", "early", Position("f", 9, 2)),

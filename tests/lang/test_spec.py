@@ -1,4 +1,4 @@
-"""Specs as data, and what their author reads when something is wrong."""
+"""Specs as data, and the error messages for wrong ones."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def read(text: str) -> ModelSpec:
     return parse_spec(parse(text, "my.yaml"))
 
 
-def complaint(*changes: tuple[str, str]) -> str:
-    """What is said about SPEC after each text was replaced by another."""
+def message_for(*changes: tuple[str, str]) -> str:
+    """Returns the error message for SPEC with each old text replaced by the new one."""
     text = SPEC
     for old, new in changes:
         assert old in text
@@ -43,7 +43,7 @@ def complaint(*changes: tuple[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (
             ("steps: 3", "stepz: 3"),
@@ -91,10 +91,10 @@ def complaint(*changes: tuple[str, str]) -> str:
         (
             ("dim: 32", "dim: 32.5"),
             "my.yaml:4:6: dim: must be a whole number, "
-            "plain or as in 162M, 1.2B, 8k, 64KiB; got 32.5",
+            "also written as 162M, 1.2B, 8k or 64KiB; got 32.5",
         ),
         (("dim: 32", "dim: true"), "my.yaml:4:6: dim: must be a whole number, got True"),
-        (("dim: 32\n", ""), "my.yaml:1:1: dim: is required: width of the stream"),
+        (("dim: 32\n", ""), "my.yaml:1:1: dim: is required: width of the residual stream"),
         (
             ("dim: 32", "dim: 1e12"),
             "my.yaml:4:6: dim: must be at most 65536, got 1000000000000",
@@ -105,7 +105,7 @@ def complaint(*changes: tuple[str, str]) -> str:
         ),
         (
             ("dim: 32", "dim: wide"),
-            "my.yaml:4:6: dim: must be a whole number, plain or as in 162M, 1.2B, 8k, 64KiB; "
+            "my.yaml:4:6: dim: must be a whole number, also written as 162M, 1.2B, 8k or 64KiB; "
             "got 'wide'",
         ),
         (
@@ -135,13 +135,13 @@ def complaint(*changes: tuple[str, str]) -> str:
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
-def test_says_where_what_and_what_would_be_right(change: tuple[str, str], says: str) -> None:
-    assert complaint(change) == says
+def test_errors_have_position_cause_and_correction(change: tuple[str, str], message: str) -> None:
+    assert message_for(change) == message
 
 
-def test_says_all_that_is_wrong_at_once_and_in_reading_order() -> None:
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
     changes = [("vocab_size: 100", "vocab_size: 1"), ("steps: 3", "steps: many"), ("0.7", "7")]
-    assert complaint(*changes, ("kind: layer", "kind: lair")).splitlines() == [
+    assert message_for(*changes, ("kind: layer", "kind: lair")).splitlines() == [
         "my.yaml:2:13: vocab_size: must be at least 2, got 1",
         "my.yaml:6:12: blocks.0.kind: unknown kind 'lair' of block (did you mean 'layer'?); "
         "known kinds: attention, feed_forward, layer, loop, norm, stack",
@@ -152,11 +152,11 @@ def test_says_all_that_is_wrong_at_once_and_in_reading_order() -> None:
     ]
 
 
-def test_says_all_that_does_not_go_together_at_once() -> None:
-    said = complaint(
+def test_all_conflicts_between_values_are_reported_at_once() -> None:
+    message = message_for(
         ("capacity: 0.7", "capacity: [0.2, 0.7], nested: true"), ("dim: 32", "dim: 30")
     )
-    assert said.splitlines() == [
+    assert message.splitlines() == [
         "my.yaml:6:42: blocks.0.attention.head_size: must divide dim 30, got 8",
         "my.yaml:9:38: blocks.1.router.capacity: must not rise when nested, got [0.2, 0.7]",
         "my.yaml:10:48: blocks.1.body.attention.head_size: must divide dim 30, got 8",
@@ -179,7 +179,7 @@ def test_a_spec_is_a_mapping(text: str) -> None:
     ],
     ids=str,
 )
-def test_repeats_of_repeats_are_refused_before_they_are_unrolled(bomb: dict[str, Any]) -> None:
+def test_nested_repeats_are_refused_before_they_are_unrolled(bomb: dict[str, Any]) -> None:
     block: dict[str, Any] = {"kind": "norm"}
     for _ in range(20):
         block = bomb | {"body": [block] if bomb["kind"] == "stack" else block}
@@ -190,7 +190,7 @@ def test_repeats_of_repeats_are_refused_before_they_are_unrolled(bomb: dict[str,
     assert time.process_time() - start < 2
 
 
-def test_numbers_are_finite_also_from_python() -> None:
+def test_numbers_must_be_finite_also_in_python() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="rope_theta"):
             AttentionSpec(rope_theta=value)
@@ -201,17 +201,17 @@ def test_sizes_may_have_units() -> None:
     assert (spec.context, spec.vocab_size) == (4096, 32_000)
 
 
-def test_an_empty_slot_may_be_said() -> None:
+def test_an_empty_slot_may_be_written_as_null() -> None:
     plain = read(SPEC.replace("{kind: prefix, capacity: 0.7}", "null"))
     assert plain == read(SPEC.replace("    router: {kind: prefix, capacity: 0.7}\n", ""))
 
 
-def test_is_immutable() -> None:
+def test_a_spec_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read(SPEC).dim = 64  # type: ignore[misc]
 
 
-def test_a_patch_is_a_copy_and_is_checked() -> None:
+def test_a_patch_is_a_copy_and_is_validated() -> None:
     spec = read(SPEC)
     patched = spec.patch("blocks.1.router.capacity", [0.5, 0.25])
     assert spec == read(SPEC)
@@ -260,16 +260,16 @@ OTHER = [
 
 
 @pytest.mark.parametrize("change", SAME, ids=lambda change: change[1])
-def test_what_means_the_same_has_the_same_fingerprint(change: tuple[str, str]) -> None:
+def test_specs_of_the_same_model_have_the_same_fingerprint(change: tuple[str, str]) -> None:
     assert read(SPEC.replace(*change)).fingerprint() == read(SPEC).fingerprint()
 
 
-def test_what_means_something_else_has_another_fingerprint() -> None:
+def test_specs_of_different_models_have_different_fingerprints() -> None:
     specs = [read(SPEC), *(read(SPEC.replace(*change)) for change in OTHER)]
     assert len({spec.fingerprint() for spec in specs}) == len(OTHER) + 1
 
 
-def test_a_loop_of_every_token_means_the_same_however_it_is_said() -> None:
+def test_a_loop_over_every_token_has_one_fingerprint_however_it_is_written() -> None:
     every = [
         "router: null",
         "router: all",
@@ -286,5 +286,5 @@ def test_a_loop_of_every_token_means_the_same_however_it_is_said() -> None:
     assert len(prints) == 1
 
 
-def test_yaml_names_the_kind_first() -> None:
+def test_the_kind_comes_first_in_yaml() -> None:
     assert "router: {kind: top_k, capacity: 0.7}" in archdsl.load("itt").to_yaml()
