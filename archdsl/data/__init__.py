@@ -1,4 +1,5 @@
-"""Text and generated tasks as batches of tokens: reading files, tokenizing, caching, splitting.
+"""Data: reads text files, tokenizes and caches them, splits them, and generates synthetic tasks.
 
-``load_data`` is the public function. It returns `Data`, which training and evaluation read.
+`archdsl.load_data` is the public function. It returns a `Data` object, from which training and
+evaluation read batches of tokens.
 """

@@ -1,4 +1,4 @@
-"""Data by name: text, tokenized once and memory-mapped, or a skill.
+"""`load_data`: text that is tokenized once and then memory-mapped, or a synthetic task.
 
 Shapes: B sequences, T tokens, W windows.
 """
@@ -39,18 +39,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Data", "DataError", "SkillData", "TextData", "load_data"]
 
-FORMAT = 1  # raise it when the same name comes to mean other tokens
-HELD_OUT_SEQUENCES = 1024  # of a skill
+FORMAT = 1  # increase it if the same source and tokenizer give other tokens than before
+HELD_OUT_SEQUENCES = 1024  # sequences in the validation and in the test split of a skill
 
 
 def load_data(
     source: str | None = None, *, tokenizer: str = "bytes", cache: Path | None = None
 ) -> Data:
-    """The embedded corpus, a file or folder, ``hf:DATASET/CONFIG``, or ``skill:NAME,option=value``.
+    """Loads text or a synthetic task for training and evaluation.
 
-    ``tokenizer``: "bytes", "bpe:SIZE" (trained on the training split) or a tokenizer.json; skills
-    need none. Tokens are kept under ``cache`` ($ARCHDSL_CACHE, $XDG_CACHE_HOME/archdsl or
-    ~/.cache/archdsl). Raises DataError.
+    ``source``: a file or folder of text, ``hf:DATASET/CONFIG`` from the Hugging Face Hub, or
+    ``skill:NAME,option=value``. The default is the corpus that comes with archdsl. ``tokenizer``:
+    "bytes", "bpe:SIZE" (trained on the training split) or the path of a tokenizer.json; skills use
+    none. ``cache``: the folder for the tokens; the default is $ARCHDSL_CACHE, or else
+    $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if the source or the
+    tokenizer is wrong, or if the cache cannot be written.
     """
     if source is not None and source.startswith("skill:"):
         return SkillData(parse_skill(source.removeprefix("skill:")))
@@ -62,7 +65,7 @@ def load_data(
         return cached.open(text.name) or cached.build(text, tokenizer)
     except OSError as error:
         raise DataError(
-            f"cache {str(root)!r}: {error}; $ARCHDSL_CACHE names another place"
+            f"cache {str(root)!r}: {error}; set $ARCHDSL_CACHE to use another folder"
         ) from None
 
 
@@ -78,7 +81,7 @@ def _sha256(*parts: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TextData:
-    """Documents joined by the token that ends them; it also stands before the first."""
+    """Tokenized text. The end-of-document token is before the first and after every document."""
 
     name: str
     tokenizer: Tokenizer
@@ -86,10 +89,10 @@ class TextData:
     tokens: Mapping[Split, Tokens]
     text_bytes: Mapping[Split, int]
     chance: None = None
-    token_cache: TokenCache | None = None  # the files that hold it
+    token_cache: TokenCache | None = None  # the files of the tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes open the same files, and trust them."""
+        """Pickles the location of the cached files, which this process has already verified."""
         if self.token_cache is None:
             values = (self.name, self.tokenizer, self.fingerprint, self.tokens, self.text_bytes)
             return TextData, values
@@ -97,16 +100,23 @@ class TextData:
 
     @property
     def vocab_size(self) -> int:
+        """See `Data.vocab_size`."""
         return vocab_size(self.tokenizer)
 
     def save_tokenizer(self, path: Path) -> None:
+        """See `Data.save_tokenizer`."""
         self.tokenizer.save(str(path))
 
     def bytes_per_token(self, split: Split) -> float:
+        """See `Data.bytes_per_token`."""
         return self.text_bytes[split] / (len(self.tokens[split]) - 1)
 
     def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
-        """Windows of the training text, each once an epoch, in an order that the seed decides."""
+        """Returns ``batch_size`` windows of ``context`` tokens of the training text, [B, T].
+
+        Each window is used once per epoch, in an order that depends on the seed. Raises DataError
+        if the text is shorter than one window.
+        """
         tokens = self.tokens["train"]
         windows = (len(tokens) - 1) // context
         if windows == 0:
@@ -122,23 +132,27 @@ class TextData:
     def held_out(
         self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """All of the text, or windows spread evenly over it; the last window may be padded."""
+        """Yields batches [B, T] of the whole split, or of windows spread evenly over it.
+
+        The targets of the last window are IGNORE after the end of the text. Raises DataError if
+        ``limit_tokens`` is below 1.
+        """
         tokens = self.tokens[split]
-        window_W = _spread(-(-(len(tokens) - 1) // context), context, limit_tokens)
+        window_W = _evenly_spaced(-(-(len(tokens) - 1) // context), context, limit_tokens)
         for i in range(0, len(window_W), batch_size):
             yield _windows(tokens, window_W[i : i + batch_size] * context, context)
 
 
-@lru_cache(maxsize=4)  # an order is drawn once an epoch, not once a batch
+@lru_cache(maxsize=4)  # the order is computed once per epoch, not once per batch
 def _order(windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
-def _spread(windows: int, context: int, limit_tokens: int | None) -> NDArray[np.int64]:
+def _evenly_spaced(windows: int, context: int, limit_tokens: int | None) -> NDArray[np.int64]:
     if limit_tokens is not None and limit_tokens < 1:
         raise DataError(f"limit_tokens must be at least 1, got {limit_tokens}")
-    kept = windows if limit_tokens is None else min(windows, max(1, limit_tokens // context))
-    return np.arange(kept) * windows // kept
+    count = windows if limit_tokens is None else min(windows, max(1, limit_tokens // context))
+    return np.arange(count) * windows // count
 
 
 def _windows(tokens: Tokens, start_B: NDArray[np.int64], context: int) -> Batch:
@@ -151,69 +165,79 @@ def _windows(tokens: Tokens, start_B: NDArray[np.int64], context: int) -> Batch:
 
 @dataclass(frozen=True)
 class SkillData:
-    """Fresh sequences from the skill, of the skill's own length, whatever the context."""
+    """Sequences of a synthetic task. Their length is that of the skill, for every context."""
 
     skill: Skill
 
     @property
     def name(self) -> str:
+        """The source of this data with all options, as in ``skill:p-hop,length=32,hops=3``."""
         options = "".join(f",{key}={value}" for key, value in self.skill.model_dump().items())
         return f"skill:{self.skill.name}{options}"
 
     @property
     def vocab_size(self) -> int:
+        """See `Data.vocab_size`."""
         return self.skill.vocab_size
 
     @property
     def fingerprint(self) -> str:
+        """See `Data.fingerprint`."""
         return _sha256(str(FORMAT), self.name)
 
     @property
     def chance(self) -> float:
+        """See `Data.chance`."""
         return self.skill.chance
 
     def bytes_per_token(self, split: Split) -> None:
-        return None
+        """Returns None, because a skill has no text."""
 
     def save_tokenizer(self, path: Path) -> None:
-        """Nothing: tokens are numbers."""
+        """Writes nothing, because a skill has no tokenizer."""
 
     def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
-        tokens_BT, targets_BT = self._draw("train", (seed, index), batch_size, context)
+        """Returns new sequences [B, T]. Raises DataError if ``context`` is too short for them."""
+        tokens_BT, targets_BT = self._generate("train", (seed, index), batch_size, context)
         return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(targets_BT))
 
     def held_out(
         self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """The same 1024 sequences each time, or fewer of them."""
-        tokens_WT, targets_WT = self._draw(split, (), HELD_OUT_SEQUENCES, context)
-        kept_W = _spread(HELD_OUT_SEQUENCES, self.skill.length, limit_tokens)
-        for i in range(0, len(kept_W), batch_size):
-            some_B = kept_W[i : i + batch_size]
+        """Yields the same 1024 sequences at every call, or fewer with ``limit_tokens``.
+
+        Raises DataError if ``context`` is too short or ``limit_tokens`` is below 1.
+        """
+        tokens_WT, targets_WT = self._generate(split, (), HELD_OUT_SEQUENCES, context)
+        selected_W = _evenly_spaced(HELD_OUT_SEQUENCES, self.skill.length, limit_tokens)
+        for i in range(0, len(selected_W), batch_size):
+            some_B = selected_W[i : i + batch_size]
             yield Batch(torch.from_numpy(tokens_WT[some_B]), torch.from_numpy(targets_WT[some_B]))
 
-    def _draw(
+    def _generate(
         self, split: Split, numbers: tuple[int, ...], batch_size: int, context: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if context < self.skill.length:
             raise DataError(f"{self.name} needs a context of {self.skill.length}, got {context}")
-        # the split comes first among the numbers that seed, so that no stream is part of another
+        # the seed begins with the split, so that the splits have different sequences
         rng = np.random.default_rng([1 + SPLITS.index(split), *numbers])
         return self.skill.generate(rng, batch_size)
 
 
 class DamagedError(Exception):
-    """Cached tokens are not what was written; they are made again."""
+    """Cached tokens differ from what was written. They are then made again."""
 
 
 class SplitIndex(BaseModel):
+    """The number of tokens, the checksum and the size of the text of one split."""
+
     tokens: int
     crc32: int
     text_bytes: int
 
 
 class CacheIndex(BaseModel):
-    """What lies beside the tokens: enough to tell whether they are whole."""
+    """The index of cached tokens, which is used to check that the files are complete."""
 
     dtype: Literal["<u2", "<u4"]
     tokenizer: str  # sha256 of tokenizer.json
@@ -222,22 +246,26 @@ class CacheIndex(BaseModel):
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A file of tokens for each split, the tokenizer, and an index that is written last.
+    """The files of tokenized text: one per split, the tokenizer, and an index, written last.
 
-    Workers may build the same files at once: each replaces whole files by equal ones.
+    Several processes may build the same files at once, because each writes complete, equal files.
     """
 
     folder: Path
     key: str
 
     def path(self, name: str) -> Path:
+        """Returns the path of one of the files."""
         return self.folder / f"{self.key[:32]}.{name}"
 
-    def open(self, name: str, trusted: bool = False) -> TextData | None:
-        """None unless everything is there and undamaged; of trusted files the length will do."""
+    def open(self, name: str, verified: bool = False) -> TextData | None:
+        """Opens the files as the data source ``name``; returns None if any is missing or damaged.
+
+        The checksums are not computed if another process has ``verified`` the files before.
+        """
         try:
             index = CacheIndex.model_validate_json(self.path("json").read_bytes())
-            tokens = {split: self._map(split, index, trusted) for split in index.splits}
+            tokens = {split: self._map(split, index, verified) for split in index.splits}
             tokenizer = self.path("tokenizer.json").read_bytes()
         except (FileNotFoundError, ValidationError, DamagedError):
             return None
@@ -252,17 +280,21 @@ class TokenCache:
             token_cache=self,
         )
 
-    def _map(self, split: Split, index: CacheIndex, trusted: bool) -> Tokens:
+    def _map(self, split: Split, index: CacheIndex, verified: bool) -> Tokens:
         path, entry = self.path(f"{split}.bin"), index.splits[split]
         if path.stat().st_size != entry.tokens * np.dtype(index.dtype).itemsize:
             raise DamagedError(path)
         tokens = np.memmap(path, index.dtype, mode="r")
-        # after a power failure a file may be as long as it was, and hold zeros
-        if not trusted and zlib.crc32(tokens.data) != entry.crc32:
+        # after a power failure a file may have the right length and hold zeros
+        if not verified and zlib.crc32(tokens.data) != entry.crc32:
             raise DamagedError(path)
         return tokens
 
     def build(self, source: TextSource, choice: str) -> TextData:
+        """Tokenizes the text with the tokenizer ``choice`` and writes the files.
+
+        Raises DataError if a split is empty, and OSError if the files cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         texts = source.read()
         tokenizer = make_tokenizer(choice, texts["train"]())
@@ -270,7 +302,7 @@ class TokenCache:
         splits = {split: self._write(split, texts[split](), tokenizer, dtype) for split in SPLITS}
         for split, entry in splits.items():
             if entry.text_bytes == 0:
-                raise DataError(f"{source.name}: too little text, nothing is left for {split}")
+                raise DataError(f"{source.name}: too little text, the split {split} is empty")
         content = tokenizer.to_str(pretty=True).encode()
         digest = hashlib.sha256(content).hexdigest()
         index = CacheIndex(dtype=dtype, tokenizer=digest, splits=splits)
@@ -278,12 +310,12 @@ class TokenCache:
             ("tokenizer.json", content),
             ("json", index.model_dump_json().encode()),
         ):
-            with _whole(self.path(name)) as file:
+            with _atomic_file(self.path(name)) as file:
                 file.write(written)
         if data := self.open(source.name):
             return data
         raise DataError(
-            f"{source.name}: the cache {str(self.folder)!r} does not keep what is written"
+            f"{source.name}: files written to the cache {str(self.folder)!r} cannot be read back"
         )
 
     def _write(
@@ -291,7 +323,7 @@ class TokenCache:
     ) -> SplitIndex:
         end = np.array([end_of_document(tokenizer)], dtype)
         tokens, text_bytes, crc32 = 1, 0, zlib.crc32(end.data)
-        with _whole(self.path(f"{split}.bin")) as file:
+        with _atomic_file(self.path(f"{split}.bin")) as file:
             file.write(end.data)
             for document, length in encode(tokenizer, filter(None, texts)):
                 ended = np.append(document.astype(dtype), end)
@@ -302,8 +334,8 @@ class TokenCache:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name once it is complete; several may be written for one name."""
+def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file and renames it when it is complete. Several processes may do so."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             yield file

@@ -1,10 +1,11 @@
-"""Synthetic tasks that need depth, generated from a seed: what thinking buys, seen in minutes.
+"""Skills: synthetic tasks that need depth, generated from a seed.
 
-A skill draws sequences of tokens and, for some positions, the token to be predicted there. The
-score is the share of those positions answered exactly. ``chance`` is the expected score of the best
-constant guess; where all answers are equally likely this is also what a uniform guess gets.
+They show within minutes of training what additional depth brings. A skill generates sequences of
+tokens and, for some positions, a target token to predict. The score is the share of these positions
+that are predicted exactly. ``chance`` is the expected score of the best constant guess. It is also
+that of a uniform guess if all answers are equally likely.
 
-Shapes: B sequences, T tokens, A alphabet, M marked tokens, R problems, N operands.
+Shapes: B sequences, T tokens, M marked tokens, P pairs, Q queries, R problems, N operands.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LONGEST = 4096
 
 
 class Skill(BaseModel):
-    """A task and its difficulty; ``length`` counts the tokens of one sequence."""
+    """The base of all skills: a task and its options. ``length``: tokens of one sequence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
@@ -32,22 +33,28 @@ class Skill(BaseModel):
 
     @property
     def vocab_size(self) -> int:
+        """The number of different tokens."""
         raise NotImplementedError
 
     @property
     def chance(self) -> float:
+        """The expected score of the best constant guess."""
         raise NotImplementedError
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
-        """tokens_BT and targets_BT; a target is IGNORE where nothing is asked."""
+        """Generates ``batch`` sequences.
+
+        Returns tokens and targets, both int64 [B, T]; a target is IGNORE where nothing is asked.
+        """
         raise NotImplementedError
 
 
 class PHop(Skill):
-    """Jump ``hops`` times to what followed the token's last earlier occurrence; say what is there.
+    """Find the last earlier occurrence of the token, go to the token after it, and repeat.
 
-    Sanford et al. 2024 (arXiv 2402.09268), asked at every position from which all hops exist.
-    chance: renaming the alphabet changes nothing, so all answers are equally likely.
+    The target is the token reached after ``hops`` such jumps. It is asked at every position from
+    which all jumps are possible. Source: Sanford et al. 2024 (arXiv 2402.09268). Chance: the task
+    does not depend on the names of the tokens, so all answers are equally likely.
     """
 
     name = "p-hop"
@@ -73,8 +80,8 @@ class PHop(Skill):
 
 
 def _after_last_occurrence(tokens_BT: Ints) -> Ints:
-    """The place after the last earlier occurrence of the same token, or -1."""
-    # a stable sort lines up the occurrences of a token, oldest first
+    """Returns the position after the last earlier occurrence of the same token, or -1. [B, T]"""
+    # a stable sort puts the occurrences of a token next to each other, the earliest first
     order_BT = tokens_BT.argsort(axis=1, kind="stable")
     sorted_BT = np.take_along_axis(tokens_BT, order_BT, 1)
     same = sorted_BT[:, 1:] == sorted_BT[:, :-1]
@@ -84,9 +91,10 @@ def _after_last_occurrence(tokens_BT: Ints) -> Ints:
 
 
 class StateTracking(Skill):
-    """The running product of permutations: each token is applied after all before it.
+    """Compose permutations: the target is the product of all tokens so far.
 
-    chance: a product of uniform elements of a group is uniform.
+    ``group``: s3 or s5, the permutations of three or five elements. Each token is applied after
+    all tokens before it. Chance: a product of uniform elements of a group is uniform.
     """
 
     name = "state-tracking"
@@ -115,16 +123,17 @@ class StateTracking(Skill):
 
 
 def _composition(elements: list[tuple[int, ...]]) -> Ints:
-    """table[a, b] is the number of the permutation that applies b first, then a."""
+    """Returns a table whose entry [a, b] is the number of the permutation "first b, then a"."""
     number = {element: i for i, element in enumerate(elements)}
     return np.array([[number[tuple(a[i] for i in b)] for b in elements] for a in elements])
 
 
 class Arithmetic(Skill):
-    """Expressions such as ``((3+1)*(2-4))=`` modulo ``modulus``, answered after each '='.
+    """Compute expressions such as ``((3+1)*(2-4))=`` modulo ``modulus``.
 
-    Tokens: the digits, then + - * ( ) =. Sequences are problems with their answers, end to end,
-    cut at ``length``. chance: the share of the most frequent answer (zero, for * makes it so).
+    A sequence is a series of problems, each followed by its answer, cut at ``length``. The answer
+    is asked at each '='. Tokens: the digits, then + - * ( ) =. Chance: the share of the most
+    frequent answer, which is zero, because products are often zero.
     """
 
     name = "arithmetic"
@@ -156,17 +165,20 @@ class Arithmetic(Skill):
 
 
 def _problems(rng: np.random.Generator, count: int, operands: int, modulus: int) -> Ints:
-    """Expressions with '=' and answer: every pair has brackets, so all are of one length."""
+    """Generates problems with '=' and answer, [R, T].
+
+    Every operation has brackets, so all problems have the same length.
+    """
     digits_RN = rng.integers(modulus, size=(count, operands))
     operators_RN = rng.integers(3, size=(count, operands - 1))
-    # joining neighbours in random order draws the tree of brackets
+    # joining neighbours in a random order gives a random tree of brackets
     joins_RN = rng.random(operators_RN.shape).argsort(axis=1)
     answers_R, opens_RN, closes_RN = _evaluate(digits_RN, operators_RN, joins_RN, modulus)
     plus, left, right, equals = modulus, modulus + 3, modulus + 4, modulus + 5
     row = np.arange(count)[:, None]
     digit_RN = opens_RN.cumsum(1) + np.arange(operands) * 2 + closes_RN.cumsum(1) - closes_RN
     operator_RN = (digit_RN + closes_RN + 1)[:, :-1]
-    # from a digit to the operator behind it all brackets close
+    # all brackets between a digit and the next operator are closing ones
     step_RT = np.zeros((count, 4 * operands - 3), np.int64)
     step_RT[row, digit_RN] = 1
     step_RT[row, operator_RN] = -1
@@ -179,9 +191,10 @@ def _problems(rng: np.random.Generator, count: int, operands: int, modulus: int)
 def _evaluate(
     digits_RN: Ints, operators_RN: Ints, joins_RN: Ints, modulus: int
 ) -> tuple[Ints, Ints, Ints]:
-    """The answers, and how many brackets open before and close after each digit."""
+    """Returns the answers [R], and how many brackets open before and close after each digit
+    [R, N]."""
     row = np.arange(len(digits_RN))
-    value_RN = digits_RN.copy()  # a span's value stands at its first operand
+    value_RN = digits_RN.copy()  # the value of a span is stored at its first operand
     first_RN, last_RN = (np.tile(np.arange(digits_RN.shape[1]), (len(row), 1)) for _ in range(2))
     opens_RN, closes_RN = np.zeros_like(digits_RN), np.zeros_like(digits_RN)
     for join_R in joins_RN.T:
@@ -197,7 +210,8 @@ def _evaluate(
 
 
 def _answer_shares(modulus: int, operands: int) -> NDArray[np.float64]:
-    """How likely each answer is: the last join is equally likely to be at any operator."""
+    """Returns the probability of each answer. The last join is at any operator with equal
+    probability."""
     a, b = np.indices((modulus, modulus))
     tables = [op % modulus for op in (a + b, a - b, a * b)]
     shares: list[NDArray[np.float64]] = [np.full(modulus, 1 / modulus)]
@@ -210,10 +224,10 @@ def _answer_shares(modulus: int, operands: int) -> NDArray[np.float64]:
 
 
 class SelectiveCopy(Skill):
-    """Repeat the ``marked`` tokens of a noisy sequence, in order, after a separator.
+    """Copy the ``marked`` tokens of a noisy sequence, in order, after a separator.
 
-    Tokens: the alphabet, the alphabet marked, the separator. Each answer is the next input.
-    chance: marked tokens are drawn uniformly from the alphabet.
+    Tokens: the alphabet, the marked alphabet and the separator. Each answer is also the next input.
+    Chance: marked tokens are drawn uniformly from the alphabet.
     """
 
     name = "selective-copy"
@@ -247,10 +261,11 @@ class SelectiveCopy(Skill):
 
 
 class Recall(Skill):
-    """``pairs`` of a key and its value, then keys whose values are asked for.
+    """Recall the values of keys (associative recall).
 
-    After Arora et al. 2023 (arXiv 2312.04927). Tokens: the keys, then the values. Keys differ
-    within a sequence. chance: values are drawn uniformly and independently of the keys.
+    A sequence begins with ``pairs`` of a key and its value; then come keys whose values are asked
+    for. The keys of the pairs are different. Tokens: the keys, then the values. Source: Arora et
+    al. 2023 (arXiv 2312.04927). Chance: values are drawn uniformly and independently of the keys.
     """
 
     name = "recall"
@@ -289,7 +304,10 @@ SKILLS = {kind.name: kind for kind in KINDS}
 
 
 def parse_skill(text: str) -> Skill:
-    """Reads ``p-hop,hops=3,length=32``; raises DataError that says what is allowed."""
+    """Reads a skill with its options, such as ``p-hop,hops=3,length=32``.
+
+    Raises DataError if the name, an option or its value is wrong; it says what is allowed.
+    """
     name, *options = text.split(",")
     if name not in SKILLS:
         known = ", ".join(SKILLS)
@@ -300,19 +318,21 @@ def parse_skill(text: str) -> Skill:
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in kind.model_fields or not equals or key in given:
             allowed = ", ".join(f"{k}={f.default}" for k, f in kind.model_fields.items())
-            fault = (
+            problem = (
                 "given twice" if key in given else f"unknown{did_you_mean(key, kind.model_fields)}"
             )
-            fault = fault if equals else "without a value"
-            raise DataError(f"skill {name}: option {key!r} is {fault}; options: {allowed}")
+            problem = problem if equals else "without a value"
+            raise DataError(f"skill {name}: option {key!r} is {problem}; options: {allowed}")
         given[key] = value
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        faults = "; ".join(_fault(e["loc"], e["msg"], e["input"]) for e in error.errors())
-        raise DataError(f"skill {name}: {faults}") from None
+        problems = "; ".join(
+            _describe_error(e["loc"], e["msg"], e["input"]) for e in error.errors()
+        )
+        raise DataError(f"skill {name}: {problems}") from None
 
 
-def _fault(loc: tuple[int | str, ...], message: str, found: object) -> str:
+def _describe_error(loc: tuple[int | str, ...], message: str, found: object) -> str:
     message = message.removeprefix("Value error, ")
     return f"{loc[0]}: {message}, got {str(found)[:50]!r}" if loc else message

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained on the spot, or any tokenizer.json."""
+"""Tokenizers: bytes, a byte-level BPE that is trained on the data, or any tokenizer.json."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ Tokens = NDArray[np.unsignedinteger]
 
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # every byte and the end of a document have a place
-DOCUMENTS_AT_ONCE = 64  # bounds the memory that encoding takes
+SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # the smallest has all bytes and the end of a document
+DOCUMENTS_AT_ONCE = 64  # limits the memory that encoding needs
 
 
 def byte_level() -> Tokenizer:
-    """Token i is byte i; token 256 ends a document."""
+    """Returns the tokenizer whose token i is byte i; token 256 is the end of a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # byte-level pre-tokenizing writes unprintable bytes as the letters from U+0100 on, in order
+    # byte-level pre-tokenizers write the unprintable bytes as the letters from U+0100 on, in order
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(256, 512))
     vocab = {chr(b if b in printable else next(stand_ins)): b for b in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _ready(tokenizer)
+    return _configure(tokenizer)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """GPT-2's scheme; smaller than asked where the texts have too little to merge."""
+    """Trains a byte-level BPE as in GPT-2.
+
+    It has fewer than ``vocab_size`` tokens if the texts have too few pairs to merge.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -53,11 +56,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _ready(tokenizer)
+    return _configure(tokenizer)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Any tokenizer.json, so that text never turns into its special tokens; raises DataError."""
+    """Reads a tokenizer.json and configures it so that text never becomes a special token.
+
+    Raises DataError if the file cannot be read or is not a tokenizer.json.
+    """
     from tokenizers import Tokenizer
 
     content = _read(path)
@@ -65,11 +71,15 @@ def read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"tokenizer {str(path)!r} is not a tokenizer.json: {error}") from None
-    return _ready(tokenizer)
+    return _configure(tokenizer)
 
 
 def tokenizer_key(choice: str) -> str:
-    """What a cache needs to know of a choice; raises DataError before any work is done."""
+    """Returns what identifies the tokenizer ``choice`` in the cache.
+
+    This is "bytes", "bpe:SIZE" or the SHA-256 of a tokenizer.json. Raises DataError if the choice
+    is not valid.
+    """
     if choice == "bytes":
         return choice
     if match := re.fullmatch(r"bpe:(\d{1,9})", choice):
@@ -83,7 +93,10 @@ def tokenizer_key(choice: str) -> str:
 
 
 def make_tokenizer(choice: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that ``choice`` names; ``texts`` is what a BPE is trained on."""
+    """Returns the tokenizer ``choice``; a BPE is trained on ``texts``.
+
+    Raises DataError if the choice is not valid.
+    """
     key = tokenizer_key(choice)
     if key == "bytes":
         return byte_level()
@@ -93,45 +106,46 @@ def make_tokenizer(choice: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def end_of_document(tokenizer: Tokenizer) -> int:
+    """Returns the token that ends a document."""
     special = _special_tokens(tokenizer)
     return next(special[end] for end in KNOWN_ENDS if end in special)
 
 
 def beginning_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What stands before every text that a pretrained model reads, such as LLaMA's <s>."""
+    """Returns the tokens that a pretrained model expects before every text, such as LLaMA's <s>."""
     return list(tokenizer.encode("").ids)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token: a vocabulary may have gaps."""
+    """Returns one more than the largest token, because a vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
-    """The tokens of each text, without an end, and how many bytes the text has."""
+    """Yields the tokens [T] of each text, without an end of document, and its size in bytes."""
     if tokenizer.to_str() == byte_level().to_str():
         for text in texts:
             content = np.frombuffer(text.encode(), np.uint8)
             yield content, len(content)
         return
     remaining = iter(texts)
-    while some := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
-        for text, encoding in zip(some, encodings, strict=True):
+    while chunk := list(islice(remaining, DOCUMENTS_AT_ONCE)):
+        encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        for text, encoding in zip(chunk, encodings, strict=True):
             yield np.array(encoding.ids, np.uint32), len(text.encode())
 
 
-def _ready(tokenizer: Tokenizer) -> Tokenizer:
+def _configure(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # the letters "</s>" in a text are letters
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is encoded as ordinary characters
     if not _special_tokens(tokenizer).keys() & set(KNOWN_ENDS):
         tokenizer.add_special_tokens([END_OF_DOCUMENT])
     return tokenizer
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Without those that are words of the vocabulary and no more."""
+    """Returns the special tokens. Added tokens that are ordinary words are left out."""
     added = tokenizer.get_added_tokens_decoder()
     return {token.content: number for number, token in added.items() if token.special}
 

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of data: batches that are pure functions of their number.
+"""The interface between data and training: batches that depend only on their number and a seed.
 
 Shapes: B sequences, T tokens.
 """
@@ -16,46 +16,58 @@ from archdsl.errors import ArchdslError
 
 Split = Literal["train", "validation", "test"]
 HeldOut = Literal["validation", "test"]
-IGNORE = -100  # the target of a position where nothing is asked; torch's own default
+IGNORE = -100  # the target of a position without a loss; the default ignore_index of torch
 
 
 class DataError(ArchdslError):
-    """A mistake in the name, the options or the content of a data source."""
+    """The name, the options or the content of a data source is wrong."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    tokens_BT: Tensor  # int64
-    targets_BT: Tensor  # int64: what is to be predicted at each position, or IGNORE
+    """Input tokens and the targets to predict at each position, or IGNORE, both int64 [B, T]."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
 
 
 class Data(Protocol):
-    """One source of batches. It has no state: a run resumes from its step number alone."""
+    """A source of batches. It has no state, so that a run can resume from its step number alone."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the source, as `archdsl.load_data` takes it."""
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """One more than the largest token."""
+
     @property
     def fingerprint(self) -> str:
-        """sha256 over what the batches are made of."""
+        """A SHA-256 of everything that the batches are made of."""
 
     @property
     def chance(self) -> float | None:
-        """Exact-match score of the best guess that does not look, or None for text."""
+        """The exact-match score of the best constant guess; None for text."""
 
     def batch(self, index: int, batch_size: int, context: int, seed: int) -> Batch:
-        """Training batch number ``index``: the same for every model that is given the same seed."""
+        """Returns training batch number ``index``, [B, T]. It depends only on the arguments."""
 
     def held_out(
         self, split: HeldOut, batch_size: int, context: int, limit_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """The same windows for every model, of ``limit_tokens`` in all, or one."""
+        """Yields batches [B, T] of held-out data, the same for every model.
+
+        ``limit_tokens``: the number of tokens, rounded down to whole windows, but at least one.
+        """
 
     def bytes_per_token(self, split: Split) -> float | None:
-        """Turns nats into bits per byte: nats / ln 2 / this. None for skills."""
+        """Returns the mean number of bytes per token; None for skills.
+
+        The bits per byte of a loss in nats are ``loss / ln 2 / bytes_per_token``.
+        """
 
     def save_tokenizer(self, path: Path) -> None:
-        """Writes tokenizer.json; skills have none and write nothing."""
+        """Writes the tokenizer as a tokenizer.json; skills write nothing."""

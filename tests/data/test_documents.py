@@ -1,4 +1,4 @@
-"""Documents: every kind of source gives its text, and no document is in two splits."""
+"""Every kind of source gives its text, and no document is in two splits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_equal_documents_are_never_in_two_splits(more: list[int], count: int) ->
     assert all(parts)
 
 
-def test_a_twentieth_of_the_documents_is_held_out_whatever_their_order() -> None:
+def test_a_twentieth_of_the_documents_is_held_out_in_every_order() -> None:
     texts = [document(seed) for seed in range(100)]
     forth = divide(lambda: iter(texts), ["validation", "test"])
     back = divide(lambda: reversed(texts), ["validation", "test"])
@@ -51,7 +51,7 @@ def test_a_twentieth_of_the_documents_is_held_out_whatever_their_order() -> None
     assert all(set(forth[split]()) == set(back[split]()) for split in SPLITS)
 
 
-def test_one_document_is_cut_in_three(tmp_path: Path) -> None:
+def test_a_single_document_is_divided_into_three_parts(tmp_path: Path) -> None:
     text = document(0, 400)
     (tmp_path / "novel.txt").write_text(text)
     data = load_text(tmp_path / "novel.txt", tmp_path)
@@ -61,14 +61,14 @@ def test_one_document_is_cut_in_three(tmp_path: Path) -> None:
     assert len(parts[1][0]) == len(parts[2][0]) == len(text) // 20
 
 
-def test_splits_that_files_tell_are_kept(tmp_path: Path) -> None:
+def test_splits_named_by_files_are_used(tmp_path: Path) -> None:
     for name, seed in (("train-00-of-01.jsonl", 1), ("valid.jsonl", 2), ("test.jsonl", 3)):
         write_jsonl(tmp_path / "set" / name, [document(seed)])
     data = load_text(tmp_path / "set", tmp_path / "cache")
     assert [documents(data.tokens[split]) for split in SPLITS] == [[document(s)] for s in (1, 2, 3)]
 
 
-def test_a_lone_file_called_test_is_divided_like_any_other(tmp_path: Path) -> None:
+def test_a_single_file_named_test_is_divided_like_any_other(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", [document(seed) for seed in range(40)])
     data = load_text(tmp_path / "test.jsonl", tmp_path / "cache")
     assert [len(documents(data.tokens[split])) for split in SPLITS] == [36, 2, 2]
@@ -109,7 +109,7 @@ def test_every_kind_of_file_gives_its_text(name: str, tmp_path: Path) -> None:
     assert text_of(data) == text
 
 
-def test_empty_rows_are_no_documents(tmp_path: Path) -> None:
+def test_empty_rows_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"text": document(seed)} for seed in range(20)] + [{"text": ""}, {"text": None}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -118,7 +118,7 @@ def test_empty_rows_are_no_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({}, "no file or folder '.*'; expected nothing .the embedded corpus., a file"),
         ({"": {}}, "no .txt, .jsonl, .json, .parquet file in the folder"),
@@ -126,34 +126,42 @@ def test_empty_rows_are_no_documents(tmp_path: Path) -> None:
         ({"/a.txt": b"x", "/b.jsonl": b"{}"}, "mixes json and text files"),
         ({"/a.txt": b"\xff\xfe"}, "a.txt is not readable as text: .*utf-8"),
         ({"/a.jsonl": b'{"text": '}, "a.jsonl is not readable as json"),
-        ({"/a.json": b'[{"a": "x", "b": "y"}]'}, "column 'text' or a single one .*; found a, b"),
-        ({"/a.json": b'[{"text": 3}]'}, "column 'text' or a single one of strings; found text"),
-        ({"/a.txt": b"short"}, "too little text, nothing is left for validation"),
+        (
+            {"/a.json": b'[{"a": "x", "b": "y"}]'},
+            "column 'text' or only one .*; the columns are a, b",
+        ),
+        (
+            {"/a.json": b'[{"text": 3}]'},
+            "column 'text' or only one column of strings; the columns are text",
+        ),
+        ({"/a.txt": b"short"}, "too little text, the split validation is empty"),
         ({"/a.parquet": b"PAR1"}, "a.parquet is not readable as parquet"),
     ],
 )
-def test_unreadable_text_is_refused_in_one_line(
-    content: dict[str, Any], said: str, tmp_path: Path
+def test_unreadable_text_gives_an_error_of_one_line(
+    content: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "given"
     for name, what in content.items():
         folder.mkdir(exist_ok=True)
         if what:
             Path(f"{folder}{name}").write_bytes(what)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         load_data(str(folder), cache=tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache" / "tokens").glob("*.json"))
 
 
-def test_a_file_of_another_kind_is_refused() -> None:
+def test_a_file_of_an_unknown_format_is_refused() -> None:
     with pytest.raises(DataError, match=r"does not end in \.txt"):
         load_data(__file__)
 
 
-def test_without_a_network_a_hub_dataset_says_what_to_do(tmp_path: Path) -> None:
-    said = "'hf:wikitext/wikitext-103-raw-v1' could not be fetched: .* download the text and pass"
-    with pytest.raises(DataError, match=said):
+def test_the_error_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    message = (
+        "'hf:wikitext/wikitext-103-raw-v1' could not be fetched: .* download the text and pass"
+    )
+    with pytest.raises(DataError, match=message):
         load_data("hf:wikitext/wikitext-103-raw-v1", cache=tmp_path)
 
 
@@ -172,7 +180,7 @@ def test_a_malformed_hub_name_is_refused(name: str) -> None:
         ("hf:one/two/three", ("one/two", "three")),
     ],
 )
-def test_a_hub_dataset_keeps_its_splits(
+def test_the_splits_of_a_hub_dataset_are_used(
     name: str, found_at: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hub(path: str, config: str | None, cache_dir: str) -> datasets.DatasetDict:
@@ -191,10 +199,10 @@ def test_a_hub_dataset_keeps_its_splits(
         first = document(1)  # the dataset has changed
 
 
-def test_a_local_folder_is_not_taken_for_a_hub_dataset(
+def test_a_local_folder_is_not_used_as_a_hub_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(tmp_path / "wikitext" / "a.jsonl", [document(0)])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="a local file or folder 'wikitext' is in the way"):
+    with pytest.raises(DataError, match="the local file or folder 'wikitext' has the same name"):
         load_data("hf:wikitext", cache=tmp_path)

@@ -1,4 +1,4 @@
-"""Data: a batch depends on its number alone, held-out text is asked for once."""
+"""A batch depends only on its number and the seed, and held-out text is used exactly once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_batch_is_a_pure_function_of_its_number_and_the_seed(
     assert first.tokens_BT.shape == first.targets_BT.shape == (4, 32)
 
 
-def test_text_is_read_once_an_epoch_in_an_order_of_its_own(corpus: Path) -> None:
+def test_each_epoch_has_every_window_once_in_its_own_order(corpus: Path) -> None:
     whole, context = load_text(corpus, corpus.parent), 16
     # the last window ends with the last token
     data = replace(whole, tokens={"train": whole.tokens["train"][: 50 * context + 1]})
@@ -67,14 +67,14 @@ def test_text_is_read_once_an_epoch_in_an_order_of_its_own(corpus: Path) -> None
     assert not torch.equal(*epoch)
 
 
-def test_a_larger_batch_is_the_small_ones_in_a_row(corpus: Path) -> None:
+def test_a_large_batch_is_several_small_ones_joined(corpus: Path) -> None:
     data = load_text(corpus, corpus.parent)
     small = torch.cat([data.batch(i, 4, 16, 0).tokens_BT for i in (6, 7, 8)])
     assert torch.equal(data.batch(2, 12, 16, 0).tokens_BT, small)
 
 
 @given(st.integers(1, 700), st.integers(1, 5))
-def test_held_out_text_asks_for_each_token_once(context: int, batch_size: int) -> None:
+def test_each_token_of_held_out_text_is_a_target_once(context: int, batch_size: int) -> None:
     stream = np.array([END, *b"some text of seventy letters or so, to be cut into windows", END])
     data = TextData("t", byte_level(), "", {"test": stream.astype(np.uint16)}, {"test": 58})
     batches = list(data.held_out("test", batch_size, context))
@@ -86,7 +86,7 @@ def test_held_out_text_asks_for_each_token_once(context: int, batch_size: int) -
     assert len(stream) - 1 == 58 / data.bytes_per_token("test")
 
 
-def test_a_limit_spreads_windows_over_the_whole_split(sotu: TextData) -> None:
+def test_a_limited_number_of_windows_is_spread_over_the_split(sotu: TextData) -> None:
     def starts(limit: int | None) -> list[list[int]]:
         batches = sotu.held_out("validation", 16, 64, limit)
         return [row for batch in batches for row in batch.tokens_BT.tolist()]
@@ -116,7 +116,7 @@ def sequences(batches: Iterator[Batch]) -> set[tuple[int, ...]]:
     return {tuple(row) for batch in batches for row in batch.tokens_BT.tolist()}
 
 
-def test_training_and_held_out_streams_of_a_skill_differ() -> None:
+def test_training_and_held_out_sequences_of_a_skill_differ() -> None:
     data = load_data("skill:p-hop")
     train = sequences(data.batch(i, 64, 32, seed) for i in range(16) for seed in range(2))
     held_out: list[HeldOut] = ["validation", "test"]
@@ -131,7 +131,7 @@ def test_held_out_sequences_do_not_depend_on_the_batch_size() -> None:
     assert len(sequences(data.held_out("test", 7, 32, 3200))) == 100
 
 
-def test_a_skill_needs_room_and_has_a_name_of_all_its_options() -> None:
+def test_a_skill_needs_a_long_enough_context_and_its_name_has_all_options() -> None:
     data = load_data("skill:p-hop,hops=2")
     assert data.name == "skill:p-hop,length=32,hops=2,alphabet=4"
     assert data.fingerprint != load_data("skill:p-hop").fingerprint

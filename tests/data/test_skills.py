@@ -1,4 +1,4 @@
-"""Skills: each against its definition in plain loops, its chance level against what is drawn."""
+"""Each skill equals its definition in plain loops, and its chance level is that of its answers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_state_tracking_applies_each_permutation_after_the_others(
 
 
 @given(SEEDS, st.integers(2, 10), st.integers(2, 6), st.integers(0, 40))
-def test_arithmetic_is_what_python_computes(
+def test_answers_of_arithmetic_are_what_python_computes(
     seed: int, modulus: int, operands: int, more: int
 ) -> None:
     skill = Arithmetic(modulus=modulus, operands=operands, length=4 * operands - 2 + more)
@@ -126,8 +126,8 @@ def test_recall_gives_the_value_of_the_key(
     agrees(skill, recall, seed)
 
 
-def test_p_hop_by_hand() -> None:
-    """In 'a b a c', one hop from the second a lands on the b behind the first."""
+def test_p_hop_equals_an_example_computed_by_hand() -> None:
+    """In 'a b a c', one jump from the second a leads to the b after the first a."""
     seen = next(
         targets
         for seed in range(500)
@@ -156,7 +156,7 @@ def test_chance_is_the_share_of_the_most_frequent_answer(text: str) -> None:
     assert shares.max() == pytest.approx(skill.chance, abs=0.01)
 
 
-def test_arithmetic_draws_every_tree_of_brackets_and_every_operator() -> None:
+def test_arithmetic_has_every_tree_of_brackets_and_every_operator() -> None:
     tokens_BT, _ = Arithmetic(modulus=5, operands=3, length=10).generate(
         np.random.default_rng(0), 500
     )
@@ -172,7 +172,7 @@ def test_options_are_read_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("p-hpo", "unknown skill 'p-hpo' .did you mean 'p-hop'.*known: p-hop, state-tracking"),
         ("", "unknown skill ''.*known: p-hop"),
@@ -188,13 +188,13 @@ def test_options_are_read_by_name() -> None:
         ("recall,pairs=16", "length must be more than .* 32$"),
     ],
 )
-def test_a_wrong_option_says_what_is_allowed(text: str, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_the_error_for_a_wrong_option_says_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         parse_skill(text)
 
 
 @pytest.mark.parametrize("name", SKILLS)
-def test_a_batch_is_drawn_faster_than_it_is_trained_on(name: str) -> None:
+def test_generating_a_batch_takes_less_time_than_training_on_it(name: str) -> None:
     skill = SKILLS[name]()
     times = []
     for seed in range(20):

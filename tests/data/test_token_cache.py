@@ -1,4 +1,4 @@
-"""The cache of tokens: used, mended when damaged, never half written."""
+"""The cache of tokens is used, made again if damaged, and never left half written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_damaged_cache_is_made_again(damage: Callable[[Path], None], corpus: P
     assert sorted((cache / "tokens").iterdir()) == files
 
 
-def test_a_cache_is_used_and_changed_text_is_not_taken_from_it(corpus: Path) -> None:
+def test_a_cache_is_used_but_not_for_changed_text(corpus: Path) -> None:
     cache = corpus.parent / "cache"
     before = load_text(corpus, cache)
     shutil.rmtree(cache / "datasets")
@@ -65,7 +65,7 @@ def test_a_cache_is_used_and_changed_text_is_not_taken_from_it(corpus: Path) -> 
     assert document(60) in text_of(after)
 
 
-def test_an_interrupted_build_leaves_no_half_written_file(
+def test_an_interrupted_build_leaves_no_incomplete_file(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> Iterator[object]:
@@ -79,7 +79,7 @@ def test_an_interrupted_build_leaves_no_half_written_file(
 
 
 @pytest.mark.slow
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+def test_files_of_a_killed_build_are_not_used(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [document(i, 20_000) for i in range(60)])
     code = (
         "import sys, pathlib; from archdsl.data.loading import load_data;"
@@ -94,19 +94,19 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -
     assert sum(len(documents(data.tokens[split])) for split in SPLITS) == 60
 
 
-def test_workers_may_build_the_same_cache_at_once(corpus: Path) -> None:
+def test_several_processes_may_build_the_same_cache_at_once(corpus: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(lambda _: load_text(corpus, corpus.parent / "cache"), range(4)))
     assert len({data.fingerprint for data in loaded}) == 1
     assert len({data.batch(5, 8, 32, 0).tokens_BT.sum().item() for data in loaded}) == 1
 
 
-def test_a_cache_that_cannot_be_written_says_how_to_move_it(corpus: Path) -> None:
-    with pytest.raises(DataError, match=r"\$ARCHDSL_CACHE names another place"):
+def test_the_error_for_an_unwritable_cache_says_how_to_move_it(corpus: Path) -> None:
+    with pytest.raises(DataError, match=r"\$ARCHDSL_CACHE to use another folder"):
         load_data(str(corpus), cache=corpus)
 
 
-def test_the_cache_is_where_the_environment_says(
+def test_environment_variables_set_the_folder_of_the_cache(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ARCHDSL_CACHE", raising=False)
@@ -118,7 +118,7 @@ def test_the_cache_is_where_the_environment_says(
     assert (corpus.parent / "own/tokens").is_dir()
 
 
-def test_loading_is_silent_and_leaves_the_bars_of_datasets_as_they_were(
+def test_loading_prints_nothing_and_keeps_the_settings_of_datasets(
     corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     datasets.enable_progress_bars()
@@ -127,7 +127,7 @@ def test_loading_is_silent_and_leaves_the_bars_of_datasets_as_they_were(
     assert datasets.is_progress_bar_enabled()
 
 
-def test_a_cached_corpus_loads_without_the_libraries_that_made_it(tmp_path: Path) -> None:
+def test_a_cached_corpus_loads_without_the_library_datasets(tmp_path: Path) -> None:
     load_text(None, tmp_path)
     code = (
         "import sys, pathlib; from archdsl.data.loading import load_data;"

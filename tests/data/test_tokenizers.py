@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back whole, and never ends a document early."""
+"""Tokenizers decode to the original text, and no text contains the end of a document."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ BPE = train_bpe((document(seed) for seed in range(50)), 300)
 
 
 @given(st.text() | st.lists(st.sampled_from([*WORDS, "<|endoftext|>"])).map(" ".join))
-def test_a_bpe_gives_back_any_text_and_never_ends_it_early(text: str) -> None:
+def test_a_bpe_decodes_any_text_and_gives_no_end_of_document(text: str) -> None:
     [(tokens, length)] = encode(BPE, [text])
     assert BPE.decode(tokens.tolist()) == text
     assert BPE.token_to_id("<|endoftext|>") not in tokens
     assert length == len(text.encode())
 
 
-def test_a_bpe_is_trained_on_the_training_split_only_and_always_the_same(corpus: Path) -> None:
+def test_a_bpe_is_trained_on_the_training_split_only_and_is_reproducible(corpus: Path) -> None:
     data = load_text(corpus, corpus.parent / "1", "bpe:300")
     again = load_text(corpus, corpus.parent / "2", "bpe:300")
     train = documents(load_text(corpus, corpus.parent).tokens["train"])
@@ -50,7 +50,7 @@ def test_a_bpe_is_trained_on_the_training_split_only_and_always_the_same(corpus:
     assert data.vocab_size == 300
 
 
-def test_a_saved_tokenizer_reads_the_same_text_into_the_same_tokens(corpus: Path) -> None:
+def test_a_saved_tokenizer_gives_the_same_tokens(corpus: Path) -> None:
     data = load_text(corpus, corpus.parent, "bpe:300")
     path = corpus.parent / "tokenizer.json"
     data.save_tokenizer(path)
@@ -59,7 +59,9 @@ def test_a_saved_tokenizer_reads_the_same_text_into_the_same_tokens(corpus: Path
     assert read_tokenizer(path).to_str() == data.tokenizer.to_str()
 
 
-def test_a_foreign_tokenizer_is_given_an_end_and_a_large_one_wider_tokens(corpus: Path) -> None:
+def test_a_foreign_tokenizer_gets_an_end_of_document_and_a_large_one_wider_integers(
+    corpus: Path,
+) -> None:
     vocab = {"?": 0, **{word: 70_000 + i for i, word in enumerate(WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -73,7 +75,7 @@ def test_a_foreign_tokenizer_is_given_an_end_and_a_large_one_wider_tokens(corpus
     assert data.tokenizer.token_to_id("<|endoftext|>") == found[0] == found[-1]
 
 
-def test_a_word_that_looks_like_an_end_is_a_word(corpus: Path) -> None:
+def test_text_that_looks_like_an_end_of_document_is_ordinary_text(corpus: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "</s>": 1, "[SEP]": 2}, unk_token="?"))
     tokenizer.add_special_tokens(["[SEP]"])
     path = corpus.parent / "words.json"
@@ -82,7 +84,7 @@ def test_a_word_that_looks_like_an_end_is_a_word(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("byte", "tokenizer 'byte': no such file; expected 'bytes', 'bpe:SIZE'"),
         ("bpe:", "tokenizer 'bpe:': no such file; expected 'bytes', 'bpe:SIZE'"),
@@ -91,13 +93,15 @@ def test_a_word_that_looks_like_an_end_is_a_word(corpus: Path) -> None:
         (__file__, "is not a tokenizer.json"),
     ],
 )
-def test_a_wrong_tokenizer_says_what_is_right(name: str, said: str, corpus: Path) -> None:
-    with pytest.raises(DataError, match=said):
+def test_the_error_for_a_wrong_tokenizer_says_what_is_right(
+    name: str, message: str, corpus: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
         load_data(str(corpus), tokenizer=name, cache=corpus.parent)
 
 
 @pytest.mark.slow
-def test_a_bpe_of_the_embedded_corpus_packs_speeches_it_has_not_seen(tmp_path: Path) -> None:
+def test_a_bpe_of_the_embedded_corpus_compresses_unseen_speeches(tmp_path: Path) -> None:
     data = load_text(None, tmp_path, "bpe:4096")
     assert data.vocab_size == 4096
     assert 4.3 < data.bytes_per_token("validation") < 4.5
