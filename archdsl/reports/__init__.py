@@ -1,4 +1,4 @@
-"""What people read: tables of costs, the outline of a model, differences, memory, the catalogue.
+"""Reports: cost receipts, the outline of a model, differences of specs, memory, the catalogue.
 
-Each function returns data or renderable tables; only the command line prints.
+Each function returns data or tables that rich can render; only the command line prints them.
 """

@@ -1,4 +1,4 @@
-"""Every kind of every family, with its fields and an example: what a spec can be made of."""
+"""The catalogue: every kind that a spec can use, with its fields and an example."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from archdsl.reports.tables import TwoColumns
 
 @dataclass(frozen=True)
 class CatalogueField:
+    """A field of a kind. ``default`` is written as in a file; None if the field is required."""
+
     name: str
     type: str
-    default: str | None  # as it would stand in a file; None: must be given
+    default: str | None
     description: str
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One kind; ``example`` is YAML that is valid as it stands."""
+    """One kind of a family. ``example`` is valid YAML of this kind."""
 
     family: str
     kind: str
@@ -38,7 +40,10 @@ class CatalogueEntry:
 
 
 def catalogue(kind: str | None = None) -> list[CatalogueEntry]:
-    """All kinds, or those called ``kind``; raises SpecError with a suggestion if there is none."""
+    """Returns all kinds, or those named ``kind``.
+
+    Raises SpecError with a suggestion if there is no kind of that name.
+    """
     entries = [
         _entry(family, name, part)
         for family, kinds in families().items()
@@ -78,7 +83,7 @@ def _default(field: FieldInfo) -> str | None:
 
 
 def _type(schema: Schema) -> str:
-    """``whole number``, ``own | shared``, ``a router``, ``number, or one per step``."""
+    """Describes the type of a field: ``int``, ``own | shared``, ``router``, ``size such as 4k``."""
     match schema:
         case {"x-family": str(family)}:
             return family
@@ -88,7 +93,7 @@ def _type(schema: Schema) -> str:
             return f"list of {_type(items)}"
         case {"anyOf": list(several)}:
             found = dict.fromkeys(map(_type, several))
-            found.pop("null", None)  # the default tells
+            found.pop("null", None)  # the default shows that the field may be null
             return " or ".join(found)
         case {"type": "string", "pattern": str(pattern)} if pattern == SIZE:
             return "size such as 4k"
@@ -98,16 +103,16 @@ def _type(schema: Schema) -> str:
 
 
 def listing() -> RenderableType:
-    """A line for each kind, family by family."""
+    """Returns a list of all kinds by family, with one line for each kind."""
     parts: list[RenderableType] = []
     for family, kinds in families().items():
         facts = [(f"  {kind}", sentence(part)) for kind, part in kinds.items()]
         parts += [Text(family, "bold"), TwoColumns(facts), ""]
-    return Group(*parts, "`archdsl blocks KIND` shows one with its fields and an example")
+    return Group(*parts, "`archdsl blocks KIND` shows the fields of a kind and an example.")
 
 
 def page(entry: CatalogueEntry) -> RenderableType:
-    """All about one kind."""
+    """Returns the description of one kind: its fields with types and defaults, and an example."""
     parts: list[RenderableType] = [
         Text.assemble((entry.kind, "bold"), f", a kind of {entry.family}"),
         TwoColumns([("", entry.sentence)]),
@@ -121,5 +126,5 @@ def page(entry: CatalogueEntry) -> RenderableType:
 
 def _about(field: CatalogueField) -> str:
     default = "required" if field.default is None else f"default {field.default}"
-    said = field.default == "null" and "default:" in field.description
-    return "; ".join(filter(None, [field.type, "" if said else default, field.description]))
+    described = field.default == "null" and "default:" in field.description
+    return "; ".join(filter(None, [field.type, "" if described else default, field.description]))

@@ -1,4 +1,4 @@
-"""What differs between two specs: their values, their totals, and the cost of each node."""
+"""The differences between two specs: their values, their total costs and the cost of each node."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOTALS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A value that is not the same; ``first`` and ``second`` as they would stand in a file."""
+    """A value that differs. ``first`` and ``second`` are the values as written in a file."""
 
     path: str
     first: str
@@ -40,7 +40,7 @@ class Change:
 
 @dataclass(frozen=True)
 class NodeChange:
-    """A node whose cost is not the same; None where one model does not have it."""
+    """A node whose cost differs; it is None for a model that does not have it."""
 
     path: str
     first: OutlineNode | None
@@ -49,7 +49,10 @@ class NodeChange:
 
 @dataclass(frozen=True)
 class SpecDiff:
-    """``same_model``: both mean the same model, whatever they are called and however written."""
+    """All differences between two specs.
+
+    ``same_model``: both describe the same model, even if their names or notation differ.
+    """
 
     names: tuple[str, str]
     contexts: tuple[int, int]
@@ -60,7 +63,7 @@ class SpecDiff:
 
 
 def diff_specs(first: ModelSpec, second: ModelSpec) -> SpecDiff:
-    """All differences, in the order of the fields.
+    """Compares two specs. The changes are in the order of the fields.
 
     >>> import archdsl
     >>> both = diff_specs(archdsl.load("loop"), archdsl.load("itt"))
@@ -102,7 +105,8 @@ def _as_written(value: Any) -> str:
 def _node_changes(
     first: OutlineNode, second: OutlineNode, contexts: tuple[int, int]
 ) -> Iterator[NodeChange]:
-    """Down to where a node was added, removed or became another kind."""
+    """Compares nodes from the root down. It does not go below a node that was added or removed, or
+    whose kind has changed."""
     if _figures(first, contexts[0]) != _figures(second, contexts[1]):
         yield NodeChange(first.path, first, second)
     if first.kind != second.kind:
@@ -116,12 +120,12 @@ def _node_changes(
 
 
 def _figures(node: OutlineNode | None, context: int) -> tuple[int, float]:
-    """Parameters and FLOPs per token."""
+    """Returns the parameters and the FLOPs per token of a node."""
     return (node.cost.params, node.cost.flops / context) if node else (0, 0.0)
 
 
 def diff_data(both: SpecDiff) -> dict[str, Any]:
-    """The same for programs; FLOPs of nodes are per token."""
+    """Returns the differences as data for JSON; the FLOPs of nodes are per token."""
     return {
         "names": both.names,
         "same_model": both.same_model,
@@ -139,10 +143,10 @@ def diff_data(both: SpecDiff) -> dict[str, Any]:
 
 
 def diff_tables(both: SpecDiff) -> RenderableType:
-    """The values, the totals and the nodes that differ."""
+    """Returns tables of the values, totals and nodes that differ."""
     parts: list[RenderableType] = [Text(f"{both.names[0]} -> {both.names[1]}", "bold")]
     if both.same_model:
-        parts.append("the same model" + (", said in other words" if both.changes else ""))
+        parts.append("the same model" + (", written differently" if both.changes else ""))
     if both.changes:
         parts += ["", TwoColumns([(c.path, f"{c.first} -> {c.second}") for c in both.changes])]
     if not both.same_model:

@@ -1,4 +1,4 @@
-"""A spec as a tree of nodes with their costs, as the receipt and the comparison show it."""
+"""The outline of a spec: a tree of nodes with their costs, for receipts and differences."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from archdsl.costs.receipt import sequence_cost
 from archdsl.lang.source import dump_inline
 from archdsl.lang.spec import ModelSpec, Part, children, to_tree
 
-AT_DEFAULT = ("steps", "capacity")  # what a reader looks for first, said or not
+ALWAYS_SHOWN = ("steps", "capacity")  # shown also at their default
 
 
 @dataclass(frozen=True)
 class OutlineNode:
-    """One part of a model. ``cost`` is of all its repeats and steps, on one whole context."""
+    """One part of a model.
 
-    path: str  # as `--set` takes it
+    ``path``: its path as `--set` takes it. ``cost``: the cost of all its repeats and steps on one
+    full context. ``leaks``: whether a token's selection here depends on later tokens.
+    """
+
+    path: str
     kind: str
     label: str
     cost: Cost
@@ -28,13 +32,14 @@ class OutlineNode:
     leaks: bool = False
 
     def walk(self) -> Iterator[OutlineNode]:
+        """Yields this node and all nodes below it."""
         yield self
         for node in self.below:
             yield from node.walk()
 
 
 def outline(spec: ModelSpec) -> OutlineNode:
-    """The whole model; its parts sum up to it.
+    """Returns the outline of a model. The costs of its nodes sum up to those of the model.
 
     >>> import archdsl
     >>> [node.label for node in outline(archdsl.load("tiny")).below][1]
@@ -62,7 +67,7 @@ def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> 
     if isinstance(part, LoopSpec) and part.is_body:
         costs = {"body": cost}
     parts = {".".join(map(str, place)): child for place, child in children(part)}
-    # a slot that is filled may cost nothing: a residual, a router that selects every token
+    # a slot may hold a part without cost, such as a residual or a router that selects every token
     filled = [name for name, value in to_tree(part).items() if costs and isinstance(value, dict)]
     below = tuple(
         _node(
@@ -88,21 +93,23 @@ def _kind(part: Part) -> str:
 
 
 def _label(part: Part, slot: str) -> str:
-    """The node's own line of the spec: ``loop steps=4``, ``stack x4``, ``ffn: feed_forward``."""
-    said: dict[str, Any] = to_tree(part)
+    """Describes a node in one line: ``loop steps=4``, ``stack x4``, ``ffn: feed_forward``."""
+    written: dict[str, Any] = to_tree(part)
     kind = _kind(part)
     name = slot.rpartition(".")[2]
     words = [kind if name in (kind, "body") or name.isdecimal() else f"{name}: {kind}"]
-    if repeat := said.pop("repeat", None):
+    if repeat := written.pop("repeat", None):
         words.append(f"x{repeat}")
-    own = {key: value for key, value in said.items() if key != "kind" and not _holds_parts(value)}
-    always = {key: getattr(part, key) for key in AT_DEFAULT if key in type(part).model_fields}
+    own = {
+        key: value for key, value in written.items() if key != "kind" and not _holds_parts(value)
+    }
+    always = {key: getattr(part, key) for key in ALWAYS_SHOWN if key in type(part).model_fields}
     words += [f"{key}={_value(value)}" for key, value in (always | own).items()]
     return " ".join(words)
 
 
 def _value(value: Any) -> str:
-    same = isinstance(value, tuple) and len(value) == 1  # a per-step value that never changes
+    same = isinstance(value, tuple) and len(value) == 1  # one value for all steps
     return dump_inline(value[0] if same else value)
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: receipts, comparisons and the catalogue, as rich's tables or as data."""
+"""Tables that the commands print with rich: receipts, evaluations, dial sweeps and task scores."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ if TYPE_CHECKING:
 Convention = Literal["node", "paper"]
 
 COUNTED = {
-    "node": "node by node: a multiply-add is 2 FLOPs; matrix products only, attention as the full "
-    "square of queries and keys; a step costs as often as it runs, looking up an embedding nothing",
-    "paper": "as Chen et al. 2025 (arXiv 2502.13842) do: parameters in matrices; 2 x parameters x "
-    "tokens plus attention, times the mean passes per layer, embedding and head included although "
-    "they run once",
+    "node": "node by node: a multiply-add is 2 FLOPs; only matrix products count; attention counts "
+    "all pairs of queries and keys; shared weights count each time they run; an embedding lookup "
+    "is free",
+    "paper": "as in Chen et al. 2025 (arXiv 2502.13842): parameters in matrices; FLOPs are 2 x "
+    "parameters x tokens plus attention, times the mean number of passes per layer, also for "
+    "embedding and head, although these run once",
 }
 LEAKS = "(leaks)"
 ASCII = str.maketrans("├└│─", "|`|-")
 LEAK = (
-    "sees later tokens: good for training figures, not for decoding; router.kind=prefix is causal"
+    "selects tokens by looking at later ones: this is possible in training but not in decoding; "
+    "router.kind=prefix is causal"
 )
 
 
 def short(number: float) -> str:
-    """Three digits or four and a unit; exact below a thousand.
+    """Formats a number with three or four digits and a unit prefix; exact below a thousand.
 
     >>> short(162_051_072), short(0.5), short(3.853e12)
     ('162.1M', '0.5', '3.85T')
@@ -52,19 +54,19 @@ def short(number: float) -> str:
 
 
 def quantity(number: float, unit: str) -> str:
-    """``3.85 TFLOPs``, ``648.2 MB``."""
+    """Formats a number with a unit, as in ``3.85 TFLOPs`` or ``648.2 MB``."""
     text = short(number)
     prefix = text[-1] if text[-1].isalpha() else ""
     return f"{text.removesuffix(prefix)} {prefix}{unit}"
 
 
 def parameters(number: float) -> str:
-    """``162.1M``, ``1.20B``: as models are named."""
+    """Formats a number of parameters as in the names of models: ``162.1M``, ``1.20B``."""
     return short(number).replace("G", "B")
 
 
 def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None) -> dict[str, Any]:
-    """The receipt for programs: FLOPs of nodes are of one whole context."""
+    """Returns the receipt as data for JSON; the FLOPs of nodes are per full context."""
     root = outline(spec)
     return {
         "name": spec.name,
@@ -87,7 +89,7 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
 
 
 def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]:
-    """By limit; ``over`` is the share of it that is too much, below zero what is to spare."""
+    """The budget by limit. ``over`` is ``spent / limit - 1``; below zero the limit is met."""
     limits = limit_uses(spec, budget).items()
     return {
         "limits": {name: found.limit for name, found in limits},
@@ -108,12 +110,12 @@ def _node_data(node: OutlineNode) -> dict[str, Any]:
 
 
 def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
-    """The tree, and below it the totals."""
+    """Returns the receipt as a table: the tree of nodes, and below it the totals."""
     root, total = outline(spec), cost(spec)
     facts = _paper(spec, root) if convention == "paper" else [*_node_by_node(total), *_memory(spec)]
     facts += [("counted", COUNTED[convention])]
     facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
-    facts += [("budget", line) for line in _kept(spec, budget)] if budget else []
+    facts += [("budget", line) for line in _budget_lines(spec, budget)] if budget else []
     head = (
         f"{spec.name}: {parameters(total.matrices)} parameters in matrices, {total.params:,} in all"
     )
@@ -123,7 +125,7 @@ def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> R
 
 @dataclass(frozen=True)
 class CostTree:
-    """Nodes, indented, with their figures; a label that is too long goes on below itself."""
+    """A renderable tree of nodes with their figures. Labels that are too long are wrapped."""
 
     root: OutlineNode
     context: int
@@ -164,7 +166,7 @@ def _figures(values: Iterable[str], widths: Mapping[str, int]) -> str:
 def _branches(
     node: OutlineNode, lead: str = "", rest: str = ""
 ) -> Iterator[tuple[OutlineNode, str, str]]:
-    """Each node with what stands left of it, and of the lines below it."""
+    """Yields each node with the lines drawn to its left, for its first line and for the others."""
     yield node, lead, rest + ("│  " if node.below else "   ")
     for child in node.below:
         branch, under = ("└─ ", "   ") if child is node.below[-1] else ("├─ ", "│  ")
@@ -183,7 +185,7 @@ def _wrapped(node: OutlineNode, lead: str, rest: str, room: int) -> Iterator[tup
 
 @dataclass(frozen=True)
 class TwoColumns:
-    """Names and sentences in two columns."""
+    """A renderable list of names and texts in two columns; the texts are wrapped."""
 
     facts: Sequence[tuple[str, str]]
 
@@ -200,7 +202,7 @@ def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
         (
             "parameters",
             f"{total.params:,} ({parameters(total.params)}); {parameters(total.matrices)} in "
-            f"matrices, which is what papers count; {parameters(total.non_embedding)} "
+            f"matrices, as papers count them; {parameters(total.non_embedding)} "
             "without embedding and head",
         ),
         ("forward", _forward(total)),
@@ -217,11 +219,11 @@ def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     sizes = asdict(training_memory(spec))
     sizes["AdamW"] = sizes.pop("optimizer")
     parts = ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
-    yield "memory", f"to train in float32 on one sequence of {spec.context:,} tokens: {parts}"
+    yield "memory", f"training in float32 on one sequence of {spec.context:,} tokens: {parts}"
     for how in ("", " with activation checkpointing"):
         one, two = (training_memory(spec, n, checkpointed=bool(how)).peak for n in (1, 2))
-        each = f"{quantity(two - one, 'B')} for each further sequence"
-        yield "", f"{quantity(one, 'B')} in all{how}, {each}"
+        each = f"{quantity(two - one, 'B')} more for each further sequence"
+        yield "", f"{quantity(one, 'B')} in total{how}, {each}"
 
 
 def _forward(total: Receipt) -> str:
@@ -241,28 +243,28 @@ def _paper(spec: ModelSpec, root: OutlineNode) -> list[tuple[str, str]]:
     ]
 
 
-def _kept(spec: ModelSpec, budget: Budget) -> Iterator[str]:
+def _budget_lines(spec: ModelSpec, budget: Budget) -> Iterator[str]:
     for found in limit_uses(spec, budget).values():
         ratio = found.ratio
-        verdict = f"over by {ratio:.2%}" if ratio > 0 else f"holds, {-ratio:.2%} to spare"
-        yield f"{verdict}: {found.spent:,.0f} of {found.limit:,} {found.unit}"
+        result = f"exceeded by {ratio:.2%}" if ratio > 0 else f"met, {-ratio:.2%} below the limit"
+        yield f"{result}: {found.spent:,.0f} of {found.limit:,} {found.unit}"
 
 
 def evaluation(found: Evaluation, chance: float | None) -> RenderableType:
-    """Held-out quality; of a leaking model both ways."""
+    """Returns the metrics on held-out data; for a leaking model with and without the leak."""
     if found.causal is None:
         return TwoColumns(_quality(found, chance))
     return Group(
-        Text("with sight of later tokens (the router leaks; no decoder can do this)", "bold red"),
+        Text("routing that looks at later tokens (impossible when decoding)", "bold red"),
         TwoColumns(_quality(found, chance)),
-        Text("causally, selecting by the same scores", "bold"),
+        Text("causal routing by the same scores", "bold"),
         TwoColumns(_quality(found.causal, chance)),
     )
 
 
 def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
     spread = "" if found.standard_error is None else f" +- {1.96 * found.standard_error:.4f} (95%)"
-    guessed = "" if chance is None else f"; guessing gets {chance:.1%}"
+    guessed = "" if chance is None else f"; guessing reaches {chance:.1%}"
     facts = [
         ("loss", f"{found.loss:.4f}{spread} nats per token, {found.tokens:,} tokens"),
         ("perplexity", f"{found.perplexity:,.2f}"),
@@ -274,7 +276,7 @@ def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
 
 
 def dial(points: Sequence[SweepPoint]) -> RenderableType:
-    """A table of settings; of a leaking model one for each way to route."""
+    """Returns a table of the settings of a dial sweep; a leaking model has one per kind of routing."""
     from archdsl.evaluation.dial_sweep import LABELS
 
     parts: list[RenderableType] = []
@@ -284,11 +286,15 @@ def dial(points: Sequence[SweepPoint]) -> RenderableType:
     legend = [
         (
             "setting",
-            "capacity of the routed steps in percent; 0 skips a step, 100 takes each token",
+            "capacity of the routed steps in percent; 0 skips a step, 100 selects every token",
         ),
-        ("FLOPs/token", "forward, executed"),
-        ("share", "of the tokens, selected by the routed steps in the mean"),
-        ("+-", "95%; of a difference to the trained setting over pairs of windows"),
+        ("FLOPs/token", "executed in the forward pass"),
+        ("share", "of the tokens that the routed steps select, on average"),
+        (
+            "+-",
+            "95% confidence interval; for the difference to the trained setting over pairs of "
+            "windows",
+        ),
     ]
     return Group(*parts, TwoColumns(legend))
 
@@ -312,7 +318,7 @@ def _settings(points: Sequence[SweepPoint]) -> Table:
 
 
 def scores(runs: Sequence[tuple[DialSetting, TaskScores]]) -> RenderableType:
-    """What tasks of lm-evaluation-harness found at each setting of the dial."""
+    """Returns a table of the scores in tasks of lm-evaluation-harness at each dial setting."""
     table = _table("setting", "FLOPs/token", "task", "metric", "score", "examples")
     for setting, found in runs:
         head = str(setting), short(found.flops_per_token)
@@ -327,14 +333,14 @@ def scores(runs: Sequence[tuple[DialSetting, TaskScores]]) -> RenderableType:
             )
             head = "", ""
     legend = [
-        ("FLOPs/token", "forward, executed, of the tokens that were read for the tasks"),
-        ("+-", "95%, over examples"),
+        ("FLOPs/token", "executed in the forward pass, for the tokens read in the tasks"),
+        ("+-", "95% confidence interval over examples"),
     ]
     return Group(table, "", TwoColumns(legend))
 
 
 def _figure(value: float) -> str:
-    """A perplexity may be very large."""
+    """Formats a score; a perplexity may be very large."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
 
 

@@ -1,10 +1,10 @@
-"""What a training step needs of memory, in closed form.
+"""The peak memory of a training step, in closed form.
 
-Weights and AdamW's two moments are always there. A pass leaves what it keeps for the backward pass,
-which gives that back layer by layer and leaves gradients instead. So most is needed either where it
-begins, at the head and the loss, or at some layer further down, or where it ends.
+Weights and the two moments of AdamW are always in memory. The forward pass saves activations for
+the backward pass, which frees them layer by layer and adds gradients instead. So the peak is at the
+beginning of the backward pass (head and loss), at one of the layers, or at its end.
 
-Counted for float32 on a CPU, and held against what its allocator counts (benchmarks/memory.py).
+The formulas are for float32 on a CPU; benchmarks/memory.py compares them with the allocator.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a training step at the time when it needs most.
+    """The memory in bytes at the peak of a training step.
 
-    ``optimizer``: AdamW's two moments. ``gradients``: those there are at that time.
-    ``activations``: all else, the logits included that exist at a time.
+    ``optimizer``: the two moments of AdamW. ``gradients``: those that exist at the peak.
+    ``activations``: everything else, including the part of the logits that exists at one time.
     """
 
     weights: int
@@ -37,6 +37,7 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
+        """The sum of all parts in bytes."""
         return self.weights + self.optimizer + self.gradients + self.activations
 
 
@@ -48,10 +49,10 @@ def training_memory(
     accumulate: int = 1,
     checkpointed: bool = False,
 ) -> TrainingMemory:
-    """What a step on ``batch_size`` sequences of ``context`` tokens (default: the spec's) needs.
+    """Returns the peak memory of a step on ``batch_size`` sequences of ``context`` tokens.
 
-    ``accumulate``: parts that the batch is cut into. ``checkpointed``: each layer is recomputed in
-    the backward pass.
+    ``context``: by default that of the spec. ``accumulate``: the number of parts that the batch is
+    divided into. ``checkpointed``: whether each layer is recomputed in the backward pass.
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
@@ -60,20 +61,27 @@ def training_memory(
     rows = full_batch(spec, batch_size // accumulate, context)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
     parts = _parts(spec, rows, checkpointed)
-    alive = _saved_for_backward(rows, parts)
-    before = weights if accumulate > 1 else 0  # gradients of the parts before this one
-    gradients, waiting = 0, parts[-1][1]  # to be added to those: the head's, made with the loss
-    moments = []
-    for part, own in reversed(parts):
-        gradients += own
-        moments.append((before + waiting if before else gradients, alive + part.work))
-        alive -= part.kept + rows.stream * part.reads
-        waiting *= spec.tie_embeddings
-    return TrainingMemory(weights, 2 * weights, *max(moments, key=sum))
+    saved = _saved_for_backward(rows, parts)
+    # gradients of the parts of the batch before this one
+    accumulated = weights if accumulate > 1 else 0
+    # the gradient of the head is computed with the loss and added to them at the end
+    gradients, pending = 0, parts[-1][1]
+    candidates = []
+    for footprint, new in reversed(parts):
+        gradients += new
+        candidates.append(
+            (accumulated + pending if accumulated else gradients, saved + footprint.work)
+        )
+        saved -= footprint.kept + rows.stream * footprint.reads
+        pending *= spec.tie_embeddings
+    return TrainingMemory(weights, 2 * weights, *max(candidates, key=sum))
 
 
 def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
-    """What to say where a training in float32 on a CPU needs more than this machine has."""
+    """Returns a message if training in float32 on a CPU needs more memory than this machine has.
+
+    Returns None if the memory is sufficient.
+    """
     size, parts = config.batch_size, config.accumulate
     checkpointed = config.activation_checkpointing
     need = training_memory(
@@ -84,55 +92,59 @@ def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
         return None
     return (
         f"{spec.name}: a step needs about {need / 2**30:,.1f} GiB and this machine has "
-        f"{have / 2**30:,.1f} GiB; less with a smaller --batch-size (now {size}), "
+        f"{have / 2**30:,.1f} GiB; use a smaller --batch-size (now {size}), "
         f"a larger --accumulate (now {parts}) or --activation-checkpointing"
     )
 
 
 def installed_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Returns the size of the memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
-    """The batch that a model is given."""
+    """Returns the rows of a whole batch, for the footprints of blocks."""
     T = context or spec.context
     return Rows(spec.dim, batch_size, T, T)
 
 
 def saved_for_backward(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
-    """Bytes that the pass from tokens to logits keeps, the logits not counted."""
+    """Returns the bytes that the forward pass saves for the backward pass, without the logits."""
     return _saved_for_backward(rows, _parts(spec, rows, checkpointed))
 
 
 def _saved_for_backward(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
-    model = in_a_row(rows.stream, [part for part, _ in parts])
+    model = in_a_row(rows.stream, [footprint for footprint, _ in parts])
     return model.kept + rows.tables(model.angles)
 
 
 def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footprint, int]]:
-    """Embedding, layers, norm and head, each with the bytes of the gradients that it leaves."""
+    """Returns the footprints of embedding, layers, norm and head, each with the bytes of its
+    gradients."""
     layers = [layer for block in spec.blocks for layer in block.unrolled()]
     footprints = [layer.footprint(rows) for layer in layers]
     if checkpointed:
         footprints = [footprint.recomputed() for footprint in footprints]
     costs = [block_cost(layer, rows.dim, rows.tokens) for layer in layers]
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
-    # a table of both has two gradients, until they are added up
+    # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
     return [
         (embedding, 0 if tied else table),
-        *((part, TRAIN_BYTES * cost.params) for part, cost in zip(footprints, costs, strict=True)),
+        *(
+            (footprint, TRAIN_BYTES * cost.params)
+            for footprint, cost in zip(footprints, costs, strict=True)
+        ),
         (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_size(spec.norm, rows.dim)),
         (_loss_footprint(spec, rows), table),
     ]
 
 
 def _loss_footprint(spec: ModelSpec, rows: Rows) -> Footprint:
-    """Head and loss at once: only some logits exist at a time, and the gradients are made there.
+    """The footprint of head and loss, which are computed together, for some tokens at a time.
 
-    Besides: the rows of the head that the targets ask for, the gradient of what the head reads,
-    and numbers of each token: its target twice, its weight, whether it is asked for.
+    It has the logits of these tokens, the rows of the head for the targets, the gradient of the
+    input of the head, and for each token its target twice, its weight and whether it has a target.
     """
     N = rows.batch * rows.tokens
     at_once = min(N, max(1, LOGITS["cpu"] // spec.vocab_size))
