@@ -276,7 +276,7 @@ def _quality(found: Evaluation, chance: float | None) -> list[tuple[str, str]]:
 
 
 def dial(points: Sequence[SweepPoint]) -> RenderableType:
-    """Returns a table of the settings of a dial sweep; a leaking model has one per kind of routing."""
+    """Returns a table of the settings of a dial sweep, for each kind of routing."""
     from archdsl.evaluation.dial_sweep import LABELS
 
     parts: list[RenderableType] = []

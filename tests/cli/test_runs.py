@@ -26,15 +26,15 @@ def test_trains_goes_on_and_evaluates(cli: Cli) -> None:
     # the data is that of the training unless said otherwise
     found = cli("eval", "run/final", "--context", "8", "--tokens", "64", "--json").json
     assert found["data"].startswith("skill:p-hop")
-    assert "guessing gets 33.3%" in cli("eval", "run/final", "--context", "8").out
+    assert "guessing reaches 33.3%" in cli("eval", "run/final", "--context", "8").out
 
 
 def test_a_leaking_model_is_scored_both_ways(cli: Cli) -> None:
     cli("build", "tiny", "--set", f"{ROUTER}=top_k", "--out", "made")
     found = cli("eval", "made", "--data", SKILL, "--context", "8")
     assert found.status == 0, found.err
-    assert "with sight of later tokens" in found.out
-    assert "causally" in found.out
+    assert "routing that looks at later tokens" in found.out
+    assert "causal routing by the same scores" in found.out
     both = cli("eval", "made", "--data", SKILL, "--context", "8", "--json").json
     assert both["leaks"] is True
     assert both["causal"]["leaks"] is False

@@ -1,4 +1,4 @@
-"""What a training step needs of memory: tensors that autograd keeps, and the allocator's peak."""
+"""The memory of a training step: the tensors that autograd saves, and the peak of the allocator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = [name for name in shipped_specs() if not name.endswith(("230m", "466m"))
 # The instrument
 
 
-def test_counts_what_can_be_counted_on_paper() -> None:
+def test_the_memory_of_a_small_model_equals_a_count_by_hand() -> None:
     linear, x_BD = nn.Linear(30, 50, bias=False), torch.randn(20, 30)
     result = 4 * 20 * 50
     forward = allocated(lambda: F.silu(linear(x_BD)))  # which keeps what it is the silu of
@@ -45,7 +45,7 @@ def test_counts_what_can_be_counted_on_paper() -> None:
     assert allocated(lambda: F.silu(linear(x_BD)).sum().backward()).left == 4 * 30 * 50
 
 
-def test_what_was_there_before_a_call_is_not_of_it() -> None:
+def test_memory_allocated_before_a_call_is_not_measured() -> None:
     there = [torch.zeros(10_000)]
     found = allocated(lambda: (there.pop(), torch.zeros(10))[1])
     assert (found.peak, found.left) == (40, 40)
@@ -55,14 +55,14 @@ def test_what_was_there_before_a_call_is_not_of_it() -> None:
 
 
 class Saved:
-    """Lives as long as autograd keeps the tensor."""
+    """An object that lives as long as autograd keeps the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def saved_bytes(spec: ModelSpec, batch_size: int, checkpointed: bool = False) -> int:
-    """Of distinct memory, that of parameters and of single numbers left out."""
+    """The bytes of distinct tensors that autograd saves, without parameters and scalars."""
     model = archdsl.build(spec).train()
     model.checkpoint_activations = checkpointed
     alive: WeakSet[Saved] = WeakSet()
@@ -89,14 +89,14 @@ def saved_bytes(spec: ModelSpec, batch_size: int, checkpointed: bool = False) ->
 
 @settings(max_examples=60)
 @given(specs())
-def test_any_spec_keeps_what_autograd_saves(spec: ModelSpec) -> None:
+def test_the_formula_equals_what_autograd_saves_for_any_spec(spec: ModelSpec) -> None:
     keeps_what_autograd_saves(spec)
 
 
 @pytest.mark.slow
 @settings(max_examples=400)
 @given(specs())
-def test_any_of_400_specs_keeps_what_autograd_saves(spec: ModelSpec) -> None:
+def test_the_formula_equals_what_autograd_saves_for_400_specs(spec: ModelSpec) -> None:
     keeps_what_autograd_saves(spec)
 
 
@@ -107,7 +107,7 @@ def keeps_what_autograd_saves(spec: ModelSpec) -> None:
 
 
 def depends_on_the_choice(part: Any) -> bool:
-    """Which of the first pass's keys a selected query may see."""
+    """Whether the attention masks of the part depend on which tokens its router selects."""
     return isinstance(part, LoopSpec) and part.kv == "shared" and part.router is not None
 
 
@@ -117,14 +117,18 @@ def depends_on_the_choice(part: Any) -> bool:
     ids=str,
 )
 @pytest.mark.parametrize("router", [None, "top_k", "prefix"])
-def test_attention_under_a_mask_keeps_what_autograd_saves(attention: Any, router: Any) -> None:
+def test_the_formula_equals_what_autograd_saves_for_masked_attention(
+    attention: Any, router: Any
+) -> None:
     spec = looped(attention, router and {"kind": router, "capacity": 0.9}, context=2 * QUERIES)
     assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
 
 
 @pytest.mark.parametrize("attention", [{}, {"queries_per_kv": 2}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("router", ["top_k", "prefix", "random"])
-def test_most_queries_are_kept_at_the_places_of_all(attention: Any, router: Any) -> None:
+def test_a_large_share_of_selected_queries_is_saved_at_full_length(
+    attention: Any, router: Any
+) -> None:
     spec = looped(attention, {"kind": router, "capacity": 0.9}, context=40, kv="shared")
     assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
 
@@ -136,7 +140,7 @@ def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpe
     return ModelSpec.model_validate(sizes | {"blocks": [loop]})
 
 
-def test_under_shared_keys_it_keeps_nearly_what_autograd_saves() -> None:
+def test_the_formula_nearly_equals_what_autograd_saves_with_shared_keys() -> None:
     spec = archdsl.load("hybrid").resized(SMALL._replace(context=300))
     assert any(depends_on_the_choice(part) for _, part in walk(spec))
     assert saved_for_backward(spec, full_batch(spec, 2)) == pytest.approx(
@@ -145,7 +149,7 @@ def test_under_shared_keys_it_keeps_nearly_what_autograd_saves() -> None:
 
 
 @pytest.mark.parametrize("name", ["transformer", "itt", "hybrid"])
-def test_recomputed_layers_keep_their_inputs_alone(name: str) -> None:
+def test_recomputed_layers_save_only_their_inputs(name: str) -> None:
     spec = archdsl.load(name).resized(SMALL)
     closed, saved = (
         saved_for_backward(spec, full_batch(spec, 2), checkpointed=True),
@@ -159,7 +163,7 @@ def test_recomputed_layers_keep_their_inputs_alone(name: str) -> None:
 
 
 def off(spec: ModelSpec, batch_size: int, **config: Any) -> float:
-    """Closed form over the allocator's peak, less one."""
+    """Returns the ratio of the closed form to the peak of the allocator, minus one."""
     recomputed = config.get("activation_checkpointing", False)
     accumulate = config.get("accumulate", 1)
     closed = training_memory(spec, batch_size, checkpointed=recomputed, accumulate=accumulate)
@@ -168,9 +172,11 @@ def off(spec: ModelSpec, batch_size: int, **config: Any) -> float:
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_of_a_shipped_spec_needs_what_is_estimated(name: str, recomputed: bool) -> None:
+def test_the_estimate_for_a_shipped_spec_is_near_the_measured_peak(
+    name: str, recomputed: bool
+) -> None:
     spec = archdsl.load(name).resized(SMALL)
-    # what is kept is counted to the byte, what a backward pass needs besides is not
+    # the saved tensors are exact; the working memory of the backward pass is an estimate
     assert off(spec, 2, activation_checkpointing=recomputed) < (0.06 if recomputed else 0.01)
 
 
@@ -180,7 +186,7 @@ def test_a_step_of_a_shipped_spec_needs_what_is_estimated(name: str, recomputed:
     [(8, 1, 1), (64, 4, 4), (64, 4, 1)],
     ids=["gradients last", "accumulated", "at once"],
 )
-def test_the_peak_is_found_wherever_it_is(
+def test_the_peak_is_found_at_every_place_where_it_may_be(
     context: int, batch_size: int, accumulate: int, tied: bool
 ) -> None:
     spec = archdsl.load("itt", overrides=[f"tie_embeddings={str(tied).lower()}"])
@@ -190,14 +196,14 @@ def test_the_peak_is_found_wherever_it_is(
 
 def test_only_activations_grow_with_the_batch() -> None:
     spec = archdsl.load("itt").resized(SMALL)
-    # so large that most is needed at the same time
+    # batches so large that the peak is at the same layer
     four, eight, sixteen = (training_memory(spec, size) for size in (4, 8, 16))
     assert four.weights == eight.weights == 4 * archdsl.cost(spec).params
     assert four.optimizer == 2 * four.weights
     assert sixteen.peak - eight.peak == 2 * (eight.peak - four.peak) > 0
 
 
-def test_a_training_that_needs_more_than_there_is_says_what_needs_less() -> None:
+def test_the_message_for_too_little_memory_says_what_needs_less() -> None:
     spec = archdsl.load("itt")
     huge = TrainConfig(batch_size=10_000, accumulate=2)
     assert training_memory(spec, 10_000, accumulate=2).peak > installed_memory() > 2**20
