@@ -1,4 +1,5 @@
-"""How good a trained model is: held-out loss, the compute dial, and lm-evaluation-harness tasks.
+"""Measure how good a trained model is.
 
-``evaluate`` is the public function. FLOPs are those that were executed.
+Held-out loss, sweeps of the compute dial and tasks of lm-evaluation-harness. FLOPs are those that
+were executed. ``archdsl.evaluate`` is the public function.
 """

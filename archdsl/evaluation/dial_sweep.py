@@ -1,7 +1,7 @@
-"""One checkpoint at many settings of its compute dial: loss against executed FLOPs.
+"""Evaluate one model at many settings of its compute dial: loss against executed FLOPs.
 
-The preset holds the settings of Chen et al. 2502.13842's table of elastic inference: capacities of
-three routed steps, changed at test time only.
+The preset holds the settings of the elastic-inference table of Chen et al. 2502.13842: capacities
+of three routed steps that are changed only at test time.
 
 Shapes: W windows.
 """
@@ -45,14 +45,15 @@ PAPER_CAPACITIES = (
 Routing = Literal["causal", "leaking"]
 LABELS: dict[Routing, str] = {
     "causal": "causal routing",
-    "leaking": "with sight of later tokens: no decoder can do this",
+    "leaking": "routing that looks at later tokens (impossible when decoding)",
 }
 
 
 class DialSetting(Strict):
-    """Where the dial stands: a capacity for all routed steps or one for each, a number of steps.
+    """A setting of the compute dial.
 
-    None: as trained.
+    ``capacity``: one capacity for all routed steps, or one for each of them, in 0 to 1.
+    ``steps``: the number of steps of each loop. None means as trained.
     """
 
     capacity: float | tuple[float, ...] | None = None
@@ -60,10 +61,11 @@ class DialSetting(Strict):
 
     @property
     def trained(self) -> bool:
+        """Whether this is the setting that the model was trained with."""
         return self == AS_TRAINED
 
     def __str__(self) -> str:
-        """``90/90/0``, ``50@6`` for six steps: capacities in percent, as in the paper."""
+        """Capacities in percent as in the paper, such as ``90/90/0``; ``50@6`` has six steps."""
         shares = self.capacity if isinstance(self.capacity, tuple) else (self.capacity,)
         text = "/".join(f"{100 * share:.4g}" for share in shares if share is not None)
         return text + (f"@{self.steps}" if self.steps else "") or "trained"
@@ -73,11 +75,15 @@ AS_TRAINED = DialSetting()
 
 
 class SweepPoint(Strict):
-    """Held-out quality at one setting and what it took.
+    """The held-out quality at one setting of the dial, and its cost.
 
-    ``flops_per_token``: executed, forward. ``shares``: of the tokens that each routed step
-    selected, by loop and step. ``difference``: of the loss to the trained setting's in nats,
-    whose error is that of pairs of windows.
+    ``routing``: ``causal``, or ``leaking`` for routers that look at later tokens.
+    ``flops_per_token``: executed FLOPs of the forward pass.
+    ``shares``: the share of the tokens that each routed step selected, by its name.
+    ``tokens``: the number of target positions. ``loss``: nats per target position.
+    ``standard_error``: of the loss, over windows.
+    ``difference``: the loss minus the loss at the trained setting, in nats.
+    ``difference_error``: its standard error, from the paired differences of the windows.
     """
 
     setting: DialSetting
@@ -93,13 +99,16 @@ class SweepPoint(Strict):
 
     @property
     def selected(self) -> float | None:
-        """Mean share of the tokens over routed steps; None without any."""
+        """Share of the tokens that a routed step selects, averaged; None without routed steps."""
         return sum(self.shares.values()) / len(self.shares) if self.shares else None
 
 
 @contextmanager
 def dialled(model: LanguageModel, setting: DialSetting) -> Iterator[None]:
-    """Meanwhile the model's dial stands there, afterwards as trained. Raises DialError."""
+    """Set the dial of the model for the duration of the context; reset it to trained afterwards.
+
+    Raises DialError if the model does not support the setting.
+    """
     capacity = setting.capacity
     model.dial(list(capacity) if isinstance(capacity, tuple) else capacity, setting.steps)
     try:
@@ -109,22 +118,27 @@ def dialled(model: LanguageModel, setting: DialSetting) -> Iterator[None]:
 
 
 def check_settings(model: LanguageModel, settings: Sequence[DialSetting]) -> None:
-    """Raises DialError if the model cannot be run at one of them."""
+    """Raises DialError if the model does not support one of the settings."""
     for setting in settings:
         with dialled(model, setting):
             pass
 
 
 def preset_settings(model: LanguageModel) -> list[DialSetting]:
-    """The paper's settings, each token, and no thinking, as far as the model can be run so.
+    """Return the preset settings that the model supports.
 
-    With more or fewer than three routed steps, each takes the capacity of the third of the way
-    that its middle falls into; where loops differ in their number, equal capacities are left.
-    Without routers: powers of two of steps below the trained number, and twice that.
+    These are the capacities of the paper, all tokens (capacity 1) and no further steps (0). The
+    paper has three routed steps: in a loop with another number of them, each step takes the
+    capacity of the third of the loop in which its middle lies. If the loops of the model differ in
+    their number of routed steps, only settings with one capacity for all of them remain. Without
+    routers the settings are numbers of steps: the powers of two below the trained number, and twice
+    that number.
+
+    Raises DialError if the model has no loops.
     """
     loops = model.loops
     if not loops:
-        raise DialError(f"{model.spec.name} has no loops: there is nothing to dial")
+        raise DialError(f"{model.spec.name} has no loops, so its compute dial has no effect")
     routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.router is not None}
     if routed:
         shares = [_stretched(thirds, routed) for thirds in PAPER_CAPACITIES]
@@ -133,11 +147,11 @@ def preset_settings(model: LanguageModel) -> list[DialSetting]:
         most = max(loop.spec.steps for loop in loops)
         fewer = [2**i for i in range(most.bit_length()) if 2**i < most]
         found = dict.fromkeys(DialSetting(steps=steps) for steps in [*fewer, 2 * most])
-    return [setting for setting in found if _servable(model, setting)]
+    return [setting for setting in found if _supports(model, setting)]
 
 
 def _stretched(thirds: tuple[float, ...], routed: set[int]) -> DialSetting | None:
-    """A triple of capacities for another number of routed steps."""
+    """Adapt the capacities of three routed steps to another number; None if it is not unique."""
     if len(set(thirds)) == 1:
         return DialSetting(capacity=thirds[0])
     if len(routed) != 1:
@@ -147,7 +161,7 @@ def _stretched(thirds: tuple[float, ...], routed: set[int]) -> DialSetting | Non
     return DialSetting(capacity=shares[0] if len(set(shares)) == 1 else shares)
 
 
-def _servable(model: LanguageModel, setting: DialSetting) -> bool:
+def _supports(model: LanguageModel, setting: DialSetting) -> bool:
     try:
         check_settings(model, [setting])
     except DialError:
@@ -166,11 +180,15 @@ def sweep(
     limit_tokens: int | None = None,
     progress: bool = False,
 ) -> list[SweepPoint]:
-    """Scores the held-out windows of ``split`` at the trained setting and ``settings``.
+    """Measure the held-out loss at the trained setting and at each of ``settings``.
 
-    ``settings``: default: ``preset_settings(model)``. A leaking model is scored causally and
-    as trained.
-    Raises DialError before any work, and ArchdslError if the split asks nothing.
+    ``settings``: default: ``preset_settings(model)``. ``batch_size``: windows per forward pass.
+    ``context``: tokens per window; default: the spec's. ``limit_tokens``: the largest number of
+    tokens to read; default: all. ``progress``: show a progress bar on stderr.
+
+    A model whose router looks at later tokens is measured with causal routing and as trained.
+    Raises DialError, before any computation, if the model does not support a setting, and
+    ArchdslError if the data do not fit the model or the split has no target positions.
     """
     settings = preset_settings(model) if settings is None else settings
     context = context or model.spec.context
@@ -210,11 +228,11 @@ def _scored(model: LanguageModel, batches: Iterable[Batch]) -> tuple[list[Tensor
 
 
 def _figures(score_3W: Tensor, trained_3W: Tensor, bytes_per_token: float | None) -> dict[str, Any]:
-    loss_W, asked_W, _ = score_3W
-    loss, error = ratio_of_sums(loss_W, asked_W)
-    difference, difference_error = ratio_of_sums(loss_W - trained_3W[0], asked_W)
+    loss_W, targets_W, _ = score_3W
+    loss, error = ratio_of_sums(loss_W, targets_W)
+    difference, difference_error = ratio_of_sums(loss_W - trained_3W[0], targets_W)
     return {
-        "tokens": int(asked_W.sum()),
+        "tokens": int(targets_W.sum()),
         "loss": loss,
         "standard_error": error,
         "bits_per_byte": bits_per_byte(loss, bytes_per_token),
@@ -224,10 +242,11 @@ def _figures(score_3W: Tensor, trained_3W: Tensor, bytes_per_token: float | None
 
 
 def plot(points: Sequence[SweepPoint], path: Path) -> None:
-    """Loss against executed FLOPs per token, a curve for each routing. A PNG.
+    """Write a PNG of loss against executed FLOPs per token, with one curve for each routing.
 
-    The bars are 95% intervals of the difference to the trained setting: those of the losses
-    themselves say how much texts differ. Raises ImportError without matplotlib (``plots``).
+    The error bars are 95% confidence intervals of the difference to the trained setting. Intervals
+    of the loss itself would mostly show how much the texts differ. Raises ImportError if matplotlib
+    is missing (the extra ``plots``).
     """
     import matplotlib
 
@@ -239,10 +258,10 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
         curve = [point for point in points if point.routing == routing]
         _draw(axis, sorted(curve, key=lambda point: point.flops_per_token), routing)
     axis.set(
-        xlabel="executed forward MFLOPs per token",
-        ylabel="held-out loss, nats per token",
+        xlabel="executed MFLOPs per token (forward pass)",
+        ylabel="held-out loss (nats per token)",
     )
-    axis.set_title("bars: 95% of the difference to the trained setting", fontsize=8)
+    axis.set_title("error bars: 95% intervals of the difference to the trained setting", fontsize=8)
     axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")

@@ -1,6 +1,9 @@
-"""How well a model predicts text it was not trained on.
+"""Measure how well a model predicts data that it was not trained on.
 
-Shapes: B batch, T tokens, V vocabulary.
+The data decide which positions of a window have a target. All figures are taken over these target
+positions alone.
+
+Shapes: B windows of a batch, W windows of a split, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from archdsl.model.language_model import LanguageModel
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Nats per token, [B, T], at least in float32; 0 where the target is IGNORE."""
+    """Return the loss of each token in nats, [B, T], computed in float32 or higher precision.
+
+    It is 0 where the target is IGNORE.
+    """
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
     loss = F.cross_entropy(
         logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="none"
@@ -29,11 +35,15 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 class Evaluation(Strict):
-    """Held-out quality. ``loss`` is in nats per token; ``standard_error`` is the loss's, taken
-    over windows; ``accuracy`` is the share of the asked positions whose best guess is right.
+    """The quality of a model on held-out data.
 
-    ``leaks``: a router chose with sight of later tokens, so the loss is too good to be true;
-    ``causal`` then holds the figures without that sight.
+    ``tokens``: the number of target positions.
+    ``loss``: nats per target position. ``standard_error``: of the loss, taken over windows; None
+    for a single window.
+    ``bits_per_byte``: the loss in bits per byte of text; None for data that are not text.
+    ``accuracy``: the share of the target positions at which the most likely token is the target.
+    ``leaks``: True if a router looked at later tokens, so that the loss is lower than any decoder
+    can reach. ``causal`` then holds the figures with causal routing.
     """
 
     split: HeldOut
@@ -56,10 +66,14 @@ def evaluate(
     context: int | None = None,
     limit_tokens: int | None = None,
 ) -> Evaluation:
-    """Scores the held-out windows of ``split``, of ``context`` tokens each (default: the spec's).
+    """Measure the loss of ``model`` on the held-out windows of ``split``.
 
-    A leaking model is scored twice, as trained and causally. The model's mode and the state of
-    the random numbers are as before afterwards. Raises ArchdslError if the split asks nothing.
+    ``batch_size``: windows per forward pass. ``context``: tokens per window; default: the spec's.
+    ``limit_tokens``: the largest number of tokens to read; default: all.
+
+    A model whose router looks at later tokens is measured twice: as trained, and with causal
+    routing. The mode of the model and the state of the random numbers are left unchanged. Raises
+    ArchdslError if the data do not fit the model or the split has no target positions.
     """
 
     context = context or model.spec.context
@@ -80,22 +94,26 @@ def evaluate(
 
 
 def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
-    """Raises ArchdslError if the model cannot take the data's tokens or windows of ``context``."""
+    """Check that the model can read the data in windows of ``context`` tokens.
+
+    Raises ArchdslError if the vocabulary of the data is larger than the model's, or the context is
+    longer than the model's.
+    """
     if data.vocab_size > spec.vocab_size:
         raise ArchdslError(
             f"{data.name} has {data.vocab_size:,} different tokens, "
-            f"but {spec.name} only a vocab_size of {spec.vocab_size:,}"
+            f"but {spec.name} has only a vocab_size of {spec.vocab_size:,}"
         )
     if context > spec.context:
         raise ArchdslError(
-            f"a context of {context:,} tokens was asked for, "
+            f"a context of {context:,} tokens was requested, "
             f"but {spec.name} takes at most {spec.context:,}"
         )
 
 
 @contextmanager
 def evaluation_mode(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode and its own random numbers, the same every time; both undone at the end."""
+    """Switch to evaluation mode, no gradients and seed 0; restore everything afterwards."""
     training = model.training
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
@@ -108,63 +126,71 @@ def evaluation_mode(model: LanguageModel) -> Iterator[None]:
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """The generators of the CPU and of ``device``: torch.manual_seed takes a third of a
-    millisecond more for devices that are not there."""
+    """Seed the random number generators of the CPU and of ``device``.
+
+    torch.manual_seed takes a third of a millisecond longer, as it visits all kinds of devices.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
 
 
 def score_batch(model: LanguageModel, batch: Batch) -> Tensor:
-    """Loss (a sum, in nats), predictions asked and right answers of each window: [3, B].
+    """Return the summed loss in nats, the number of targets and of correct predictions, [3, B].
 
-    A function of its own, so that the logits are gone before the next batch makes new ones.
+    This is a function so that the logits are freed before the next batch is computed.
     """
     device = next(model.parameters()).device
     targets_BT = batch.targets_BT.to(device)
     logits_BTV = model(batch.tokens_BT.to(device))
     loss_BT = cross_entropy(logits_BTV, targets_BT)
-    asked_BT = targets_BT != IGNORE
-    right_BT = logits_BTV.argmax(-1) == targets_BT  # IGNORE is no token
-    # double: float32 stops counting single tokens at 16M
-    return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, asked_BT, right_BT)])
+    is_target_BT = targets_BT != IGNORE
+    correct_BT = logits_BTV.argmax(-1) == targets_BT  # never true for IGNORE, which is no token
+    # In float64, as float32 cannot count single tokens beyond 16M.
+    return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, is_target_BT, correct_BT)])
 
 
 def scored_windows(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:
-    """The scores of those windows that ask something, [3, W]; raises ArchdslError without any."""
+    """Join the scores of all batches and drop windows without a target, [3, W].
+
+    Raises ArchdslError if no window has a target.
+    """
     score_3W = torch.cat([torch.empty(3, 0), *scores], dim=1)
     if not score_3W[1].any():
-        raise ArchdslError(f"the {split} split of {data.name} asks for no prediction")
+        raise ArchdslError(f"the {split} split of {data.name} has no target to predict")
     return score_3W[:, score_3W[1] > 0]
 
 
-def ratio_of_sums(sum_W: Tensor, asked_W: Tensor) -> tuple[float, float | None]:
-    """The mean over all that was asked, and its standard error over windows.
+def ratio_of_sums(sum_W: Tensor, targets_W: Tensor) -> tuple[float, float | None]:
+    """Return the mean per target position and its standard error over windows.
 
-    Of a ratio of sums, as windows may ask differently often (Cochran, Sampling Techniques, 6.4).
+    ``sum_W``: the sum of each window. ``targets_W``: its number of target positions, which may
+    differ between windows. The error is that of a ratio of sums (Cochran, Sampling Techniques,
+    6.4), and None for a single window.
     """
-    asked, windows = float(asked_W.sum()), len(asked_W)
-    mean = float(sum_W.sum()) / asked
-    spread = float((sum_W - mean * asked_W).square().sum())
-    return mean, math.sqrt(spread * windows / (windows - 1)) / asked if windows > 1 else None
+    targets, windows = float(targets_W.sum()), len(targets_W)
+    mean = float(sum_W.sum()) / targets
+    spread = float((sum_W - mean * targets_W).square().sum())
+    return mean, math.sqrt(spread * windows / (windows - 1)) / targets if windows > 1 else None
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    """Convert nats per token to bits per byte; None if the data are not text."""
     return bytes_per_token and loss / math.log(2) / bytes_per_token
 
 
 def _summary(
     score_3W: Tensor, split: HeldOut, bytes_per_token: float | None, leaks: bool
 ) -> Evaluation:
-    loss_W, asked_W, right_W = score_3W
-    loss, error = ratio_of_sums(loss_W, asked_W)
+    loss_W, targets_W, correct_W = score_3W
+    loss, error = ratio_of_sums(loss_W, targets_W)
     return Evaluation(
         split=split,
-        tokens=int(asked_W.sum()),
+        tokens=int(targets_W.sum()),
         loss=loss,
         standard_error=error,
-        perplexity=math.exp(min(loss, 700.0)),  # beyond, a float is infinite
+        perplexity=math.exp(min(loss, 700.0)),  # the exponential of a larger loss overflows a float
         bits_per_byte=bits_per_byte(loss, bytes_per_token),
-        accuracy=float(right_W.sum() / asked_W.sum()),
+        accuracy=float(correct_W.sum() / targets_W.sum()),
         leaks=leaks,
     )

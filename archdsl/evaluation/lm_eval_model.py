@@ -1,10 +1,10 @@
-"""Tasks of lm-evaluation-harness (the extra ``lm-eval``) on an archdsl model.
+"""Run tasks of lm-evaluation-harness (the extra ``lm-eval``) on an archdsl model.
 
-Texts are scored as its own HFLM scores them: a continuation is what tokenizing it behind its
-context adds, an empty context is the token that begins texts or else the one that ends documents,
-and what is too long for the model is cut off on the left. A continuation that alone is too long,
-which HFLM refuses, is scored in windows, as whole texts are. Routers select causally, whatever
-they did in training.
+Texts are scored as by the harness's own model class HFLM. A continuation is tokenized together with
+its context. An empty context is replaced by the token that begins texts, or else by the token that
+ends documents. What is too long for the model is cut off on the left. One case is different: HFLM
+refuses a continuation that is longer than the model's context, and here it is scored in several
+windows, as whole texts are. Routers always route causally here, also if they did not in training.
 
 Shapes: B requests, T tokens, N tokens of a continuation, V vocabulary.
 """
@@ -49,28 +49,31 @@ from archdsl.lang.spec import Strict
 from archdsl.model.compute_meter import metered
 from archdsl.model.language_model import LanguageModel
 
-BOOTSTRAP_SAMPLES = 1000  # of a bootstrap, for metrics without a formula for their error
-MAX_NEW_TOKENS = 256  # of an answer, unless its task says otherwise
+BOOTSTRAP_SAMPLES = 1000  # for the standard error of metrics that have no formula for it
+MAX_NEW_TOKENS = 256  # of a generated answer, unless its task has another limit
 
-Window = tuple[list[int], list[int]]  # what is known, what is predicted
-ScoringRequest = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+Window = tuple[list[int], list[int]]  # the tokens given and the tokens to predict
+ScoringRequest = tuple[Any, list[int], list[int]]  # the harness's key, context, continuation
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
 class TaskScore(Strict):
-    """One figure of a task or a group of tasks over ``examples``."""
+    """One metric of a task, or of a group of tasks, over a number of ``examples``.
+
+    ``value`` is None if the metric is not a finite number, for example a perplexity that overflows.
+    """
 
     task: str
     metric: str
-    value: float | None  # None: no number, as of a perplexity that overflows
+    value: float | None
     standard_error: float | None
     examples: int
     higher_is_better: bool | None
 
 
 class TaskScores(Strict):
-    """``tokens`` were looked at for ``scores``, at ``flops_per_token`` executed for each."""
+    """All metrics of a run, the number of tokens read and the FLOPs executed per token."""
 
     scores: tuple[TaskScore, ...]
     tokens: int
@@ -79,10 +82,10 @@ class TaskScores(Strict):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """``way``: the texts that end an answer, and how many tokens it has at most."""
+    """A prompt (as tokens), with the stop strings and the largest length of its answer."""
 
     tokens: list[int]
-    way: tuple[tuple[str, ...], int]
+    limits: tuple[tuple[str, ...], int]
 
 
 def run_tasks(
@@ -93,31 +96,33 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> tuple[TaskScores, dict[str, Any]]:
-    """Scores of the model as it is dialled, and all that the harness has to say of them.
+    """Run the tasks at the current setting of the model's compute dial.
 
-    ``limit``: at most so many examples of each task. Raises TaskError if the model cannot take a
-    task: if its context is too short.
+    ``limit``: the largest number of examples of each task; default: all. ``batch_size``: requests
+    per forward pass. Returns the scores and the complete results of the harness.
+
+    Raises TaskError if the model cannot run a task, for example because its context is too short.
     """
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=SEED)  # the same shots in every run
     with metered(model) as meter, redirect_stdout(sys.stderr):
         adapter = HarnessModel(model, tokenizer, batch_size)
-        whole = evaluate(adapter, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
+        results = evaluate(adapter, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
     found = TaskScores(
-        scores=tuple(_scores(whole)), tokens=meter.tokens, flops_per_token=meter.flops_per_token
+        scores=tuple(_scores(results)), tokens=meter.tokens, flops_per_token=meter.flops_per_token
     )
-    return found, whole
+    return found, results
 
 
 def write_harness_results(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    """All that the harness has to say of runs, questions and answers included, as JSON."""
+    """Write the complete results of the harness as JSON, including questions and answers."""
     text = json.dumps(runs, indent=1, default=handle_non_serializable, ensure_ascii=False)
     write_text(path, text + "\n")
 
 
-def _scores(whole: Mapping[str, Any]) -> Iterator[TaskScore]:
-    for task, found in (whole["results"] | whole.get("groups", {})).items():
-        better = whole["higher_is_better"].get(task, {})
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
+    for task, found in (results["results"] | results.get("groups", {})).items():
+        better = results["higher_is_better"].get(task, {})
         for key, value in found.items():
             metric, comma, which = key.partition(",")
             if comma and not metric.endswith("_stderr"):
@@ -132,12 +137,15 @@ def _scores(whole: Mapping[str, Any]) -> Iterator[TaskScore]:
 
 
 def _number(value: Any) -> float | None:
-    """Without what is no number: the harness says 'N/A', and a perplexity may be infinite."""
+    """Return None for 'N/A', which the harness writes, and for infinite and undefined values."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A model as the harness asks it."""
+    """An archdsl model with the interface that the harness expects.
+
+    The public methods other than ``__init__`` are those of the harness's ``TemplateLM``.
+    """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, batch_size: int) -> None:
         super().__init__()
@@ -149,37 +157,40 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends documents."""
         return end_of_document(self.text)
 
     @property
     def prefix_token_id(self) -> int:
+        """The token that stands for an empty context."""
         return [self.eot_token_id, *beginning_tokens(self.text)][-1]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
+        """Tokenize ``string``, by default with the tokens that begin texts."""
         begun = [] if add_special_tokens is False else beginning_tokens(self.text)
         return begun + self.text.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[ScoringRequest], **_: object
     ) -> list[tuple[float, bool]]:
-        """Log-probability in nats, and whether greedy decoding would say the same."""
-        windows, of = [], []
+        """Return, per request, the log-probability in nats and whether it is the greedy answer."""
+        windows, owners = [], []
         for number, (_, before, after) in enumerate(requests):
-            some = self._windows(before, after)
-            windows += some
-            of += [number] * len(some)
+            parts = self._windows(before, after)
+            windows += parts
+            owners += [number] * len(parts)
         length = [len(before) + len(after) for before, after in windows]
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
         scores = self._in_batches("scoring", windows, length, self._score)
-        for number, (log_p, likeliest) in zip(of, scores, strict=True):
+        for number, (log_p, is_greedy) in zip(owners, scores, strict=True):
             totals[number] += log_p
-            greedy[number] &= likeliest
+            greedy[number] &= is_greedy
         return list(zip(totals, greedy, strict=True))
 
     def _windows(self, before: list[int], after: list[int]) -> list[Window]:
-        """One, or as many as it takes to predict what is longer than the context."""
+        """Split a request into windows; there is one unless ``after`` exceeds the context."""
         if len(after) <= self.context:
             return [(before, after)] if after else []
         rolling = get_rolling_token_windows(after, before[-1], self.context, context_len=1)
@@ -201,43 +212,46 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts: every token once, behind as much as fits before it."""
+        """Return the log-probability of whole texts, in nats.
+
+        Each token is predicted once. A text longer than the context is split into windows.
+        """
         texts = [request.args[0] for request in requests]
         start = [self.prefix_token_id]
         whole = [(text, start, self.tok_encode(text, add_special_tokens=False)) for text in texts]
         return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedily, up to what ends the answer, which is left out."""
-        questions = [self._question(*request.args) for request in requests]
+        """Generate answers greedily. The stop string that ends an answer is not part of it."""
+        parsed = [self._generation_request(*request.args) for request in requests]
         answers: dict[int, str] = {}
-        for way in dict.fromkeys(question.way for question in questions):  # one per batch
-            alike = [i for i, question in enumerate(questions) if question.way == way]
-            some = [questions[i] for i in alike]
-            length = [len(question.tokens) for question in some]
-            found = self._in_batches("answering", some, length, self._answer)
+        for limits in dict.fromkeys(request.limits for request in parsed):
+            alike = [i for i, request in enumerate(parsed) if request.limits == limits]
+            group = [parsed[i] for i in alike]
+            length = [len(request.tokens) for request in group]
+            found = self._in_batches("answering", group, length, self._answer)
             answers |= zip(alike, found, strict=True)
-        return [answers[i] for i in range(len(questions))]
+        return [answers[i] for i in range(len(parsed))]
 
-    def _question(self, prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
+    def _generation_request(self, prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
         wanted = normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS)
         if wanted.get("do_sample"):
-            raise TaskError("a task asks for sampled answers; archdsl answers greedily")
+            raise TaskError("a task requires sampled answers; archdsl only answers greedily")
         most = int(wanted["max_gen_toks"])
         if most >= self.context:
             raise TaskError(
-                f"a task asks for answers of up to {most:,} tokens and the model has a context "
-                f"of {self.context:,}: it needs a longer one"
+                f"a task requires answers of up to {most:,} tokens, which need a longer context "
+                f"than the model's {self.context:,} tokens"
             )
         tokens = self.tok_encode(prompt) or [self.prefix_token_id]
         until = handle_stop_sequences(wanted.get("until"), eos=None)
         return GenerationRequest(tokens[most - self.context :], (tuple(filter(None, until)), most))
 
-    def _answer(self, questions: Sequence[GenerationRequest]) -> list[str]:
-        until, most = questions[0].way
+    def _answer(self, requests: Sequence[GenerationRequest]) -> list[str]:
+        until, most = requests[0].limits
         found = generate(
             self.model,
-            [question.tokens for question in questions],
+            [request.tokens for request in requests],
             Sampling(temperature=0, max_tokens=most),
             tokenizer=self.text,
             stop=until,
@@ -251,20 +265,23 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         length: Sequence[int],
         answer: Callable[[Sequence[Request]], list[Answer]],
     ) -> list[Answer]:
-        """The answers in the order of the requests; the longest are asked first, to fail early."""
+        """Answer the requests in batches and return the answers in the order of the requests.
+
+        The longest requests come first, so that too little memory shows at the start.
+        """
         order = sorted(range(len(requests)), key=lambda i: -length[i])
         starts = range(0, len(order), self.batch_size)
         answers: dict[int, Answer] = {}
         console = Console(stderr=True)
         with evaluation_mode(self.model), self.model.causal_routing():
             for start in track(starts, doing, console=console, disable=not requests):
-                some = order[start : start + self.batch_size]
-                answers |= zip(some, answer([requests[i] for i in some]), strict=True)
+                batch = order[start : start + self.batch_size]
+                answers |= zip(batch, answer([requests[i] for i in batch]), strict=True)
         return [answers[i] for i in range(len(requests))]
 
 
 def _score(logits_NV: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Of the tokens of a continuation: the sum in nats, and whether each is the likeliest."""
+    """Return the log-probability of a continuation in nats, and whether it is the greedy one."""
     wanted_N = torch.tensor(continuation, device=logits_NV.device)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     log_p_N = logits_NV.log_softmax(-1).gather(1, wanted_N.unsqueeze(1)).squeeze(1)

@@ -1,11 +1,15 @@
-"""Tasks of lm-evaluation-harness (the extra ``lm-eval``), with examples from the Hub or a folder:
+"""Load tasks of lm-evaluation-harness (the extra ``lm-eval``).
 
-    FOLDER/arc_easy/test.jsonl                      under the name of the task, or
-    FOLDER/allenai/ai2_arc/ARC-Easy/test.jsonl      of its dataset, as the Hub has it
+Their examples come from the Hugging Face Hub, or from a folder of JSON lines that is organised by
+task or by dataset, as the Hub names it:
 
-One example per line, a JSON object with the fields that it has on the Hub; one file per split of
-the task's. The split that is scored must be there, and the one that shots are drawn from if there
-are any. Only tasks that the harness ships are run: others could bring code along.
+    FOLDER/arc_easy/test.jsonl
+    FOLDER/allenai/ai2_arc/ARC-Easy/test.jsonl
+
+Each line is one example: a JSON object with the fields that it has on the Hub. There is one file
+per split. The split that is scored is required. The split that few-shot examples are taken from is
+required if there are any. Only tasks that the harness ships can be run, as others could contain
+code.
 """
 
 from __future__ import annotations
@@ -27,13 +31,13 @@ from archdsl.errors import ArchdslError, describe, did_you_mean
 
 
 class TaskError(ArchdslError):
-    """A task that cannot be run: unknown, without its data, or not made for this model."""
+    """A task is unknown, its examples are missing or damaged, or the model cannot run it."""
 
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
-SEED = 1234  # of the draw of shots; the harness's own
-SECONDS = 5.0  # to wait for the Hub
-ELSEWHERE = "--data-dir FOLDER reads FOLDER/TASK/SPLIT.jsonl instead"
+SEED = 1234  # of the choice of few-shot examples, as in the harness
+HUB_TIMEOUT = 5.0  # seconds
+LOCAL_EXAMPLES = "use --data-dir FOLDER to read FOLDER/TASK/SPLIT.jsonl instead"
 
 Tasks = dict[str, dict[str, Any]]  # the harness's tasks, groups and members of groups, by name
 
@@ -41,13 +45,17 @@ Tasks = dict[str, dict[str, Any]]  # the harness's tasks, groups and members of 
 def load_tasks(
     names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> Tasks:
-    """Tasks, groups and tags of the harness by name, with all their examples.
+    """Load tasks, groups and tags of the harness by name, with all their examples.
 
-    ``num_fewshot``: solved examples in front of each; default: each task's own, which mostly is
-    none. Raises TaskError before anything is fetched if a name is unknown or the Hub out of reach.
+    ``data_dir``: the folder with the examples; default: the Hugging Face Hub.
+    ``num_fewshot``: solved examples in front of each question; default: the number that each task
+    defines, which is mostly 0.
+
+    Raises TaskError if a name is unknown or the Hub cannot be reached (both before anything is
+    downloaded), and if examples are missing or damaged.
     """
     if not names:
-        raise TaskError("no task was named; one of lm-evaluation-harness is arc_easy")
+        raise TaskError("no task was given; one task of lm-evaluation-harness is arc_easy")
     manager = _manager(names)
     for name in names:
         _check(manager, name)
@@ -60,20 +68,24 @@ def load_tasks(
             found = {part: known | loaded[part] for part, known in found.items()}
     for name, task in found["tasks"].items():
         if getattr(task, "MULTIMODAL", False):
-            raise TaskError(f"task {name} shows images or plays sounds; models here read text")
+            raise TaskError(f"task {name} needs images or sounds; archdsl models read only text")
         _set_shots(name, task, num_fewshot)
     return found
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """Knows these names, if any does: reading all of the 14,000 tasks takes half a minute."""
+    """Return a task manager that knows the given names, if they exist.
+
+    It reads only the folders whose files mention one of the names, as reading all 14,000 tasks
+    takes half a minute. If a name is a group, all are read: its members may be in any folder.
+    """
     mention = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names).encode())
     files = [file for file in SHIPPED.rglob("*.yaml") if mention.search(file.read_bytes())]
     folders = {SHIPPED / file.relative_to(SHIPPED).parts[0] for file in files}
-    # of a name that two folders define the first counts, and the manager keeps what it reads last
+    # If two folders define a name the first one counts, but the manager keeps what it reads last.
     few = TaskManager(include_defaults=False, include_path=sorted(folders, reverse=True))
     kinds = {few.task_index[name].kind.name for name in names if name in few.task_index}
-    return TaskManager() if "GROUP" in kinds else few  # whose members may be anywhere
+    return TaskManager() if "GROUP" in kinds else few
 
 
 def _check(manager: TaskManager, name: str) -> None:
@@ -81,19 +93,19 @@ def _check(manager: TaskManager, name: str) -> None:
         stems = (file.stem for file in SHIPPED.rglob("*.yaml"))
         alike = [stem for stem in stems if stem[:2] == name[:2]]
         raise TaskError(f"lm-evaluation-harness has no task {name!r}{did_you_mean(name, alike)}")
-    # known before it is loaded, which would fetch what runs the code
+    # Check this before loading the task, which would download what runs the code.
     if (manager.task_index[name].cfg or {}).get("unsafe_code"):
-        raise TaskError(f"task {name} runs code that models write; archdsl does not")
+        raise TaskError(f"task {name} runs code that the model writes, which archdsl does not do")
 
 
 def _load(manager: TaskManager, name: str) -> Tasks:
     try:
         return manager.load([name])
     except ConnectionError as error:
-        raise TaskError(f"task {name}: {_line(error)}; {ELSEWHERE}") from None
+        raise TaskError(f"task {name}: {_line(error)}; {LOCAL_EXAMPLES}") from None
     except ArchdslError:
         raise
-    except Exception as error:  # whatever a task's templates and functions make of its examples
+    except Exception as error:  # the templates and functions of a task may raise anything
         raise TaskError(
             f"task {name} cannot be loaded, {type(error).__name__}: {_line(error)}"
         ) from error
@@ -104,31 +116,35 @@ def _line(error: Exception) -> str:
 
 
 def _reach_hub() -> None:
-    """Asks once: the Hub's own library tries for half a minute per file, and logs each time."""
+    """Raise TaskError if the Hub cannot be reached.
+
+    One request is enough. The Hub's own library would try each file for half a minute.
+    """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:  # then only what was fetched before is asked for
+    if constants.HF_HUB_OFFLINE:  # then only files that were downloaded before are used
         return
     try:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=SECONDS).close()
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
     except HTTPError:
-        return  # an answer
+        return  # the Hub answered
     except OSError as error:
         raise TaskError(
-            f"{constants.ENDPOINT}, where the tasks' examples are, cannot be reached "
-            f"({_line(error)}): {ELSEWHERE}; HF_HUB_OFFLINE=1 takes what was fetched before"
+            f"{constants.ENDPOINT}, which has the examples of the tasks, cannot be reached "
+            f"({_line(error)}): {LOCAL_EXAMPLES}, or set HF_HUB_OFFLINE=1 to use the files that "
+            "were downloaded before"
         ) from None
 
 
 @contextmanager
 def _examples_in(folder: Path | None) -> Iterator[None]:
-    """Meanwhile tasks find their examples in ``folder``, and nowhere else."""
+    """Make tasks read their examples from ``folder``, for the duration of the context."""
     if folder is None:
         yield
         return
     if not folder.is_dir():
-        raise TaskError(f"--data-dir {folder}: there is no such folder")
+        raise TaskError(f"--data-dir {folder}: this folder does not exist")
     before = ConfigurableTask.download
     ConfigurableTask.download = _from(folder)
     try:
@@ -147,23 +163,25 @@ def _from(folder: Path) -> Callable[..., None]:
 def _splits(task: Any, folder: Path) -> Any:
     from datasets import Dataset, DatasetDict
 
-    of = task.config
-    scored = of.test_split or of.validation_split
-    places = [folder / of.task, folder.joinpath(*filter(None, (of.dataset_path, of.dataset_name)))]
+    config = task.config
+    scored = config.test_split or config.validation_split
+    dataset = filter(None, (config.dataset_path, config.dataset_name))
+    places = [folder / config.task, folder.joinpath(*dataset)]
     place = next((place for place in places if place.is_dir()), None)
     if place is None or not (place / f"{scored}.jsonl").is_file():
         files = " or ".join(str(place / f"{scored}.jsonl") for place in places)
-        raise TaskError(f"task {of.task}: its examples are missing; expected {files}")
-    # the harness opens every split, also those that it needs nothing of
-    named = {of.training_split, of.validation_split, of.test_split, task.fewshot_cfg.split}
-    rows = {split: _rows(place / f"{split}.jsonl") for split in named if split}
+        raise TaskError(f"the examples of task {config.task} are missing; expected {files}")
+    # The harness opens every split, even those it does not use.
+    splits = {config.training_split, config.validation_split, config.test_split}
+    splits.add(task.fewshot_cfg.split)
+    rows = {split: _rows(place / f"{split}.jsonl") for split in splits if split}
     if not rows[scored]:
         raise TaskError(f"{place / f'{scored}.jsonl'} is empty")
     return DatasetDict({split: Dataset.from_list(found) for split, found in rows.items()})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; none where there is no file."""
+    """Return the examples in a file; none if the file does not exist."""
     if not path.exists():
         return []
     try:
@@ -179,17 +197,22 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: not a line of JSON: {error}") from None
+        raise TaskError(f"{where}: this line is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise TaskError(f"{where}: an example is a JSON object, got {describe(row)}")
+        raise TaskError(f"{where}: an example must be a JSON object, got {describe(row)}")
     return row
 
 
 def _set_shots(name: str, task: Any, shots: int | None) -> None:
-    """As the harness's own command does; a task that says 0 keeps it."""
+    """Set the number of few-shot examples as the harness's command does.
+
+    A task that itself defines 0 keeps 0.
+    """
     own = task.get_config("num_fewshot")
     used = own or 0 if shots is None or own == 0 else shots
     task.set_config(key="num_fewshot", value=used)
     found = len(list(task.fewshot_docs())) if used else 0
     if used > found:
-        raise TaskError(f"task {name}: {used} shots need as many solved examples, found {found}")
+        raise TaskError(
+            f"task {name}: {used} few-shot examples were requested, but it has only {found}"
+        )

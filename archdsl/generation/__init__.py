@@ -1,4 +1,5 @@
-"""Text from a trained model: prompts, sampling, decoding with a cache, and the think map.
+"""Text generation: prompts, sampling, decoding with a KV cache, and the think map.
 
-``generate`` is the public function.
+``archdsl.generate`` is the public function. It takes a model and prompts and returns one
+``Generation`` per prompt.
 """

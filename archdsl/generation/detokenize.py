@@ -1,4 +1,7 @@
-"""Tokens to text while they come: never half a character, never past what stops the text."""
+"""Turn tokens into text while they are generated.
+
+No incomplete character is returned, and no text after a stop string.
+"""
 
 from __future__ import annotations
 
@@ -8,79 +11,84 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or none yet
-CONTEXT_TOKENS = 16  # tokens before, for a decoder whose text depends on where it begins
+REPLACEMENT = "\ufffd"  # a decoder returns it for bytes that do not form a character (yet)
+CONTEXT_TOKENS = 16  # earlier tokens to decode with, as the text of a token may depend on them
 
 
 class StreamingDecoder:
-    """The text of one token after another, as a continuation of the tokens ``before``."""
+    """Decode tokens one at a time, as a continuation of the tokens ``before``."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.said = list(before)[-CONTEXT_TOKENS:]  # tokens whose text is out
-        self.held: list[int] = []
+        self.emitted = list(before)[-CONTEXT_TOKENS:]  # tokens whose text has been returned
+        self.pending: list[int] = []  # tokens whose text is incomplete
 
     def push(self, token: int) -> str:
-        """What has become certain; nothing where a character is incomplete."""
-        self.held.append(token)
-        text = self._text()
-        return "" if text.endswith(REPLACEMENT) else self._release(text)
+        """Add a token and return the text that is now complete, which may be empty."""
+        self.pending.append(token)
+        text = self._pending_text()
+        return "" if text.endswith(REPLACEMENT) else self._emit(text)
 
     def finish(self) -> str:
-        """The rest, broken as it is."""
-        return self._release(self._text())
+        """Return the remaining text, with U+FFFD in place of an incomplete character."""
+        return self._emit(self._pending_text())
 
-    def _text(self) -> str:
-        before = self.tokenizer.decode(self.said)
-        return self.tokenizer.decode(self.said + self.held)[len(before) :]
+    def _pending_text(self) -> str:
+        before = self.tokenizer.decode(self.emitted)
+        return self.tokenizer.decode(self.emitted + self.pending)[len(before) :]
 
-    def _release(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         if text:
-            self.said = (self.said + self.held)[-CONTEXT_TOKENS - len(self.held) :]
-            self.held = []
+            self.emitted = (self.emitted + self.pending)[-CONTEXT_TOKENS - len(self.pending) :]
+            self.pending = []
         return text
 
 
 class StopStringFilter:
-    """Pieces up to the first of the strings ``stop``, which is not part of the text."""
+    """Pass text on up to the first stop string, which is left out.
 
-    def __init__(self, pieces: StreamingDecoder, stop: Sequence[str] = ()) -> None:
-        self.pieces = pieces
+    ``text`` holds all text that was returned. ``stopped_by`` is the stop string that was found,
+    or None.
+    """
+
+    def __init__(self, decoder: StreamingDecoder, stop: Sequence[str] = ()) -> None:
+        self.decoder = decoder
         self.stop = stop
-        self.held = ""  # may be the beginning of what stops it
-        self.whole = ""
+        self.pending = ""  # text that may be the beginning of a stop string
+        self.text = ""
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
-        """What has become certain."""
-        return self._add(self.pieces.push(token))
+        """Add a token and return the text that cannot belong to a stop string."""
+        return self._add(self.decoder.push(token))
 
     def finish(self) -> str:
-        """The rest; nothing after a stop."""
-        text = self._add(self.pieces.finish()) + self.held
-        self.whole += self.held
-        self.held = ""
+        """Return the remaining text. It is empty after a stop string."""
+        text = self._add(self.decoder.finish()) + self.pending
+        self.text += self.pending
+        self.pending = ""
         return text
 
     def _add(self, text: str) -> str:
         if self.stopped_by is not None:
             return ""
-        text = self.held + text
-        # the one that is complete first: so it does not matter how tokens cut the text
+        text = self.pending + text
+        # Take the stop string that is completed first, so that it does not matter where the text
+        # is cut into tokens.
         ends = [
             (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stop if stop in text
         ]
         if ends:
             end, _, self.stopped_by = min(ends)
-            sure = end - len(self.stopped_by)
-            self.held = ""
+            safe = end - len(self.stopped_by)
+            self.pending = ""
         else:
-            sure = len(text) - max((_begun(text, stop) for stop in self.stop), default=0)
-            self.held = text[sure:]
-        self.whole += text[:sure]
-        return text[:sure]
+            safe = len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)
+            self.pending = text[safe:]
+        self.text += text[:safe]
+        return text[:safe]
 
 
-def _begun(text: str, stop: str) -> int:
-    """How much of ``stop`` the text ends with."""
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the first characters of ``stop`` the text ends with."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Text from a model, a token at a time, and the figures of how it was made.
+"""Generate text with a model and a KV cache, and measure speed and thinking steps.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -31,25 +31,28 @@ if TYPE_CHECKING:
 StopReason = Literal["end", "stop", "length", "context"]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
-PREFILL_TOKENS = 4096  # tokens of prompts
-FIXED_SHAPE_DEVICES = {
-    "cuda"
-}  # where every step is computed for every row; `archdsl.model.cuda_graph_step` says why
+PREFILL_TOKENS = 4096  # the most prompt tokens, over all rows, that one forward pass reads
+# On these devices every decoding step computes all rows of the batch, also those that have ended:
+# `archdsl.model.cuda_graph_step` needs shapes that do not change.
+FIXED_SHAPE_DEVICES = {"cuda"}
 
 
 class GenerateError(ArchdslError):
-    """What a model cannot go on from."""
+    """Prompts, tokenizer and model do not fit together, or the logits are not finite."""
 
     exit_status = 2
 
 
 @dataclass
 class Generation:
-    """A prompt and what came after it. The token that ends a document is not among ``tokens``.
+    """A prompt and its continuation.
 
-    ``stopped``: by the end of the document, by a stop string, at the length asked for, or at the
-    limit of the context. ``text`` is None without a tokenizer. ``steps``: the further thinking
-    steps of each token of prompt and text that the model has read; it never reads the last.
+    ``tokens``: the new tokens, without the token that ends a document.
+    ``text``: the new text; None without a tokenizer.
+    ``stopped``: why generation ended: ``end`` (the end of the document), ``stop`` (a stop string),
+    ``length`` (the largest number of new tokens) or ``context`` (the context is full).
+    ``steps``: the further thinking steps of each token that the model has read, prompt and new
+    tokens. The model does not read the last new token.
     """
 
     prompt: list[int]
@@ -60,13 +63,17 @@ class Generation:
 
     @property
     def thinking_steps(self) -> float:
-        """Mean over the tokens read."""
+        """Further thinking steps per token, averaged over the tokens read."""
         return sum(self.steps) / max(1, len(self.steps))
 
 
 @dataclass
 class Throughput:
-    """Tokens read, how fast, and how much was thought about them."""
+    """How many tokens were read, how fast, and with how many further thinking steps.
+
+    ``seconds``: wall-clock time. ``steps``: further thinking steps, summed over the tokens.
+    ``selected_tokens``: the number of tokens that each routed step selected, by its name.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
@@ -75,19 +82,21 @@ class Throughput:
 
     @property
     def tokens_per_s(self) -> float | None:
+        """Tokens per second; None if no token was read."""
         return self.tokens / self.seconds if self.tokens else None
 
     @property
     def thinking_steps(self) -> float | None:
-        """Further ones than the full pass, mean over the tokens."""
+        """Further thinking steps per token; None if no token was read."""
         return self.steps / self.tokens if self.tokens else None
 
     @property
     def router_shares(self) -> dict[str, float]:
-        """Of the tokens, those that each routed step selected."""
+        """The share of the tokens that each routed step selected, by its name."""
         return {name: count / self.tokens for name, count in self.selected_tokens.items()}
 
     def add(self, other: Throughput) -> None:
+        """Add the counts and the time of another measurement."""
         self.tokens += other.tokens
         self.seconds += other.seconds
         self.steps += other.steps
@@ -97,7 +106,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """What came next in a row: a token, and the text that it made certain."""
+    """A new token of one row, and the text that became complete with it (may be empty)."""
 
     row: int
     token: int
@@ -113,12 +122,17 @@ def generate(
     stop: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> list[Generation]:
-    """What comes after each of the prompts, which are texts or lists of tokens.
+    """Continue each of the prompts, which are texts or lists of tokens.
 
-    ``tokenizer``: needed for texts; its end of a document ends one, and begins an empty prompt.
-    ``stop``: strings that end a text and are not part of it. ``batch_size``: prompts at a time;
-    default: all. Faster on a CPU after `model.for_decoding()`. Raises GenerateError, before
-    anything is computed.
+    ``sampling``: the sampling settings; default: ``Sampling()``.
+    ``tokenizer``: required if the prompts are texts. Its end-of-document token ends a generation,
+    and stands for an empty prompt.
+    ``stop``: strings that end a generation; they are not part of the text.
+    ``batch_size``: prompts that are continued together; default: all.
+
+    Returns one `Generation` per prompt, in order. On a CPU, decoding is faster after
+    ``model.for_decoding()``. Raises GenerateError, before any computation, if the prompts or the
+    tokenizer do not fit the model, and during generation if the logits are not finite.
 
     >>> import archdsl
     >>> model = archdsl.build(archdsl.load("tiny"))
@@ -144,7 +158,11 @@ def generation_runs(
     stop: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> list[GenerationRun]:
-    """What `generate` goes through, for whoever wants to see each token as it comes."""
+    """Return one `GenerationRun` per batch of prompts, to read the tokens while they are made.
+
+    The parameters are those of `generate`. Raises GenerateError if the prompts or the tokenizer do
+    not fit the model.
+    """
     tokens = _tokenized(prompts, tokenizer)
     _check(model, tokens, tokenizer, stop)
     size = batch_size or len(tokens)
@@ -155,9 +173,10 @@ def generation_runs(
 
 
 class GenerationRun:
-    """One batch on its way: iterate for the pieces as they come; ``rows`` fill meanwhile.
+    """The generation of one batch. Iterate over it once to generate the tokens.
 
-    ``prefill`` and ``decode``: the pace at which prompts and what came after them were read.
+    ``rows``: the results, one per prompt, which grow during the iteration.
+    ``prefill`` and ``decode``: the throughput of reading the prompts and the new tokens.
     """
 
     def __init__(
@@ -178,79 +197,87 @@ class GenerationRun:
         self.prefill, self.decode = Throughput(), Throughput()
 
     def __iter__(self) -> Iterator[GeneratedToken]:
+        """Generate the tokens step by step. Raises GenerateError if logits are not finite."""
         live = list(range(len(self.rows)))
         random = generators(self.sampling, len(live))
         cache = self.model.new_cache(self._longest())
         logits_BV = self._read_prompts(cache)
-        fixed, step, pace = logits_BV.device.type in FIXED_SHAPE_DEVICES, None, self.prefill
+        fixed, step = logits_BV.device.type in FIXED_SHAPE_DEVICES, None
+        throughput = self.prefill
         while live:
-            with _clock(pace):
+            with _timed(throughput):
                 probability_BV = probabilities(logits_BV, self.sampling)
                 tokens = sample_tokens(probability_BV, [random[i] for i in live])
             for i, token in zip(live, tokens, strict=True):
-                yield self._take(i, token)
+                yield self._append(i, token)
             going = [place for place, i in enumerate(live) if self.rows[i].stopped is None]
             if 0 < len(going) < len(live) and not fixed:
                 cache.reorder(torch.tensor(going, device=logits_BV.device))
-            live, pace = [live[place] for place in going], self.decode
+            live, throughput = [live[place] for place in going], self.decode
             tokens = [tokens[place] for place in going]
             if live and fixed:
-                step = step or self._fix(cache)
+                step = step or self._fixed_shape_step(cache)
                 logits_BV = self._step(step, dict(zip(live, tokens, strict=True)))
             elif live:
-                logits_BV = self._read(cache, [[token] for token in tokens], live, pace)
+                logits_BV = self._read(cache, [[token] for token in tokens], live, throughput)
 
     def _longest(self) -> int:
-        """Tokens that the cache may have to hold."""
+        """Return the largest number of tokens that the cache may have to hold."""
         prompt = max(len(row.prompt) for row in self.rows)
         return min(self.model.spec.context, prompt + self.sampling.max_tokens)
 
     def _read_prompts(self, cache: Cache) -> Tensor:
-        """The logits after each prompt, [B, V]."""
+        """Read the prompts into the cache and return the logits after each of them, [B, V]."""
         longest = max(len(row.prompt) for row in self.rows)
-        # filled up in front, so that all prompts end in the last column
-        filled = [[-1] * (longest - len(row.prompt)) + row.prompt for row in self.rows]
-        size = max(1, PREFILL_TOKENS // len(filled))
+        # Pad on the left, so that all prompts end in the last column.
+        padded = [[-1] * (longest - len(row.prompt)) + row.prompt for row in self.rows]
+        size = max(1, PREFILL_TOKENS // len(padded))
         for start in range(0, longest, size):
-            chunk = [tokens[start : start + size] for tokens in filled]
-            logits_BV = self._read(cache, chunk, range(len(filled)), self.prefill)
+            chunk = [tokens[start : start + size] for tokens in padded]
+            logits_BV = self._read(cache, chunk, range(len(padded)), self.prefill)
         return logits_BV
 
     def _read(
-        self, cache: Cache, tokens: list[list[int]], rows: Sequence[int], pace: Throughput
+        self, cache: Cache, tokens: list[list[int]], rows: Sequence[int], throughput: Throughput
     ) -> Tensor:
-        """The logits after the last of the tokens, [B, V]; -1 among these is filling."""
+        """Read [B, T] tokens, where -1 is padding; return the logits after the last, [B, V]."""
         tokens_BT = torch.tensor(tokens, device=self.model.embedding.weight.device)
         mask_BT = tokens_BT >= 0
-        filled = min(map(min, tokens)) < 0
-        with _clock(pace), _reading(self.model):
-            logits_BV = self._finite(
-                self.model.next_logits(tokens_BT.clamp(min=0), mask_BT if filled else None, cache)
+        padded = min(map(min, tokens)) < 0
+        with _timed(throughput), _inference(self.model):
+            logits_BV = self._checked(
+                self.model.next_logits(tokens_BT.clamp(min=0), mask_BT if padded else None, cache)
             )
-        self._note(mask_BT, rows, pace)
+        self._record(mask_BT, rows, throughput)
         return logits_BV
 
-    def _fix(self, cache: Cache) -> TokenStep:
-        with _clock(self.decode), _reading(self.model):
+    def _fixed_shape_step(self, cache: Cache) -> TokenStep:
+        with _timed(self.decode), _inference(self.model):
             return TokenStep(self.model, cache, len(self.rows))
 
     def _step(self, step: TokenStep, tokens: dict[int, int]) -> Tensor:
-        """The logits after a token of each live row, [B, V]; those that have ended go along."""
+        """Return the logits after a token of each live row, [B, V].
+
+        Rows that have ended are computed too, as shapes are fixed, and left out of the result.
+        """
         given = [tokens.get(i, -1) for i in range(len(self.rows))]
-        with _clock(self.decode), _reading(self.model):
-            logits_BV = self._finite(step(given)[list(tokens)])
-        self._note(torch.tensor(given).unsqueeze(1) >= 0, range(len(given)), self.decode)
+        with _timed(self.decode), _inference(self.model):
+            logits_BV = self._checked(step(given)[list(tokens)])
+        self._record(torch.tensor(given).unsqueeze(1) >= 0, range(len(given)), self.decode)
         return logits_BV
 
-    def _finite(self, logits_BV: Tensor) -> Tensor:
+    def _checked(self, logits_BV: Tensor) -> Tensor:
         if not logits_BV.isfinite().all():
-            raise GenerateError(f"{self.model.spec.name} gives logits that are not finite")
+            raise GenerateError(f"{self.model.spec.name} computes logits that are not finite")
         return logits_BV
 
-    def _note(self, mask_BT: Tensor, rows: Sequence[int], pace: Throughput) -> None:
-        """What the pass that has just been did; two questions to the device, whatever it was."""
+    def _record(self, mask_BT: Tensor, rows: Sequence[int], throughput: Throughput) -> None:
+        """Count what the last forward pass did.
+
+        It copies data from the device twice, however many routed steps there are.
+        """
         trace = self.model.trace
-        assert trace.steps_BT is not None  # no gradients were asked for
+        assert trace.steps_BT is not None  # it is recorded whenever gradients are off
         taken = [
             list(compress(steps, real))
             for steps, real in zip(trace.steps_BT.tolist(), mask_BT.tolist(), strict=True)
@@ -259,17 +286,17 @@ class GenerationRun:
             self.rows[i].steps += steps
         count = sum(map(len, taken))
         selected = {name: share * count for name, share in self.model.router_shares().items()}
-        pace.add(Throughput(count, 0.0, sum(map(sum, taken)), selected))
+        throughput.add(Throughput(count, 0.0, sum(map(sum, taken)), selected))
 
-    def _take(self, i: int, token: int) -> GeneratedToken:
-        """Adds the token to its row and finds out whether the row stops here."""
+    def _append(self, i: int, token: int) -> GeneratedToken:
+        """Append the token to row ``i`` and decide whether the row ends here."""
         row, text = self.rows[i], self.texts[i]
-        piece = ""
+        new_text = ""
         if token == self.end:
             row.stopped = "end"
         else:
             row.tokens.append(token)
-            piece = text.push(token) if text else ""
+            new_text = text.push(token) if text else ""
             if text and text.stopped_by is not None:
                 row.stopped = "stop"
             elif len(row.tokens) == self.sampling.max_tokens:
@@ -277,9 +304,9 @@ class GenerationRun:
             elif len(row.prompt) + len(row.tokens) == self.model.spec.context:
                 row.stopped = "context"
         if text:
-            piece += text.finish() if row.stopped else ""
-            row.text = text.whole
-        return GeneratedToken(i, token, piece)
+            new_text += text.finish() if row.stopped else ""
+            row.text = text.text
+        return GeneratedToken(i, token, new_text)
 
 
 def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]:
@@ -288,7 +315,9 @@ def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]
     if not texts:
         return [[int(token) for token in prompt] for prompt in prompts]
     if tokenizer is None or len(texts) < len(given):
-        raise GenerateError("texts need a tokenizer; without one, each prompt is a list of tokens")
+        raise GenerateError(
+            "prompts that are texts need a tokenizer; without one, each prompt is a list of tokens"
+        )
     for number, text in enumerate(texts, 1):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise GenerateError(f"{_which(number, texts)} is not valid UTF-8 text")
@@ -310,37 +339,39 @@ def _check(
     if tokenizer is not None and vocab_size(tokenizer) > spec.vocab_size:
         raise GenerateError(
             f"the tokenizer has {vocab_size(tokenizer):,} tokens, "
-            f"but {spec.name} only a vocab_size of {spec.vocab_size:,}"
+            f"but {spec.name} has only a vocab_size of {spec.vocab_size:,}"
         )
     if stop and (tokenizer is None or "" in stop):
-        raise GenerateError("a stop string needs a tokenizer and must not be empty")
+        raise GenerateError("stop strings need a tokenizer, and none of them may be empty")
     if not prompts:
-        raise GenerateError("there is no prompt")
+        raise GenerateError("no prompt was given")
     for number, tokens in enumerate(prompts, 1):
         which = _which(number, prompts)
         if not tokens:
             raise GenerateError(f"{which} has no tokens")
         if not 0 <= min(tokens) <= max(tokens) < spec.vocab_size:
-            raise GenerateError(f"{which} has tokens outside 0 to {spec.vocab_size - 1:,}")
+            raise GenerateError(
+                f"{which} has tokens outside the range 0 to {spec.vocab_size - 1:,}"
+            )
         if len(tokens) >= spec.context:
             raise GenerateError(
-                f"{which} has {len(tokens):,} tokens, and the context of {spec.name} is "
-                f"{spec.context:,}: shorten it, so that there is room to go on"
+                f"{which} has {len(tokens):,} tokens and the context of {spec.name} is "
+                f"{spec.context:,}, which leaves no room for new tokens: shorten the prompt"
             )
 
 
 @contextmanager
-def _clock(pace: Throughput) -> Iterator[None]:
+def _timed(throughput: Throughput) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    pace.seconds += time.perf_counter() - began
+    throughput.seconds += time.perf_counter() - began
 
 
 @contextmanager
-def _reading(model: LanguageModel) -> Iterator[None]:
-    """No gradients, evaluation mode; the model's own mode comes back."""
+def _inference(model: LanguageModel) -> Iterator[None]:
+    """Turn gradients off and evaluation mode on; restore the mode of the model afterwards."""
     training = model.training
-    if training:  # going through all modules takes time for each token
+    if training:  # otherwise save the time of visiting all modules for every token
         model.eval()
     try:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Prompts from a file: one per line, or JSON objects that have one."""
+"""Read prompts from a text file (one per line) or a .jsonl file (one JSON object per line)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ MAX_BYTES = 2**28
 
 
 class PromptError(ArchdslError):
-    """A file that holds no prompts, or not as it should."""
+    """A file of prompts cannot be read, or does not have the expected format."""
 
     exit_status = 2
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text, or what a .jsonl has as ``prompt`` in each; raises PromptError."""
-    # not splitlines, which also cuts at letters that JSON may contain
+    """Return the lines of a text file, or the ``prompt`` of each line of a .jsonl file.
+
+    Raises PromptError if the file is missing, empty, too large, not UTF-8 or not of that format.
+    """
+    # str.splitlines would also split at characters that a JSON string may contain.
     lines = _read(path).removesuffix("\n").split("\n")
     if path.suffix == ".jsonl":
         return [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
@@ -29,7 +32,7 @@ def _prompt(line: str, place: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{place}: not a JSON object: {error}") from None
+        raise PromptError(f"{place}: this line is not a JSON object: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         found = describe(value.get("prompt") if isinstance(value, dict) else value)
         raise PromptError(f'{place}: expected an object such as {{"prompt": "..."}}, got {found}')
@@ -38,7 +41,9 @@ def _prompt(line: str, place: str) -> str:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise PromptError(f"{path}: no such file; expected one prompt per line, or a .jsonl")
+        raise PromptError(
+            f"{path} does not exist; expected a text file with one prompt per line, or .jsonl"
+        )
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -47,14 +52,16 @@ def _read(path: Path) -> str:
     if len(content) > MAX_BYTES:
         raise PromptError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
     if not content:
-        raise PromptError(f"{path} is empty; expected one prompt per line, or a .jsonl")
+        raise PromptError(f"{path} is empty; expected one prompt per line, or .jsonl")
     return decoded(content, str(path))
 
 
 def decoded(content: bytes, name: str) -> str:
-    """The text that ``content`` is; raises PromptError if it is not UTF-8."""
+    """Decode ``content`` as UTF-8. Raises PromptError, naming file and line, if it is not."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise PromptError(f"{name}:{line}: not UTF-8 text; save it as UTF-8") from None
+        raise PromptError(
+            f"{name}:{line}: this is not UTF-8 text; save the file as UTF-8"
+        ) from None

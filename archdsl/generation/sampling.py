@@ -1,4 +1,6 @@
-"""From logits to the next token, each row by random numbers of its own.
+"""Choose the next token of each row from its logits.
+
+Every row has its own random number generator.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,17 +16,23 @@ from archdsl.generation.sampling_config import Sampling
 
 
 def generators(sampling: Sampling, rows: int) -> list[torch.Generator]:
-    """One for each row, all alike: so a row is in a batch what it is alone."""
+    """Return one generator per row, all with the same seed.
+
+    So a prompt gets the same continuation in a batch as alone.
+    """
     return [torch.Generator().manual_seed(sampling.seed) for _ in range(rows)]
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Of each token to come next, in float64; top-k counts before top-p."""
+    """Return the probability of each token to be the next one, [B, V] in float64.
+
+    The top-k filter is applied before the top-p filter.
+    """
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.zeros_like(logits_BV, dtype=torch.float64).scatter(-1, best_B1, 1.0)
     logits_BV = logits_BV.double()
-    # less the largest first: a tiny temperature must not make them infinite
+    # Subtract the largest logit first: divided by a tiny temperature it could become infinite.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
@@ -34,13 +42,19 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """-inf in place of what is less than the k-th largest; equals of it stay."""
+    """Mask (with -inf) the logits below the k-th largest. Logits equal to it are kept.
+
+    Returns [B, V].
+    """
     least_B1 = logits_BV.topk(min(k, logits_BV.size(-1)), dim=-1).values[..., -1:]
     return logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """-inf in place of each token that likelier ones already reach ``p`` without."""
+    """Mask (with -inf) the tokens outside the smallest set whose probability is at least ``p``.
+
+    Returns [B, V]. Nucleus sampling: Holtzman et al. 1904.09751.
+    """
     sorted_BV = logits_BV.sort(dim=-1, descending=True).values
     probability_BV = sorted_BV.softmax(-1)
     kept_B1 = (probability_BV.cumsum(-1) - probability_BV < p).sum(-1, keepdim=True).clamp(min=1)
@@ -49,14 +63,14 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def sample_tokens(probability_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """A token for each row, by one number in [0, 1) of its generator."""
-    drawn = [torch.rand((), generator=rng, dtype=torch.float64) for rng in generators]
-    return token_at(probability_BV, torch.stack(drawn).to(probability_BV.device)).tolist()
+    """Sample one token per row, with one random number of the row's generator."""
+    uniform = [torch.rand((), generator=rng, dtype=torch.float64) for rng in generators]
+    return token_at(probability_BV, torch.stack(uniform).to(probability_BV.device)).tolist()
 
 
-def token_at(probability_BV: Tensor, at_B: Tensor) -> Tensor:
-    """The token in whose share ``at_B`` falls, shares laid end to end from 0 to 1."""
+def token_at(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Return, per row, the token at ``uniform_B`` in [0, 1) of the cumulative distribution, [B]."""
     end_BV = probability_BV.cumsum(-1)
-    # scaled, as the shares may add up to a little less than one
-    at_B1 = at_B.unsqueeze(-1) * end_BV[..., -1:]
-    return torch.searchsorted(end_BV, at_B1, right=True).squeeze(-1)
+    # Scale by the total, which rounding may leave a little below one.
+    uniform_B1 = uniform_B.unsqueeze(-1) * end_BV[..., -1:]
+    return torch.searchsorted(end_BV, uniform_B1, right=True).squeeze(-1)

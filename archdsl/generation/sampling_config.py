@@ -1,4 +1,4 @@
-"""How a text is continued, as data. No torch here."""
+"""The settings of sampling. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Sampling(Strict):
-    """How a text goes on. Equal seeds choose the same tokens, in a batch as alone."""
+    """How the next token is chosen, and how many tokens are generated.
 
-    max_tokens: int = Field(200, ge=1, description="tokens to add at most")
+    Equal seeds give equal tokens, whether a prompt is continued alone or in a batch.
+    """
+
+    max_tokens: int = Field(200, ge=1, description="the largest number of new tokens")
     temperature: Finite = Field(
-        0.8, ge=0, description="below 1 likely tokens get likelier; 0: always the likeliest"
+        0.8,
+        ge=0,
+        description="divides the logits: below 1, likely tokens become more likely; 0 always takes "
+        "the most likely token",
     )
-    top_k: int | None = Field(None, ge=1, description="choose among so many; default: all")
+    top_k: int | None = Field(
+        None, ge=1, description="sample among this many most likely tokens; default: all"
+    )
     top_p: Finite | None = Field(
         None,
         gt=0,
         le=1,
-        description="choose among the likeliest that reach this share together; default: all",
+        description="sample from the smallest set of tokens whose probability is at least this; "
+        "default: all",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the choices")
+    seed: int = Field(0, ge=0, lt=2**63, description="the seed of the sampling")

@@ -1,4 +1,7 @@
-"""A page that shows which tokens were thought about, and how often. Plain HTML, no script."""
+"""Write an HTML page that shows the number of thinking steps of each token.
+
+The page contains no script and loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 
-# no step and the most steps, on which dark and light letters can be read
+# The background colours of no step and of the most steps. Dark letters are readable on the first
+# pair, light letters on the second.
 LIGHT: tuple[Colour, Colour] = (242, 245, 248), (92, 166, 224)
 DARK: tuple[Colour, Colour] = (34, 42, 51), (20, 96, 158)
-HIDDEN = ("C", "Zl", "Zp")  # controls and what turns the direction of reading
+HIDDEN = ("C", "Zl", "Zp")  # Unicode categories: control and format characters, separators
 STAND_INS = {"\n": "↵", "\t": "⇥"}
 
 PAGE = """<!DOCTYPE html>
@@ -64,8 +68,9 @@ section {{ margin: 1.5rem 0; line-height: 1; }}
 {legend}
 </tbody>
 </table>
-<p class="soft">A box is a token and the number in it counts its further thinking steps. The prompt
-has dots beneath. The last token of a text was written but not read, and has none (·).</p>
+<p class="soft">Each box is a token. The number in it is the number of its further thinking
+steps. The tokens of the prompt have a dotted line below. The last token of a text was not read by
+the model and has no number (·).</p>
 {sections}
 </body>
 </html>
@@ -75,11 +80,17 @@ has dots beneath. The last token of a text was written but not read, and has non
 def think_map(
     rows: Sequence[Generation], tokenizer: Tokenizer, *, name: str, setting: str = "as trained"
 ) -> str:
-    """One HTML page for all ``rows``, with the model's ``name`` and the ``setting`` of its dial."""
+    """Return one HTML page that shows all ``rows``.
+
+    ``name``: the name of the model. ``setting``: the setting of the compute dial, in words.
+    """
     counts = Counter(steps for row in rows for steps in row.steps)
     total = counts.total()
     mean = sum(steps * count for steps, count in counts.items()) / max(1, total)
-    facts = f"Dial: {setting}. {mean:.2f} further thinking steps per token, of {total:,} tokens."
+    facts = (
+        f"Compute dial: {setting}. Further thinking steps per token: {mean:.2f}, "
+        f"averaged over {total:,} tokens."
+    )
     return PAGE.format(
         name=escape(name),
         facts=escape(facts),
@@ -119,41 +130,48 @@ def _section(row: Generation, tokenizer: Tokenizer) -> str:
 
 
 def _box(text: str, steps: int | None, in_prompt: bool) -> str:
-    colour, number, said = f" s{steps}", f"{steps}", f"{steps} further steps"
+    colour, number, title = f" s{steps}", f"{steps}", f"{steps} further steps"
     if steps is None:
-        colour, number, said = "", "·", "not read"
+        colour, number, title = "", "·", "not read"
     elif steps == 1:
-        said = "1 further step"
+        title = "1 further step"
     kind = f"t{colour}{' p' if in_prompt else ''}"
-    box = f'<span class="{kind}" title="{said}"><b>{escape(visible(text))}</b>'
+    box = f'<span class="{kind}" title="{title}"><b>{escape(visible(text))}</b>'
     return f"{box}<small>{number}</small></span>" + "<br>" * text.count("\n") + "<wbr>"
 
 
 def visible(text: str) -> str:
-    """The text with a sign in place of each letter that shows nothing, or that moves others."""
+    """Replace characters that are invisible, or that change the direction of the text.
+
+    Spaces become ␣ where the text consists of spaces alone, a newline becomes ↵, a tab ⇥, and any
+    other such character its code point, for example U+202E.
+    """
     if text.isspace() and set(text) == {" "}:
         return "␣" * len(text)
-    return "".join(map(_sign, text))
+    return "".join(map(_visible_character, text))
 
 
-def _sign(letter: str) -> str:
-    if letter in STAND_INS:
-        return STAND_INS[letter]
-    hidden = unicodedata.category(letter).startswith(HIDDEN)
-    return f"U+{ord(letter):04X}" if hidden else letter
+def _visible_character(character: str) -> str:
+    if character in STAND_INS:
+        return STAND_INS[character]
+    hidden = unicodedata.category(character).startswith(HIDDEN)
+    return f"U+{ord(character):04X}" if hidden else character
 
 
 def _texts(tokens: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """What each token adds to the text; of a character's first bytes, the bytes."""
-    pieces = StreamingDecoder(tokenizer)
+    """Yield what each token adds to the text.
+
+    The first bytes of a character are yielded in hexadecimal, a special token as its name.
+    """
+    decoder = StreamingDecoder(tokenizer)
     special = tokenizer.get_added_tokens_decoder()
     bytes_of = byte_level().get_vocab()
     for token in tokens:
-        text = pieces.push(token)
+        text = decoder.push(token)
         name = tokenizer.id_to_token(token)
         if text or name is None:
             yield text or f"[{token}]"
         elif token in special or not set(name) <= bytes_of.keys():
             yield name
         else:
-            yield " ".join(f"{bytes_of[letter]:02X}" for letter in name)
+            yield " ".join(f"{bytes_of[character]:02X}" for character in name)

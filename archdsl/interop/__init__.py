@@ -1,5 +1,5 @@
-"""Models that come in from elsewhere and go out: transformers, GGUF, and retrofitting.
+"""Exchange models with other software.
 
-Checkpoints are exported as folders that transformers loads; weights of the LLaMA family are
-imported; thinking steps are added to a trained model.
+Export checkpoints as folders that transformers loads, import weights of the LLaMA family from
+transformers folders and GGUF files, and add thinking steps to a trained model (retrofit).
 """

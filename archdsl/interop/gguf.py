@@ -1,6 +1,6 @@
-"""GGUF, the one-file format of llama.cpp, in the words of transformers.
+"""Read GGUF, the single-file format of llama.cpp, with the names that transformers uses.
 
-Weights are made into plain numbers, and the tokenizer is put together, by transformers' reader.
+The reader of transformers dequantises the weights and builds the tokenizer.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -41,12 +41,15 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# of llama.cpp's tokenizers, those whose digits stand alone, which transformers' reader passes by
+# Tokenizers of llama.cpp that make each digit a token, which the reader of transformers ignores.
 DIGIT_BY_DIGIT = ("smollm",)
 
 
 class GgufFile:
-    """A llama's weights, config and tokenizer in one file."""
+    """The weights, config and tokenizer of a LLaMA model in one GGUF file.
+
+    Raises PretrainedError if the file is damaged, or is a LLaMA model that archdsl cannot express.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = self.config_file = path
@@ -67,6 +70,7 @@ class GgufFile:
         self.config = _config(path, fields, self.shapes)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of the weights, dequantised to float32."""
         import torch
 
         with _reading(self.path):
@@ -82,9 +86,10 @@ class GgufFile:
             yield found.popitem()
 
     def tokenizer(self, scratch: Path) -> Path:
+        """Write tokenizer.json to the folder ``scratch`` and return its path."""
         from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-        # alone in a folder: files that stand beside it must not be taken for its own
+        # Link it into an empty folder, so that no file beside it is taken for a part of it.
         (scratch / "model.gguf").symlink_to(self.path.resolve())
         with _reading(self.path):
             from transformers import AutoTokenizer
@@ -105,15 +110,15 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise PretrainedError(
-            f"reading GGUF needs more packages ({error.name} is missing): "
+            f"reading GGUF needs the package {error.name}, which is missing: "
             "pip install 'archdsl[transformers]'"
         ) from None
     except Exception as error:  # the libraries raise nothing narrower
-        raise PretrainedError(f"{path} is no GGUF file, or is damaged: {error}") from None
+        raise PretrainedError(f"{path} is not a GGUF file, or is damaged: {error}") from None
 
 
 def _name(name: str) -> str:
-    """What transformers calls a tensor; as it is where that is not known."""
+    """Return the name of a tensor in transformers, or the name itself if it is not known."""
     stem = name.removesuffix(".weight")
     if stem in TOP:
         return f"{TOP[stem]}.weight"
@@ -126,7 +131,7 @@ def _name(name: str) -> str:
 def _config(
     path: Path, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """As config.json would have it."""
+    """Return the config with the keys and values of a config.json."""
     architecture = fields.get("general.architecture")
     config: dict[str, Any] = {
         "model_type": architecture,
@@ -134,25 +139,25 @@ def _config(
         "vocab_size": shapes.get("model.embed_tokens.weight", (0,))[0],
     }
     if architecture != "llama":
-        return config  # it is refused by its name
+        return config  # `llama_spec` rejects other architectures
     if "rope_freqs.weight" in shapes:
         raise PretrainedError(
-            f"{path} keeps its rotary scaling as a tensor (rope_freqs.weight), which transformers' "
-            "reader leaves out: import the safetensors folder of the model"
+            f"{path} stores its rotary scaling as a tensor (rope_freqs.weight), which the reader "
+            "of transformers ignores: import the safetensors folder of the model instead"
         )
     own = {k.removeprefix("llama."): v for k, v in fields.items() if k.startswith("llama.")}
     sizes = {name: own.pop(name) for name in HEAD_SIZES if name in own}
     if len(set(sizes.values())) > 1:
-        raise PretrainedError(f"{path}: heads differ in size: {sizes}")
+        raise PretrainedError(f"{path}: the sizes of the heads differ: {sizes}")
     config["head_dim"] = next(iter(sizes.values()), None)
     for name, value in own.items():
         if name in CONFIG:
             config[CONFIG[name]] = _shortest(value)
         elif value != WITHOUT_EFFECT.get(name, ...):
-            raise PretrainedError(f"{path}: llama.{name} = {value!r:.60} is not known")
+            raise PretrainedError(f"{path}: llama.{name} = {value!r:.60} is not supported")
     return config
 
 
 def _shortest(value: Any) -> Any:
-    """1e-5 rather than 9.999999747378752e-06, which is the same number in float32."""
+    """Shorten a float32 value, for example 9.999999747378752e-06 to 1e-5."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,6 +1,6 @@
-"""Pretrained weights in: a folder as transformers writes it, or a GGUF file, to a checkpoint.
+"""Import pretrained weights from a transformers folder or a GGUF file into a checkpoint.
 
-No file of either can carry code: weights are read from safetensors or GGUF alone.
+Weights are read from safetensors and GGUF files alone, which cannot contain code.
 """
 
 from __future__ import annotations
@@ -32,45 +32,62 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER = (
     "model.safetensors.index.json",
     "tokenizer.json",
 )
-FLOATS = ("F32", "F16", "BF16")  # each is exact as float32
-UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of 2023's files
+FLOATS = ("F32", "F16", "BF16")  # all of their values are exact in float32
+UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in files from 2023
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Shapes = Mapping[str, tuple[int, ...]]  # by the names of transformers
+Shapes = Mapping[str, tuple[int, ...]]  # the keys are the names in transformers
 
 
 class PretrainedSource(Protocol):
-    """A pretrained model on disk, in the words of transformers."""
+    """A pretrained model on disk, with the names that transformers uses.
+
+    ``files``: the files that were read. ``config_file``: the one with the config.
+    """
 
     files: list[Path]
     config_file: Path
 
     @property
-    def config(self) -> Mapping[str, Any]: ...
+    def config(self) -> Mapping[str, Any]:
+        """The content of a config.json."""
+
     @property
-    def shapes(self) -> Shapes: ...
-    def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+    def shapes(self) -> Shapes:
+        """The shape of each weight."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of the weights."""
 
     def tokenizer(self, scratch: Path) -> Path:
-        """A tokenizer.json; it may be written into the folder ``scratch``."""
+        """Return the path of a tokenizer.json, which may be written to the folder ``scratch``."""
 
 
 @dataclass(frozen=True)
 class ImportedModel:
+    """The result of an import.
+
+    ``architecture``: the model type in the config. ``tokens``: the size of the tokenizer's
+    vocabulary. ``files``: the SHA-256 of each file that was read, by name.
+    """
+
     spec: ModelSpec
     architecture: str
-    tokens: int  # in the tokenizer's vocabulary
-    files: dict[str, str]  # sha256 of what was read
+    tokens: int
+    files: dict[str, str]
 
 
 def import_pretrained(
     path: Path, out: Path, *, name: str | None = None, context: int | None = None
 ) -> ImportedModel:
-    """Writes the model in ``path`` as a checkpoint to the folder ``out``, in float32.
+    """Write the model in ``path`` as a checkpoint to the folder ``out``, in float32.
 
     ``path``: a folder with config.json, model.safetensors (or shards and their index) and
-    tokenizer.json, or a .gguf file. ``context``: a shorter one than the model's own.
-    Raises PretrainedError, or SpecError, or CheckpointError if ``out`` cannot be written.
+    tokenizer.json, or a .gguf file. ``name``: the name of the spec; default: that of ``path``.
+    ``context``: tokens; at most the model's own, which is the default.
+
+    Raises PretrainedError if the files are damaged or archdsl cannot express the model, SpecError
+    if a size is out of bounds, and CheckpointError if ``out`` cannot be written.
     """
     source = _open(path)
     spec = llama_spec(
@@ -118,7 +135,7 @@ def _check_shapes(path: Path, stored: Shapes, spec: ModelSpec) -> None:
     }
     for name, shape in wanted.items():
         if name in stored and stored[name] != shape:
-            found = f"{name} is {list(stored[name])}, the config makes it {list(shape)}"
+            found = f"{name} has shape {list(stored[name])}, but the config requires {list(shape)}"
             raise PretrainedError(f"{path}: the weights do not fit the config: {found}")
     missing = sorted(wanted.keys() - stored.keys() - ({HEAD} if spec.tie_embeddings else set()))
     extra = sorted(name for name in stored.keys() - wanted.keys() if not UNUSED.fullmatch(name))
@@ -131,7 +148,7 @@ def _count_tokens(tokenizer: Path, path: Path, spec: ModelSpec) -> int:
     tokens = vocab_size(read_tokenizer(tokenizer))
     if tokens > spec.vocab_size:
         raise PretrainedError(
-            f"{path}: the tokenizer has {tokens:,} tokens and the model only a "
+            f"{path}: the tokenizer has {tokens:,} tokens, but the model has only a "
             f"vocab_size of {spec.vocab_size:,}"
         )
     return tokens
@@ -145,18 +162,23 @@ def _filled(spec: ModelSpec, source: PretrainedSource, path: Path) -> LanguageMo
         if name in ours:
             state[ours[name]] = tensor.float()
             if not tensor.isfinite().all():
-                raise PretrainedError(f"{path}: {name} holds numbers that are not finite")
+                raise PretrainedError(f"{path}: {name} has values that are not finite")
     if spec.tie_embeddings:
         embedding = state["embedding.weight"]
         if not state.get("head.weight", embedding).equal(embedding):
-            raise PretrainedError(f"{path}: {HEAD} is not {EMBEDDING}, though the config ties them")
-        state["head.weight"] = embedding  # some files hold it twice
-    model.load_state_dict(state, assign=True)  # holds the weights once
+            raise PretrainedError(
+                f"{path}: {HEAD} and {EMBEDDING} differ, but the config ties them"
+            )
+        state["head.weight"] = embedding  # some files contain it twice
+    model.load_state_dict(state, assign=True)  # without a second copy in memory
     return model
 
 
 class SafetensorsFolder:
-    """Safetensors, whole or in shards, beside a config.json."""
+    """A folder with config.json, tokenizer.json and safetensors, in one file or in shards.
+
+    Raises PretrainedError if a file is missing or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,7 +196,9 @@ class SafetensorsFolder:
         stored = {name: self._stored(name) for name in self.shards}
         for shard, names in self.shards.items():
             if odd := sorted(names ^ stored[shard].keys()):
-                raise PretrainedError(f"{path / shard} and {INDEX} differ: {odd[0]} is in one only")
+                raise PretrainedError(
+                    f"{path / shard} and {INDEX} differ: only one of them has {odd[0]}"
+                )
         self.shapes = {name: shape for found in stored.values() for name, shape in found.items()}
         self.files += [self.config_file, *(path / shard for shard in self.shards)]
 
@@ -184,8 +208,8 @@ class SafetensorsFolder:
         if not pickles:
             return f"{self.path} has {wanted}"
         return (
-            f"{self.path} has {wanted}; {pickles[0].name} is a pickle, which may run any code and "
-            "is not opened: save the model with safe_serialization first"
+            f"{self.path} has {wanted}; {pickles[0].name} is a pickle, which can run any code and "
+            "is not opened: save the model as safetensors first (safe_serialization=True)"
         )
 
     def _indexed(self, index: Path) -> dict[str, set[str]]:
@@ -194,16 +218,16 @@ class SafetensorsFolder:
             raise PretrainedError(f"{index} has no weight_map")
         shards: dict[str, set[str]] = {}
         for name, shard in places.items():
-            # "../secret" is not looked at
+            # Reject paths such as "../secret".
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                raise PretrainedError(f"{index}: {name} stands in {shard!r:.60}, which is no shard")
+                raise PretrainedError(f"{index}: {name} is in {shard!r:.60}, which is not a shard")
             shards.setdefault(shard, set()).add(name)
         return shards
 
     def _stored(self, shard: str) -> dict[str, tuple[int, ...]]:
         shapes = {}
         with self._opened(shard) as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+            for name in file.keys():  # noqa: SIM118  it is not a mapping
                 part = file.get_slice(name)
                 shapes[name] = tuple(part.get_shape())
                 if part.get_dtype() not in FLOATS and not UNUSED.fullmatch(name):
@@ -215,7 +239,7 @@ class SafetensorsFolder:
     def _opened(self, shard: str) -> Iterator[Any]:
         path = self.path / shard
         if not path.is_file():
-            raise PretrainedError(f"{path} is missing, and {INDEX} names it")
+            raise PretrainedError(f"{path} is missing, but {INDEX} refers to it")
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -223,16 +247,18 @@ class SafetensorsFolder:
             raise PretrainedError(f"{path} is damaged: {error}") from None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of the weights, one shard after the other."""
         for shard, names in self.shards.items():
             with self._opened(shard) as file:
                 for name in sorted(names):
                     yield name, file.get_tensor(name)
 
     def tokenizer(self, scratch: Path) -> Path:
+        """Return the path of the tokenizer.json in the folder."""
         path = self.path / TOKENIZER
         if not path.is_file():
             raise PretrainedError(
-                f"{self.path} has no {TOKENIZER}; transformers writes one: "
+                f"{self.path} has no {TOKENIZER}; transformers writes one with "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         self.files.append(path)

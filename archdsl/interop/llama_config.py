@@ -1,6 +1,7 @@
-"""LLaMA and what has its maths: their configs as specs, their names for the weights.
+"""Convert configs of LLaMA and Mistral models to specs, and names of weights to those models'.
 
-Touvron et al. 2302.13971; Grattafiori et al. 2407.21783. The keys are those of transformers' files.
+Touvron et al. 2302.13971; Grattafiori et al. 2407.21783; Jiang et al. 2310.06825. The keys are
+those of the config.json that transformers writes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from archdsl.lang.messages import explain
 from archdsl.lang.spec import ModelSpec, parse_spec
 
 ARCHITECTURES = ("llama", "mistral")
-MISTRAL_WINDOW = 4096  # where its config says nothing
+MISTRAL_WINDOW = 4096  # the default of transformers
 SCALINGS = ("linear", "llama3")
 
 TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -35,11 +36,11 @@ LAYER = {
 
 
 class PretrainedError(ArchdslError):
-    """Files of a pretrained model that are damaged, or that say what archdsl cannot."""
+    """Files of a pretrained model are damaged, or describe a model that archdsl cannot express."""
 
 
 class LlamaConfig(BaseModel):
-    """What matters of a config.json; the defaults are what transformers takes for missing keys."""
+    """The keys of a config.json that archdsl uses. The defaults are those of transformers."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -61,31 +62,34 @@ class LlamaConfig(BaseModel):
     partial_rotary_factor: float | None = None
     quantization_config: Any = None
     rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None  # as files have it from before transformers 5
-    rope_parameters: dict[str, Any] | None = None  # as they have it since, with rope_theta in it
+    rope_scaling: dict[str, Any] | None = None  # in files from before transformers 5
+    rope_parameters: dict[str, Any] | None = None  # since transformers 5, including rope_theta
 
     @property
     def rope(self) -> dict[str, Any]:
+        """The rotary parameters, with ``rope_theta``, from either spelling."""
         own = {"rope_theta": self.rope_theta}
         return own | (self.rope_scaling or {}) | (self.rope_parameters or {})
 
     @property
     def rope_type(self) -> Any:
+        """The type of the rotary scaling; ``default`` means none."""
         return self.rope.get("rope_type") or self.rope.get("type") or "default"
 
     @property
     def kv_heads(self) -> int:
+        """The number of key/value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     def window(self, context: int) -> int | None:
-        """How many tokens back a query sees; None where that is all of the context."""
+        """Return the attention window in tokens; None if it covers the whole context."""
         missing = "sliding_window" not in self.model_fields_set
         window = MISTRAL_WINDOW if missing else self.sliding_window
         matters = self.model_type == "mistral" and window is not None and window < context
         return window if matters else None
 
     def unsupported(self) -> Iterator[str]:
-        """What the spec has no word for."""
+        """Yield each property of the model that a spec cannot express."""
         heads, dim = self.num_attention_heads, self.hidden_size
         if heads % self.kv_heads:
             yield f"{self.kv_heads} key/value heads, which do not divide the {heads} heads"
@@ -93,32 +97,36 @@ class LlamaConfig(BaseModel):
             yield f"{heads} heads, which do not divide the hidden_size of {dim}"
         for name in ("attention_bias", "mlp_bias"):
             if getattr(self, name):
-                yield f"{name}: true (matrices here have no bias)"
+                yield f"{name}: true (archdsl has no biases)"
         if self.hidden_act != "silu":
-            yield f"hidden_act: {self.hidden_act} (known: silu)"
+            yield f"hidden_act: {self.hidden_act} (supported: silu)"
         if self.quantization_config is not None:
-            yield "quantization_config (weights must be plain numbers)"
+            yield "quantization_config (quantised weights are not supported)"
         partial = self.rope.get("partial_rotary_factor", self.partial_rotary_factor)
         if partial not in (None, 1):
-            yield f"partial_rotary_factor: {partial} (whole heads are rotated)"
+            yield f"partial_rotary_factor: {partial} (archdsl rotates whole heads)"
         if any(isinstance(value, Mapping) for value in self.rope.values()):
-            yield "rotary angles that differ from layer to layer"
+            yield "rotary parameters that differ between layers"
         elif self.rope_type not in ("default", *SCALINGS):
             known = ", ".join(SCALINGS)
-            yield f"rotary scaling of type {self.rope_type!r} (known: {known})"
+            yield f"rotary scaling of type {self.rope_type!r} (supported: {known})"
 
 
 def llama_spec(
     config: Mapping[str, Any], file: str, *, name: str, context: int | None = None
 ) -> ModelSpec:
-    """The spec that computes what the config describes; ``context``: a shorter one than its own.
+    """Return the spec of the model that the config describes.
 
-    Raises PretrainedError for what is not LLaMA's maths, SpecError for sizes out of bounds.
+    ``file``: the name of the config's file, for messages. ``name``: the name of the spec.
+    ``context``: tokens; at most the model's own, which is the default.
+
+    Raises PretrainedError if the model is not of the LLaMA family or archdsl cannot express it, and
+    SpecError if a size is out of bounds.
     """
     read = _read(config, file)
     longest = read.max_position_embeddings
     if context is not None and context > longest:
-        raise PretrainedError(f"{file}: the model was made for {longest} tokens, not for {context}")
+        raise PretrainedError(f"{file}: the model has a context of {longest} tokens, not {context}")
     tree = {
         "name": name,
         "description": f"A pretrained {read.model_type}.",
@@ -138,14 +146,16 @@ def _read(config: Mapping[str, Any], file: str) -> LlamaConfig:
     found = config.get("model_type")
     if found not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise PretrainedError(f"{file}: architecture {found!r:.60} is not known; known: {known}")
+        raise PretrainedError(
+            f"{file}: architecture {found!r:.60} is not supported; supported: {known}"
+        )
     try:
         read = LlamaConfig.model_validate(config)
     except ValidationError as error:
         path, message = explain(error, LlamaConfig.model_fields)[0]
         raise PretrainedError(f"{file}: {'.'.join(map(str, path))}: {message}") from None
     if reasons := "; ".join(read.unsupported()):
-        raise PretrainedError(f"{file} asks for what archdsl has not: {reasons}")
+        raise PretrainedError(f"{file} has properties that archdsl does not support: {reasons}")
     return read
 
 
@@ -177,7 +187,7 @@ def _scaling(config: LlamaConfig) -> dict[str, Any] | None:
 
 
 def transformers_name(name: str) -> str:
-    """What transformers calls a weight of an imported model."""
+    """Return the name in transformers of a weight of an imported model."""
     stem = name.removesuffix(".weight")
     if inner := re.fullmatch(r"blocks\.0\.blocks\.(\d+)\.(.+)", stem):
         return f"model.layers.{inner[1]}.{LAYER[inner[2]]}.weight"

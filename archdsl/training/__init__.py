@@ -1,4 +1,5 @@
-"""Training: the settings, the loop, checkpoints that a crash cannot harm, and progress.
+"""Train models: the settings, the training loop, checkpoints after every interruption, progress.
 
-``train`` is the public function. The learning-rate schedule is in `archdsl.training.config`.
+``archdsl.train`` is the public function. The learning-rate schedule is in
+`archdsl.training.config`, the optimizer and one training step are in `archdsl.training.trainer`.
 """

@@ -1,4 +1,7 @@
-"""What a training run shows on stderr: a bar in a terminal, sparse lines elsewhere."""
+"""Show the progress of a training run on stderr.
+
+In a terminal this is a progress bar, elsewhere a line every half minute.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class TrainProgress:
-    """Shows nothing at all unless ``shown``."""
+    """The display of a training run of ``steps`` steps. It shows nothing unless ``shown``."""
 
     def __init__(self, steps: int, shown: bool) -> None:
         self.steps = steps
@@ -38,12 +41,16 @@ class TrainProgress:
             self.bar.stop()
 
     def resumed(self, step: int) -> None:
-        """The bar starts at ``step``, as if the steps before had taken no time."""
+        """Start the progress bar at ``step``, and do not count the earlier steps in its speed."""
         if self.bar is not None:
             self.bar.reset(self.task, completed=step)
         self.note(f"resumed after step {step}/{self.steps}")
 
     def step(self, step: int, loss: float, tokens_per_s: float, shares: dict[str, float]) -> None:
+        """Show the loss (nats per token) and the speed after a step.
+
+        ``shares``: the share of the tokens that each routed step selected, by its name.
+        """
         facts = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
         if shares:
             facts += f"  routed {sum(shares.values()) / len(shares):.0%}"
@@ -53,7 +60,7 @@ class TrainProgress:
             self.note(f"step {step}/{self.steps}  {facts}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays on the screen."""
         self.last_line = time.monotonic()
         if self.bar is not None:
             self.bar.console.print(text, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Training as a run in a folder: model, data and config in; trained model, log, checkpoints out."""
+"""Train a model in a folder that holds the log, the checkpoints and the trained model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``resumed_from`` is the step where this call took over, 0 for a run made in one go."""
+    """The result of `train`.
+
+    ``steps``: the number of optimizer steps. ``validation``: the evaluation after the last step.
+    ``resumed_from``: the step of the checkpoint that this call started from; 0 without one.
+    """
 
     model: LanguageModel
     steps: int
@@ -52,20 +56,27 @@ def train(
     out: Path | None = None,
     progress: bool = False,
 ) -> TrainResult:
-    """Trains to the last step of the config and validates.
+    """Train to the last step of the config, and validate.
 
-    The weights of a checkpoint are where a new run starts. Fills ``out`` with metrics.jsonl,
-    checkpoints/step-*/ and, at the end, final/. The same call goes on after a crash. Ctrl-C
-    finishes and saves the step first, a second one does not. Raises TrainingDiverged,
-    RunMismatchError or CheckpointError.
+    ``model``: a model, a spec (whose weights are initialised with the seed of the config) or a
+    checkpoint (whose weights a new run starts from).
+    ``out``: a folder for metrics.jsonl, checkpoints/step-*/ and, at the end, final/; default:
+    nothing is written. The same call resumes a run that was interrupted.
+    ``progress``: show the progress on stderr.
+
+    Ctrl-C finishes and saves the current step; a second Ctrl-C stops at once.
+
+    Raises TrainingDiverged if the loss, the gradient or the weights are not finite, or the loss
+    stays far too high; RunMismatchError if ``out`` holds another run; CheckpointError if a
+    checkpoint cannot be read or written; ArchdslError if the data do not fit the model.
     """
     start = model if isinstance(model, Checkpoint) else None
     trainer = Trainer(_built(model, config.seed), data, config, start)
     validation = _resume(trainer, out) if out else None
     resumed_from = trainer.step
     if validation is None:
-        with TrainProgress(config.steps, progress) as display, _interrupts() as asked:
-            validation = _run(trainer, Recorder(trainer, out, display, asked))
+        with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
+            validation = _run(trainer, Recorder(trainer, out, display, stop))
     return TrainResult(trainer.model, trainer.step, validation, resumed_from)
 
 
@@ -76,12 +87,12 @@ def _built(model: LanguageModel | ModelSpec | Checkpoint, seed: int) -> Language
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint of a run's folder from which training goes on."""
+    """Return the newest checkpoint in the folder of a run; None if there is none."""
     return max(_checkpoints(out), default=None, key=_step_of)
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """Oldest first; what is still being written has another name."""
+    """Return the checkpoints, oldest first. One that is still being written has another name."""
     found = (out / "checkpoints").glob("step-*")
     named = [path for path in found if re.fullmatch(r"step-[0-9]{6,18}", path.name)]
     return sorted(named, key=_step_of)
@@ -92,11 +103,11 @@ def _step_of(path: Path) -> int:
 
 
 def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
-    """Takes over what the folder holds; the validation of a finished run, None otherwise."""
+    """Load the state of the run in ``out``; return the validation if the run has finished."""
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot hold a run: {error}") from None
+        raise CheckpointError(f"{out} cannot be used as the folder of a run: {error}") from None
     remove_leftovers(out / "checkpoints")
     final, last = out / "final", last_checkpoint(out)
     if final.exists():
@@ -121,12 +132,15 @@ def _run(trainer: Trainer, recorder: Recorder) -> Evaluation:
 
 
 class Recorder:
-    """What happens between the steps: the log, validations, checkpoints, the display."""
+    """Write the log, validate, save checkpoints and show the progress after each step.
+
+    ``stop``: if it is set, the run is saved and stopped after the current step.
+    """
 
     def __init__(
-        self, trainer: Trainer, out: Path | None, display: TrainProgress, asked: threading.Event
+        self, trainer: Trainer, out: Path | None, display: TrainProgress, stop: threading.Event
     ) -> None:
-        self.trainer, self.out, self.display, self.asked = trainer, out, display, asked
+        self.trainer, self.out, self.display, self.stop = trainer, out, display, stop
         self.log = JsonLines(out / "metrics.jsonl", trainer.step) if out else None
         self.tokens, self.seconds = 0, 0.0  # since the last line of the log
         self.shares: dict[str, float] = {}
@@ -135,6 +149,7 @@ class Recorder:
             display.resumed(trainer.step)
 
     def after_step(self, step: TrainStep) -> None:
+        """Record a step. Raises KeyboardInterrupt, after saving, if a stop was requested."""
         config = self.trainer.config
         last = step.step == config.steps
         self.tokens += step.tokens
@@ -145,13 +160,13 @@ class Recorder:
             self._write_line(step, rate, validate)
         self.display.step(step.step, step.loss, rate, self.shares)
         if last:
-            return  # _run writes the final checkpoint
-        # a loss that has gone mad must not push the good checkpoints out
-        sane = not self.trainer.absurd_steps
-        if self.asked.is_set() or (sane and _due(step, config.checkpoint_every)):
+            return  # `_run` writes the final checkpoint
+        # Do not let the checkpoints of a diverging run replace the good ones.
+        diverging = self.trainer.diverging_steps > 0
+        if self.stop.is_set() or (not diverging and _due(step, config.checkpoint_every)):
             self._save()
-        if self.asked.is_set():
-            raise KeyboardInterrupt(f"stopped after step {step.step}; {self._way_on()}")
+        if self.stop.is_set():
+            raise KeyboardInterrupt(f"stopped after step {step.step}; {self._how_to_resume()}")
 
     def _write_line(self, step: TrainStep, rate: float, validate: bool) -> None:
         self.shares = self.trainer.model.router_shares()
@@ -169,7 +184,7 @@ class Recorder:
         if validate:
             self.validation = self.trainer.evaluate()
             record["validation"] = self.validation.model_dump(mode="json")
-            self.display.note(f"step {step.step}: {_in_words(self.validation)}")
+            self.display.note(f"step {step.step}: {_described(self.validation)}")
         if self.log is not None:
             self.log.append(record)
         self.tokens, self.seconds = 0, 0.0
@@ -177,28 +192,35 @@ class Recorder:
     def _save(self) -> None:
         if self.out is None or self.log is None:
             return
-        self.log.fsync()  # or a crash could leave a checkpoint without the lines before it
+        # Write the log first: a crash must not leave a checkpoint without the lines before it.
+        self.log.fsync()
         self.trainer.save(self.out / "checkpoints" / f"step-{self.trainer.step:06d}")
         for old in _checkpoints(self.out)[: -self.trainer.config.keep_last]:
             remove_folder(old)
 
-    def _way_on(self) -> str:
+    def _how_to_resume(self) -> str:
         if self.out is None:
-            return "nothing was saved, as no folder was given"
+            return "nothing was saved, as no output folder was given"
         last = last_checkpoint(self.out)
-        return f"the same command goes on from {last}" if last else "no checkpoint was due yet"
+        return f"the same command resumes from {last}" if last else "no checkpoint was written yet"
 
     def give_up(self, error: TrainingDiverged) -> NoReturn:
+        """Raise TrainingDiverged again with the path of the last good checkpoint."""
         last = last_checkpoint(self.out) if self.out else None
-        rest = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+        rest = (
+            f"the last good checkpoint is {last}"
+            if last
+            else "no checkpoint was written before that"
+        )
         raise TrainingDiverged(f"{error}; {rest}") from None
 
     def close(self) -> None:
+        """Close the log."""
         if self.log is not None:
             self.log.close()
 
     def finish(self) -> Evaluation:
-        """Writes the final checkpoint; training must have reached the last step."""
+        """Write the final checkpoint and return the validation after the last step."""
         validation = self.validation or self.trainer.evaluate()
         if self.out is not None:
             self.trainer.save_final(self.out / "final", validation)
@@ -209,30 +231,30 @@ def _due(step: TrainStep, every: int) -> bool:
     return every > 0 and step.step % every == 0
 
 
-def _in_words(found: Evaluation) -> str:
+def _described(found: Evaluation) -> str:
     words = f"validation loss {found.loss:.4f}"
     if found.bits_per_byte is not None:
         words += f", {found.bits_per_byte:.3f} bits per byte"
     if found.causal is not None:
-        words += f" (a router sees the future; causally {found.causal.loss:.4f})"
+        words += f" (a router looks at later tokens; with causal routing {found.causal.loss:.4f})"
     return words
 
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts as usual."""
-    asked = threading.Event()
+    """Yield an event that the first Ctrl-C sets. A second Ctrl-C interrupts as usual."""
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals belong to the main thread
+        yield stop  # only the main thread can handle signals
         return
     usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        stop.set()
         signal.signal(signal.SIGINT, usual)
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, request_stop)
     try:
-        yield asked
+        yield stop
     finally:
         signal.signal(signal.SIGINT, usual)

@@ -1,4 +1,4 @@
-"""Training in memory, step by step; ``archdsl.training.run`` keeps its log and its checkpoints.
+"""Train a model in memory, step by step. The log and the files are in `archdsl.training.run`.
 
 Shapes: B batch, T tokens.
 """
@@ -24,25 +24,30 @@ from archdsl.model.checkpoint import Checkpoint, load_training, load_weights, sa
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
 
-PATIENCE = 50  # steps in a row that a loss may be absurd before the run is given up
+PATIENCE = 50  # steps in a row with a far too high loss before training is stopped
 
-# may differ between a run and its continuation: no weight depends on them
+# Settings that may differ between a run and its continuation, as no weight depends on them.
 UNCHECKED_SETTINGS = {"eval_every", "eval_tokens", "checkpoint_every", "keep_last", "log_every"}
 
 
-class TrainingDiverged(ArchdslError):  # noqa: N818  it says what happened
-    """The loss or its gradient is no number any more, or far above what it was."""
+class TrainingDiverged(ArchdslError):  # noqa: N818  the name states what happened
+    """The loss, its gradient or the weights are not finite, or the loss stays far too high."""
 
 
 class RunMismatchError(ArchdslError):
-    """A checkpoint that another spec, config or data made."""
+    """A checkpoint was made with another spec, config, data or start."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one optimizer step was: ``loss`` in nats per asked token, before the update."""
+    """The figures of one optimizer step.
+
+    ``step``: its number, counted from 1. ``tokens``: the tokens of the batch.
+    ``loss``: nats per target position, before the update. ``lr``: the learning rate.
+    ``grad_norm``: the norm of the gradient before clipping. ``seconds``: wall-clock time.
+    """
 
     step: int
     tokens: int
@@ -53,11 +58,14 @@ class TrainStep:
 
 
 class Trainer:
-    """A training run in memory that goes on from wherever it stands.
+    """A training run in memory that can be stopped and resumed after every step.
 
-    Every step draws its data and its random numbers from the seed and its own number. So a run
-    can be stopped, interleaved with others and resumed without a change in any bit (on a CPU).
-    ``start``: the checkpoint that ``model`` comes from, if any.
+    The data and the random numbers of a step depend only on the seed and the number of the step.
+    So a run that is stopped, interleaved with others and resumed gives the same bits as one that
+    is not (on a CPU).
+
+    ``start``: the checkpoint that ``model`` was loaded from, if any. Raises ArchdslError if the
+    data do not fit the model, the device is not available, or ``only: new`` has nothing to train.
     """
 
     def __init__(
@@ -75,12 +83,12 @@ class Trainer:
         self.config = config
         self.start = start
         if config.only == "new":
-            _freeze_the_rest(model, start)
+            _freeze_old_parameters(model, start)
         self.optimizer = _optimizer(model, config)
         self.step = 0
         self.tokens = 0
-        self.lowest_loss = math.log(model.spec.vocab_size)  # guessing
-        self.absurd_steps = 0
+        self.lowest_loss = math.log(model.spec.vocab_size)  # the loss of a uniform guess
+        self.diverging_steps = 0  # steps in a row with a far too high loss
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
             compile_layers(model)
@@ -88,10 +96,11 @@ class Trainer:
     def run(
         self, until_step: int | None = None, on_step: Callable[[TrainStep], None] | None = None
     ) -> None:
-        """Trains up to and including ``until_step`` (default: the last of the config).
+        """Train up to and including ``until_step`` (default: the last step of the config).
 
-        ``on_step`` may raise to stop: the trainer then stands after that step. Raises
-        TrainingDiverged, with the weights as they were before the step that failed.
+        ``on_step`` is called after each step. It may raise an exception to stop: the step is then
+        complete. Raises TrainingDiverged if the loss or the gradient is not finite or the loss
+        stays far too high; the weights are then those before the step that failed.
         """
         last = self.config.steps if until_step is None else min(until_step, self.config.steps)
         self.model.train()
@@ -103,7 +112,7 @@ class Trainer:
 
     def _advance(self) -> TrainStep:
         started, config = time.perf_counter(), self.config
-        seed_torch(_mix(config.seed, self.step), self.device)
+        seed_torch(_step_seed(config.seed, self.step), self.device)
         batch = self.data.batch(self.step, config.batch_size, self.context, config.seed)
         loss = self.backward(batch)
         grad_norm = float(
@@ -121,44 +130,54 @@ class Trainer:
         return TrainStep(self.step, batch.tokens_BT.numel(), loss, lr, grad_norm, seconds)
 
     def backward(self, batch: Batch) -> float:
-        """Leaves the gradient of the mean loss over all asked tokens, and returns that mean."""
+        """Compute the gradient of the loss on ``batch``.
+
+        Returns the loss in nats, averaged over all target positions of the batch. Raises
+        ArchdslError if the batch has no target.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         return self.add_gradient(batch)
 
     def add_gradient(self, batch: Batch) -> float:
-        """The same, on top of the gradient that is there."""
-        asked = int((batch.targets_BT != IGNORE).sum())
-        if not asked:
-            raise ArchdslError(f"batch {self.step} of {self.data.name} asks for no prediction")
+        """Add the gradient of the loss on ``batch`` to the gradient that exists.
+
+        Returns the loss in nats, averaged over all target positions of the batch. Raises
+        ArchdslError if the batch has no target.
+        """
+        target_count = int((batch.targets_BT != IGNORE).sum())
+        if not target_count:
+            raise ArchdslError(f"batch {self.step} of {self.data.name} has no target to predict")
         parts = zip(
             batch.tokens_BT.chunk(self.config.accumulate),
             batch.targets_BT.chunk(self.config.accumulate),
             strict=True,
         )
-        return sum(self._backward_part(tokens, targets, asked) for tokens, targets in parts)
+        return sum(self._backward_part(tokens, targets, target_count) for tokens, targets in parts)
 
-    def _backward_part(self, tokens_BT: Tensor, targets_BT: Tensor, asked: int) -> float:
+    def _backward_part(self, tokens_BT: Tensor, targets_BT: Tensor, target_count: int) -> float:
         with self.autocast():
             nats = self.model.loss(tokens_BT.to(self.device), targets_BT.to(self.device))
-        loss = nats / asked
-        of_routers = sum(self.model.trace.losses.values()) / self.config.accumulate
-        (loss + of_routers).backward()
+        loss = nats / target_count
+        router_loss = sum(self.model.trace.losses.values()) / self.config.accumulate
+        (loss + router_loss).backward()
         return float(loss.detach())
 
     def autocast(self) -> torch.autocast:
+        """Return a context for the forward pass in the data type of the config."""
         dtype = self.config.dtype
         half = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _refuse_divergence(self, loss: float, grad_norm: float) -> None:
-        guessing = math.log(self.model.spec.vocab_size)
+        guess_loss = math.log(self.model.spec.vocab_size)
         if not math.isfinite(loss):
             self._give_up(f"the loss is {loss}")
         if not math.isfinite(grad_norm):
             self._give_up(f"the norm of the gradient is {grad_norm}")
-        self.absurd_steps = self.absurd_steps + 1 if loss > self.lowest_loss + guessing else 0
-        if self.absurd_steps >= PATIENCE:
-            self._give_up(f"the loss is {loss:.2f} and was {self.lowest_loss:.2f}")
+        too_high = loss > self.lowest_loss + guess_loss
+        self.diverging_steps = self.diverging_steps + 1 if too_high else 0
+        if self.diverging_steps >= PATIENCE:
+            self._give_up(f"the loss is {loss:.2f} after a minimum of {self.lowest_loss:.2f}")
         self.lowest_loss = min(loss, self.lowest_loss)
 
     def _give_up(self, what: str) -> NoReturn:
@@ -169,7 +188,7 @@ class Trainer:
         )
 
     def evaluate(self) -> Evaluation:
-        """On the validation split. Raises TrainingDiverged if the loss is no finite number."""
+        """Evaluate on the validation split. Raises TrainingDiverged if the loss is not finite."""
         config = self.config
         with self.autocast():
             evaluation = evaluate(
@@ -184,22 +203,22 @@ class Trainer:
         return evaluation
 
     def state(self) -> dict[str, Any]:
-        """Where training stands, the weights apart: tensors and JSON values by name."""
+        """Return the state of training without the weights: tensors and JSON values by name."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "lowest_loss": self.lowest_loss,
-            "absurd_steps": self.absurd_steps,
+            "absurd_steps": self.diverging_steps,
             "made_by": self._made_by(),
             **self._optimizer_state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a ``state()`` of the same run; the weights are the caller's."""
+        """Restore a ``state()`` of the same run. The caller loads the weights."""
         self.step = int(state["step"])
         self.tokens = int(state["tokens"])
         self.lowest_loss = float(state["lowest_loss"])
-        self.absurd_steps = int(state["absurd_steps"])
+        self.diverging_steps = int(state["absurd_steps"])
         places = {name: index for index, name in enumerate(self._parameter_names())}
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -218,7 +237,7 @@ class Trainer:
         }
 
     def _parameter_names(self) -> list[str]:
-        """In the optimizer's order."""
+        """Return the names of the parameters in the order of the optimizer."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         groups = self.optimizer.param_groups
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
@@ -233,28 +252,37 @@ class Trainer:
         }
 
     def check_same_run(self, state: Mapping[str, Any], path: Path) -> None:
-        """Raises RunMismatchError, naming what differs, unless ``state`` is of this run."""
+        """Raises RunMismatchError if ``state``, read from ``path``, belongs to another run.
+
+        The message lists the differences.
+        """
         given = json.loads(json.dumps(self._made_by()))
         differing = "\n".join(differences(state.get("made_by"), given))
         if differing:
             raise RunMismatchError(
-                f"{path} belongs to another run; choose another folder, or delete that one:\n"
+                f"{path} belongs to another run; use another folder, or delete that one:\n"
                 + differing
             )
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint that ``load`` goes on from, bit for bit."""
+        """Write a checkpoint that ``load`` resumes from with the same bits.
+
+        Raises TrainingDiverged if a weight is not finite, CheckpointError if it cannot be written.
+        """
         self._save(path, self.state())
 
     def save_final(self, path: Path, validation: Evaluation) -> None:
-        """Writes a checkpoint without what only further training needs."""
+        """Write a checkpoint without the state of the optimizer.
+
+        Raises TrainingDiverged if a weight is not finite, CheckpointError if it cannot be written.
+        """
         state = {k: v for k, v in self.state().items() if not isinstance(v, Tensor)}
         self._save(path, state | {"validation": validation.model_dump(mode="json")})
 
     def _save(self, path: Path, state: Mapping[str, Any]) -> None:
-        spoilt = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
-        if spoilt:
-            self._give_up(f"the update before it left {spoilt[0]} without finite values")
+        not_finite = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if not_finite:
+            self._give_up(f"after the last update {not_finite[0]} has values that are not finite")
         save_checkpoint(
             path,
             self.model,
@@ -271,11 +299,15 @@ class Trainer:
     def _origin(self) -> dict[str, Any]:
         if self.start is None:
             return {}
-        grown = self.start.provenance.get("retrofit")  # its new parameters stay new
-        return {"start": self.start.weights_digest} | ({"retrofit": grown} if grown else {})
+        # The new parameters of a retrofit are still new after training.
+        retrofit = self.start.provenance.get("retrofit")
+        return {"start": self.start.weights_digest} | ({"retrofit": retrofit} if retrofit else {})
 
     def load(self, path: Path) -> None:
-        """Goes on where ``save`` stood. Raises CheckpointError or RunMismatchError."""
+        """Restore a checkpoint that ``save`` wrote.
+
+        Raises RunMismatchError if it belongs to another run, CheckpointError if it cannot be read.
+        """
         state = load_training(path)
         self.check_same_run(state, path)
         load_weights(path, self.model)
@@ -283,7 +315,7 @@ class Trainer:
 
 
 def differences(stored: Any, given: Any, path: str = "") -> Iterator[str]:
-    """One line for each place in which two trees of JSON values differ."""
+    """Yield one line for each difference between two trees of JSON values."""
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in stored | given:
             at = f"{path}.{key}" if path else key
@@ -304,34 +336,35 @@ def _device(name: str) -> torch.device:
 
 
 def compile_layers(model: LanguageModel, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Each by itself and in one graph, at shapes that do not change; an error where that cannot be.
+    """Compile each layer as one graph with fixed shapes.
 
-    Plain layers share a graph, each loop has its own, another one for every mode of scoring.
+    Equal layers without a loop share a graph. Each loop has its own graph, and more of them for
+    other modes of its router. Raises an error of torch if a layer cannot be one graph.
     """
     limit = 4 * (1 + len(model.layers))
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, backend=backend, recompile_limit=limit)
 
 
-def _mix(seed: int, step: int) -> int:
-    """One random seed out of two numbers; neighbours give unrelated ones."""
+def _step_seed(seed: int, step: int) -> int:
+    """Derive the random seed of a step. Seeds of neighbouring steps are unrelated."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest())
 
 
-def _freeze_the_rest(model: LanguageModel, start: Checkpoint | None) -> None:
+def _freeze_old_parameters(model: LanguageModel, start: Checkpoint | None) -> None:
     new = start.new_parameters if start else frozenset()
     if not new:
-        found = f"{start.path} has none" if start else "the model starts from no checkpoint"
+        reason = f"{start.path} has none" if start else "the run does not start from a checkpoint"
         raise ArchdslError(
-            f"only: new trains what `archdsl retrofit` added to a checkpoint, and {found}; "
-            "only: all trains everything"
+            "only: new trains the parameters that `archdsl retrofit` added to a checkpoint, but "
+            f"{reason}; use only: all to train all parameters"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in new)
 
 
 def _optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of the blocks and the head, nothing else."""
+    """Return AdamW with weight decay for the matrices of the blocks and the head alone."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -341,5 +374,5 @@ def _optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    # fused: a quarter of the time of the default on a CPU
+    # On a CPU the fused version takes a quarter of the time of the default.
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

@@ -97,7 +97,11 @@ def test_tasks_are_scored_at_each_setting(cli: Cli, made: str, folder: Path) -> 
         (["--sweep", "--plot", "no/a.png"], 1, "no/a.png cannot be written"),
         (["--tasks", "arc_easy", "--tokens", "1k"], 1, "--tokens belongs to held-out text"),
         (["--tasks", ",", "--data-dir", "."], 1, "no task was named"),
-        (["--tasks", "arc_easy", "--data-dir", "."], 1, "its examples are missing; expected arc_"),
+        (
+            ["--tasks", "arc_easy", "--data-dir", "."],
+            1,
+            "the examples of task arc_easy are missing; expected arc_",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_line(

@@ -67,7 +67,7 @@ def test_it_stops_at_the_context_and_says_so(made: Cli) -> None:
     assert found.err.endswith("stopped at the context limit of 32 tokens\n")
     long = made("generate", "made", "x" * 40)
     assert (long.status, long.out) == (2, "")
-    assert long.err.startswith("the prompt has 40 tokens, and the context of tiny is 32")
+    assert long.err.startswith("the prompt has 40 tokens and the context of tiny is 32")
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -81,7 +81,10 @@ def test_a_prompt_from_stdin_is_the_same_as_one_on_the_command_line(
     feed(monkeypatch, "Hello €\n".encode())
     assert made("generate", "made", "-", *GREEDY).out == given
     feed(monkeypatch, b"\xff")
-    assert made("generate", "made", "-").err == "stdin:1: not UTF-8 text; save it as UTF-8\n"
+    assert (
+        made("generate", "made", "-").err
+        == "stdin:1: this is not UTF-8 text; save the file as UTF-8\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,11 +120,11 @@ def test_many_prompts_from_a_file_are_the_same_as_each_alone(
     [
         (b'{"prompt": "a"}\n{"text": "b"}\n', r'p.jsonl:2: expected an object such as {"prompt"'),
         (b'{"prompt": 3}\n', "p.jsonl:1: expected an object"),
-        (b"a\n", "p.jsonl:1: not a JSON object"),
-        (b"[" * 100_000, "p.jsonl:1: not a JSON object"),
-        (b'{"prompt": "\xff"}', "p.jsonl:1: not UTF-8 text"),
+        (b"a\n", "p.jsonl:1: this line is not a JSON object"),
+        (b"[" * 100_000, "p.jsonl:1: this line is not a JSON object"),
+        (b'{"prompt": "\xff"}', "p.jsonl:1: this is not UTF-8 text"),
         (b"", "p.jsonl is empty"),
-        (None, "p.jsonl: no such file"),
+        (None, "p.jsonl does not exist"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_refused_in_words(
@@ -140,7 +143,7 @@ def test_a_think_map_is_written_beside_the_text(made: Cli) -> None:
     assert found.status == 0, found.err
     html = Path("map.html").read_text(encoding="utf-8")
     assert "Think map: tiny" in html
-    assert "Dial: capacity 1.0,0.0. 1.00 further thinking steps per token, of 8 tokens." in html
+    assert "Compute dial: capacity 1.0,0.0. Further thinking steps per token: 1.00" in html
     assert html.count('title="1 further step"') == 8  # of nine: the last is not read
 
 
@@ -151,7 +154,7 @@ def test_a_think_map_is_written_beside_the_text(made: Cli) -> None:
         (["Hi", "--out", "texts.jsonl"], "--out takes the texts of --prompts"),
         (["--prompts", "p.txt", "--json"], "--json needs --out beside it"),
         (["Hi", "--think-map", "no/folder.html"], "no/folder.html cannot be written"),
-        (["Hi", "--stop", ""], "a stop string needs a tokenizer and must not be empty"),
+        (["Hi", "--stop", ""], "stop strings need a tokenizer, and none of them may be empty"),
         (["Hi", "--temperature", "-1"], "--temperature: must be at least 0, got -1"),
         (["Hi", "--capacity", "much"], "must be numbers such as 0.9,0.9,0, got 'much'"),
     ],

@@ -169,7 +169,9 @@ def test_the_logits_of_one_batch_are_gone_before_the_next_are_made() -> None:
 
 
 def test_what_does_not_fit_is_said_in_words(text: Data) -> None:
-    with pytest.raises(ArchdslError, match=r"has 257 different tokens, but tiny only a vocab_size"):
+    with pytest.raises(
+        ArchdslError, match=r"has 257 different tokens, but tiny has only a vocab_size"
+    ):
         evaluate(tiny("vocab_size=8"), text)
-    with pytest.raises(ArchdslError, match=r"context of 64 tokens was asked for, but tiny takes"):
+    with pytest.raises(ArchdslError, match=r"context of 64 tokens was requested, but tiny takes"):
         evaluate(tiny(), text, context=64)

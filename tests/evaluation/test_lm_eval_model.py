@@ -167,8 +167,11 @@ def test_greedy_answers_are_what_the_scores_call_greedy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_sample": True, "temperature": 0.7}, "asks for sampled answers"),
-        ({"max_gen_toks": 64}, "answers of up to 64 tokens and the model has a context of 64"),
+        ({"do_sample": True, "temperature": 0.7}, "requires sampled answers"),
+        (
+            {"max_gen_toks": 64},
+            "answers of up to 64 tokens, which need a longer context than the model's 64",
+        ),
     ],
 )
 def test_answers_that_the_model_cannot_give_are_refused(

@@ -70,14 +70,14 @@ def test_a_task_that_says_no_shots_keeps_to_it(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        ([], {}, "no task was named"),
+        ([], {}, "no task was given"),
         (["arc_esay"], {}, "has no task 'arc_esay' (did you mean 'arc_easy'?)"),
         (["arc_easy", "nope"], {}, "has no task 'nope'"),
-        (["arc_challenge"], {}, "task arc_challenge: its examples are missing; expected "),
+        (["arc_challenge"], {}, "the examples of task arc_challenge are missing; expected "),
         (["arc_challenge"], {}, "ai2_arc/ARC-Challenge/test.jsonl"),
-        (["gsm8k"], {"num_fewshot": 8}, "8 shots need as many solved examples, found 7"),
-        (["piqa"], {"num_fewshot": 7}, "7 shots need as many solved examples, found 0"),
-        (["humaneval"], {}, "runs code that models write"),
+        (["gsm8k"], {"num_fewshot": 8}, "8 few-shot examples were requested, but it has only 7"),
+        (["piqa"], {"num_fewshot": 7}, "7 few-shot examples were requested, but it has only 0"),
+        (["humaneval"], {}, "runs code that the model writes"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -92,9 +92,12 @@ def test_what_is_missing_is_said(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"goal": "a"\n', r"validation.jsonl:1: not a line of JSON"),
-        (b"[" * 100_000, r"validation.jsonl:1: not a line of JSON"),
-        (b'{"goal": "a"}\n[1]\n', r"validation.jsonl:2: an example is a JSON object, got a list"),
+        (b'{"goal": "a"\n', r"validation.jsonl:1: this line is not JSON"),
+        (b"[" * 100_000, r"validation.jsonl:1: this line is not JSON"),
+        (
+            b'{"goal": "a"}\n[1]\n',
+            r"validation.jsonl:2: an example must be a JSON object, got a list",
+        ),
         (b"\xff\n", r"validation.jsonl is not UTF-8"),
         (b"", r"validation.jsonl is empty"),
         (b'{"gaol": "a"}\n', r"task piqa cannot be loaded, UndefinedError: 'goal' is undefined"),
@@ -117,7 +120,7 @@ def test_without_a_folder_the_hub_is_asked_once_and_its_absence_is_said(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaskError, match=r"task arc_easy: Couldn't reach .*--data-dir FOLDER"):
         load_tasks(["arc_easy"])
-    with pytest.raises(TaskError, match="there is no such folder"):
+    with pytest.raises(TaskError, match="this folder does not exist"):
         load_tasks(["arc_easy"], data_dir=tmp_path / "nowhere")
 
 

@@ -92,7 +92,7 @@ def test_a_text_ends_before_the_first_stop_and_nothing_of_the_stop_was_shown(
         shown += found.push(token)
         assert cut(text, stops).startswith(shown)
     shown += found.finish()
-    assert shown == found.whole == cut(text, stops)
+    assert shown == found.text == cut(text, stops)
     assert (found.stopped_by is None) is (not any(stop in text for stop in stops))
 
 

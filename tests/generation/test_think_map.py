@@ -76,8 +76,8 @@ def test_the_header_tells_model_dial_mean_and_shares() -> None:
     html = think_map([row, row], BYTES, name="tiny", setting="capacity 0.5, steps 4")
     found = Page(html)
     assert found.texts["h1"] == found.texts["title"] == "Think map: tiny"
-    said = "Dial: capacity 0.5, steps 4. 1.50 further thinking steps per token, of 8 tokens."
-    assert said in found.texts["p"]
+    assert "Compute dial: capacity 0.5, steps 4." in found.texts["p"]
+    assert "Further thinking steps per token: 1.50, averaged over 8 tokens." in found.texts["p"]
     rows = re.findall(r'<th scope="row" class="s(\d)">\1</th><td>(.*?)</td><td>(.*?)</td>', html)
     assert rows == [("0", "4", "50.0%"), ("3", "4", "50.0%")]
 

@@ -178,7 +178,7 @@ def test_a_context_may_be_shorter_but_not_longer(tmp_path: Path) -> None:
     assert (model.spec.context, model.spec.name) == (100, "short")
     tokens_BT, wanted_BTV = logits(theirs, 100)
     torch.testing.assert_close(model(tokens_BT), wanted_BTV, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ArchdslError, match="made for 512 tokens, not for 513"):
+    with pytest.raises(ArchdslError, match="has a context of 512 tokens, not 513"):
         import_pretrained(tmp_path / "model", tmp_path / "imported", context=513)
 
 
@@ -202,15 +202,15 @@ def refused(tmp_path: Path, source: Path, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2' is not known; known: llama, mistral"),
-        ({"model_type": None}, "architecture None is not known"),
+        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": None}, "architecture None is not supported"),
         ({"attention_bias": True}, "attention_bias: true"),
         ({"mlp_bias": True}, "mlp_bias: true"),
-        ({"hidden_act": "gelu"}, r"hidden_act: gelu \(known: silu\)"),
+        ({"hidden_act": "gelu"}, r"hidden_act: gelu \(supported: silu\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' .known: linear, llama3"),
-        ({"rope_parameters": {"full": {"rope_type": "default"}}}, "differ from layer to layer"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' .supported: linear, llama3"),
+        ({"rope_parameters": {"full": {"rope_type": "default"}}}, "differ between layers"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor: must be a number, got nothing"),
         ({"num_key_value_heads": 4}, "4 key/value heads, which do not divide the 6 heads"),
         ({"num_attention_heads": 18, "head_dim": None}, "18 heads, which do not divide the hid"),
@@ -219,8 +219,8 @@ def refused(tmp_path: Path, source: Path, complaint: str) -> None:
         ({"hidden_size": 2**40}, "dim: must be at most 65536"),
         ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is unexpected"),
         ({"num_hidden_layers": 4}, r"model.layers.3.input_layernorm.weight is missing"),
-        ({"intermediate_size": 41}, r"is \[40, 24\], the config makes it \[41, 24\]"),
-        ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight"),
+        ({"intermediate_size": 41}, r"has shape \[40, 24\], but the config requires \[41, 24\]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight and model.embed_tokens.weight differ"),
     ],
     ids=str,
 )
@@ -247,9 +247,12 @@ NORM = "model.norm.weight"
         (lambda t: t.pop(NORM), f"{NORM} is missing"),
         (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
         (lambda t: t.update(score=torch.ones(1)), "score is unexpected"),
-        (lambda t: t.update({NORM: torch.ones(5)}), r"norm.weight is \[5\], .* makes it \[24\]"),
+        (
+            lambda t: t.update({NORM: torch.ones(5)}),
+            r"norm.weight has shape \[5\], .* requires \[24\]",
+        ),
         (lambda t: t.update({NORM: torch.ones(24).int()}), f"{NORM} is I32, expected F32, F16"),
-        (lambda t: t[NORM].fill_(torch.nan), f"{NORM} holds numbers that are not finite"),
+        (lambda t: t[NORM].fill_(torch.nan), f"{NORM} has values that are not finite"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
@@ -293,12 +296,12 @@ def test_each_file_is_needed_whole(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (lambda m: m.update({NORM: "../secret.safetensors"}), "which is no shard"),
-        (lambda m: m.update({NORM: "/etc/passwd"}), "which is no shard"),
-        (lambda m: m.update({NORM: 7}), "which is no shard"),
+        (lambda m: m.update({NORM: "../secret.safetensors"}), "which is not a shard"),
+        (lambda m: m.update({NORM: "/etc/passwd"}), "which is not a shard"),
+        (lambda m: m.update({NORM: 7}), "which is not a shard"),
         (lambda m: m.update({NORM: "gone.safetensors"}), "gone.safetensors is missing"),
-        (lambda m: m.update(extra=m[NORM]), "differ: extra is in one only"),
-        (lambda m: m.pop(NORM), f"differ: {NORM} is in one only"),
+        (lambda m: m.update(extra=m[NORM]), "differ: only one of them has extra"),
+        (lambda m: m.pop(NORM), f"differ: only one of them has {NORM}"),
         (lambda m: m.clear(), "has no weight_map"),
     ],
 )
@@ -323,14 +326,14 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     pretrained(tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     (tmp_path / "model/pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    refused(tmp_path, tmp_path / "model", "pytorch_model.bin is a pickle, which may run any code")
+    refused(tmp_path, tmp_path / "model", "pytorch_model.bin is a pickle, which can run any code")
     (tmp_path / "model/pytorch_model.bin").rename(tmp_path / "model/model.safetensors")
     refused(tmp_path, tmp_path / "model", "is damaged")
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     pretrained(tmp_path / "model", vocab_size=256)
-    refused(tmp_path, tmp_path / "model", "tokenizer has 257 tokens and the model only a vocab_s")
+    refused(tmp_path, tmp_path / "model", "tokenizer has 257 tokens, but the model has only")
 
 
 def test_a_place_where_nothing_is_and_one_where_something_else_is(tmp_path: Path) -> None:
@@ -433,11 +436,14 @@ def test_digits_stand_alone_where_the_file_says_so(tmp_path: Path, small: Theirs
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"architecture": "phi3"}, "architecture 'phi3' is not known; known: llama, mistral"),
-        ({"llama.expert_count": 8}, "llama.expert_count = 8 is not known"),
-        ({"llama.attention.sliding_window": 9}, "sliding_window = 9 is not known"),
-        ({"llama.attention.key_length": 8}, "heads differ in size"),
-        ({"rope_freqs": 1}, "keeps its rotary scaling as a tensor"),
+        (
+            {"architecture": "phi3"},
+            "architecture 'phi3' is not supported; supported: llama, mistral",
+        ),
+        ({"llama.expert_count": 8}, "llama.expert_count = 8 is not supported"),
+        ({"llama.attention.sliding_window": 9}, "sliding_window = 9 is not supported"),
+        ({"llama.attention.key_length": 8}, "the sizes of the heads differ"),
+        ({"rope_freqs": 1}, "stores its rotary scaling as a tensor"),
     ],
     ids=str,
 )
@@ -454,7 +460,7 @@ def test_a_gguf_cut_short_is_refused(tmp_path: Path, small: Theirs, kept: float)
     write_gguf(path, small)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    refused(tmp_path, path, "small.gguf is no GGUF file, or is damaged")
+    refused(tmp_path, path, "small.gguf is not a GGUF file, or is damaged")
 
 
 @pytest.mark.slow
