@@ -45,7 +45,7 @@ PAPER_CAPACITIES = (
 Routing = Literal["causal", "leaking"]
 LABELS: dict[Routing, str] = {
     "causal": "causal routing",
-    "leaking": "routing that looks at later tokens (impossible when decoding)",
+    "leaking": "routing that looks at later tokens: no decoder can do this",
 }
 
 

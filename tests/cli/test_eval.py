@@ -96,7 +96,7 @@ def test_tasks_are_scored_at_each_setting(cli: Cli, made: str, folder: Path) -> 
         (["--plot", "a.png"], 1, "--plot belongs to --sweep on held-out text"),
         (["--sweep", "--plot", "no/a.png"], 1, "no/a.png cannot be written"),
         (["--tasks", "arc_easy", "--tokens", "1k"], 1, "--tokens belongs to held-out text"),
-        (["--tasks", ",", "--data-dir", "."], 1, "no task was named"),
+        (["--tasks", ",", "--data-dir", "."], 1, "no task was given"),
         (
             ["--tasks", "arc_easy", "--data-dir", "."],
             1,
