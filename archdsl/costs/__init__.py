@@ -1,5 +1,5 @@
-"""What a model costs, in closed form and without torch: parameters, FLOPs, cache and memory.
+"""Costs of a model in closed form and without torch: parameters, FLOPs, cache and memory.
 
-Each block adds its sizes to a `Bill`; `cost` turns the bill of a whole model into a `Receipt`.
-Checked against counts on the meta device and against measured memory in the tests.
+Each block adds its sizes to a `Bill`, and `archdsl.cost` turns the bill of a model into a
+`Receipt`. The tests compare the results with counts on the meta device and with measured memory.
 """

@@ -1,7 +1,8 @@
-"""What blocks need of memory in a training step, in closed form.
+"""The memory that blocks need in a training step, in closed form.
 
-A pass keeps tensors for the backward pass: those are counted one by one, as autograd saves them on
-a CPU in float32. Single numbers are not counted. What the whole model needs is in footprint.py.
+The tensors that the forward pass saves for the backward pass are counted one by one, as autograd
+saves them on a CPU in float32. Scalars are not counted. `archdsl.reports.training_memory` computes
+the memory of a whole model.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from typing import NamedTuple
 
 FLOAT, LONG = 4, 8  # bytes
 
-# that the loss holds at a time. On a CPU head and loss then take 0.6-0.8 x the time that they take
-# on all at once, from 2,000 tokens on; on CUDA, unmeasured, enough for large matrix products
+# The number of logits that the loss computes at a time. On a CPU and from 2,000 tokens on, head and
+# loss then take 0.6 to 0.8 of the time of computing all logits at once. The value for CUDA is large
+# enough for efficient matrix products; it has not been measured.
 LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 Angles = tuple[float, object, int]  # theta, scaling, head size
 
 
 class Rows(NamedTuple):
-    """What a block runs on: ``batch`` sequences, or what a router selected of each.
+    """The input of a block: ``batch`` rows of ``tokens`` tokens of width ``dim``.
 
-    ``keys``: tokens that attention looks at; more than ``tokens`` where a routed step reads the
-    first pass's keys and values, which then need no projection (``projects`` is False).
-    ``selected``: whether a router did, so that each row has positions of its own. ``padded``:
-    whether some of them only fill up a row.
+    ``keys``: the number of tokens that attention attends to. It is larger than ``tokens`` if a
+    routed step uses the keys and values of the first pass; then the block projects no keys and
+    values (``projects`` is False). ``selected``: whether a router selected the tokens, so that each
+    row has its own positions. ``padded``: whether some tokens are padding.
     """
 
     dim: int
@@ -37,37 +39,41 @@ class Rows(NamedTuple):
     padded: bool = False
 
     def floats(self, width: int = 1) -> int:
-        """Bytes of [B, T, width]."""
+        """Returns the bytes of a float tensor [B, T, width]."""
         return FLOAT * self.batch * self.tokens * width
 
     @property
     def stream(self) -> int:
-        """Bytes of [B, T, D]."""
+        """The bytes of a float tensor [B, T, D]."""
         return self.floats(self.dim)
 
     @property
     def indices(self) -> int:
-        """Bytes of [B, T], counting numbers."""
+        """The bytes of an int64 tensor [B, T]."""
         return LONG * self.batch * self.tokens
 
     def routed(self, tokens: int, shared: bool, padded: bool) -> Rows:
-        """What a router selects of these."""
+        """Returns the rows of ``tokens`` tokens that a router selects from these.
+
+        ``shared``: whether they attend to the keys of the first pass.
+        """
         keys = self.keys if shared else tokens
         return Rows(self.dim, self.batch, tokens, keys, not shared, True, padded)
 
     def tables(self, angles: frozenset[Angles]) -> int:
-        """Bytes of cosines and sines of rotary angles, made once for all that is run on these."""
+        """Returns the bytes of the cosines and sines of rotary angles. All blocks that run on these
+        rows share them."""
         rows = self.batch if self.selected else 1
         return sum(2 * FLOAT * rows * self.tokens * head_size for _, _, head_size in angles)
 
 
 class Footprint(NamedTuple):
-    """Bytes that a block needs in a training step.
+    """The memory in bytes that a block needs in a training step.
 
-    ``kept``: what a pass makes and keeps for the backward pass, its output not counted.
-    ``reads``: whether the input is kept as well; whoever passes it on counts it.
-    ``work``: the most that the backward pass needs besides, with all that is kept still there.
-    ``angles``: rotary angles whose tables it shares with all that is run on the same rows.
+    ``kept``: the tensors that the block makes and saves for the backward pass, without its output.
+    ``reads``: whether its input is saved as well; the input is counted by the block that makes it.
+    ``work``: the largest additional memory of the backward pass while all saved tensors still
+    exist. ``angles``: the rotary angles, whose tables all blocks on the same rows share.
     """
 
     kept: int = 0
@@ -76,15 +82,16 @@ class Footprint(NamedTuple):
     angles: frozenset[Angles] = frozenset()
 
     def plus(self, kept: int) -> Footprint:
+        """Returns the footprint with ``kept`` more bytes saved for the backward pass."""
         return self._replace(kept=self.kept + kept)
 
     def recomputed(self) -> Footprint:
-        """The same under activation checkpointing: the input alone is kept."""
+        """Returns the footprint with activation checkpointing, which saves only the input."""
         return Footprint(0, True, self.kept + self.work, self.angles)
 
 
 def in_a_row(stream: int, parts: Sequence[Footprint]) -> Footprint:
-    """Each runs on what the one before has made, ``stream`` bytes."""
+    """Returns the footprint of blocks that run one after the other on outputs of ``stream`` bytes."""
     kept = stream * sum(part.reads for part in parts[1:]) + sum(part.kept for part in parts)
     freed = work = 0
     for part in reversed(parts):

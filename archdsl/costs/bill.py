@@ -1,9 +1,9 @@
-"""What one model costs, added up: every block adds what it has to a bill, which multiplies.
+"""A bill adds up the costs of a model: each block adds its sizes, and the bill multiplies them.
 
-Conventions. A multiply-add is two FLOPs; only matrix products count (norms, activations, softmax,
-gathers and the embedding lookup do not), attention scores count as the full square of queries and
-keys, as kernels and FlopCounterMode have it. Shared weights count once as parameters and every time
-they are used as FLOPs.
+Conventions: A multiply-add is two FLOPs. Only matrix products count; norms, activations, softmax,
+gathers and the embedding lookup do not. Attention counts all pairs of queries and keys, also masked
+ones, as kernels and torch's FlopCounterMode do. Shared weights count once as parameters, and as
+FLOPs every time that they are used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ NO_PARTS: Mapping[str, Cost] = MappingProxyType({})
 
 
 class Cost(NamedTuple):
-    """Costs of one sequence through one node and everything below it.
+    """The costs of one sequence through one node and everything below it.
 
-    ``lightest``, ``heaviest``: FLOPs if routers select no token, and if they select every one.
+    ``flops``: at the capacities of the routers. ``lightest`` and ``heaviest``: FLOPs if the routers
+    select no token, and if they select every token.
     """
 
     params: int = 0
@@ -34,11 +35,12 @@ class Cost(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """How often a block is run in one sequence.
+    """How often a block runs on one sequence.
 
-    ``lengths``: tokens of each run, at the routers' capacities; ``pairs`` of a query and a key, in
-    all of them. ``fewest``, ``most``: runs if routers select no token, and if they select every
-    one; each of these is on the whole sequence.
+    ``lengths``: the number of tokens of each run at the capacities of the routers. ``pairs``: the
+    number of pairs of a query and a key in all runs. ``fewest`` and ``most``: the number of runs
+    if the routers select no token, and if they select every token; these are runs on the whole
+    sequence.
     """
 
     lengths: list[int]
@@ -48,12 +50,13 @@ class Runs(NamedTuple):
 
 
 class Bill:
-    """What blocks have that are run alike: each adds its own, ``total`` multiplies.
+    """The sizes of blocks that run equally often. Each block adds its sizes; `total` multiplies.
 
-    ``tokens``: of the whole sequence. ``runs``: of each block. ``makers``: those that make keys and
-    values, which further runs may read. ``copies``: so often the blocks are there, one after the
-    other; ``weights``: so often their parameters are. ``below``: bills of parts that are run
-    otherwise, and where a table by node is wanted (``detailed``), of every part.
+    ``tokens``: the length of the whole sequence. ``runs``: how often each block runs. ``makers``:
+    the runs that compute keys and values, which other runs may use. ``copies``: how many times the
+    blocks are repeated, one after the other. ``weights``: how many copies of their parameters
+    exist. ``below``: the bills of parts that run more or less often and, if ``detailed``, of every
+    part.
     """
 
     vectors: int  # parameters that are multiplied or added element by element
@@ -82,38 +85,41 @@ class Bill:
         self.below: list[Bill] = []
 
     def part(self, name: str) -> Bill:
-        """Where a part adds what it has."""
+        """Returns the bill to which the part ``name`` adds its sizes."""
         return self.run(name, self.runs, self.makers) if self.detailed else self
 
     def copied(self, name: str, n: int) -> Bill:
-        """Where a part does that is there ``n`` times, each with weights of its own."""
+        """Returns the bill of a part that exists ``n`` times, each time with its own weights."""
         return self.part(name) if n == 1 else self.run(name, self.runs, self.makers, n, n)
 
     def run(self, name: str, runs: Runs, makers: Runs, copies: int = 1, weights: int = 1) -> Bill:
-        """Where a part does that is run otherwise."""
+        """Returns the bill of a part that runs ``runs`` times per sequence."""
         copies, weights = self.copies * copies, self.weights * weights
         bill = Bill(self.dim, self.tokens, self.detailed, name, runs, makers, copies, weights)
         self.below.append(bill)
         return bill
 
     def kept(self, window: int | None = None) -> int:
-        """Tokens whose keys and values are kept, of each run the last ``window``."""
+        """Returns the number of tokens whose keys and values are in the cache after the sequence.
+
+        With ``window``, only the last ``window`` tokens of each run are.
+        """
         made = self.makers.lengths
         return sum(made) if window is None else sum([min(tokens, window) for tokens in made])
 
     def total(self) -> Cost:
-        """Of all that was added here and below."""
+        """Returns the costs of everything added to this bill and to the bills below it."""
         params = matrices = flops = lightest = heaviest = kv = layers = passes = queries = 0
         bills, T = [self], self.tokens
         for bill in bills:
-            bills += bill.below  # their turn comes, too
+            bills += bill.below  # the loop reaches these bills later
             lengths, pairs, fewest, most = bill.runs
             makers, copies, tokens = bill.makers, bill.copies, sum(lengths)
             numbers = bill.matrices + bill.projections + bill.tables
             params += bill.weights * (numbers + bill.vectors)
             matrices += bill.weights * numbers
             applied, made = copies * bill.matrices, copies * bill.projections
-            attended = 2 * copies * bill.queries  # a query meets a key, its weight a value
+            attended = 2 * copies * bill.queries  # queries with keys, and weights with values
             flops += applied * tokens + made * sum(makers.lengths) + attended * pairs
             applied += attended * T  # of runs on the whole sequence
             lightest += applied * fewest + made * makers.fewest

@@ -1,6 +1,6 @@
-"""What a model costs, in closed form: parameters, FLOPs and cache, node by node.
+"""The costs of a model in closed form: parameters, FLOPs and cache, in total and node by node.
 
-The conventions are those of `archdsl.costs.bill`; a backward pass costs two forward passes.
+The conventions are those of `archdsl.costs.bill`. A backward pass costs two forward passes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def block_cost(block: BlockSpec, dim: int, tokens: int) -> Cost:
-    """One block of a model of width ``dim``, on one sequence."""
+    """Returns the costs of one block of a model of width ``dim`` on ``tokens`` tokens."""
     bill = _bill(dim, tokens)
     block.cost(bill)
     return bill.total()
 
 
 def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool = False) -> Cost:
-    """The whole model on one sequence of ``tokens`` (default: the context)."""
+    """Returns the costs of a model on one sequence of ``tokens`` (by default the context).
+
+    ``detailed``: also the costs of every part.
+    """
     D, V = spec.dim, spec.vocab_size
     bill = _bill(D, tokens or spec.context, detailed)
     bill.part("embedding").tables += V * D
@@ -31,12 +34,12 @@ def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool 
     head = bill.part("head")
     head.matrices += V * D
     if spec.tie_embeddings:
-        head.tables -= V * D  # is the embedding's, and counted there
+        head.tables -= V * D  # the matrix of the embedding, which is already counted there
     return bill.total()
 
 
 def _bill(dim: int, tokens: int, detailed: bool = False) -> Bill:
-    """Of one sequence, all tokens of which attend to each other."""
+    """The bill of one sequence in which all tokens attend to each other."""
     whole = Runs([tokens], tokens * tokens)
     return Bill(dim, tokens, detailed, "", whole, whole)
 
@@ -63,12 +66,12 @@ class Receipt(NamedTuple):
     optimizer_bytes: int
 
 
-KV_BYTES = 2  # bfloat16, what caches are kept in
-TRAIN_BYTES = 4  # float32 weights, gradients and two AdamW moments
+KV_BYTES = 2  # caches are in bfloat16
+TRAIN_BYTES = 4  # weights, gradients and the two moments of AdamW are in float32
 
 
 def cost(spec: ModelSpec) -> Receipt:
-    """The closed-form receipt of a spec.
+    """Returns the costs of a spec, computed in closed form.
 
     >>> import archdsl
     >>> receipt = archdsl.cost(archdsl.load("transformer"))
@@ -95,11 +98,12 @@ def cost(spec: ModelSpec) -> Receipt:
 
 
 def paper_flops(spec: ModelSpec, tokens: int | None = None) -> float:
-    """Forward FLOPs of one sequence as Chen et al. (2502.13842, Table 2) count them.
+    """Returns the forward FLOPs of one sequence as Chen et al. (2502.13842, Table 2) count them.
 
-    ``2 N T + 4 T^2 d L`` with N all matrices, embedding included, rounded to the table's three
-    digits, times the mean number of passes per layer: embedding and head are multiplied too,
-    although they run once. 3.29, 4.42 and 4.70 only come out if the base is rounded first.
+    The base is ``2 N T + 4 T^2 d L``, where N are all parameters in matrices, also the embedding.
+    It is rounded to three digits, as in the table, and then multiplied by the mean number of passes
+    per layer. So embedding and head are multiplied too, although they run once. The values 3.29,
+    4.42 and 4.70 of the table require that the base is rounded first.
     """
     T = tokens or spec.context
     whole = sequence_cost(spec, tokens=T)
