@@ -91,7 +91,7 @@ class Footprint(NamedTuple):
 
 
 def in_a_row(stream: int, parts: Sequence[Footprint]) -> Footprint:
-    """Returns the footprint of blocks that run one after the other on outputs of ``stream`` bytes."""
+    """Returns the footprint of a series of blocks, each with an output of ``stream`` bytes."""
     kept = stream * sum(part.reads for part in parts[1:]) + sum(part.kept for part in parts)
     freed = work = 0
     for part in reversed(parts):

@@ -63,13 +63,16 @@ class PHop(Skill):
 
     @property
     def vocab_size(self) -> int:
+        """See `Skill.vocab_size`."""
         return self.alphabet
 
     @property
     def chance(self) -> float:
+        """See `Skill.chance`."""
         return 1 / self.alphabet
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """See `Skill.generate`."""
         tokens_BT = rng.integers(self.alphabet, size=(batch, self.length))
         follower_BT = _after_last_occurrence(tokens_BT)
         place_BT = np.broadcast_to(np.arange(self.length), tokens_BT.shape)
@@ -103,10 +106,12 @@ class StateTracking(Skill):
 
     @property
     def vocab_size(self) -> int:
+        """See `Skill.vocab_size`."""
         return len(self._elements)
 
     @property
     def chance(self) -> float:
+        """See `Skill.chance`."""
         return 1 / self.vocab_size
 
     @property
@@ -114,6 +119,7 @@ class StateTracking(Skill):
         return list(permutations(range(int(self.group[1]))))
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """See `Skill.generate`."""
         table = _composition(self._elements)
         tokens_BT = rng.integers(len(table), size=(batch, self.length))
         targets_BT = tokens_BT.copy()
@@ -148,13 +154,16 @@ class Arithmetic(Skill):
 
     @property
     def vocab_size(self) -> int:
+        """See `Skill.vocab_size`."""
         return self.modulus + 6
 
     @property
     def chance(self) -> float:
+        """See `Skill.chance`."""
         return float(_answer_shares(self.modulus, self.operands).max())
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """See `Skill.generate`."""
         size = 4 * self.operands - 1
         each = -(-self.length // size)
         text_RT = _problems(rng, batch * each, self.operands, self.modulus)
@@ -242,13 +251,16 @@ class SelectiveCopy(Skill):
 
     @property
     def vocab_size(self) -> int:
+        """See `Skill.vocab_size`."""
         return 2 * self.alphabet + 1
 
     @property
     def chance(self) -> float:
+        """See `Skill.chance`."""
         return 1 / self.alphabet
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """See `Skill.generate`."""
         noisy = self.length - self.marked
         text_BT = rng.integers(self.alphabet, size=(batch, noisy))
         places_BM = np.sort(rng.random((batch, noisy)).argsort(axis=1)[:, : self.marked], axis=1)
@@ -283,13 +295,16 @@ class Recall(Skill):
 
     @property
     def vocab_size(self) -> int:
+        """See `Skill.vocab_size`."""
         return self.keys + self.values
 
     @property
     def chance(self) -> float:
+        """See `Skill.chance`."""
         return 1 / self.values
 
     def generate(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """See `Skill.generate`."""
         keys_BP = rng.random((batch, self.keys)).argsort(axis=1)[:, : self.pairs]
         values_BP = rng.integers(self.values, size=keys_BP.shape) + self.keys
         asked_BQ = rng.integers(self.pairs, size=(batch, self.length - 2 * self.pairs))
