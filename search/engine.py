@@ -1,4 +1,4 @@
-"""The stages of a search: draws climb, then the winner and the proxy are judged."""
+"""The phases of a search: run the trials, then compare the winner and validate the proxy."""
 
 from __future__ import annotations
 
@@ -28,19 +28,31 @@ from archdsl.search.space.feasibility import NothingFitsError
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
-from archdsl.search.study.spending import Spending, Spent
+from archdsl.search.study.spending import (
+    ABLATIONS,
+    BASELINES,
+    PROXY_VALIDATION,
+    SEARCH,
+    SUPERNET_VALIDATION,
+    Spending,
+    Spent,
+)
 from archdsl.search.study.study import Study
 from archdsl.search.trials.proxy import Job, Proxy
 from archdsl.search.trials.scorers import Scorer, training_flops
 from archdsl.search.workers.pool import Pool, process_pool
 
-RESERVED_SHARE = 0.62  # of all means, at most, for what follows the draws
-VALIDATION_RUNS = 16  # what judging the proxy by one of twice the width costs, in trials
+RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what follows the trials
+VALIDATION_RUNS = 16  # cost of the proxy validation, in trainings of the best model
 
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """What a watcher is told after every event."""
+    """The state of a search, as given to ``watch`` about twice a second.
+
+    ``elapsed`` and ``seconds`` are the time used and its limit (0: no limit). ``rungs`` correlates
+    the ranking on the first and the last rung. ``last`` says what happened last.
+    """
 
     phase: str
     elapsed: float
@@ -48,7 +60,7 @@ class SearchProgress:
     running: int
     outcomes: dict[str, int]
     best: list[Trial]
-    rungs: Correlation  # between the first and the last, so far
+    rungs: Correlation
     last: str
 
 
@@ -57,10 +69,11 @@ Watch = Callable[[SearchProgress], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """How a search uses the machine; nothing it finds depends on it.
+    """How a search uses the machine. The results do not depend on it.
 
-    ``workers``: children of one thread each. ``memory``: bytes that one may use. ``patience``:
-    seconds without a training step after which it is taken for hung.
+    ``workers`` is the number of processes of one thread each (0: ``default_workers()``). ``memory``
+    are the bytes that one of them may allocate (None: no limit). A training that makes no step for
+    ``patience`` seconds is ended.
     """
 
     workers: int = 0
@@ -69,16 +82,18 @@ class Machine:
 
     @contextmanager
     def pool(self) -> Iterator[Pool]:
+        """Run a pool of worker processes until the block ends."""
         with process_pool(self.workers or default_workers(), self.memory, self.patience) as pool:
             yield pool
 
 
 def default_workers() -> int:
+    """Return the number of cores, at most 8."""
     return min(8, os.cpu_count() or 1)
 
 
 class SearchEngine:
-    """One process's part of a search; the study and the store are its memory."""
+    """One process of a search. All results are kept in the study and in the folder ``store``."""
 
     def __init__(
         self,
@@ -95,10 +110,10 @@ class SearchEngine:
         self.folder, self.store, self.study, self.spending = folder, store, study, spending
         self.scorer, self.settings, self.trials, self.seeds = scorer, settings, trials, seeds
         self.watch = watch or (lambda _: None)
-        self.phase = "searching"
-        self.rungs, self.ranked = kendall_tau([]), 0  # of so many draws
+        self.phase = SEARCH
+        self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
-        self.jobs: dict[Key, Job] = {}  # of the contest
+        self.jobs: dict[Key, Job] = {}  # of the comparison
         self.results: dict[Key, Result] = {}
         self.proxy_validation: ProxyValidation | None = None
         self.supernet_validation: SupernetValidation | None = None
@@ -108,6 +123,11 @@ class SearchEngine:
         return self.settings.proxy
 
     def run(self, machine: Machine) -> SearchReport:
+        """Run all phases and return the report. After Ctrl-C it has what is known so far.
+
+        Raises NothingFitsError if no trial reached the last rung, KeyboardInterrupt if Ctrl-C is
+        the reason for that, and SearchFailedError if trials keep failing.
+        """
         interrupted = False
         try:
             with machine.pool() as pool:
@@ -121,7 +141,9 @@ class SearchEngine:
         finished = self.study.finished()
         if not best(finished):
             if interrupted:
-                raise KeyboardInterrupt("no trial was finished; the same command goes on")
+                raise KeyboardInterrupt(
+                    "no trial reached the last rung yet; run the same command again to continue"
+                )
             raise NothingFitsError(self._why_nothing(finished))
         return SearchReport(
             folder=self.folder,
@@ -138,18 +160,18 @@ class SearchEngine:
         )
 
     def _entries(self, winner: ModelSpec) -> list[ComparisonEntry]:
-        """Also what was trained before an interruption."""
+        """Return the entries of the comparison, with scores stored before an interruption."""
         return entries(winner, self.jobs, {**stored_scores(self.jobs), **self.results})
 
     def _why_nothing(self, finished: list[Trial]) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self.study.outcomes().items())
-        error = next((f" The last one said: {t.error}" for t in finished[::-1] if t.error), "")
+        error = next((f" The last error: {t.error}" for t in finished[::-1] if t.error), "")
         return (
-            f"no draw reached the last rung ({counts or 'none was made'}); more --time may help, "
-            f"the same command goes on.{error}"
+            f"no trial reached the last rung ({counts or 'no trial was started'}); run the same "
+            f"command again with a longer --time to continue.{error}"
         )
 
-    # climbing
+    # trials
 
     def _run_trials(self, pool: Pool) -> None:
         scheduler = RungScheduler(
@@ -166,22 +188,24 @@ class SearchEngine:
         )
 
     def _affords_trials(self, more: int) -> bool:
-        """Whether so many further trials, and what follows, fit into what is left."""
+        """Return whether the limits allow ``more`` trials and all trainings that follow them."""
         ranked = best(self.study.finished())
         if not ranked:
             return not self.spending.is_spent
-        rivals = len(self._comparison_jobs(ranked[0].spec, [0])) / len(self.proxy.tasks)
+        compared = len(self._comparison_jobs(ranked[0].spec, [0])) / len(self.proxy.tasks)
         return self._affords_runs(
-            more + self.seeds * rivals + VALIDATION_RUNS, ranked, RESERVED_SHARE
+            more + self.seeds * compared + VALIDATION_RUNS, ranked, RESERVED_SHARE
         )
 
     def _affords_runs(self, runs: float, ranked: list[Trial], most: float = 1.0) -> bool:
-        """Whether there is time, and leave, for so many trainings of the best model so far; what
-        is kept for them is at ``most`` a share of the whole."""
+        """Return whether the limits allow so many trainings of the best model so far.
+
+        At ``most`` this share of the whole limit is required to be left.
+        """
         flops = runs * training_flops(self.proxy, ranked[0].spec)
         rungs = [rung for trial in ranked for rung in trial.rungs]
         scores = [s for rung in rungs for s in rung.values() if s.train_flops]
-        if not scores:  # all of them read back
+        if not scores:  # all of them were stored before
             return not self.spending.is_spent
         rate = sum(s.seconds for s in scores) / sum(s.train_flops for s in scores)
         limits = self.spending.limits
@@ -189,10 +213,10 @@ class SearchEngine:
         flops = min(flops, most * (limits.train_flops or math.inf))
         return self.spending.seconds_left > seconds and self.spending.flops_left > flops
 
-    # judging
+    # evaluation
 
     def _evaluate_winner(self, pool: Pool) -> None:
-        """The winner beside its controls, the proxy beside a wider one, then the ablations."""
+        """Compare the winner with its baselines, validate the proxy, then train the ablations."""
         ranked = best(self.study.finished())
         if not ranked:
             return
@@ -208,26 +232,30 @@ class SearchEngine:
             self.results |= run_comparison(
                 self.spending.metered(pool, phase), part, may_go_on, self._say
             )
-            if phase == "controls":
-                self.phase = "trust"
-                self.proxy_validation = validate_proxy(
-                    self.spending.metered(pool, "trust"),
-                    self.study.finished(),
-                    self.proxy,
-                    self.settings.seed,
-                    self.store,
-                    may_go_on,
-                    self._say,
-                )
+            if phase == BASELINES:
+                self._validate_proxy(pool, may_go_on)
+
+    def _validate_proxy(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
+        """Train a few trials in a wider proxy and compare the rankings."""
+        self.phase = PROXY_VALIDATION
+        self.proxy_validation = validate_proxy(
+            self.spending.metered(pool, PROXY_VALIDATION),
+            self.study.finished(),
+            self.proxy,
+            self.settings.seed,
+            self.store,
+            may_go_on,
+            self._say,
+        )
 
     def _validate_supernet(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
-        """Whether what was scored with shared weights is as good trained alone."""
+        """Train a few trials separately that supernets scored, and compare the rankings."""
         if self.settings.strategy != "shared":
             return
-        self.phase = "proof"
-        spent = self.spending.summary().by_phase.get("search", Spent()).train_flops
+        self.phase = SUPERNET_VALIDATION
+        spent = self.spending.summary().by_phase.get(SEARCH, Spent()).train_flops
         self.supernet_validation = validate_supernet(
-            self.spending.metered(pool, "proof"),
+            self.spending.metered(pool, SUPERNET_VALIDATION),
             self.study.finished(),
             self.proxy,
             self.settings.seed,
@@ -241,10 +269,10 @@ class SearchEngine:
         return comparison_jobs(winner, self.proxy, seeds, self.store, ablate=True)
 
     def _phases(self) -> Iterator[tuple[str, dict[Key, Job]]]:
-        """The contest in the order of what must be known."""
+        """Yield the jobs of the comparison by phase, in the order in which they are run."""
         ablations = {key for key in self.jobs if role_of(key[0]) == "ablation"}
-        yield "controls", {key: job for key, job in self.jobs.items() if key not in ablations}
-        yield "ablations", {key: job for key, job in self.jobs.items() if key in ablations}
+        yield BASELINES, {key: job for key, job in self.jobs.items() if key not in ablations}
+        yield ABLATIONS, {key: job for key, job in self.jobs.items() if key in ablations}
 
     def _say(self, said: str) -> None:
         self._tell(said, self.workers)
@@ -252,9 +280,7 @@ class SearchEngine:
     def _tell(self, said: str, running: int) -> None:
         self.spending.update()
         finished = self.study.finished()
-        if (
-            len(finished) != self.ranked
-        ):  # thousands of resamples, and this is called twice a second
+        if len(finished) != self.ranked:  # not each time: the interval takes 2,000 resamples
             self.ranked, self.rungs = len(finished), between_rungs(finished, self.proxy)
         self.watch(
             SearchProgress(

@@ -1,4 +1,4 @@
-"""Draws climb their rungs: a process's part of a study that others may share."""
+"""Trains the trials of a study rung by rung (successive halving), beside other processes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from archdsl.search.trials.proxy import Proxy, ProxyScore, objective
 from archdsl.search.trials.scorers import Scorer
 from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
 
-FAILURES = 5  # in a row: something is wrong with more than a trial
-SECONDS_BETWEEN_LOOKS = 0.5  # at what other workers do
+FAILURES = 5  # in a row: then the search ends, because the fault is not that of one trial
+SECONDS_BETWEEN_UPDATES = 0.5
 
 
 class SearchFailedError(ArchdslError):
-    """Trials fail, whatever is drawn."""
+    """One trial after the other failed."""
 
 
 @dataclass
 class TrialJobs:
-    """A draw and the work on the rung it is on, by task."""
+    """A trial and the trainings of its present rung, by task."""
 
     trial: RunningTrial
     jobs: dict[str, Future[ProxyScore]]
 
     @property
     def done(self) -> bool:
+        """Whether all trainings of the rung have ended."""
         return all(job.done() for job in self.jobs.values())
 
 
 class RungScheduler:
-    """Takes draws of a study and trains them until none may be made any more.
+    """Takes trials of a study and trains them until no further trial may start.
 
-    ``may_start``: whether there may be a draw of this number, with so many under way here.
-    ``tell``: called about twice a second with a sentence on what happened last.
+    ``may_start`` is called with the number of a new trial and the number of trials that run in this
+    process. ``tell`` is called about twice a second with a sentence on what happened last and the
+    number of trials that are being trained.
     """
 
     def __init__(
@@ -59,30 +61,33 @@ class RungScheduler:
         self.said = ""
 
     def run(self, pool: Pool) -> None:
-        """Returns when every draw was told, also those of other workers, or the means are spent."""
+        """Return when all trials are finished, those of other workers too, or a limit is reached.
+
+        Raises SearchFailedError if ``FAILURES`` trials fail one after the other.
+        """
         pool = self.spending.metered(pool, "search")
         try:
             while self._take(pool) or self.active or self.study.unfinished:
                 if self.spending.is_spent and not self.active:
                     return
                 self._wait()
-                for trial_jobs in [trial_jobs for trial_jobs in self.active if trial_jobs.done]:
+                self.spending.update()  # first, as it decides whether further rungs may start
+                for trial_jobs in [one for one in self.active if one.done]:
                     self._finish_rung(pool, trial_jobs)
-                self.spending.update()
-                self.tell(self.said, sum(not trial_jobs.done for trial_jobs in self.active))
-        finally:  # what an error or Ctrl-C leaves undone is free to be taken up again
+                self.tell(self.said, sum(not one.done for one in self.active))
+        finally:  # after an error or Ctrl-C another process may continue these trials
             for trial_jobs in self.active:
                 self.study.release(trial_jobs.trial)
 
     def _take(self, pool: Pool) -> bool:
         taken = False
-        # one more than can be trained at once, so that nobody waits while a draw is made
+        # one trial more than workers, so that no worker is idle while a trial is proposed
         while len(self.active) <= pool.workers and not self.spending.is_spent:
             trial = self.study.take(lambda number: self.may_start(number, len(self.active)))
             if trial is None:
                 break
             taken = True
-            if trial.rungs:  # who had it before may have been killed before deciding
+            if trial.rungs:  # continued from a worker that ended before this decision
                 self._decide(pool, trial)
             else:
                 self._next_rung(pool, trial)
@@ -91,9 +96,9 @@ class RungScheduler:
     def _wait(self) -> None:
         jobs = [job for trial_jobs in self.active for job in trial_jobs.jobs.values()]
         if not jobs:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_UPDATES)
         elif not any(trial_jobs.done for trial_jobs in self.active):
-            wait_for_any(jobs, SECONDS_BETWEEN_LOOKS)
+            wait_for_any(jobs, SECONDS_BETWEEN_UPDATES)
 
     def _next_rung(self, pool: Pool, trial: RunningTrial) -> None:
         jobs = {
@@ -114,17 +119,17 @@ class RungScheduler:
         self._decide(pool, trial_jobs.trial)
 
     def _decide(self, pool: Pool, trial: RunningTrial) -> None:
-        """Told, or on to the next rung."""
+        """Finish the trial, or promote it to the next rung."""
         values = self._values(trial, trial.rungs[-1])
         if values is None:
             self.study.finish(trial, "diverged")
-            self.said = f"draw {trial.number} diverged"
+            self.said = f"trial {trial.number} diverged"
         elif len(trial.rungs) == self.scorer.rungs:
             self.study.finish(trial, "complete", values)
-            self.said = f"draw {trial.number}: {values[0]:.3f}"
+            self.said = f"trial {trial.number}: {values[0]:.3f}"
         elif not self.study.is_promoted(trial, values):
             self.study.finish(trial, "pruned")
-            self.said = f"draw {trial.number}: {values[0]:.3f}, stopped early"
+            self.said = f"trial {trial.number}: {values[0]:.3f}, stopped early"
         elif self.spending.is_spent:
             self.study.release(trial)
         else:
@@ -135,11 +140,11 @@ class RungScheduler:
             raise failure
         reason = str(failure)
         self.study.finish(trial, "failed", error=reason)
-        self.said = f"draw {trial.number} failed, {reason}"
+        self.said = f"trial {trial.number} failed: {reason}"
         self.failed_in_a_row += 1
         if self.failed_in_a_row == FAILURES:
             raise SearchFailedError(
-                f"{FAILURES} trials failed one after the other, the last with {reason}"
+                f"{FAILURES} trials failed one after the other; the last error: {reason}"
             ) from failure
 
     def _values(
@@ -155,6 +160,6 @@ class RungScheduler:
 
 
 def mean_shares(scores: Collection[ProxyScore]) -> dict[str, float]:
-    """What routers selected, on average over tasks."""
+    """Return the share of tokens that each router selected, as the mean over tasks."""
     names = dict.fromkeys(name for score in scores for name in score.shares)
     return {name: fmean(s.shares[name] for s in scores if name in s.shares) for name in names}

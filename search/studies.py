@@ -1,4 +1,4 @@
-"""The studies that there are: those of folders, and those of a database."""
+"""Finds, exports and deletes studies in folders or in a database."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ RUNS = Path("runs")
 
 
 class StudyError(ArchdslError):
-    """A study that there is not, or that does not hold what was asked for."""
+    """A study does not exist, or does not have what was asked for."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class ListedStudy:
-    """A study and where it is: a folder, or a database if ``folder`` is None."""
+    """A study and its folder; ``folder`` is None if the study is in a database."""
 
     record: StudyRecord
     folder: Path | None
@@ -44,6 +44,7 @@ class ListedStudy:
         return spending_summary(self.record.storage, self.record.id)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the state of the study as JSON values."""
         finished = self.record.finished()
         top = best(finished)
         return {
@@ -58,14 +59,21 @@ class ListedStudy:
         }
 
     def result(self) -> dict[str, Any] | None:
-        """The last report, if it has one."""
+        """Return the content of result.json; None if the search has not written one yet.
+
+        Raises StudyError if the file is no JSON.
+        """
         if self.folder is None or not (self.folder / "result.json").exists():
             return None
         return read_json(self.folder / "result.json", StudyError)
 
 
 def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStudy]:
-    """All of a database, or of the folders in ``runs``, which may be one itself."""
+    """Yield the studies of a database, or those of the folders in ``runs`` and of ``runs`` itself.
+
+    ``storage`` is the URL of the database. Raises StorageError if it cannot be opened, and
+    StudyError if a settings.json is no JSON.
+    """
     if storage is not None:
         backend = database(storage)
         for found in sorted(backend.get_all_studies(), key=lambda study: study.study_name):
@@ -83,7 +91,10 @@ def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStu
 
 
 def study(name: str, storage: str | None = None) -> ListedStudy:
-    """By name, or by folder; what a name begins with is enough where only one does."""
+    """Return a study by its folder, its name, or a beginning of its name that is unique.
+
+    Raises StudyError if there is no such study, or more than one.
+    """
     folder = Path(name)
     if storage is None and (folder / "settings.json").exists():
         return next(studies(folder))
@@ -94,13 +105,19 @@ def study(name: str, storage: str | None = None) -> ListedStudy:
     if len(found) == 1:
         return found[0]
     where = "the database" if storage else f"{RUNS}/"
-    said = "is no folder of a study, and " if storage is None else ""
-    known = ", ".join(one.name for one in found or every) or "no study"
-    raise StudyError(f"{name} {said}names {len(found)} studies of {where}, which has {known}")
+    if found:
+        several = ", ".join(one.name for one in found)
+        raise StudyError(f"{name} is the beginning of several studies in {where}: {several}")
+    known = ", ".join(one.name for one in every) or "none"
+    folder_too = "" if storage else "folder or "
+    raise StudyError(f"{name} is no {folder_too}name of a study in {where}; studies: {known}")
 
 
 def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Trial:
-    """The lowest loss within limits on the cost of the model; raises StudyError."""
+    """Return the trial of lowest loss whose model costs at most ``limits`` (None: no limit).
+
+    Raises StudyError if no trial reached the last rung, or none of them keeps the limits.
+    """
     from archdsl.costs.receipt import cost
 
     given = {name: limit for name, limit in limits.items() if limit is not None}
@@ -109,12 +126,15 @@ def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Tr
         if all(LIMITS[name].spent(receipt) <= limit for name, limit in given.items()):
             return trial
     if not best(trials):
-        raise StudyError("no draw of this study has reached the last rung yet")
-    raise StudyError("no draw that reached the last rung keeps to these limits")
+        raise StudyError("no trial of this study has reached the last rung yet")
+    raise StudyError("no trial that reached the last rung keeps these limits")
 
 
 def export(listed: ListedStudy, form: str) -> str:
-    """Every draw, as CSV (a column for each choice) or as a JSON object per line."""
+    """Return all trials as CSV with a column for each choice, or as one JSON object per line.
+
+    ``form`` is ``csv`` or ``jsonl``.
+    """
     rows = [row(trial) for trial in listed.record.finished()]
     if form == "jsonl":
         return "".join(f"{json.dumps(found, sort_keys=True)}\n" for found in rows)
@@ -139,7 +159,10 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove(listed: ListedStudy) -> None:
-    """With all that it trained inside its folder. Raises StorageError if it is being searched."""
+    """Delete a study, and its folder with everything in it.
+
+    Raises StorageError if another process is searching in the folder.
+    """
     if listed.folder is None:
         listed.record.storage.delete_study(listed.record.id)
         return

@@ -139,7 +139,7 @@ def test_a_study_continues_and_keeps_its_trials(written: Path) -> None:
 def test_a_study_is_shown(cli: Cli) -> None:
     shown = cli("study", "show", "study")
     assert shown.status == 0, shown.err
-    assert "Front" in shown.out
+    assert "Pareto front" in shown.out
     (listed,) = cli("study", "ls", ".", "--json").json
     assert (listed["name"], sum(listed["outcomes"].values())) == ("small-b3ae649a", 3)
     assert listed["spent"]["train_flops"] > 0

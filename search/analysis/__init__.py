@@ -1,4 +1,4 @@
-"""What the results of a search mean: baselines, paired comparisons, conclusions, validations.
+"""Analyses of a search: baselines, paired comparisons, conclusions and validations.
 
-It also forecasts what a search will cost and measures how long a training takes.
+This package also forecasts what a search will cost and measures how long a training takes.
 """

@@ -1,4 +1,4 @@
-"""A model beside its controls and its ablations, without a search."""
+"""Comparison of one given model with its baselines and ablations, without a search."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 from archdsl.search.trials.proxy import Proxy, default_tasks
 from archdsl.search.workers.pool import process_pool
 
-MODEL = "model"  # what a winner is called where nothing was won
+MODEL = "model"  # name of the compared model, which no search has chosen
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What came of it; it also lies in ``folder``. ``missing``: trainings that were not made."""
+    """The result of ``ablate``, which is also written to ``folder``.
+
+    ``missing`` is the number of trainings that were not done.
+    """
 
     folder: Path
     entries: list[ComparisonEntry]
@@ -41,6 +44,7 @@ class Ablation:
     interrupted: bool
 
     def as_json(self) -> dict[str, Any]:
+        """Return the content of result.json."""
         return {
             "verdict": conclusion(self.entries, self.proxy),
             "what_matters": ablation_conclusion(self.entries, self.proxy),
@@ -63,12 +67,14 @@ def ablate(
     out: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Ablation:
-    """Trains proxies of a spec, of its controls and of it with one thing after the other taken out.
+    """Train proxies of a model, of its baselines and of its ablations, and compare their losses.
 
-    ``seconds``: after which no training is begun (None: no limit). ``workers``: processes of one
-    thread each (default: the cores, at most 8). ``out`` (default: one below runs/) holds scores, by
-    which the same call goes on, and result.json. On Ctrl-C what is known so far is returned.
-    Raises SpecError.
+    An ablation is the model without one of its parts. ``seconds`` is the time after which no
+    further training starts (None: no limit). ``workers`` is the number of processes of one thread
+    each (default: the number of cores, at most 8). ``out`` (default: a folder below runs/) receives
+    the scores and result.json; a call with the same ``out`` continues where the last one stopped.
+    ``tell`` is called about twice a second with a sentence on the progress. Ctrl-C ends the
+    trainings and returns what is known so far. Raises SpecError if the spec is wrong.
     """
     model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
     folder = out or Path("runs") / f"{model.name}-ablation"

@@ -1,7 +1,9 @@
-"""The controls of a model: what a plain one, or chance, does with the same means; and its
-ablations: the model with one thing taken out. Pure: a spec goes in, specs come out.
+"""Baselines and ablations of a model, as specs.
 
-They are to be asked of the spec that is trained: what is equal at one size is not at another.
+A baseline is a plain model of equal parameters or equal FLOPs, a plain loop of equal FLOPs, or the
+same model with random routing. An ablation is the model without one of its parts. Call these
+functions with the spec of the size that is trained: baselines that are equal at one size are not
+equal at another.
 """
 
 from __future__ import annotations
@@ -25,23 +27,23 @@ RANDOM_ROUTING = "random-routing"
 BASELINES = (EQUAL_PARAMS, EQUAL_FLOPS, EQUAL_FLOPS_LOOP, RANDOM_ROUTING)
 
 Change = Callable[[LoopSpec], Part]
-Specs = dict[str, ModelSpec]  # by name
+Specs = dict[str, ModelSpec]  # name -> spec
 
 
 def baselines(winner: ModelSpec) -> Specs:
-    """By name; without those that are the winner itself, or another control."""
+    """Return the baselines by name, without those that equal the winner or another baseline."""
     found = compared_specs(winner)
     return {name: found[name] for name in distinct([found]) if name in BASELINES}
 
 
 def ablations(winner: ModelSpec) -> Specs:
-    """By name; without what changes nothing, and what is a control already."""
+    """Return the ablations by name, without those that equal the winner or a baseline."""
     found = compared_specs(winner)
     return {name: found[name] for name in distinct([found]) if name not in (WINNER, *BASELINES)}
 
 
 def compared_specs(winner: ModelSpec) -> Specs:
-    """The winner, its controls and its ablations, in this order; some may be the same model."""
+    """Return the winner, its baselines and its ablations in this order; some may be equal."""
     plain = plain_baseline(winner)
     flops = sequence_cost(winner).flops
     found = {
@@ -58,8 +60,11 @@ def compared_specs(winner: ModelSpec) -> Specs:
 
 
 def distinct(by_task: Sequence[Specs]) -> list[str]:
-    """Of names that stand for a spec in each of several mappings, those that are a new model in at
-    least one of them."""
+    """Return the names that are worth training.
+
+    ``by_task`` maps the same names to specs, once for each task. A name is left out if an earlier
+    name has the same model (fingerprint) for every task.
+    """
     first: dict[tuple[str, ...], str] = {}
     for name in by_task[0]:
         first.setdefault(tuple(specs[name].fingerprint() for specs in by_task), name)
@@ -69,7 +74,7 @@ def distinct(by_task: Sequence[Specs]) -> list[str]:
 def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
     if name == WINNER:
         return winner
-    about = f"{name} twin of {winner.name}" if name in BASELINES else f"{winner.name} {name}"
+    about = f"{name} baseline of {winner.name}" if name in BASELINES else f"{winner.name} {name}"
     called = f"{winner.name[:60]}-{name.lower().replace(' ', '-')}"
     return spec.model_copy(update={"name": called, "description": about, "budget": None})
 
@@ -78,20 +83,23 @@ def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
 
 
 def plain_baseline(spec: ModelSpec) -> ModelSpec:
-    """Every loop replaced by its body, which runs once: the same weights, no thinking."""
+    """Replace every loop by its body, which runs once: the same weights without repeated steps."""
     return _with_blocks(spec, _unrolled(_changed(spec, unlooped)))
 
 
 def unlooped(loop: LoopSpec) -> BlockSpec:
-    """The body once; where each step has weights of its own, as many bodies in a row."""
+    """Return the body of a loop, or a stack of bodies if each step has its own weights."""
     if loop.parameters == "shared" or loop.steps == 1:
         return loop.body
     return StackSpec(repeat=loop.steps, body=(loop.body,))
 
 
 def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
-    """The plain model with as many of its layers, evenly repeated or left out, as come closest to
-    ``flops`` per context."""
+    """Change the number of layers so that the FLOPs come closest to ``flops``.
+
+    Layers are repeated or left out evenly. ``flops`` is the count for one context of a forward
+    pass. Of equally close depths the present one is kept, else the smallest is taken.
+    """
     blocks = plain.blocks
     each = _flops(plain)
     head = sequence_cost(plain).flops - sum(each)
@@ -107,7 +115,7 @@ def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
     most = 1
     while total(most) < flops:
         most += 1
-    depths = [len(blocks), *range(1, most + 1)]  # where equally close, as it is
+    depths = [len(blocks), *range(1, most + 1)]
     best = min(depths, key=lambda n: abs(total(n) - flops))
     return _with_blocks(plain, [blocks[i] for i in picked(best)])
 
@@ -116,11 +124,11 @@ def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
 
 
 def loop_baseline(spec: ModelSpec, flops: int) -> ModelSpec:
-    """The spec's loops as plain loops of every token, which overwrite, with the parameters of the
-    plain twin and as many steps as come closest to ``flops`` per context.
+    """Replace loops by plain loops without routing whose FLOPs come closest to ``flops``.
 
-    Each loop gets the steps that its own FLOPs pay for; where these are no whole number, the
-    first ones take one more.
+    The parameters are those of the plain baseline. ``flops`` is the count for one context of a
+    forward pass. Each loop gets as many steps as its own FLOPs allow. If that is not a whole
+    number, some of the loops take one step more.
     """
     thinking = _with_blocks(spec, _unrolled(spec))
     plain = _changed(thinking, unlooped)
@@ -140,7 +148,7 @@ def loop_baseline(spec: ModelSpec, flops: int) -> ModelSpec:
 
 
 def _random(loop: LoopSpec) -> LoopSpec:
-    """A learned router replaced by a random one of equal capacity."""
+    """Replace a learned router by a random router of equal capacity."""
     old = loop.router
     if old is None or not old.learned:
         return loop
@@ -165,7 +173,7 @@ ABLATIONS: dict[str, Change] = {
 
 
 def _without_loop(spec: ModelSpec, which: int) -> ModelSpec:
-    """One loop, counted as they are written, replaced by its body."""
+    """Replace one loop by its body; ``which`` counts the loops in the order of the spec."""
     order = count()
 
     def change(part: Part) -> Part:
@@ -180,7 +188,7 @@ def _without_loop(spec: ModelSpec, which: int) -> ModelSpec:
 
 
 def _changed(spec: ModelSpec, change: Change) -> ModelSpec:
-    """Every loop changed, inner ones first."""
+    """Apply ``change`` to every loop of the spec, to inner loops first."""
 
     def each(part: Part) -> Part:
         part = part.with_each(each)
@@ -202,5 +210,5 @@ def _unrolled(spec: ModelSpec) -> Iterator[BlockSpec]:
 
 
 def _flops(spec: ModelSpec) -> list[int]:
-    """Of each block, for one context."""
+    """Return the forward FLOPs of each block for one context."""
     return [block_cost(block, spec.dim, spec.context).flops for block in spec.blocks]

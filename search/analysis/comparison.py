@@ -1,11 +1,14 @@
-"""The contest: a winner beside its controls and ablations, trained alike with seeds that chose
-nothing."""
+"""Comparison of a winner with its baselines and ablations.
+
+All of them are trained alike, with seeds that were not used in the search, and compared by paired
+differences of their losses.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,12 +19,12 @@ from archdsl.search.analysis.baselines import BASELINES, WINNER, compared_specs,
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.stats.paired import Difference, paired
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
-from archdsl.search.workers.pool import JobFailed, Pool
+from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
 
 OBJECTIVE = "objective"
-SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_UPDATES = 0.5
 
-Role = Literal["winner", "control", "ablation"]
+Role = Literal["winner", "baseline", "ablation"]
 Key = tuple[str, str, int]  # name, task, seed
 Result = ProxyScore | JobFailed
 K = TypeVar("K", bound=Hashable)
@@ -29,10 +32,10 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class ComparisonEntry:
-    """The winner, a control or an ablation: spec and receipt of full size, scores of its proxies.
+    """The winner, a baseline or an ablation.
 
-    ``scores``: by task, one for each seed; none where one of the trainings failed, which ``error``
-    then gives the reason of.
+    ``spec`` and ``receipt`` are of full size. ``scores`` are those of the proxy, by task, one for
+    each seed. If a training failed, the lists are empty and ``error`` gives the reason.
     """
 
     name: str
@@ -43,13 +46,15 @@ class ComparisonEntry:
     error: str = ""
 
     def losses(self, task: str) -> list[float]:
+        """Return the loss of each seed in nats, infinity where training diverged."""
         return [math.inf if s.loss is None else s.loss for s in self.scores[task]]
 
 
 def role_of(name: str) -> Role:
+    """Return the role of an entry by its name, as ``compared_specs`` gives it."""
     if name == WINNER:
         return "winner"
-    return "control" if name in BASELINES else "ablation"
+    return "baseline" if name in BASELINES else "ablation"
 
 
 # training
@@ -58,10 +63,12 @@ def role_of(name: str) -> Role:
 def comparison_jobs(
     winner: ModelSpec, proxy: Proxy, seeds: Iterable[int], store: Path, *, ablate: bool
 ) -> dict[Key, Job]:
-    """What is to be trained, seed by seed, in each of them controls before ablations: whenever
-    the time is over, as many seeds as possible are whole.
+    """Return the trainings of a comparison in the order in which they should be done.
 
-    Controls are made of the proxy, so that they are equal where they are trained.
+    The order is seed by seed, with baselines before ablations, so that as many seeds as possible
+    are complete whenever the time is used up. Baselines are made from the proxy of the winner,
+    because they must have equal parameters or FLOPs at the size that is trained. ``store`` is the
+    folder of results; ``ablate`` says whether ablations are included.
     """
     small = {t: compared_specs(proxy.shrink(winner, task)) for t, task in proxy.tasks.items()}
     names = [n for n in distinct(list(small.values())) if ablate or role_of(n) != "ablation"]
@@ -79,9 +86,10 @@ def run_comparison(
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> dict[K, Result]:
-    """Trains, in their order, what was not trained before, and begins no more than is allowed.
+    """Run the jobs that have no stored score, in their order, and return all results.
 
-    ``tell``: called about twice a second with a sentence.
+    ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
+    about twice a second with a sentence on the progress.
     """
     results: dict[K, Result] = dict(stored_scores(jobs))
     waiting = [key for key in jobs if key not in results]
@@ -92,20 +100,20 @@ def run_comparison(
             waiting.remove(key)
             running[pool.submit(jobs[key])] = key
         tell(f"{len(results)} of {len(jobs)} trainings")
-        done, _ = wait(running, SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-        for future in done:
+        wait_for_any(running, SECONDS_BETWEEN_UPDATES)
+        for future in [future for future in running if future.done()]:
             results[running.pop(future)] = _result(future)
     tell(f"{len(results)} of {len(jobs)} trainings")
     return results
 
 
 def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
-    """The first that no other process trains: workers that share a store share the contest."""
+    """Return the first job that no other process is running: workers with one store share them."""
     return next((key for key in waiting if not jobs[key].stored_run.in_use), waiting[0])
 
 
 def stored_scores(jobs: Mapping[K, Job]) -> dict[K, ProxyScore]:
-    """Of those that were done before, the scores."""
+    """Return the scores of the jobs that were done before."""
     found = {key: job.stored_score() for key, job in jobs.items()}
     return {key: score for key, score in found.items() if score is not None}
 
@@ -117,14 +125,17 @@ def _result(future: Future[ProxyScore]) -> Result:
         return failure
 
 
-# what came of it
+# results
 
 
 def entries(
     winner: ModelSpec, jobs: Mapping[Key, Job], results: Mapping[Key, Result]
 ) -> list[ComparisonEntry]:
-    """The winner and those that it can be compared with: only whole seeds count, of controls
-    those in which the winner and all controls were trained, of ablations those with all."""
+    """Return the winner and the entries that it can be compared with.
+
+    Only complete seeds count: for the winner and the baselines those with which all of them were
+    trained, for ablations those with which everything was trained.
+    """
     full = compared_specs(winner)
     names = list(dict.fromkeys(name for name, _, _ in jobs))
     rivals = [name for name in names if role_of(name) != "ablation"]
@@ -139,7 +150,7 @@ def entries(
 def _whole(
     names: Sequence[str], jobs: Mapping[Key, Job], results: Mapping[Key, Result]
 ) -> list[int]:
-    """The first seeds with which all the names were trained on all tasks."""
+    """Return the first seeds with which all ``names`` were trained on all tasks."""
     seeds = list(dict.fromkeys(seed for _, _, seed in jobs))
     missing = [seed for name, _, seed in jobs.keys() - results.keys() if name in names]
     return seeds[: min(map(seeds.index, missing), default=len(seeds))]
@@ -167,7 +178,7 @@ def _entry(
 
 
 def objectives(entry: ComparisonEntry, proxy: Proxy) -> list[float]:
-    """One for each seed; inf where training diverged."""
+    """Return the objective of each seed in nats, infinity where training diverged."""
     by_seed = zip(*(entry.scores[task] for task in proxy.tasks), strict=True)
     totals = [objective(dict(zip(proxy.tasks, scores, strict=True)), proxy) for scores in by_seed]
     return [math.inf if total is None else total for total in totals]
@@ -176,8 +187,12 @@ def objectives(entry: ComparisonEntry, proxy: Proxy) -> list[float]:
 def differences(
     entries: Sequence[ComparisonEntry], proxy: Proxy
 ) -> dict[str, dict[str, Difference]]:
-    """By name, of controls and ablations that were trained: how much higher than the winner's
-    their losses are, in the objective (the first key) and by task, paired by seed."""
+    """Return how much higher the losses of baselines and ablations are than the winner's.
+
+    The first key is the name of the entry, the second ``OBJECTIVE`` or a task. Differences are
+    paired by seed. Entries whose training failed are left out; if the winner's failed, the result
+    is empty.
+    """
     own = winner_of(entries)
     if own is None or own.error:
         return {}
@@ -190,16 +205,17 @@ def differences(
 
 
 def _gap(other: Sequence[float], own: Sequence[float]) -> Difference:
-    """Over the seeds that both have, which are the first ones."""
+    """Compare over the seeds that both have, which are the first ones."""
     return paired(other, own[: len(other)])
 
 
 def winner_of(entries: Sequence[ComparisonEntry]) -> ComparisonEntry | None:
+    """Return the entry of the winner; None if it has no complete seed yet."""
     return next((entry for entry in entries if entry.role == "winner"), None)
 
 
 def as_json(entries: Sequence[ComparisonEntry], proxy: Proxy) -> list[dict[str, Any]]:
-    """Each contestant: spec, scores by task and seed, and how far from the winner."""
+    """Return the entries for result.json: spec, scores, and difference from the winner."""
     gaps = differences(entries, proxy)
     return [
         {

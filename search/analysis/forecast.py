@@ -1,4 +1,4 @@
-"""What a search would do and cost, before it is paid for: estimates from a few short trainings."""
+"""Forecast of what a search would do and cost, estimated from a few short trainings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from archdsl.search.space.feasibility import Survey, require_feasible, survey
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.workers.pool import Pool
 
-SECONDS = 30.0
-Z = 1.96  # of 95%
+SECONDS = 30.0  # of short trainings
+Z = 1.96  # quantile of the normal distribution for a 95% interval
 
 
 @dataclass(frozen=True)
 class Spread:
-    """An estimate: mean, least and most over the proxies that were measured."""
+    """Mean, minimum and maximum of an estimate over the proxies that were measured."""
 
     mean: float
     least: float
@@ -33,13 +33,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
+        """Return the spread of at least one value."""
         found = list(values)
         return cls(fmean(found), min(found), max(found))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a search may use; None: no limit. ``workers``: children that train at a time."""
+    """What a search may use (None: no limit). ``workers`` is the number of parallel trainings."""
 
     workers: int
     seconds: float | None = None
@@ -49,7 +50,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of one training, over all tasks: seconds of a worker, and FLOPs."""
+    """The cost of one training on all tasks: seconds of a worker, and training FLOPs."""
 
     seconds: Spread
     flops: Spread
@@ -57,10 +58,10 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Scenario:
-    """How a search would go, all that follows its trials included.
+    """The course of a search, including all trainings that follow its trials.
 
-    ``trials``: infinitely many where nothing limits them. ``stops_at``: the first of the means to
-    be used up, or ``models`` where that is the space.
+    ``trials`` is infinite if nothing limits them. ``stops_at`` names what ends the search:
+    ``models`` (the space is exhausted), ``trials``, ``time``, ``train_flops``, or nothing.
     """
 
     trials: float
@@ -71,14 +72,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class SearchForecast:
-    """The forecast of a search; what is no count, limit or cost of a full-size model is estimated.
+    """The forecast of a search. Counts, limits and costs of full-size models are exact.
 
-    ``interval``: of the share that fits, 95%; None where every point was tried. ``kept``: for each
-    limit of the budget, itself, and the least and most that the models drawn have of it.
-    ``trial``: up to the last rung; ``stopped``: up to the first. ``after``: trainings that follow
-    the trials: winner, controls and ablations with each seed, and those of the wider proxy.
-    ``all_promoted``: if every trial reaches the last rung; ``all_stopped``: if each stops at the
-    first. A search lies between the two.
+    - ``interval``: 95% interval of the share of feasible points; None if every point was tried.
+    - ``kept``: the limits of the budget, each with the least and the most that models use of it.
+    - ``trial``, ``stopped``: cost of a trial up to the last rung, and up to the first.
+    - ``after``: the number of trainings that follow the trials: winner, baselines and ablations
+      with each seed, and the proxy validation.
+    - ``all_promoted``, ``all_stopped``: the course if every trial reaches the last rung, and if
+      every trial stops on the first. A search lies between the two.
     """
 
     survey: Survey
@@ -94,14 +96,16 @@ class SearchForecast:
 
     @property
     def seconds_after(self) -> float:
+        """The seconds that the trainings after the trials take."""
         return self.after * self.trial.seconds.mean / self.resources.workers
 
     @property
     def peak_bytes(self) -> int:
-        """Of the memory of one worker."""
+        """The largest memory of one worker that was measured."""
         return max(s.peak_bytes for found in self.timing.speeds for s in found.values())
 
     def as_json(self) -> dict[str, Any]:
+        """Return the forecast as JSON values; null for what has no limit."""
         found = self.survey
         return {
             "space": {
@@ -137,7 +141,7 @@ class SearchForecast:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity: null."""
+    """Replace infinity, which JSON does not have, by None."""
     return {key: None if value == math.inf else value for key, value in values.items()}
 
 
@@ -154,12 +158,14 @@ def forecast_search(
     wider: int = 16,
     timing: float = SECONDS,
 ) -> SearchForecast:
-    """Surveys the space and trains some of its proxies for a while; nothing of it is kept.
+    """Survey the space, train some of its proxies briefly, and forecast the search.
 
-    ``seconds``, ``trials`` and the budget's ``train_flops`` limit the search. ``seeds`` and
-    ``wider``: what its winner and the trust in its proxy will cost, the latter in trials.
-    ``timing``: seconds of training; what has begun is ended. Raises SpecError,
-    NothingFitsError, and JobFailed if no proxy can be trained.
+    ``seconds``, ``trials`` and the budget's ``train_flops`` limit the search. ``seeds`` is the
+    number of seeds of the final comparison, ``wider`` the cost of the proxy validation in
+    trainings. ``timing`` are the seconds of short trainings; none of their results is kept.
+
+    Raises SpecError if the space is wrong, NothingFitsError if no model fits the budget, and
+    JobFailed if no proxy can be trained.
     """
     fits = require_feasible(tree, budget)
     found = survey(tree, budget, seed=seed)
@@ -187,7 +193,7 @@ def forecast_from_timing(
     *,
     after: float,
 ) -> SearchForecast:
-    """The plan from what was measured; ``after``: trainings that follow the trials."""
+    """Forecast a search from measured speeds; ``after`` trainings follow the trials."""
     trial, stopped = _cost(proxy, measured.speeds, proxy.rungs), _cost(proxy, measured.speeds, 1)
     models = found.distinct if found.whole else None
     return SearchForecast(
@@ -207,7 +213,7 @@ def forecast_from_timing(
 def _course(
     resources: Resources, models: int | None, each: TrainingCost, whole: TrainingCost, after: float
 ) -> Scenario:
-    """With trials that cost ``each``, and then so many trainings that cost the ``whole``."""
+    """Return the scenario of trials that cost ``each``, then ``after`` trainings of ``whole``."""
     limits: dict[str, float] = {}
     if models is not None:
         limits["models"] = models
@@ -230,7 +236,7 @@ def _course(
 
 
 def _cost(proxy: Proxy, speeds: list[dict[str, Speed]], rungs: int) -> TrainingCost:
-    """Of a training up so many rungs."""
+    """Return the cost of a training up to the given number of rungs."""
     steps = {name: task.rungs[rungs - 1] for name, task in proxy.tasks.items()}
     return TrainingCost(
         Spread.of(sum(s.seconds(steps[n], rungs) for n, s in model.items()) for model in speeds),
@@ -252,7 +258,7 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a share, by Wilson's score.
+    """Return the 95% interval of a share, by Wilson's score (Wilson 1927).
 
     >>> [round(x, 3) for x in wilson(9, 10)]
     [0.596, 0.982]

@@ -1,5 +1,4 @@
-"""How far the proxy can be trusted: does its ranking of models hold on the way up the rungs, and in
-a wider proxy?"""
+"""Validation of the proxy: does its ranking of models hold on later rungs and in a wider proxy?"""
 
 from __future__ import annotations
 
@@ -14,12 +13,13 @@ from archdsl.search.study.record import Trial
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
 from archdsl.search.workers.pool import Pool
 
-BEST, POINTS = 3, 8  # of the models that are trained again: the best, and how many in all
+POINTS = 8  # models that are trained again at a larger width
+BEST = 3  # of these, the models of lowest loss
 
 
 @dataclass(frozen=True)
 class WiderPoint:
-    """A model's loss in the search's proxy and in the wider one."""
+    """The loss of a trial in the proxy of the search and in the wider proxy, in nats."""
 
     number: int
     loss: float
@@ -28,9 +28,9 @@ class WiderPoint:
 
 @dataclass(frozen=True)
 class ProxyValidation:
-    """Rank correlations: of first and last rung, and of the proxy and one of ``width``.
+    """Rank correlations between the first and the last rung, and between the proxy and a wider one.
 
-    ``width`` is None where nothing wider than what was searched is to be had.
+    ``width`` is that of the wider proxy; None if models were trained at their own size.
     """
 
     between_rungs: Correlation
@@ -39,64 +39,69 @@ class ProxyValidation:
     points: list[WiderPoint]
 
     def sentence(self) -> str:
-        """What it says of the search's ranking, in words."""
+        """Say in plain sentences whether the ranking of the search holds."""
         return f"{self._across_widths()} {self._along_rungs()}".strip()
 
     def _across_widths(self) -> str:
         if self.width is None:
-            return "The models were trained at their own size, so no proxy needs to be trusted."
+            return "The models were trained at their own size, so there is no proxy to validate."
         if self.wider.tau is None:
-            return f"Whether the ranking holds at width {self.width} was not tried."
+            return f"Whether the proxy's ranking holds at width {self.width} was not tested."
         found = f"Kendall's tau is {self.wider}"
         if self.wider.is_significant:
             return f"The proxy's ranking holds at width {self.width}: {found}."
         if self.wider.high is not None and self.wider.high < 0:
-            return f"The proxy's ranking is turned round at width {self.width}: {found}."
-        return f"That the proxy's ranking holds at width {self.width} is not shown: {found}."
+            return f"The proxy's ranking is reversed at width {self.width}: {found}."
+        return f"It is not shown that the proxy's ranking holds at width {self.width}: {found}."
 
     def _along_rungs(self) -> str:
         found = self.between_rungs
         if found.tau is None:
             return ""
-        holds = "agree" if found.is_significant else "are not shown to agree"
-        return f"First and last rung {holds}: {found}."
+        agree = "agree" if found.is_significant else "are not shown to agree"
+        return f"The rankings on the first and on the last rung {agree}: {found}."
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def between_rungs(trials: Sequence[Trial], proxy: Proxy) -> Correlation:
-    """Of the objective on the first rung and on the last, over the models that reached it."""
-    climbed = [trial for trial in _models(trials) if len(trial.rungs) > 1]
-    firsts = [(objective(trial.rungs[0], proxy), trial) for trial in climbed]
-    return kendall_tau([(first, _loss(trial)) for first, trial in firsts if first is not None])
+    """Correlate the objective on the first and on the last rung, over models that reached both."""
+    promoted = [trial for trial in distinct_models(trials) if len(trial.rungs) > 1]
+    firsts = [(objective(trial.rungs[0], proxy), trial) for trial in promoted]
+    return kendall_tau([(first, loss_of(trial)) for first, trial in firsts if first is not None])
 
 
 def points(trials: Sequence[Trial]) -> list[Trial]:
-    """The models that are trained again: the best, and evenly spread over the ranking others."""
-    ranked = sorted(_models(trials), key=lambda trial: (_loss(trial), trial.number))
+    """Return the trials to train again: the best ones, and others spread over the ranking."""
+    ranked = sorted(distinct_models(trials), key=lambda trial: (loss_of(trial), trial.number))
     best, others = ranked[:BEST], ranked[BEST:]
     many = min(POINTS - BEST, len(others))
-    # the last of many equal parts of the others: the worst is among them
+    # the others are cut into equal parts, and the last trial of each part is taken
     return best + [others[(i + 1) * len(others) // many - 1] for i in range(many)]
 
 
-def _models(trials: Sequence[Trial]) -> list[Trial]:
-    """Of the draws that climbed to the last rung, each model once."""
+def distinct_models(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that reached the last rung, each model once."""
     first: dict[str, Trial] = {}
     for trial in trials:
-        if trial.value is not None and trial.rungs:
+        if trial.value is not None:
             first.setdefault(trial.fingerprint, trial)
     return list(first.values())
 
 
-def _loss(trial: Trial) -> float:
+def loss_of(trial: Trial) -> float:
+    """Return the objective of a trial that reached the last rung, in nats."""
     assert trial.value is not None
     return trial.value
 
 
 def wider(proxy: Proxy, factor: int = 2) -> Proxy | None:
-    """The same proxy with more heads; None where the models are trained at their own size."""
+    """Return the proxy with ``factor`` times the width; None if models have their own size.
+
+    The head size stays as it is, so the wider proxy has more heads.
+    """
     if proxy.dim is None:
         return None
     return proxy.model_copy(update={"dim": factor * proxy.dim})
@@ -105,7 +110,7 @@ def wider(proxy: Proxy, factor: int = 2) -> Proxy | None:
 def jobs(
     trials: Sequence[Trial], wide: Proxy, seed: int, store: Path
 ) -> dict[tuple[int, str], Job]:
-    """By number and task; the best first, and all tasks of a model one after the other."""
+    """Return the trainings of these trials in the proxy ``wide``, by trial number and task."""
     return {
         (trial.number, name): Job(store, wide.shrink(trial.spec, task), task, seed, task.rungs[-1])
         for trial in trials
@@ -122,12 +127,16 @@ def validate_proxy(
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> ProxyValidation:
-    """Trains the points at twice the width, as far as it may, and compares the rankings."""
+    """Train a few trials at twice the width and compare the rankings.
+
+    ``trials`` are the finished trials of the search, ``seed`` is that of the search. ``may_go_on``
+    is asked before each training; ``tell`` is called with a sentence on the progress.
+    """
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
         return ProxyValidation(rungs, kendall_tau([]), None, [])
     found = [
-        WiderPoint(trial.number, _loss(trial), loss)
+        WiderPoint(trial.number, loss_of(trial), loss)
         for trial, loss, _ in retrain(pool, points(trials), wide, seed, store, may_go_on, tell)
     ]
     correlation = kendall_tau([(point.loss, point.wider_loss) for point in found])
@@ -143,7 +152,10 @@ def retrain(
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> list[tuple[Trial, float, dict[str, ProxyScore]]]:
-    """Each model that was trained for itself on all tasks, with its loss and scores."""
+    """Train these trials with ``proxy`` and return each with its objective and its scores by task.
+
+    Trials that diverged, failed or were not trained on all tasks are left out.
+    """
     results = run_comparison(pool, jobs(trials, proxy, seed, store), may_go_on, tell)
     found = []
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Does a super-net rank models as trainings of their own do?"""
+"""Validation of the supernets: do they rank models as separate trainings do?"""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.analysis.proxy_validation import retrain
+from archdsl.search.analysis.proxy_validation import distinct_models, loss_of, retrain
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.stats.pareto import pareto_front
 from archdsl.search.study.record import Trial
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.workers.pool import Pool
 
-POINTS = 8
+POINTS = 8  # models that are trained separately as well
 
 
 @dataclass(frozen=True)
 class SupernetPoint:
-    """A model's loss with the weights of a net, and with its own. ``flops``: of its training."""
+    """A model's loss with the weights of a supernet and after separate training, in nats.
+
+    ``flops`` is the cost of the separate training.
+    """
 
     number: int
     loss: float
@@ -29,9 +32,10 @@ class SupernetPoint:
 
 @dataclass(frozen=True)
 class SupernetValidation:
-    """``settings`` models were scored by nets; ``points`` are those trained alone as well.
+    """Rank correlation between supernet scores and separate trainings.
 
-    ``shared_flops``: what training the nets took.
+    ``settings`` is the number of models that supernets scored, ``points`` are those that were
+    trained separately as well. ``shared_flops`` is the cost of training the supernets.
     """
 
     correlation: Correlation
@@ -41,57 +45,52 @@ class SupernetValidation:
 
     @property
     def alone_flops(self) -> float:
-        """What training the points took."""
+        """The FLOPs of the separate trainings."""
         return sum(point.flops for point in self.points)
 
     def sentence(self) -> str:
-        """In words."""
+        """Say in plain sentences whether the ranking of the supernets holds."""
         found = f"Kendall's tau is {self.correlation}"
         if self.correlation.tau is None:
-            return "Whether the super-nets rank models as trainings of their own do was not tried."
+            return "Whether supernets rank models as separate trainings do was not tested."
         if self.correlation.is_significant:
-            ranking = f"The super-nets rank models as trainings of their own do: {found}."
+            ranking = f"The supernets rank models as separate trainings do: {found}."
         else:
-            ranking = f"It is not shown that super-nets rank as trainings of their own do: {found}."
+            ranking = f"It is not shown that supernets rank as separate trainings do: {found}."
         each = self.alone_flops / len(self.points)
         return (
-            f"{ranking} They took {self.shared_flops:.2g} FLOPs of training for {self.settings} "
-            f"models, {self.shared_flops / each:.1f} times what one took alone."
+            f"{ranking} Training them took {self.shared_flops:.2g} FLOPs for {self.settings} "
+            f"models, {self.shared_flops / each:.1f} times the cost of training one separately."
         )
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self) | {"alone_flops": self.alone_flops}
 
 
 def supernet_points(trials: Sequence[Trial], count: int = POINTS) -> list[Trial]:
-    """Models of the front, at most half of the points, then those farthest in loss from the ones
-    that are chosen already."""
-    models: dict[str, Trial] = {}
-    for trial in trials:
-        if trial.value is not None:
-            models.setdefault(trial.fingerprint, trial)
-    every = list(models.values())
+    """Choose the trials that are trained separately.
+
+    At most half of them are on the Pareto front. Each further one is the trial whose loss is
+    farthest from those chosen before.
+    """
+    every = distinct_models(trials)
     best = [every[i] for i in pareto_front([trial.point for trial in every])]
     chosen = _spread([], best, min(len(best), count // 2))
     return _spread(chosen, every, min(len(every), count))
 
 
 def _spread(chosen: list[Trial], among: Sequence[Trial], count: int) -> list[Trial]:
-    """More of them, up to ``count``; the lowest loss first."""
+    """Extend ``chosen`` to ``count`` trials; if it is empty, start with the lowest loss."""
     chosen = list(chosen)
     while len(chosen) < count:
         rest = [trial for trial in among if trial not in chosen]
         chosen.append(
-            max(rest, key=lambda trial: min(abs(_loss(trial) - _loss(one)) for one in chosen))
+            max(rest, key=lambda trial: min(abs(loss_of(trial) - loss_of(one)) for one in chosen))
             if chosen
-            else min(rest, key=_loss)
+            else min(rest, key=loss_of)
         )
     return chosen
-
-
-def _loss(trial: Trial) -> float:
-    assert trial.value is not None
-    return trial.value
 
 
 def validate_supernet(
@@ -104,13 +103,18 @@ def validate_supernet(
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> SupernetValidation:
-    """Trains the points each for itself, with the seed of the nets, as far as it may."""
+    """Train a few trials separately, with the seed of the supernets, and compare the rankings.
+
+    ``shared_flops`` is the cost of training the supernets. ``may_go_on`` is asked before each
+    training; ``tell`` is called with a sentence on the progress.
+    """
     found = [
-        SupernetPoint(trial.number, _loss(trial), own, sum(s.train_flops for s in scores.values()))
+        SupernetPoint(
+            trial.number, loss_of(trial), own, sum(s.train_flops for s in scores.values())
+        )
         for trial, own, scores in retrain(
             pool, supernet_points(trials), proxy, seed, store, may_go_on, tell
         )
     ]
     correlation = kendall_tau([(point.loss, point.own_loss) for point in found])
-    models = len({trial.fingerprint for trial in trials if trial.value is not None})
-    return SupernetValidation(correlation, found, models, shared_flops)
+    return SupernetValidation(correlation, found, len(distinct_models(trials)), shared_flops)

@@ -1,4 +1,4 @@
-"""How long the training of a space's proxies takes, and what memory, measured on a few of them."""
+"""Measures time and memory of training the proxies of a search space, on a few of them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import Heartbeat, JobFailed, Pool, wait_for_any
 
-FEW, MANY = 4, 24  # steps that a probe trains, scored at both
-LEAST = 2  # proxies that are measured, however long it takes
+FEW, MANY = 4, 24  # steps of the two rungs of a probe
+LEAST = 2  # proxies that are measured even if the time is over
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Trains a proxy for ``few`` steps and then up to ``many``, as up two rungs."""
+    """A short training on two rungs: ``few`` steps, then up to ``many`` steps."""
 
     job: Job
     few: int
     many: int
 
     def run(self, heartbeat: Heartbeat) -> tuple[ProxyScore, ProxyScore]:
+        """Train and return the scores of both rungs."""
         first, second = (replace(self.job, steps=n).run(heartbeat) for n in (self.few, self.many))
         return first, second
 
     def smaller(self) -> Probe | None:
+        """Return the same probe with half the sequences at a time; None if that is impossible."""
         job = self.job.smaller()
         return None if job is None else replace(self, job=job)
 
 
 @dataclass(frozen=True)
 class NoWork:
-    """Work that only starts a child."""
+    """Work that does nothing but start a worker."""
 
     def run(self, heartbeat: Heartbeat) -> None:
         pass
@@ -46,9 +48,11 @@ class NoWork:
 
 @dataclass(frozen=True)
 class Speed:
-    """What one proxy costs on one task. Seconds are of one worker, FLOPs of training.
+    """The cost of training one proxy on one task, with one worker.
 
-    ``per_rung``: to start a child, load or build, score and save.
+    ``per_step`` are seconds of a training step. ``per_rung`` are the further seconds of a rung: to
+    start a worker, load or build the model, score and save it. ``flops_per_step`` are training
+    FLOPs, ``peak_bytes`` is the memory of the process.
     """
 
     per_step: float
@@ -57,13 +61,17 @@ class Speed:
     peak_bytes: int
 
     def seconds(self, steps: int, rungs: int) -> float:
+        """Return the seconds of a training of so many steps on so many rungs."""
         return rungs * self.per_rung + steps * self.per_step
 
 
 def measured(first: ProxyScore, second: ProxyScore, elapsed: float) -> Speed:
-    """From the scores of a probe and the seconds between asking for it and having it."""
+    """Estimate the speed from the scores of a probe.
+
+    ``elapsed`` are the seconds from the submission of the probe to its result.
+    """
     starting = max(0.0, elapsed - first.seconds - second.seconds)
-    # both rungs had the same to do beside their steps
+    # beside their steps both rungs take the same time
     more = (second.steps - first.steps) - first.steps
     per_step = max(0.0, (second.seconds - first.seconds) / more) if more > 0 else 0.0
     per_rung = max(0.0, first.seconds - first.steps * per_step) + starting
@@ -77,7 +85,10 @@ def measured(first: ProxyScore, second: ProxyScore, elapsed: float) -> Speed:
 
 @dataclass(frozen=True)
 class Timing:
-    """The speeds of proxies by task; ``failures``: what those said that could not be trained."""
+    """The speeds of a few models, by task, and the messages of those that could not be trained.
+
+    ``seconds`` is the time that the measurement took.
+    """
 
     models: list[ModelSpec]
     speeds: list[dict[str, Speed]]
@@ -94,11 +105,12 @@ def measure_timing(
     seconds: float,
     seed: int = 0,
 ) -> Timing:
-    """Probes one proxy after the other until the time is over, and what is under way is done.
+    """Measure one model after the other for ``seconds``; probes that have started are finished.
 
-    ``store``: a folder for the probes alone. Raises JobFailed if none of them could be trained.
+    ``store`` is a folder that only the probes use. Raises JobFailed if no model could be trained on
+    all tasks.
     """
-    pool.submit(NoWork()).result()  # the first child waits for a server that starts
+    pool.submit(NoWork()).result()  # the first worker waits until the server has started
     started = time.monotonic()
     found: dict[int, dict[str, Speed]] = {}
     failures: list[JobFailed] = []
@@ -125,7 +137,7 @@ def measure_timing(
 def _probes(
     models: Sequence[ModelSpec], proxy: Proxy, store: Path, seed: int
 ) -> Iterator[tuple[int, str, Probe]]:
-    """By place in ``models`` and task; models whose proxies are equal are probed once."""
+    """Yield index of the model, task and probe; models with equal proxies are probed once."""
     known: set[str] = set()
     for index, model in enumerate(models):
         small = {name: proxy.shrink(model, task) for name, task in proxy.tasks.items()}
@@ -148,7 +160,7 @@ def _probed(
     probes: Iterator[tuple[int, str, Probe]],
     may_start: Callable[[int], bool],
 ) -> Iterator[tuple[int, str, Speed | JobFailed]]:
-    """Keeps each worker busy with one probe, so that none waits within the time it is given."""
+    """Run the probes, one for each worker at a time, so that no probe's time includes waiting."""
     running: dict[Future[tuple[ProxyScore, ProxyScore]], tuple[int, str, float]] = {}
     more = True
     while more or running:

@@ -1,1 +1,1 @@
-"""What people see of a search: live progress, tables, the HTML report and the plots."""
+"""Everything that a search shows: live progress, tables, the HTML report and the plots."""

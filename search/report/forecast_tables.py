@@ -1,4 +1,4 @@
-"""A forecast on the screen, in words that tell what was counted from what is estimated."""
+"""The forecast of a search as printed by ``archdsl search --plan``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from archdsl.search.analysis.forecast import SearchForecast, Spread
 from archdsl.search.analysis.timing import MANY
 
 STOPS = {
-    "models": "every model of the space",
-    "trials": "the trials asked for",
-    "time": "the time given",
-    "train_flops": "the training FLOPs given",
-    "": "nothing: give --time, --trials or --train-flops",
+    "models": "ends when every model of the space has been tried",
+    "trials": "ends with --trials",
+    "time": "ends with --time",
+    "train_flops": "ends with --train-flops",
+    "": "never ends; give --time, --trials or --train-flops",
 }
-
-
-UNITS = [("s", 1, 100), ("min", 60, 6000), ("h", 3600, float("inf"))]  # up to so many seconds
+UNITS = [("s", 1, 100), ("min", 60, 6000), ("h", 3600, float("inf"))]  # unit, seconds, used below
 
 
 def shown(forecast: SearchForecast) -> RenderableType:
-    """What --plan prints."""
+    """Return what ``archdsl search --plan`` prints."""
     head = (
-        "Nothing was trained that a search would use. The space and the budget are counted; all "
-        f"else is estimated from {len(forecast.timing.models)} proxies, each trained for at most "
-        f"{MANY} steps, in {forecast.timing.seconds:.0f} s."
+        "Forecast only; nothing was searched. Space and budget are counted. Everything else is "
+        f"estimated from {len(forecast.timing.models)} proxies, each trained for at most {MANY} "
+        f"steps, in {forecast.timing.seconds:.0f} s."
     )
     facts = [
         ("space", _space(forecast)),
@@ -37,9 +35,9 @@ def shown(forecast: SearchForecast) -> RenderableType:
         ("trial", _trial(forecast)),
         ("memory", _memory(forecast)),
         ("search", _search(forecast)),
-        ("after it", _after(forecast)),
-        ("end", _end(forecast)),
-        ("training", f"{_between(forecast, 'train_flops', short)} FLOPs, controls included"),
+        ("evaluation", _after(forecast)),
+        ("duration", _end(forecast)),
+        ("training", f"{_between(forecast, 'train_flops', short)} FLOPs, evaluation included"),
         *(("failed", failure) for failure in forecast.timing.failures),
     ]
     return Group(Text(head, "bold"), "", TwoColumns(facts))
@@ -48,14 +46,14 @@ def shown(forecast: SearchForecast) -> RenderableType:
 def _space(forecast: SearchForecast) -> str:
     found = forecast.survey
     size = "continuous" if found.size is None else f"{found.size:,} points"
-    conflicts = f"; of {found.invalid} the choices do not go together" if found.invalid else ""
+    invalid = f"; {found.invalid} have invalid combinations of choices" if found.invalid else ""
     models = f"; {found.distinct:,} different models"
     if forecast.interval is None:
-        return f"{size}, {found.feasible:,} of which keep to the budget{conflicts}{models}"
+        return f"{size}, {found.feasible:,} of which fit the budget{invalid}{models}"
     low, high = forecast.interval
     return (
-        f"{size}; of {found.tried:,} drawn at random {found.feasible:,} keep to the budget "
-        f"({low:.1%} to {high:.1%} of all draws, 95%){conflicts}{models}"
+        f"{size}; of {found.tried:,} random points {found.feasible:,} fit the budget "
+        f"(95% interval of the share: {low:.1%} to {high:.1%}){invalid}{models}"
     )
 
 
@@ -67,15 +65,10 @@ def _kept(forecast: SearchForecast) -> list[str]:
 
 
 def _trial(forecast: SearchForecast) -> str:
-    first = (
-        ""
-        if forecast.trial == forecast.stopped
-        else f"; {_seconds(forecast.stopped.seconds)} if stopped "
-    )
-    return (
-        f"{_seconds(forecast.trial.seconds)} of one worker up to the last rung"
-        f"{first and first + 'on the first'}"
-    )
+    whole = f"{_seconds(forecast.trial.seconds)} of one worker up to the last rung"
+    if forecast.trial == forecast.stopped:
+        return whole
+    return f"{whole}; {_seconds(forecast.stopped.seconds)} if stopped on the first rung"
 
 
 def _seconds(spread: Spread) -> str:
@@ -87,22 +80,22 @@ def _memory(forecast: SearchForecast) -> str:
     whole = (
         f", {quantity(workers * forecast.peak_bytes, 'B')} for all {workers}" if workers > 1 else ""
     )
-    return f"{quantity(forecast.peak_bytes, 'B')} for a worker at most{whole}"
+    return f"at most {quantity(forecast.peak_bytes, 'B')} for a worker{whole}"
 
 
 def _search(forecast: SearchForecast) -> str:
     if forecast.all_promoted.trials < 1:
         flops = forecast.trial.flops.mean * (1 + forecast.after)
         return (
-            "no trial and all that follows it fit into the means; that needs "
+            "the limits are too low for one trial and the evaluation, which take "
             f"{_time(_least_time(forecast))} and {short(flops)} training FLOPs"
         )
     if forecast.all_promoted.stops_at == "":
-        return f"ended by {STOPS['']}"
+        return STOPS[""]
     few, many = forecast.all_promoted.trials, forecast.all_stopped.trials
     count = f"{few:,.0f}" if few == many else f"{few:,.0f} to {many:,.0f}"
-    how = "" if few == many else ", from all climbing to the last rung to all stopped on the first"
-    return f"{count} trials{how}; ended by {STOPS[forecast.all_promoted.stops_at]}"
+    how = "" if few == many else " (if all reach the last rung, or all stop on the first)"
+    return f"{count} trials{how}; {STOPS[forecast.all_promoted.stops_at]}"
 
 
 def _least_time(forecast: SearchForecast) -> float:
@@ -111,10 +104,10 @@ def _least_time(forecast: SearchForecast) -> float:
 
 def _after(forecast: SearchForecast) -> str:
     whole = forecast.all_promoted.seconds
-    share = f", {forecast.seconds_after / whole:.0%} of the whole" if whole < float("inf") else ""
+    share = f", {forecast.seconds_after / whole:.0%} of the total" if whole < float("inf") else ""
     return (
-        f"{forecast.after:.0f} trainings of the winner, its controls and ablations, and of wider "
-        f"proxies: {_time(forecast.seconds_after)}{share}"
+        f"{forecast.after:.0f} trainings of the winner, its baselines and ablations, and for the "
+        f"proxy validation: {_time(forecast.seconds_after)}{share}"
     )
 
 
@@ -125,19 +118,19 @@ def _end(forecast: SearchForecast) -> str:
         and forecast.all_promoted.trials < 1
         and forecast.resources.seconds
     ):
-        return f"after {_time(forecast.resources.seconds)}, with controls left undone"
-    return f"after {_between(forecast, 'seconds', _time)} with {workers} worker{'s'[: workers - 1]}"
+        return f"{_time(forecast.resources.seconds)}, too short for all baselines"
+    return f"{_between(forecast, 'seconds', _time)} with {workers} worker{'s'[: workers - 1]}"
 
 
 def _between(forecast: SearchForecast, what: str, words: Callable[[float], str]) -> str:
     ends = sorted({getattr(forecast.all_promoted, what), getattr(forecast.all_stopped, what)})
     if ends[-1] == float("inf"):
-        return "no end: unlimited"
+        return "unlimited"
     return " to ".join(dict.fromkeys(map(words, ends)))
 
 
 def _time(seconds: float) -> str:
-    """``7.1 s``, ``2.5 min``, ``12 min``, ``3.5 h``."""
+    """Write a duration as ``7.1 s``, ``2.5 min``, ``12 min`` or ``3.5 h``."""
     unit, size = next((u, s) for u, s, most in UNITS if seconds < most)
     amount = seconds / size
     return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""The report as a page: one file that holds the result, its pictures and every spec."""
+"""The HTML report: one file with the result, its plots and every spec."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ SCRIPTS = (
 
 
 def write_page(result: dict[str, Any], path: Path) -> None:
-    """Writes ``page(result)``; about 5 MB with plotly."""
+    """Write ``page(result)`` to a file of about 5 MB."""
     write_text(path, page(result))
 
 
 def page(result: dict[str, Any]) -> str:
-    """The HTML of what `result.json` holds; it asks the network for nothing, and is not allowed to.
+    """Return the HTML report of a result, which has the content of result.json.
 
-    Without plotly (the extra ``plots``) the tables are there and the pictures say what they need.
+    The page loads nothing from the network, and its content security policy forbids it. Without
+    plotly (the extra ``plots``) the page has all tables, and says how to get the plots.
     """
     scripts = ["".join(_asset(f"{name}.js") for name in SCRIPTS), *_plotly()]
     return Template(_asset("page.html")).substitute(
         name=escape(result["name"]),
-        verdict=escape(result["verdict"]),
-        trust=escape(result["trust_sentence"]),
+        conclusion=escape(result["verdict"]),
+        validation=escape(result["trust_sentence"]),
         style=_asset("page.css"),
         policy=_policy(scripts),
         data=json.dumps(_finite(result), separators=(",", ":")).replace("<", "\\u003c"),
@@ -55,7 +56,7 @@ def _plotly() -> list[str]:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Only these scripts run, whatever a name or a description holds."""
+    """Return a content security policy that runs only these scripts, whatever the result holds."""
     hashes = (b64encode(sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return (
@@ -65,7 +66,7 @@ def _policy(scripts: list[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity, which is the loss of what diverged."""
+    """Replace infinity (the loss of a diverged training), which JSON does not have, by None."""
     match value:
         case dict():
             return {key: _finite(inner) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""A search on the screen: while it runs, and when it is done."""
+"""What a search prints: its progress while it runs, and its result."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from archdsl.search.analysis.conclusions import ablation_conclusion
 from archdsl.search.report.report import describe_proxy, on_front, weighted
 from archdsl.search.report.tables import comparison_table, difference_table, failures, plain_table
 from archdsl.search.space.model_summary import model_summary
+from archdsl.search.study.spending import SEARCH
 
 if TYPE_CHECKING:
     from archdsl.search.engine import SearchProgress, Watch
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
     from archdsl.search.study.record import Trial
 
 SECONDS_BETWEEN_LINES = 20.0
-SEARCHING = "searching"
 
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """A live table in a terminal; elsewhere a line on stderr whenever something is new."""
+    """Show the progress: a live table in a terminal, elsewhere a line on stderr for each change."""
     if sys.stderr.isatty():
         console = Console(stderr=True)
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -57,9 +57,9 @@ def _line(progress: SearchProgress) -> str:
     limit = f"/{progress.seconds:.0f}" if progress.seconds else ""
     parts = [f"{progress.elapsed:.0f}{limit} s", progress.phase, progress.last]
     if progress.best:
-        parts.append(f"best {progress.best[0].value:.3f} (draw {progress.best[0].number})")
-    if progress.phase == SEARCHING and progress.rungs.tau is not None:
-        parts.append(f"tau between rungs {progress.rungs}")
+        parts.append(f"best {progress.best[0].value:.3f} (trial {progress.best[0].number})")
+    if progress.phase == SEARCH and progress.rungs.tau is not None:
+        parts.append(f"Kendall's tau between rungs {progress.rungs}")
     return "; ".join(part for part in parts if part)
 
 
@@ -72,9 +72,13 @@ def _live(progress: SearchProgress) -> RenderableType:
 
 
 def candidates(trials: Sequence[Trial]) -> Table:
-    """Proxy scores, and what the model costs at full size; FLOPs as executed, if so searched."""
+    """Return a table of proxy losses and full-size costs.
+
+    FLOPs per token are those executed if they were an objective of the search, else the nominal
+    ones.
+    """
     tasks = list(trials[0].rungs[-1]) if trials else []
-    table = plain_table("draw", "objective", *tasks, "params", "FLOPs/token")
+    table = plain_table("trial", "objective", *tasks, "params", "FLOPs/token")
     for trial in trials:
         receipt = cost(trial.spec)
         last = trial.rungs[-1]
@@ -89,7 +93,7 @@ def candidates(trials: Sequence[Trial]) -> Table:
 
 
 def models(trials: Sequence[Trial]) -> RenderableType:
-    """Which draw is which model."""
+    """Return the model of each trial in a line."""
     return TwoColumns([(f"{trial.number:>5}", model_summary(trial.spec)) for trial in trials])
 
 
@@ -98,20 +102,20 @@ def _score(loss: float | None, accuracy: float | None) -> str:
 
 
 def result(report: SearchReport) -> RenderableType:
-    """What a search ends with: what its winner is worth first."""
+    """Return what a search prints at its end, the conclusions first."""
     parts: list[RenderableType] = [
         *(Text(sentence, "bold") for sentence in report.sentences if sentence),
         "",
-        Text("Front: none of these is beaten in loss and cost by another", "bold"),
+        Text("Pareto front: no other trial is better in both loss and cost", "bold"),
         candidates(report.front),
         models(report.front),
         "",
     ]
     if report.entries:
-        title = "The winner (lowest loss), its controls, and the winner with one thing taken out"
+        title = "The winner (lowest loss), its baselines, and its ablations"
         parts += [Text(title, "bold"), comparison_table(report.entries, report.proxy), ""]
     if len(report.entries) > 1:
-        title = "How far above the winner's loss, and 95% of the doubt"
+        title = "Loss above that of the winner, with the 95% interval"
         parts += [Text(title, "bold"), difference_table(report.entries, report.proxy), ""]
     return Group(*parts, TwoColumns(_facts(report)))
 
@@ -123,25 +127,25 @@ def _facts(report: SearchReport) -> list[tuple[str, str]]:
     facts = [("parts", matters)] if matters else []
     facts += failures(report.entries)
     facts += [
-        ("draws", f"{counts}; {report.trained_share:.0%} of them were trained"),
+        ("trials", f"{counts}; {report.trained_share:.0%} of them were trained"),
         (
-            "spent",
+            "spending",
             f"{report.spending.wall:.0f} s, {total.seconds:.0f} s of workers, "
             f"{short(total.train_flops)} FLOPs of training",
         ),
         ("proxy", describe_proxy(report.proxy)),
         ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
-        ("winner", f"{report.folder / 'winner.yaml'}: archdsl build accepts it"),
-        ("also", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
+        ("winner", f"{report.folder / 'winner.yaml'}, a spec for archdsl build and archdsl train"),
+        ("files", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
     ]
     if len(report.pictures) == 1:
-        facts.append(("plots", "none: pip install 'archdsl[plots]' and run this again"))
+        facts.append(("plots", "none; run pip install 'archdsl[plots]' and repeat this command"))
     return facts
 
 
 def listing(found: Sequence[ListedStudy]) -> Table:
-    """A line for each study."""
-    table = plain_table("study", "draws", "best", "front", "spent", "training")
+    """Return a table with a line for each study."""
+    table = plain_table("study", "trials", "best", "front", "time", "training")
     for one in found:
         told = one.as_json()
         top = told["best"]
@@ -157,20 +161,20 @@ def listing(found: Sequence[ListedStudy]) -> Table:
 
 
 def standing(listed: ListedStudy) -> RenderableType:
-    """Where a study stands; what its last report said first, if there is one."""
+    """Return the state of a study: sentences of its last report, its front, its spending."""
     result = listed.result()
     sentences = [result["verdict"], result["trust_sentence"]] if result else []
     parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
     if trials := on_front(listed.record.finished()):
-        parts += ["", Text("Front", "bold"), candidates(trials), models(trials), ""]
+        parts += ["", Text("Pareto front", "bold"), candidates(trials), models(trials), ""]
     told = listed.as_json()
     counts = ", ".join(f"{n} {what}" for what, n in told["outcomes"].items())
     spent = told["spent"]
     facts = [
         ("study", listed.name),
-        ("draws", f"{counts or 'none'}; {told['under_way']} under way"),
+        ("trials", f"{counts or 'none'}; {told['under_way']} running"),
         (
-            "spent",
+            "spending",
             f"{spent['wall_seconds']:.0f} s, {spent['worker_seconds']:.0f} s of workers, "
             f"{short(spent['train_flops'])} FLOPs of training, {spent['processes']} processes",
         ),

@@ -1,4 +1,4 @@
-"""The pictures of a search as PNGs, from what `result.json` holds."""
+"""The plots of a search as PNG files, drawn from the content of result.json."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# colours of Okabe and Ito (2008), which colour-blind readers can distinguish
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#c3cad2"
-MARKS = {"winner": ("*", 15, ORANGE), "control": ("s", 7, GREEN), "ablation": ("D", 6, PINK)}
+MARKS = {"winner": ("*", 15, ORANGE), "baseline": ("s", 7, GREEN), "ablation": ("D", 6, PINK)}
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6ea",
+    "legend.frameon": False,
+    "font.size": 9,
+    "text.parse_math": False,  # a dollar sign in a name starts no formula
+}
 Result = dict[str, Any]
 
 
 def plot(result: Result, folder: Path) -> list[Path]:
-    """Draws front.png, curves.png, importance.png, spent.png and health.png into the folder.
+    """Draw front.png, curves.png, importance.png, spent.png and health.png and return their paths.
 
-    What there is nothing to draw of is left out. Raises ImportError without matplotlib (the extra
-    ``plots``).
+    Plots without any data are left out. Raises ImportError if matplotlib (the extra ``plots``) is
+    not installed.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -35,18 +45,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
         "health.png": _health,
     }
     drawn = []
-    with matplotlib.rc_context(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e3e6ea",
-            "legend.frameon": False,
-            "font.size": 9,
-            "text.parse_math": False,  # a dollar in a name is a dollar
-        }
-    ):
+    with matplotlib.rc_context(STYLE):
         for name, draw in pictures.items():
             figure = Figure(figsize=(8, 5), layout="constrained")
             draw(result, figure)
@@ -56,7 +55,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """A PNG that appears whole or not at all, also where others are about to write the same."""
+    """Write a PNG under a temporary name, then rename it, so that no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
     return temporary.replace(path)
@@ -75,7 +74,7 @@ def _objective(rung: dict[str, Any], weights: dict[str, float]) -> float | None:
 
 
 def _ranked(result: Result) -> list[dict[str, Any]]:
-    """Trials that reached the last rung, best first."""
+    """Return the trials that reached the last rung, of lowest loss first."""
     done = [trial for trial in result["trials"] if trial["values"]]
     return sorted(done, key=lambda trial: float(trial["values"]["loss"]))
 
@@ -86,19 +85,12 @@ def _flops(trial: dict[str, Any]) -> float:
 
 
 def _front(result: Result, figure: Figure) -> None:
-    """Trials, the front, and the winner and its controls with the range over their seeds."""
-    ranked, weights = _ranked(result), _weights(result)
+    """Draw the trials, the Pareto front, and the winner and its baselines with their range."""
+    ranked = _ranked(result)
     if not ranked:
         return
     axes = figure.add_subplot()
-    stopped = [
-        (_flops(trial), loss)
-        for trial in result["trials"]
-        if trial["outcome"] == "pruned"
-        and trial["rungs"]
-        and (loss := _objective(trial["rungs"][-1], weights)) is not None
-    ]
-    axes.plot(*_columns(stopped), ".", color=GREY, label="stopped early")
+    axes.plot(*_columns(_stopped(result)), ".", color=GREY, label="stopped early")
     done = [(_flops(trial), trial["values"]["loss"]) for trial in ranked]
     axes.plot(*_columns(done), "o", color=BLUE, markersize=5, label="trial")
     best = sorted(
@@ -106,29 +98,46 @@ def _front(result: Result, figure: Figure) -> None:
         for trial in ranked
         if trial["trial"] in result["front"]
     )
-    line = "-" if len(result["axes"]) <= 2 else ""  # of three axes the front is no line
+    line = "-" if len(result["axes"]) <= 2 else ""  # with three axes the front is not a line
     (drawn,) = axes.step(*_columns(best), where="post", color=BLUE, label="front", linestyle=line)
     drawn.set(marker="o", markerfacecolor="none", markersize=9)
     places = _places([float(entry["flops_per_token"]) / 1e6 for entry in result["entries"]])
     placed = list(zip(places, result["entries"], strict=True))
-    for role in ("ablation", "control", "winner"):
-        _contestants([(x, entry) for x, entry in placed if entry["role"] == role], role, axes)
+    for role in ("ablation", "baseline", "winner"):
+        _draw_entries([(x, entry) for x, entry in placed if _role(entry) == role], role, axes)
     _limit(axes, [loss for _, loss in done], result)
     axes.set(
         xlabel="executed MFLOPs per token, full size",
         ylabel=f"held-out loss of the proxy, nats: {result['objective']}",
-        title="Bars span the seeds; contestants of equal FLOPs stand side by side",
+        title="Bars span the seeds; models of equal FLOPs are drawn side by side",
     )
     axes.legend()
 
 
+def _stopped(result: Result) -> list[tuple[float, float]]:
+    """Return FLOPs and loss of the trials that were stopped early."""
+    weights = _weights(result)
+    return [
+        (_flops(trial), loss)
+        for trial in result["trials"]
+        if trial["outcome"] == "pruned"
+        and trial["rungs"]
+        and (loss := _objective(trial["rungs"][-1], weights)) is not None
+    ]
+
+
+def _role(entry: dict[str, Any]) -> str:
+    """Return the role of an entry; earlier versions wrote "control" for "baseline"."""
+    return "baseline" if entry["role"] == "control" else str(entry["role"])
+
+
 def _places(flops: list[float]) -> list[float]:
-    """Side by side where they are equal, or their bars would hide one another."""
+    """Move equal values side by side, because their bars would hide one another."""
     before = [sum(abs(x - y) < 0.01 * x for y in flops[:i]) for i, x in enumerate(flops)]
     return [x * (1 + 0.012 * count) for x, count in zip(flops, before, strict=True)]
 
 
-def _contestants(placed: list[tuple[float, dict[str, Any]]], role: str, axes: Axes) -> None:
+def _draw_entries(placed: list[tuple[float, dict[str, Any]]], role: str, axes: Axes) -> None:
     known = [(x, [y for y in entry["objective"] if y is not None]) for x, entry in placed]
     points = [
         (x, middle, middle - min(losses), max(losses) - middle)
@@ -147,9 +156,9 @@ def _contestants(placed: list[tuple[float, dict[str, Any]]], role: str, axes: Ax
 
 
 def _limit(axes: Axes, losses: list[float], result: Result) -> None:
-    """What was stopped after a few steps stands far above and would press the rest together."""
-    contested = [x for entry in result["entries"] for x in entry["objective"] if x is not None]
-    low, high = min(losses + contested), max(losses + contested)
+    """Leave out the far-away losses of trials that were stopped after a few steps."""
+    compared = [x for entry in result["entries"] for x in entry["objective"] if x is not None]
+    low, high = min(losses + compared), max(losses + compared)
     room = max(high - low, 1e-3)
     axes.set_ylim(low - 0.1 * room, min(axes.get_ylim()[1], high + 0.8 * room))
 
@@ -159,7 +168,7 @@ def _columns(rows: list[Any]) -> list[list[float]]:
 
 
 def _curves(result: Result, figure: Figure) -> None:
-    """By task: training loss as a line, the held-out loss at each rung as a dot."""
+    """Draw for each task the training loss as a line, and held-out losses as dots."""
     import matplotlib
 
     ranked, tasks = _ranked(result), _weights(result)
@@ -178,7 +187,7 @@ def _curves(result: Result, figure: Figure) -> None:
             dots = [(score["steps"], score["loss"]) for score in scores if score["loss"]]
             axes.plot(*_columns(dots), ".", color=colour)
         axes.set(title=task, xlabel="steps trained", ylabel="loss, nats")
-    figure.suptitle("Training loss, and dots of held-out loss; dark: best, grey: stopped")
+    figure.suptitle("Training loss (lines) and held-out loss (dots); dark: best, grey: stopped")
 
 
 def _importance(result: Result, figure: Figure) -> None:
@@ -199,7 +208,7 @@ def _spent(result: Result, figure: Figure) -> None:
     figure.set_size_inches(9, 1.5 + 0.4 * len(phases))
     for axes, (key, words) in zip(
         figure.subplots(1, 2, sharey=True),
-        {"seconds": "seconds of the workers", "train_flops": "training FLOPs"}.items(),
+        {"seconds": "seconds of all workers", "train_flops": "training FLOPs"}.items(),
         strict=True,
     ):
         axes.barh(list(phases), [phase[key] for phase in phases.values()], color=BLUE)
@@ -209,7 +218,7 @@ def _spent(result: Result, figure: Figure) -> None:
 
 
 def _health(result: Result, figure: Figure) -> None:
-    """The winner's routers: share selected and entropy, means over tasks and seeds."""
+    """Draw share selected and entropy of the winner's routers, as means over tasks and seeds."""
     own = next((entry for entry in result["entries"] if entry["role"] == "winner"), None)
     scores = [score for by_seed in (own or {"scores": {}})["scores"].values() for score in by_seed]
     names = list(dict.fromkeys(name for score in scores for name in score["shares"]))

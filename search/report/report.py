@@ -1,4 +1,4 @@
-"""What a search found, as data and as files: the front, the winner, what it is worth, the price."""
+"""The result of a search, as data and as files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from archdsl.search.report.html import write_page
 from archdsl.search.report.png import plot
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.stats.pareto import pareto_front
-from archdsl.search.study.record import Trial
+from archdsl.search.study.record import UNTRAINED, Trial
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits, SpendingSummary
 from archdsl.search.trials.proxy import Proxy, ProxyScore
@@ -31,7 +31,7 @@ from archdsl.search.trials.proxy import Proxy, ProxyScore
 
 @dataclass(frozen=True)
 class SearchReport:
-    """The result of a search; everything in it also lies in ``folder``."""
+    """The result of a search, which ``write_report`` also writes to ``folder``."""
 
     folder: Path
     settings: Settings
@@ -57,52 +57,53 @@ class SearchReport:
 
     @cached_property
     def best(self) -> list[Trial]:
-        """Draws that reached the last rung, of lowest loss first."""
+        """The trials that reached the last rung, of lowest loss first."""
         return best(self.trials)
 
     @cached_property
     def front(self) -> list[Trial]:
-        """Those that none of the others beats in every axis."""
+        """The Pareto front: trials to which no other trial is preferable in every objective."""
         return on_front(self.trials)
 
     @cached_property
     def top(self) -> Trial:
-        """The winner's draw: of lowest loss; where weights were shared, of lowest loss alone."""
+        """The winning trial; see the function ``top``."""
         return top(self.trials, self.supernet_validation)
 
     @cached_property
     def winner(self) -> ModelSpec:
-        """The spec of lowest loss, named and described as such."""
-        top = self.best[0]
+        """The spec of the winning trial, with a name and a description that say so."""
+        top = self.top
         about = (
-            f"Best of a search by proxies ({describe_proxy(self.proxy)}): draw {top.number}, "
-            f"objective {top.value:.4f} nats. The figures beside it are in result.json."
+            f"Best of a search by proxies ({describe_proxy(self.proxy)}): trial {top.number}, "
+            f"objective {top.value:.4f} nats. All results are in result.json."
         )
         return top.spec.model_copy(update={"name": f"{top.spec.name}-winner", "description": about})
 
     @property
     def conclusion(self) -> str:
-        """In one sentence, whether the winner beats its controls."""
+        """Say in one sentence whether the winner is better than its baselines."""
         if not self.entries:
             return (
-                "Stopped before the winner met its controls; the same command goes on, "
-                "with more --time if that was used up."
+                "The search stopped before the best model found was compared with its baselines. "
+                "Run the same command again to continue, with a longer --time if it was used up."
             )
         return conclusion(self.entries, self.proxy)
 
     @property
     def sentences(self) -> list[str]:
-        """What is to be read first: the verdict, and how far the scores can be trusted."""
+        """The sentences to read first: the conclusion, then the validations."""
         told = [self.supernet_validation, self.proxy_validation]
         return [self.conclusion, *(one.sentence() for one in told if one is not None)]
 
     @property
     def trained_share(self) -> float:
-        """Of all draws, those that were trained."""
-        idle = sum(self.outcomes.get(what, 0) for what in ("infeasible", "invalid", "reused"))
-        return 1 - idle / max(1, sum(self.outcomes.values()))
+        """The share of all trials that were trained, between 0 and 1."""
+        untrained = sum(self.outcomes.get(what, 0) for what in UNTRAINED)
+        return 1 - untrained / max(1, sum(self.outcomes.values()))
 
     def as_json(self) -> dict[str, Any]:
+        """Return the content of result.json."""
         return {
             "name": self.settings.name,
             "verdict": self.conclusion,
@@ -133,13 +134,17 @@ class SearchReport:
 
 
 def best(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that reached the last rung, of lowest loss first."""
     done = [trial for trial in trials if trial.value is not None]
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
 def top(trials: Sequence[Trial], supernet_validation: SupernetValidation | None) -> Trial:
-    """The lowest loss; of models that share weights only those that were trained alone, too, as
-    nets flatter some layouts."""
+    """Return the trial of lowest loss.
+
+    If supernets scored the models, only those count that were trained separately as well, because
+    a supernet scores some layouts too well. Raises IndexError if no trial reached the last rung.
+    """
     if supernet_validation is None or not supernet_validation.points:
         return best(trials)[0]
     number = min(supernet_validation.points, key=lambda point: point.own_loss).number
@@ -147,12 +152,16 @@ def top(trials: Sequence[Trial], supernet_validation: SupernetValidation | None)
 
 
 def on_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the Pareto front of the trials that reached the last rung."""
     done = [trial for trial in trials if trial.values is not None]
     return [done[i] for i in pareto_front([trial.point for trial in done])]
 
 
 def write_report(report: SearchReport) -> SearchReport:
-    """Fills the folder: winner.yaml, trials.jsonl, result.json, report.html and its pictures."""
+    """Write winner.yaml, trials.jsonl, result.json, report.html and the plots to the folder.
+
+    Returns the report with the names of the files of pictures.
+    """
     folder = report.folder
     result = report.as_json()
     write_text(folder / "winner.yaml", report.winner.to_yaml())
@@ -163,7 +172,7 @@ def write_report(report: SearchReport) -> SearchReport:
 
 
 def _pictures(folder: Path, result: dict[str, Any]) -> tuple[str, ...]:
-    """The page, and the PNGs unless the extra that draws them is missing."""
+    """Write the HTML report, and the PNG files unless matplotlib is not installed."""
     write_page(result, folder / "report.html")
     try:
         drawn = plot(result, folder)
@@ -184,9 +193,9 @@ def _supernet_json(supernet_validation: SupernetValidation) -> dict[str, Any]:
 
 
 def describe_proxy(proxy: Proxy) -> str:
-    """The proxy in a line, for a reader who wants to know how far to trust it."""
+    """Describe sizes and training of the proxy in a line."""
     if proxy.dim is None:
-        sizes = "the real size"
+        sizes = "full size"
     else:
         sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
     tasks = [
@@ -198,12 +207,13 @@ def describe_proxy(proxy: Proxy) -> str:
 
 
 def weighted(proxy: Proxy) -> str:
-    """The objective in words: ``text + 0.15 x skill``."""
+    """Write the objective as a formula such as ``text + 0.15 x skill``."""
     weights = {name: task.weight for name, task in proxy.tasks.items()}
     return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
 def row(trial: Trial) -> dict[str, Any]:
+    """Return a trial as a line of trials.jsonl: choices, full-size costs, scores and spec."""
     receipt = cost(trial.spec)
     return {
         "trial": trial.number,
@@ -224,13 +234,13 @@ def row(trial: Trial) -> dict[str, Any]:
 
 
 def _scores(rung: dict[str, ProxyScore], curve: bool = False) -> dict[str, Any]:
-    """``curve``: with that of the training so far; the last rung's holds those of the others."""
+    """Return the scores of a rung; only the last rung has a curve, which covers all rungs."""
     left_out = set() if curve else {"curve"}
     return {task: score.model_dump(mode="json", exclude=left_out) for task, score in rung.items()}
 
 
 def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
-    """The rows of the model's outline: what each node costs per token."""
+    """Return the parts of a model with their costs; FLOPs are forward FLOPs per token."""
     root = outline(spec)
 
     def rows(node: OutlineNode, depth: int) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A contest as tables: what each costs and scores, and how far from the winner it is."""
+"""Tables of a comparison: costs, losses, and differences from the winner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
-    """A line on stderr: in a terminal one that changes, elsewhere one whenever there is news."""
+    """Show progress on stderr: one changing line in a terminal, else a line for each change."""
     started, said = time.monotonic(), [""]
 
     def tell(text: str) -> None:
@@ -40,26 +40,31 @@ def saying() -> Iterator[Callable[[str], None]]:
 
 
 def result(found: Ablation) -> RenderableType:
-    """What `archdsl ablate` ends with."""
-    facts = [("verdict", conclusion(found.entries, found.proxy))]
+    """Return what ``archdsl ablate`` prints at its end."""
+    facts = [("conclusion", conclusion(found.entries, found.proxy))]
     if matters := ablation_conclusion(found.entries, found.proxy):
         facts.append(("parts", matters))
     facts += failures(found.entries)
     if found.missing:
-        facts.append(("missing", f"{found.missing} trainings; the same command goes on"))
-    facts.append(("also", str(found.folder / "result.json")))
+        missing = f"{found.missing} trainings; run the same command again to continue"
+        facts.append(("missing", missing))
+    facts.append(("files", str(found.folder / "result.json")))
     parts: list[RenderableType] = [TwoColumns(facts)]
     if found.entries:
         own = found.entries[0].name
         parts += ["", Text("Held-out loss, mean over the seeds", "bold")]
         parts += [comparison_table(found.entries, found.proxy), ""]
-        parts += [Text(f"How far above the {own}'s loss, with the 95% interval", "bold")]
+        parts += [Text(f"Loss above that of the {own}, with the 95% interval", "bold")]
         parts += [difference_table(found.entries, found.proxy)]
     return Group(*parts)
 
 
 def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
-    """Parameters and FLOPs of full size; FLOPs of the proxies as shares of the winner's; losses."""
+    """Return a table of costs and losses.
+
+    Parameters and FLOPs per token are of full size. The column "trained" has the executed FLOPs of
+    the proxy, as a share of the winner's. Losses are means over the seeds, in nats.
+    """
     own = winner_of(entries)
     table = plain_table("", "params", "FLOPs/token", "trained", *proxy.tasks)
     for entry in entries:
@@ -74,7 +79,7 @@ def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
 
 
 def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
-    """By how many nats each loss is above the winner's, with the 95% interval; or what failed."""
+    """Return a table of how many nats each loss is above the winner's, with the 95% interval."""
     found = differences(entries, proxy)
     table = plain_table("", "objective", *proxy.tasks)
     for entry in entries:
@@ -86,12 +91,12 @@ def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
 
 
 def failures(entries: Sequence[ComparisonEntry]) -> list[tuple[str, str]]:
-    """Who failed, and why."""
+    """Return a line for each entry whose training failed, with the reason."""
     return [("failed", f"{entry.name}: {entry.error}") for entry in entries if entry.error]
 
 
 def _flops(entry: ComparisonEntry) -> float:
-    """Executed by the proxies, per token; zero where that is not known."""
+    """Return the executed FLOPs per token of the proxies; 0 if they are not known."""
     known = [s.flops_per_token for of_task in entry.scores.values() for s in of_task]
     return fmean([flops or 0.0 for flops in known]) if known else 0.0
 
@@ -105,7 +110,7 @@ def _mean(losses: Sequence[float]) -> str:
 
 
 def plain_table(first: str, *others: str) -> Table:
-    """Without lines; all columns but the first to the right."""
+    """Return a table without lines, in which all columns but the first are aligned right."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for title in others:

@@ -20,6 +20,17 @@ from optuna.storages import BaseStorage
 from archdsl.search.trials.proxy import ProxyScore
 from archdsl.search.workers.pool import Pool, Work
 
+# the phases of a search, by which its spending is recorded
+SEARCH = "search"
+BASELINES = "baselines"
+ABLATIONS = "ablations"
+PROXY_VALIDATION = "proxy validation"
+SUPERNET_VALIDATION = "supernet validation"
+FORMER_NAMES = {
+    "controls": BASELINES,
+    "trust": PROXY_VALIDATION,
+    "proof": SUPERNET_VALIDATION,
+}  # in records of earlier versions
 SECONDS_BETWEEN_RECORDS = 5.0
 R = TypeVar("R")
 
@@ -125,7 +136,8 @@ class Spending:
         records = [*self.others.values(), self._record()]
         phases: dict[str, Spent] = {}
         for record in records:
-            for phase, spent in record["phases"].items():
+            for name, spent in record["phases"].items():
+                phase = FORMER_NAMES.get(name, name)
                 phases[phase] = phases.get(phase, Spent()) + Spent(**spent)
         return SpendingSummary(
             covered_seconds([(r["from"], r["to"]) for r in records]), phases, len(records)

@@ -72,13 +72,17 @@ def test_ends_with_what_was_found_and_goes_on(
     train_at_most(monkeypatch, 7)
     part = cli("ablate", small, *OPTIONS, "--out", "there")
     assert part.status == 130
-    assert part.out.startswith("verdict  Over one seed that chose nothing, the model beats none")
-    assert "missing  5 trainings; the same command goes on" in part.out
+    assert part.out.startswith(
+        "conclusion  With one seed that was not used in the search, the model is"
+    )
+    assert "missing     5 trainings; run the same command again" in part.out
     train_at_most(monkeypatch, 5)
     whole = cli("ablate", small, *OPTIONS, "--out", "there")
     assert whole.status == 0, whole.err
     assert whole.err.splitlines()[-1].endswith("s; 12 of 12 trainings")
-    assert whole.out.startswith("verdict  Over 2 seeds that chose nothing, the model beats ")
+    assert whole.out.startswith(
+        "conclusion  With 2 seeds that were not used in the search, the model is"
+    )
     for name in CONTESTANTS:
         assert f"\n{name}" in whole.out
     train_at_most(monkeypatch, 0)
@@ -92,8 +96,8 @@ def test_ends_with_what_was_found_and_goes_on(
 def test_no_training_is_begun_after_the_time(cli: Cli, small: str) -> None:
     found = cli("ablate", small, *OPTIONS, "--time", "0.000001")
     assert found.status == 0
-    assert "nothing is known yet" in found.out
-    assert "missing  12 trainings" in found.out
+    assert "so nothing is" in found.out
+    assert "missing     12 trainings" in found.out
     assert Path("runs/small-ablation/result.json").exists()
 
 
@@ -110,4 +114,4 @@ def test_a_mistake_is_said_before_training(cli: Cli) -> None:
 def test_trains_in_processes(cli: Cli, small: str) -> None:
     found = cli("ablate", small, *OPTIONS, "--workers", "2")
     assert found.status == 0, found.err
-    assert "verdict  Over 2 seeds" in found.out
+    assert "conclusion  With 2 seeds" in found.out

@@ -42,7 +42,7 @@ def test_a_study_goes_by_its_folder_and_by_how_its_name_begins(cli: Cli, there: 
     by_folder, by_name = cli("study", "show", str(there)), cli("study", "show", "small-")
     assert by_folder.status == by_name.status == 0
     assert by_folder.out == by_name.out
-    assert "Front" in by_folder.out
+    assert "Pareto front" in by_folder.out
     found = cli("study", "show", "nope")
     assert (found.status, found.out) == (2, "")
     assert "nope" in found.err

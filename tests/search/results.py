@@ -59,7 +59,13 @@ BASELINES = ("equal-parameters plain", "equal-FLOPs plain", "equal-FLOPs Loop")
 def made_up(
     trials: int = 30, seeds: int = 3, seed: int = 0, axes: tuple[str, ...] = (LOSS, FLOPS)
 ) -> dict[str, Any]:
-    """As `result.json` of a search over ``trials`` draws; the same for the same arguments."""
+    """As `result.json` of a search over ``trials`` trials; the same for the same arguments."""
+    return made_up_report(trials, seeds, seed, axes).as_json()
+
+
+def made_up_report(
+    trials: int = 30, seeds: int = 3, seed: int = 0, axes: tuple[str, ...] = (LOSS, FLOPS)
+) -> SearchReport:
     rng = random.Random(seed)
     drawn = [_trial(number, axes, rng) for number in range(trials)]
     done = [one for one in drawn if one.value is not None]
@@ -67,7 +73,7 @@ def made_up(
     outcomes = [one.outcome for one in drawn]
     correlation = Correlation(0.71, 0.42, 0.93, min(8, len(done)))
     points = [(one.number, one.value or 0.0) for one in done[:8]]
-    report = SearchReport(
+    return SearchReport(
         folder=Path("runs/small"),
         settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY, axes),
         trials=drawn,
@@ -92,14 +98,13 @@ def made_up(
         importance={"blocks.0.body.1": 0.46, "dim": 0.31, "blocks.0.body.1[itt].steps": 0.23},
         interrupted=False,
     )
-    return report.as_json()
 
 
 def _spent() -> dict[str, Spent]:
     return {
         "search": Spent(810.0, 4.4e13, 5e12, 60),
-        "controls": Spent(250.0, 1.4e13, 2e12, 12),
-        "trust": Spent(70.0, 4e12, 1e12, 8),
+        "baselines": Spent(250.0, 1.4e13, 2e12, 12),
+        "proxy validation": Spent(70.0, 4e12, 1e12, 8),
     }
 
 
@@ -176,7 +181,7 @@ def _entries(best: Trial, seeds: int, rng: random.Random) -> list[ComparisonEntr
     own = _entry("winner", "winner", best.spec, best.value or 0.0, seeds, rng)
     losses = [(best.value or 0.0) + 0.06 - 0.04 * i for i in range(len(BASELINES))]
     baselines = [
-        _entry(name, "control", _draw(rng)[1], loss, seeds, rng)
+        _entry(name, "baseline", _draw(rng)[1], loss, seeds, rng)
         for name, loss in zip(BASELINES, losses, strict=True)
     ]
     ablation = _entry("without residual", "ablation", best.spec, losses[0] + 0.1, seeds, rng)

@@ -1,4 +1,4 @@
-// Learning curves by rung, and how well two scores agree.
+// Learning curves by rung, and scatter plots of two scores of the same trials.
 "use strict";
 
 const BANDS = 12;
@@ -7,13 +7,13 @@ function curvesPicture(task) {
     [0, colour("best")],
     [1, colour("worst")],
   ];
-  const climbed = R.trials.filter((one) => one.outcome !== "reused" && one.rungs.some((rung) => rung[task]));
+  const trained = R.trials.filter((one) => one.outcome !== "reused" && one.rungs.some((rung) => rung[task]));
   const band = (one) => (rank.has(one.trial) ? Math.floor((BANDS * rank.get(one.trial)) / ranked.length) : -1);
   const data = [];
   for (let i = BANDS - 1; i >= 0; i--)
     data.unshift(
       lines(
-        climbed.filter((one) => band(one) === i),
+        trained.filter((one) => band(one) === i),
         task,
         mixed((i + 0.5) / BANDS),
         1.2,
@@ -21,13 +21,13 @@ function curvesPicture(task) {
     );
   data.unshift(
     lines(
-      climbed.filter((one) => band(one) < 0),
+      trained.filter((one) => band(one) < 0),
       task,
       colour("faint"),
       0.8,
     ),
   );
-  const dots = climbed.flatMap((one) =>
+  const dots = trained.flatMap((one) =>
     one.rungs.filter((rung) => rung[task] && known(rung[task].loss)).map((rung) => [one, rung[task]]),
   );
   const at = (some, marker, name) => ({
@@ -46,7 +46,7 @@ function curvesPicture(task) {
   });
   const grey = dots.filter(([one]) => !rank.has(one.trial)),
     ended = dots.filter(([one]) => rank.has(one.trial));
-  data.push(at(grey, { color: colour("faint"), size: 6 }, "stopped"));
+  data.push(at(grey, { color: colour("faint"), size: 6 }, "stopped early"));
   data.push(
     at(
       ended,
@@ -71,7 +71,7 @@ function curvesPicture(task) {
   );
   const heights = [
     ...dots.map(([, score]) => score.loss),
-    ...climbed.flatMap((one) => beyond(last(one)[task]?.curve || [])),
+    ...trained.flatMap((one) => beyond(last(one)[task]?.curve || [])),
   ];
   const low = Math.min(...heights),
     high = Math.max(...heights),
@@ -86,7 +86,7 @@ function curvesPicture(task) {
   };
 }
 
-// The first steps fall so far that they would leave no room for the rest.
+// Leaves out the first tenth of a curve: its losses are so high that they would compress the rest.
 const beyond = (curve) => curve.slice(Math.floor(curve.length / 10)).map(([, loss]) => loss);
 
 function lines(some, task, shade, width) {
@@ -102,7 +102,7 @@ function lines(some, task, shade, width) {
   };
 }
 
-// Between the colours of the best and of the worst.
+// A colour between that of the best and that of the worst trial.
 function mixed(share) {
   const parts = (text) => [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16));
   const low = parts(colour("best")),

@@ -1,4 +1,4 @@
-// The front: trials, winner and controls, loss against cost.
+// The plot of the Pareto front: trials, winner, baselines and ablations, loss against cost.
 "use strict";
 
 function hover(one) {
@@ -48,7 +48,7 @@ function frontPicture() {
       line: { shape: "hv", color: colour("accent"), width: 2 },
       marker: { symbol: "circle-open", size: 14, color: colour("accent"), line: { width: 2 } },
     }),
-    ...["ablation", "control", "winner"].flatMap(contestants),
+    ...["ablation", "baseline", "winner"].flatMap(entryPoints),
   ];
   const own = trial.get(R.winner);
   if (!winner && own)
@@ -65,14 +65,14 @@ function frontPicture() {
   };
 }
 
-function contestants(role) {
+function entryPoints(role) {
   const some = R.entries
     .map((entry, i) => [entry, i])
     .filter(([entry]) => entry.role === role && finite(entry.objective).length);
   if (!some.length) return [];
   const losses = some.map(([entry]) => finite(entry.objective));
   const middle = losses.map(mean);
-  const mark = { winner: ["star", 18], control: ["square", 10], ablation: ["diamond", 9] }[role];
+  const mark = { winner: ["star", 18], baseline: ["square", 10], ablation: ["diamond", 9] }[role];
   return [
     {
       type: "scatter",
@@ -99,7 +99,7 @@ function contestants(role) {
   ];
 }
 
-// Of equal FLOPs by construction: side by side, or their bars hide one another.
+// Entries of equal FLOPs are drawn side by side, because their bars would hide one another.
 function before(i) {
   const own = R.entries[i].flops_per_token;
   return R.entries.slice(0, i).filter((entry) => Math.abs(entry.flops_per_token - own) < 0.01 * own).length;
@@ -116,7 +116,7 @@ function flopsAxis(data) {
   };
 }
 
-// What was stopped after a few steps stands far above; a double click shows it all.
+// Trials that were stopped after a few steps lie far above the others. A double click shows them all.
 function lossRange(stopped) {
   const shown = [...ranked.map(lossOf), ...R.entries.flatMap((entry) => finite(entry.objective))];
   if (!shown.length) return undefined;

@@ -1,4 +1,4 @@
-// The panel that shows one spec: #trial-12, #entry-0.
+// The panel that shows one spec; the address says which: #trial-12 or #entry-0.
 "use strict";
 
 let opener = null;
@@ -71,7 +71,7 @@ function details(one) {
   const parts = scores.length
     ? [
         el("h3", {}, "Scores"),
-        table(["rung", el("th", { class: "left", scope: "col" }, "task"), "steps", "loss", "right", "time"], scores),
+        table(["rung", el("th", { class: "left", scope: "col" }, "task"), "steps", "loss", "accuracy", "time"], scores),
       ]
     : [];
   const choices = Object.entries(one.choices).map(([leaf, of]) => [el("code", {}, leaf), value(of)]);
@@ -90,9 +90,9 @@ function specOf(one) {
           await navigator.clipboard.writeText(one.spec);
           copy.textContent = "Copied";
         } catch {
-          // a browser may forbid it to files; what is selected can be copied by hand
+          // Some browsers forbid this to local files. Then the text is selected, to be copied by hand.
           getSelection().selectAllChildren(text);
-          copy.textContent = "Selected: now copy";
+          copy.textContent = "Selected: press Ctrl+C";
         }
       },
     },

@@ -1,4 +1,4 @@
-// Parallel coordinates in SVG: plotly's own need WebGL, which not every browser has.
+// Parallel coordinates, drawn as SVG: those of plotly need WebGL, which not every browser has.
 "use strict";
 
 const HEIGHT = 300,
@@ -16,7 +16,7 @@ function scale(name, read, some) {
   const low = distinct[0],
     high = distinct[distinct.length - 1];
   const height = (of) => {
-    if (of === undefined) return TOP + HEIGHT + 16; // below the axis: not asked of this trial
+    if (of === undefined) return TOP + HEIGHT + 16; // below the axis: this trial has no such choice
     const share = numeric ? (of - low) / (high - low || 1) : distinct.indexOf(value(of)) / (distinct.length - 1 || 1);
     return TOP + HEIGHT * (1 - share);
   };
@@ -31,7 +31,7 @@ function scale(name, read, some) {
   };
 }
 
-// Of the trials that reached the last rung: losses of different rungs do not compare.
+// Shows only trials that reached the last rung: losses of different rungs are not comparable.
 function parallel(room) {
   const some = ranked;
   const leaves = [...new Set(some.flatMap((one) => Object.keys(one.choices)))];

@@ -1,10 +1,10 @@
-// How plotly draws: when, in which colours, and what a click does.
+// Drawing with plotly: when, in which colours, and what a click does.
 "use strict";
 
-// plotly reads markup and entities in its texts, in some of them twice: a space of no width makes
-// them mere text
+// plotly interprets markup and entities in its texts, in some of them twice. A zero-width space after
+// each < and & prevents that.
 const escaped = (text) => String(text).replace(/[<&]/g, "$&\u200b");
-// nor does it break lines
+// plotly does not break lines, so this function does.
 function wrapped(text, width = 58) {
   const lines = [""];
   for (const word of String(text).split(" ")) {
@@ -26,14 +26,15 @@ const seen = new IntersectionObserver(
   { rootMargin: "400px" },
 );
 
-// Drawn when it comes near the window: 300 trials in all pictures at once take seconds.
+// A plot is drawn when it is scrolled near the window: drawing all plots of 300 trials at once takes
+// seconds.
 function plot(node, build) {
   drawn.set(node, build);
 }
 
-// plotly is the last script, so that what needs no pictures is there before them
+// plotly is the last script, so that everything else is shown before the plots are drawn.
 addEventListener("DOMContentLoaded", () => {
-  const needs = "This picture needs plotly: pip install 'archdsl[plots]' and run the command again.";
+  const needs = "This plot needs plotly: run pip install 'archdsl[plots]' and repeat the command.";
   for (const node of drawn.keys()) {
     if (window.Plotly) seen.observe(node);
     else node.replaceChildren(el("p", { class: "absent soft" }, needs));
@@ -56,7 +57,7 @@ async function draw(node) {
     hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("soft") },
     margin: { l: 56, r: 12, t: 12, b: 48 },
-    // a finger that moves over the picture scrolls the page
+    // on a touch screen a finger that moves over the plot scrolls the page
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     legend: { orientation: "h", yanchor: "bottom", y: 1.01, x: 0, font: { size: narrow ? 11 : 13 } },
     modebar: { bgcolor: "transparent", color: colour("soft"), activecolor: colour("ink") },

@@ -1,4 +1,4 @@
-// What it is and what it took: the winner's nodes, the ranking's trust, the sums, the settings.
+// The winner's parts, the validation of the ranking, the spending, the settings.
 "use strict";
 
 function showWinner() {
@@ -20,53 +20,53 @@ function showWinner() {
   $("winner-tree").append(table(["", "parameters", "FLOPs/token", "share", ""], rows, { class: "tree" }));
 }
 
-function tauWords(found) {
-  if (!found || !known(found.tau)) return `too few pairs (${found ? found.pairs : 0}) to say`;
-  const interval = known(found.low) ? ` (95%: ${found.low.toFixed(2)} to ${found.high.toFixed(2)})` : "";
-  return `tau ${found.tau.toFixed(2)}${interval} over ${found.pairs} trials`;
+function tauText(found) {
+  if (!found || !known(found.tau)) return `too few trials (${found ? found.pairs : 0}) for a correlation`;
+  const interval = known(found.low) ? ` (95% interval ${found.low.toFixed(2)} to ${found.high.toFixed(2)})` : "";
+  return `Kendall's tau ${found.tau.toFixed(2)}${interval} over ${found.pairs} trials`;
 }
 
-function showTrust() {
+function showValidation() {
   const own = R.trust,
     shared = R.shared;
-  const climbed = ranked
+  const rungs = ranked
     .filter((one) => one.rungs.length > 1 && known(objective(one.rungs[0])))
     .map((one) => [one.trial, objective(one.rungs[0]), lossOf(one)]);
   const shown = [];
-  if (climbed.length)
+  if (rungs.length)
     shown.push([
       "First rung and last rung",
-      own && tauWords(own.between_rungs),
-      climbed,
+      own && tauText(own.between_rungs),
+      rungs,
       "loss at the first rung",
       "loss at the last rung",
     ]);
   if (own && own.points.length)
     shown.push([
-      `The proxy and one of width ${own.width}`,
-      tauWords(own.wider),
+      `The proxy and a wider proxy (width ${own.width})`,
+      tauText(own.wider),
       own.points.map((p) => [p.number, p.loss, p.wider_loss]).filter(pairKnown),
       "loss of the proxy",
       `loss at width ${own.width}`,
     ]);
   if (shared)
     shown.push([
-      "Shared weights and training alone",
-      `${tauWords(shared.correlation)}; one training of ${flops(shared.shared_flops)} FLOPs for ${shared.settings} models, ${flops(shared.alone_flops)} for these ${shared.points.length} alone`,
+      "Weights of the super-nets and separate training",
+      `${tauText(shared.correlation)}; training the super-nets took ${flops(shared.shared_flops)} FLOPs for ${shared.settings} models, training these ${shared.points.length} models separately took ${flops(shared.alone_flops)}`,
       shared.points.map((p) => [p.trial, p.shared, p.alone]).filter(pairKnown),
-      "loss with shared weights",
-      "loss trained alone",
+      "loss with the weights of a super-net",
+      "loss when trained separately",
     ]);
-  if (!shown.length) return absent("trust", "Not measured: no trial climbed more than one rung.");
+  if (!shown.length) return absent("validation", "Not measured: no trial was trained on more than one rung.");
   for (const [title, said, pairs, across, up] of shown) {
     const node = el("div", { class: "plot square" });
-    $("trust-plots").append(el("div", {}, el("h3", {}, title), el("p", { class: "soft" }, said), node));
+    $("validation-plots").append(el("div", {}, el("h3", {}, title), el("p", { class: "soft" }, said), node));
     plot(node, () => agreement(pairs, across, up));
   }
 }
 const pairKnown = ([, x, y]) => known(x) && known(y);
 
-function showSpent() {
+function showSpending() {
   const spent = R.spent,
     used = {
       seconds: spent.wall_seconds,
@@ -75,7 +75,7 @@ function showSpent() {
       trials: R.trials.length,
     };
   const say = { seconds: duration, time: duration, train_flops: (n) => flops(n) + " FLOPs", trials: String };
-  const target = $("spent-bars");
+  const target = $("spending-bars");
   const phases = Object.entries(spent.by_phase),
     sum = (key) => phases.reduce((total, [, phase]) => total + phase[key], 0) || 1;
   target.append(
@@ -89,7 +89,7 @@ function showSpent() {
   const limits = Object.entries(spent.limits).filter(([name, limit]) => known(limit) && known(used[name]));
   if (limits.length)
     target.append(
-      el("h3", {}, "Of what was allowed"),
+      el("h3", {}, "Used, as a share of the limits"),
       ...limits.map(([name, limit]) =>
         bar(
           name === "seconds" ? "time" : words(name),
@@ -112,35 +112,35 @@ function showSpent() {
     el(
       "div",
       { class: "pair" },
-      phased("Time of the workers, by phase", "seconds", duration),
+      phased("Seconds of all workers, by phase", "seconds", duration),
       phased("Training FLOPs, by phase", "train_flops", flops),
     ),
   );
   const outcomes = Object.entries(spent.outcomes).sort((a, b) => b[1] - a[1]),
-    draws = outcomes.reduce((total, [, n]) => total + n, 0) || 1;
+    trials = outcomes.reduce((total, [, n]) => total + n, 0) || 1;
   target.append(
-    el("h3", {}, "How the draws ended"),
-    ...outcomes.map(([name, n]) => bar(words(name), n / draws, `${n}, ${percent(n / draws)}`)),
+    el("h3", {}, "Outcomes of the trials"),
+    ...outcomes.map(([name, n]) => bar(words(name), n / trials, `${n}, ${percent(n / trials)}`)),
   );
 }
 
-function showAgain() {
+function showSettings() {
   $("command").textContent = R.command || "";
   const { space, ...settings } = R.settings;
   const list = (title, data) => el("div", {}, el("h3", {}, title), facts(flat(data)));
-  $("settings").append(list("Settings", settings), list("Versions", R.versions));
+  $("settings-lists").append(list("Settings", settings), list("Versions", R.versions));
   if (space)
-    $("settings").after(
+    $("settings-lists").after(
       el(
         "details",
         {},
-        el("summary", {}, "The space that was searched"),
+        el("summary", {}, "The search space"),
         el("pre", {}, JSON.stringify(space, null, 1)),
       ),
     );
 }
 
-// proxy.tasks.text.lr, as it would be written in a file
+// Nested settings as paths such as proxy.tasks.text.lr.
 function flat(data, prefix = "") {
   return Object.entries(data).flatMap(([name, of]) => {
     if (of === null) return [];

@@ -1,4 +1,4 @@
-// What came out: key figures, front, controls, learning curves, choices, routers.
+// The results: key figures, front, baselines, learning curves, choices, routers.
 "use strict";
 
 function showFigures() {
@@ -21,8 +21,8 @@ function showFigures() {
     ["Parameters", parameters(own.params), `${own.params.toLocaleString("en")}`],
     ["FLOPs per token", short(own.flops_per_token), "forward, full size"],
     ["KV cache", known(kv) ? `${short(kv)}B` : "–", "per token"],
-    ["Trials trained", String(trained), `of ${R.trials.length} draws; ${R.front.length} on the front`],
-    ["Spent", duration(R.spent.wall_seconds), `${flops(R.spent.train_flops)} training FLOPs`],
+    ["Trials trained", String(trained), `of ${R.trials.length} trials; ${R.front.length} on the front`],
+    ["Spending", duration(R.spent.wall_seconds), `${flops(R.spent.train_flops)} training FLOPs`],
   ];
   $("figures").append(
     ...shown.map(([name, figure, more]) =>
@@ -30,24 +30,27 @@ function showFigures() {
     ),
   );
   if (R.interrupted)
-    $("figures").before(el("p", { class: "note" }, "The search was interrupted; the same command goes on with it."));
+    $("figures").before(el("p", { class: "note" }, "The search was interrupted. Run the same command again to continue it."));
 }
 
 function showFront() {
   plot($("plot-front"), frontPicture);
-  const absentee = R.trials.filter((one) => !known(lossOf(one)) && one.outcome !== "reused").length;
+  const unscored = R.trials.filter((one) => !known(lossOf(one)) && one.outcome !== "reused").length;
   const reused = R.trials.filter((one) => one.outcome === "reused").length;
-  const said = [`Trained as proxies: ${R.proxy}.`];
-  if (absentee) said.push(`${absentee} draws have no score and are only in the table.`);
-  if (reused) said.push(`${reused} draws were models already known.`);
+  const said = [`Proxies: ${R.proxy}.`];
+  if (unscored) said.push(`Trials without a score, which only the table shows: ${unscored}.`);
+  if (reused) said.push(`Trials that repeated an earlier model and were not trained again: ${reused}.`);
   $("front-note").textContent = said.join(" ");
 }
 
-// controls
+// baselines
 
-function showControls() {
+function showBaselines() {
   if (!R.entries.length)
-    return absent("controls", "The winner has not met its controls yet; the same command goes on with it.");
+    return absent(
+      "baselines",
+      "The winner has not been compared with its baselines yet. Run the same command again to continue.",
+    );
   const gaps = R.entries.map((entry) => entry.difference?.objective).filter((gap) => gap && known(gap.mean));
   const ends = gaps.flatMap((gap) => [gap.mean - (gap.half_width || 0), gap.mean + (gap.half_width || 0)]);
   const low = Math.min(0, ...ends),
@@ -75,7 +78,7 @@ function showControls() {
     short(entry.flops_per_token),
     parameters(entry.params),
   ]);
-  $("controls-table").append(table(head, rows));
+  $("baselines-table").append(table(head, rows));
 }
 
 function over(losses, seeds) {
@@ -90,7 +93,7 @@ function overTask(scores) {
   const losses = finite(scores.map((score) => score.loss)),
     hits = finite(scores.map((score) => score.accuracy));
   if (!losses.length) return "–";
-  return [nats(mean(losses)), hits.length ? el("small", {}, percent(mean(hits)) + " right") : null];
+  return [nats(mean(losses)), hits.length ? el("small", {}, percent(mean(hits)) + " accuracy") : null];
 }
 
 function gapCell(entry, low, high) {
@@ -100,13 +103,13 @@ function gapCell(entry, low, high) {
   if (!known(gap.mean)) return el("td", { class: "left" }, "diverged");
   const half = gap.half_width;
   const sure = known(half) && Math.abs(gap.mean) > half;
-  const verdict = !known(half)
+  const conclusion = !known(half)
     ? "one seed"
     : sure
       ? gap.mean > 0
         ? "winner is better"
         : "winner is worse"
-      : "cannot tell";
+      : "no clear difference";
   const tone = colourOf(sure ? (gap.mean > 0 ? "accent" : "winner") : "soft");
   const x = (at) => 6 + (188 * (at - low)) / (high - low || 1);
   const picture = svg(
@@ -128,7 +131,7 @@ function gapCell(entry, low, high) {
     { class: "left" },
     picture,
     ` ${signed(gap.mean)}${known(half) ? " ± " + half.toFixed(3) : ""}`,
-    el("small", {}, verdict),
+    el("small", {}, conclusion),
   );
 }
 const colourOf = (name) => `var(--${name})`;
@@ -152,7 +155,7 @@ function showChoices() {
   const most = found.length ? found[0][1] : 1;
   $("importance-bars").append(...found.map(([leaf, share]) => bar(el("code", {}, leaf), share / most, percent(share))));
   if (!found.length)
-    $("importance-bars").append(el("p", { class: "soft" }, "Too few trials reached the last rung to say."));
+    $("importance-bars").append(el("p", { class: "soft" }, "Too few trials reached the last rung to estimate this."));
   if (ranked.length) $("parallel").append(parallel($("parallel").clientWidth));
 }
 
@@ -171,9 +174,9 @@ function showRouters() {
     const shares = averaged(scores.map((score) => score.shares || {})),
       bits = averaged(scores.map((score) => score.entropies || {}));
     $("routers-maps").replaceChildren(
-      heat("Share selected", shares, percent, (share) => share < 0.01 || share > 0.99),
+      heat("Share of tokens selected", shares, percent, (share) => share < 0.01 || share > 0.99),
       heat(
-        "Entropy, bits",
+        "Entropy of the selection, bits",
         bits,
         (bit) => bit.toFixed(2),
         () => false,

@@ -1,4 +1,4 @@
-// Puts the sections together.
+// Fills the sections of the page.
 "use strict";
 
 function showNav() {
@@ -27,15 +27,15 @@ showNav();
 for (const show of [
   showFigures,
   showFront,
-  showControls,
+  showBaselines,
   showCurves,
   showChoices,
   showRouters,
   showWinner,
-  showTrust,
-  showSpent,
+  showValidation,
+  showSpending,
   showTrials,
-  showAgain,
+  showSettings,
 ])
   show();
 addEventListener("hashchange", showPanel);

@@ -1,8 +1,10 @@
-// What the page and its plots share: the result, figures as text, elements. Text from the result
-// enters the page as text only, never as markup.
+// Helpers of all sections: the result, numbers as text, elements. Text from the result enters the
+// page as text only, never as markup.
 "use strict";
 
 const R = JSON.parse(document.getElementById("result").textContent);
+// Results written by earlier versions say "control" where newer ones say "baseline".
+for (const entry of R.entries) if (entry.role === "control") entry.role = "baseline";
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -47,7 +49,7 @@ function value(of) {
 const mean = (numbers) => numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
 const words = (name) => name.replaceAll("_", " ");
 
-// The result, by what it is asked for.
+// Views of the result.
 const WEIGHTS = Object.fromEntries(Object.entries(R.settings.proxy.tasks).map(([task, given]) => [task, given.weight]));
 const TASKS = Object.keys(WEIGHTS);
 const trial = new Map(R.trials.map((one) => [one.trial, one]));

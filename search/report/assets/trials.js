@@ -104,7 +104,7 @@ function showTrials() {
   filter();
 }
 
-// What has no value stands last, whichever way.
+// Rows without a value come last in both directions.
 function compare(a, b, down) {
   if (!known(a) || !known(b)) return known(b) - known(a);
   return (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1);

@@ -1,5 +1,5 @@
-"""The controls do without thinking what the winner does with it, at the same price; an ablation is
-the winner without one thing."""
+"""A baseline is a plain model of the same cost as the winner; an ablation is the winner without one
+of its parts."""
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +43,7 @@ def slots(spec: ModelSpec) -> int:
 
 
 @pytest.mark.parametrize("name", ["itt", "loop", "mor", "hybrid", "tiny", "mod", "universal"])
-def test_twins_match_in_what_they_are_named_after(name: str) -> None:
+def test_baselines_match_in_what_they_are_named_after(name: str) -> None:
     winner = archdsl.load(name)
     found = compared_specs(winner)
     own, plain = sequence_cost(winner), found[EQUAL_PARAMS]
@@ -52,8 +52,8 @@ def test_twins_match_in_what_they_are_named_after(name: str) -> None:
     assert sequence_cost(found[EQUAL_FLOPS_LOOP]).params == params
     layer = sequence_cost(plain).flops / len(plain.blocks)  # and its share of the head
     assert abs(sequence_cost(found[EQUAL_FLOPS]).flops - own.flops) < layer / 2
-    for twin in (EQUAL_PARAMS, EQUAL_FLOPS):
-        assert not loops(found[twin])
+    for name in (EQUAL_PARAMS, EQUAL_FLOPS):
+        assert not loops(found[name])
 
 
 @settings(max_examples=60)
@@ -110,9 +110,9 @@ def test_a_loop_of_equal_flops_is_as_close_as_a_step_allows(name: str) -> None:
 
 def test_steps_that_are_no_whole_number_are_taken_by_some_of_the_loops() -> None:
     winner = archdsl.load("itt", overrides=["blocks.0.body.1.router.capacity=0.5"])
-    twin = compared_specs(winner)[EQUAL_FLOPS_LOOP]
-    assert [loop.steps for loop in loops(twin)] == [3, 2, 2, 2]
-    assert sequence_cost(twin).flops == pytest.approx(sequence_cost(winner).flops, rel=0.05)
+    baseline = compared_specs(winner)[EQUAL_FLOPS_LOOP]
+    assert [loop.steps for loop in loops(baseline)] == [3, 2, 2, 2]
+    assert sequence_cost(baseline).flops == pytest.approx(sequence_cost(winner).flops, rel=0.05)
 
 
 def test_random_routing_keeps_everything_but_the_choice() -> None:
@@ -147,15 +147,15 @@ def test_of_several_loops_each_is_put_back_in_turn() -> None:
         assert rest == [other for other in loops(winner) if other is not loop]
 
 
-def test_a_plain_winner_needs_no_twin() -> None:
+def test_a_plain_winner_has_no_baselines() -> None:
     assert baselines(archdsl.load("transformer")) == {}
 
 
 def test_what_routes_below_a_full_pass_is_matched_by_fewer_layers() -> None:
     winner = archdsl.load("mod")
-    twin = baselines(winner)[EQUAL_FLOPS]
-    assert len(twin.blocks) < len(winner.canonical().blocks)
-    assert sequence_cost(twin).flops == pytest.approx(sequence_cost(winner).flops, rel=0.06)
+    baseline = baselines(winner)[EQUAL_FLOPS]
+    assert len(baseline.blocks) < len(winner.canonical().blocks)
+    assert sequence_cost(baseline).flops == pytest.approx(sequence_cost(winner).flops, rel=0.06)
 
 
 def test_per_step_weights_are_matched_by_layers() -> None:

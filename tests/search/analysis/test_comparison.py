@@ -1,4 +1,4 @@
-"""The contest: who is trained and when, what whole seeds say, and that words say no more."""
+"""Comparisons: what is trained and when, what complete seeds show, and what may be concluded."""
 
 from __future__ import annotations
 
@@ -87,23 +87,23 @@ def jobs(winner: ModelSpec, tmp_path: Path) -> dict[Key, Job]:
 def quiet(_: str) -> None: ...
 
 
-def test_all_meet_with_one_seed_before_the_next_and_controls_come_first(
+def test_one_seed_comes_before_the_next_and_baselines_before_ablations(
     winner: ModelSpec, jobs: dict[Key, Job], tmp_path: Path
 ) -> None:
     seeds = [seed for seed, _ in groupby(job.seed for job in jobs.values())]
     assert seeds == [7, 8, 9]
     first = [role_of(name) for name, _, seed in jobs if seed == 7]
-    assert [role for role, _ in groupby(first)] == ["winner", "control", "ablation"]
+    assert [role for role, _ in groupby(first)] == ["winner", "baseline", "ablation"]
     unablated = comparison_jobs(winner, PROXY, (7, 8, 9), tmp_path, ablate=False)
     assert unablated == {k: v for k, v in jobs.items() if role_of(k[0]) != "ablation"}
     assert all(job.steps == TASK.rungs[-1] for job in jobs.values())
 
 
-def test_controls_are_equal_where_they_are_trained(jobs: dict[Key, Job]) -> None:
+def test_baselines_are_equal_at_the_size_that_is_trained(jobs: dict[Key, Job]) -> None:
     own, layer = (sequence_cost(jobs[name, "a", 7].spec) for name in (WINNER, EQUAL_PARAMS))
     assert layer.params == pytest.approx(own.params, rel=0.03)
-    for twin in (EQUAL_FLOPS, EQUAL_FLOPS_LOOP):
-        assert sequence_cost(jobs[twin, "a", 7].spec).flops == pytest.approx(own.flops, rel=0.1)
+    for baseline in (EQUAL_FLOPS, EQUAL_FLOPS_LOOP):
+        assert sequence_cost(jobs[baseline, "a", 7].spec).flops == pytest.approx(own.flops, rel=0.1)
 
 
 def test_what_is_entered_is_of_full_size(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
@@ -111,14 +111,14 @@ def test_what_is_entered_is_of_full_size(winner: ModelSpec, jobs: dict[Key, Job]
     assert found[0].spec == winner
     assert found[0].receipt == cost(winner)
     assert {entry.spec.dim for entry in found} == {winner.dim}
-    assert [entry.role for entry in found][:2] == ["winner", "control"]
+    assert [entry.role for entry in found][:2] == ["winner", "baseline"]
     assert len({entry.name for entry in found}) == len(found) == len(jobs) / 6
 
 
 def test_only_whole_seeds_count(winner: ModelSpec, jobs: dict[Key, Job]) -> None:
     of_seed = len(jobs) // 3
     rivals = [key for key in jobs if key[2] == 8 and role_of(key[0]) != "ablation"]
-    for submitted, with_controls, with_ablations in (
+    for submitted, with_baselines, with_ablations in (
         (of_seed - 1, 1, 0),
         (of_seed, 1, 1),
         (of_seed + len(rivals) - 1, 1, 1),
@@ -128,7 +128,7 @@ def test_only_whole_seeds_count(winner: ModelSpec, jobs: dict[Key, Job]) -> None
         done = {key: score(1.0) for key in list(jobs)[:submitted]}
         found = {entry.name: entry for entry in entries(winner, jobs, done)}
         for entry in found.values():
-            seeds = with_ablations if entry.role == "ablation" else with_controls
+            seeds = with_ablations if entry.role == "ablation" else with_baselines
             assert {len(scores) for scores in entry.scores.values()} == {seeds}
         assert any(entry.role == "ablation" for entry in found.values()) == bool(with_ablations)
 
@@ -177,8 +177,8 @@ def test_one_that_fails_is_shown_with_its_reason(winner: ModelSpec, jobs: dict[K
     assert failed == {EQUAL_FLOPS_LOOP: "a, seed 8: out of memory: killed twice"}
     assert EQUAL_FLOPS_LOOP not in differences(found, PROXY)
     said = conclusion(found, PROXY)
-    assert "beats 3 of its controls" in said
-    assert f"the {EQUAL_FLOPS_LOOP} twin failed" in said
+    assert "better than 3 of its 4 baselines" in said
+    assert f"the {EQUAL_FLOPS_LOOP} baseline failed" in said
     assert as_json(found, PROXY)[3]["error"] == failed[EQUAL_FLOPS_LOOP]
 
 
@@ -219,15 +219,27 @@ ABOVE, BELOW, AROUND = (1.3, 1.41, 1.5), (0.7, 0.81, 0.9), (1.0, 1.2, 1.1)
 
 
 def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
-    yield [], "No seed was trained with all of the controls: nothing is known yet."
+    yield [], "No seed has been trained with all baselines yet, so nothing is known."
     yield (
         [entry(WINNER, *OWN)],
-        "The winner is plain, nothing in it thinks: it is its own control.",
+        "The best model found is a plain model, so it equals its baselines.",
     )
     yield (
         [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE), entry(EQUAL_FLOPS, *ABOVE)],
-        "Over 3 seeds that chose nothing, the winner beats all of its controls: it beats "
-        f"the {EQUAL_PARAMS} twin and the {EQUAL_FLOPS} twin.",
+        "With 3 seeds that were not used in the search, the best model found is better than all of "
+        f"its 2 baselines: it is better than the {EQUAL_PARAMS} baseline and the {EQUAL_FLOPS} "
+        "baseline.",
+    )
+    yield (
+        [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE)],
+        "With 3 seeds that were not used in the search, the best model found is better than its "
+        f"only baseline: it is better than the {EQUAL_PARAMS} baseline.",
+    )
+    yield (
+        [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *BELOW), entry(EQUAL_FLOPS, *BELOW)],
+        "With 3 seeds that were not used in the search, the best model found is not shown to be "
+        f"better than any of its 2 baselines: it is worse than the {EQUAL_PARAMS} baseline and the "
+        f"{EQUAL_FLOPS} baseline (each comparison by its own 95% interval).",
     )
     yield (
         [
@@ -237,28 +249,29 @@ def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
             entry(EQUAL_FLOPS_LOOP, *AROUND),
             entry(RANDOM_ROUTING, 1.3, None, 1.5),
         ],
-        "Over 3 seeds that chose nothing, the winner beats 1 of its controls: it beats the "
-        f"{EQUAL_PARAMS} twin; it loses to the {EQUAL_FLOPS} twin; it cannot be told from the "
-        f"{EQUAL_FLOPS_LOOP} twin; the {RANDOM_ROUTING} twin diverged "
-        "(95% intervals, each for itself).",
+        "With 3 seeds that were not used in the search, the best model found is better than 1 of "
+        f"its 4 baselines: it is better than the {EQUAL_PARAMS} baseline; it is worse than the "
+        f"{EQUAL_FLOPS} baseline; no clear difference from the {EQUAL_FLOPS_LOOP} baseline; the "
+        f"{RANDOM_ROUTING} baseline diverged (each comparison by its own 95% interval).",
     )
     yield (
         [entry(WINNER, 1.0), entry(EQUAL_PARAMS, 9.0)],
-        "Over one seed that chose nothing, the winner beats none of its controls: it cannot be "
-        f"told from the {EQUAL_PARAMS} twin (95% intervals, each for itself).",
+        "With one seed that was not used in the search, the best model found is not shown to be "
+        f"better than its only baseline: no clear difference from the {EQUAL_PARAMS} baseline "
+        "(each comparison by its own 95% interval).",
     )
     yield (
         [entry(WINNER, 1.0, None), entry(EQUAL_PARAMS, 2.0, 2.0)],
-        "The winner diverged, trained with 2 seeds that chose nothing.",
+        "The best model found diverged when trained with 2 seeds that were not used in the search.",
     )
     yield (
         [entry(WINNER, error="a, seed 1: crash: x"), entry(EQUAL_PARAMS, 2.0, 2.0)],
-        "The winner could not be trained: a, seed 1: crash: x.",
+        "The best model found could not be trained: a, seed 1: crash: x.",
     )
 
 
 @pytest.mark.parametrize(("found", "sentence"), list(cases()))
-def test_the_verdict_says_no_more_than_the_intervals(
+def test_the_conclusion_says_no_more_than_the_intervals(
     found: list[ComparisonEntry], sentence: str
 ) -> None:
     assert conclusion(found, PROXY) == sentence
@@ -273,8 +286,8 @@ def test_what_matters_is_what_the_winner_is_worse_without() -> None:
         entry("without residual", *ABOVE),
     ]
     assert ablation_conclusion(found, PROXY) == (
-        "The winner is worse without router, without residual; it cannot be told from itself "
-        "without encoding (95% intervals, each for itself)."
+        "The best model found is worse without router, without residual; it shows no clear "
+        "difference without encoding (each comparison by its own 95% interval)."
     )
     assert ablation_conclusion(found[:2], PROXY) == ""
 

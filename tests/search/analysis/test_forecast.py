@@ -158,9 +158,9 @@ def test_a_plan_trains_a_few_proxies_and_leaves_nothing_behind(
     assert found.after == sum(comparisons) / 2 + 2
 
     said = words(found)
-    assert "6 points, 6 of which keep to the budget; 5 different models" in said
+    assert "6 points, 6 of which fit the budget; 5 different models" in said
     assert "of 50,000 parameters" in said
-    assert "ended by every model of the space" in said
+    assert "ends when every model of the space has been tried" in said
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["space"]["whole"] is True
 
 
@@ -173,15 +173,20 @@ def words(found: SearchForecast) -> str:
 
 def test_the_words_say_what_was_sampled_and_what_is_too_short() -> None:
     said = words(predicted(Resources(workers=2, seconds=1000), LARGE))
-    assert "of 100 drawn at random 90 keep to the budget (82.6% to 94.5% of all draws, 95%)" in said
-    assert "of 5 the choices do not go together" in said
-    assert "44 to 95 trials, from all climbing to the last rung to all stopped on the first" in said
-    assert "10 trainings of the winner, its controls and ablations" in said
-    assert "3.1 min, 19% of the whole" in said
+    assert (
+        "of 100 random points 90 fit the budget (95% interval of the share: 82.6% to 94.5%)" in said
+    )
+    assert "5 have invalid combinations of choices" in said
+    assert (
+        "44 to 95 trials (if all reach the last rung, or all stop on the first); ends with --time"
+        in said
+    )
+    assert "10 trainings of the winner, its baselines and ablations" in said
+    assert "3.1 min, 19% of the total" in said
     short = words(predicted(Resources(workers=1, seconds=100), LARGE))
-    assert "no trial and all that follows it fit into the means; that needs 6.8 min" in short
-    assert "end after 1.7 min, with controls left undone" in short
-    assert "ended by nothing: give --time" in words(predicted(Resources(workers=1), LARGE))
+    assert "the limits are too low for one trial and the evaluation, which take 6.8 min" in short
+    assert "duration 1.7 min, too short for all baselines" in short
+    assert "never ends; give --time" in words(predicted(Resources(workers=1), LARGE))
 
 
 class Failing(InProcess):

@@ -131,7 +131,7 @@ def test_a_ranking_that_holds_is_said_to_hold(tmp_path: Path) -> None:
     assert proxy_validation.sentence().startswith(
         "The proxy's ranking holds at width 32: Kendall's tau is"
     )
-    assert "First and last rung agree" in proxy_validation.sentence()
+    assert "The rankings on the first and on the last rung agree" in proxy_validation.sentence()
     assert proxy_validation.points[0].number == 0
     assert (proxy_validation.points[1].loss, proxy_validation.points[1].wider_loss) == (0.1, 6.0)
 
@@ -139,9 +139,9 @@ def test_a_ranking_that_holds_is_said_to_hold(tmp_path: Path) -> None:
 def test_a_ranking_that_does_not_hold_is_said_not_to(tmp_path: Path) -> None:
     mixed = validated(lambda number: float(number * 7 % 5), tmp_path)
     assert not mixed.wider.is_significant
-    assert mixed.sentence().startswith("That the proxy's ranking holds at width 32 is not shown")
+    assert mixed.sentence().startswith("It is not shown that the proxy's ranking holds at width 32")
     turned = validated(lambda number: -float(number), tmp_path)
-    assert turned.sentence().startswith("The proxy's ranking is turned round at width 32")
+    assert turned.sentence().startswith("The proxy's ranking is reversed at width 32")
 
 
 def test_who_diverges_or_fails_at_the_larger_width_is_left_out(tmp_path: Path) -> None:
@@ -158,12 +158,13 @@ def test_who_diverges_or_fails_at_the_larger_width_is_left_out(tmp_path: Path) -
 def test_what_was_not_tried_is_not_claimed() -> None:
     few = kendall_tau([])
     assert ProxyValidation(few, few, 64, []).sentence() == (
-        "Whether the ranking holds at width 64 was not tried."
+        "Whether the proxy's ranking holds at width 64 was not tested."
     )
     own = ProxyValidation(few, few, None, []).sentence()
-    assert own == "The models were trained at their own size, so no proxy needs to be trusted."
+    assert own == "The models were trained at their own size, so there is no proxy to validate."
     rungs = Correlation(0.5, -0.1, 0.9, 6)
     said = ProxyValidation(rungs, few, 64, []).sentence()
     assert said.endswith(
-        "First and last rung are not shown to agree: +0.50 (-0.10 to +0.90, 6 models)."
+        "The rankings on the first and on the last rung are not shown to agree: "
+        "+0.50 (-0.10 to +0.90, 6 models)."
     )

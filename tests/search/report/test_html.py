@@ -26,20 +26,21 @@ ATTACK = (
     "<b>&lt;i&gt;</script><script>document.title='owned'</script>"
     "<img src=x onerror=document.title='owned'>"
 )
+WRITTEN_BEFORE = Path(__file__).parents[2] / "written_before" / "study"
 NONE = "\N{EN DASH}"  # in a cell that has no figure
 # what is drawn in each section, and at least how many of it
 MARKS = {
     "front": (".scatterlayer .point", 10),
-    "controls": ("svg.interval circle", 4),
+    "baselines": ("svg.interval circle", 4),
     "curves": (".scatterlayer .js-line", 5),
     "choices": ("#importance-bars .fill", 3),
     "parallel": ("path", 5),
     "routers": (".heat td", 6),
     "winner": (".tree tbody tr", 10),
-    "trust": (".scatterlayer .point", 20),
-    "spent": (".fill", 8),
+    "validation": (".scatterlayer .point", 20),
+    "spending": (".fill", 8),
     "trials": ("tbody tr", 30),
-    "again": ("dd", 5),
+    "settings": ("dd", 5),
 }
 
 
@@ -197,15 +198,15 @@ def test_every_section_is_drawn_and_nothing_is_fetched(
 ) -> None:
     reader.open(result)
     assert reader.one("h1").text == result["verdict"]
-    assert reader.one("p.trust").text == result["trust_sentence"]
+    assert reader.one("p.validation").text == result["trust_sentence"]
     reader.read_through()
     for section, (selector, least) in MARKS.items():
         assert len(reader.all(f"#{section} {selector}")) >= least, section
     scored = sum(any(s["text"]["loss"] for s in t["rungs"]) for t in result["trials"])
-    points = scored + len(result["front"]) + 5  # winner, three controls, one ablation
+    points = scored + len(result["front"]) + 5  # winner, three baselines, one ablation
     assert len(reader.all("#front .scatterlayer .point")) == points
     assert len(reader.all("#front .errorbars path.yerror")) == 5
-    assert reader.one("#controls tbody tr:last-child .warn").text == "out of memory"
+    assert reader.one("#baselines tbody tr:last-child .warn").text == "out of memory"
     assert reader.complaints() == []
     assert reader.requests() <= {"file", "data", "blob"}
 
@@ -228,14 +229,14 @@ def test_each_spec_is_one_click_away(reader: Reader, result: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-def test_a_point_and_a_control_show_their_specs(reader: Reader, result: dict[str, Any]) -> None:
+def test_a_point_and_a_baseline_show_their_specs(reader: Reader, result: dict[str, Any]) -> None:
     reader.open(result)
     reader.show("#front")
     star = reader.wait("#front .scatterlayer .trace:last-child .point")[0]
     ActionChains(reader.driver).move_to_element(star).pause(0.3).click().perform()
     assert reader.wait("#spec")[0].text.strip() == result["entries"][0]["spec"].strip()
     reader.one("#close").click()
-    reader.one("#controls a[href='#entry-2']").click()
+    reader.one("#baselines a[href='#entry-2']").click()
     assert reader.one("#spec").text.strip() == result["entries"][2]["spec"].strip()
 
 
@@ -247,7 +248,7 @@ def test_a_link_to_a_trial_opens_it_and_its_spec_is_copied(
     assert reader.one("#panel h2").text.startswith("Trial 12")
     reader.one("#copy").click()
     WebDriverWait(reader.driver, 10).until(lambda _: reader.one("#copy").text != "Copy")
-    assert reader.one("#copy").text in ("Copied", "Selected: now copy")
+    assert reader.one("#copy").text in ("Copied", "Selected: press Ctrl+C")
 
 
 @pytest.mark.usefixtures("bare")
@@ -319,7 +320,7 @@ def test_a_search_that_was_cut_short(reader: Reader, result: dict[str, Any]) -> 
     rest: dict[str, Any] = {"entries": [], "trust": None, "shared": None, "importance": {}}
     reader.open(result | rest | {"trust_sentence": "", "interrupted": True})
     reader.read_through()
-    assert "has not met its controls yet" in reader.one("#controls").text
+    assert "has not been compared with its baselines yet" in reader.one("#baselines").text
     assert "interrupted" in reader.one("header").text
     assert reader.complaints() == []
 
@@ -359,4 +360,16 @@ def test_a_search_of_300_trials(reader: Reader) -> None:
     assert len(reader.all("#trials-table tbody tr")) == 300
     assert reader.one("#front .colorbar").text.endswith("KV cache bytes per token")
     assert reader.js("return performance.memory.usedJSHeapSize") < 400e6
+    assert reader.complaints() == []
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_result_of_an_earlier_version_is_shown(reader: Reader) -> None:
+    old = json.loads((WRITTEN_BEFORE / "result.json").read_text())
+    assert {entry["role"] for entry in old["entries"]} >= {"winner", "control"}
+    reader.open(old)
+    tags = [str(tag.text) for tag in reader.all("#baselines .tag")]
+    assert set(tags) >= {"winner", "baseline"}
+    assert "control" not in tags
+    assert len(reader.all("#trials-table tbody tr")) == len(old["trials"])
     assert reader.complaints() == []

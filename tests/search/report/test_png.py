@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.report.png import plot
+from matplotlib.figure import Figure
+
+from archdsl.search.report.png import _front, plot
 from tests.search.results import made_up
+
+WRITTEN_BEFORE = Path(__file__).parents[2] / "written_before" / "study"
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -31,3 +36,12 @@ def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
     nothing: dict[str, Any] = {"entries": [], "importance": {}}
     drawn = plot(made_up(12) | nothing, tmp_path)
     assert [path.name for path in drawn] == ["front.png", "curves.png", "spent.png"]
+
+
+def test_baselines_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
+    old = json.loads((WRITTEN_BEFORE / "result.json").read_text())
+    figure = Figure()
+    _front(old, figure)
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert "baselines" in labels
+    assert [path.name for path in plot(old, tmp_path)][:2] == ["front.png", "curves.png"]

@@ -58,7 +58,7 @@ def pay(to: Spending, phase: str, *works: Charge) -> None:
 def test_the_account_sums_up_all_workers_whether_they_live_or_not(storage: BaseStorage) -> None:
     killed = spending_of(storage)
     pay(killed, "search", Charge(10), Charge(20))
-    pay(killed, "controls", Charge(5))
+    pay(killed, "baselines", Charge(5))
     alive = spending_of(storage, limit=50)
     pay(alive, "search", Charge(7), Charge(99, reused=True), Charge(-1))
     summary = alive.summary()
@@ -86,3 +86,14 @@ def test_time_goes_on_where_the_last_process_stopped(storage: BaseStorage) -> No
     assert 0.05 <= second.summary().wall < 5
     time.sleep(0.05)
     assert second.is_spent
+
+
+def test_phases_of_earlier_versions_count_under_their_present_names(storage: BaseStorage) -> None:
+    spent = {"seconds": 2.0, "train_flops": 5.0, "eval_flops": 0.0, "jobs": 1}
+    old = {"pid": 1, "from": 0.0, "to": 1.0, "phases": {"controls": spent, "trust": spent}}
+    storage.set_study_user_attr(0, "worker/old", old)
+    spending = spending_of(storage)
+    pay(spending, "baselines", Charge(7))
+    phases = spending.summary().by_phase
+    assert set(phases) == {"baselines", "proxy validation"}
+    assert phases["baselines"].train_flops == 12

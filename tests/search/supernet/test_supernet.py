@@ -355,6 +355,6 @@ def test_the_proof_says_what_it_found() -> None:
     points = [SupernetPoint(i, loss=i, own_loss=i**2, flops=2e9) for i in range(8)]
     tau = kendall_tau([(p.loss, p.own_loss) for p in points])
     said = SupernetValidation(tau, points, settings=40, shared_flops=5e9).sentence()
-    assert said.startswith("The super-nets rank models as trainings of their own do")
-    assert "5e+09 FLOPs of training for 40 models, 2.5 times what one took alone" in said
-    assert "not tried" in SupernetValidation(kendall_tau([]), [], 40, 5e9).sentence()
+    assert said.startswith("The supernets rank models as separate trainings do")
+    assert "took 5e+09 FLOPs for 40 models, 2.5 times the cost of training one separately" in said
+    assert "not tested" in SupernetValidation(kendall_tau([]), [], 40, 5e9).sentence()

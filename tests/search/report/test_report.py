@@ -1,0 +1,74 @@
+"""The report: which trial wins, what is on the front, and what the files say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import archdsl
+from archdsl.lang.load import load
+from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetValidation
+from archdsl.search.report.report import SearchReport, best, on_front, top, write_report
+from archdsl.search.stats.paired import kendall_tau
+from archdsl.search.study.record import Trial
+from tests.search.results import made_up_report
+
+TINY = archdsl.load("tiny")
+
+
+def trial(number: int, loss: float | None, flops: float = 1.0) -> Trial:
+    spec = TINY.patch("blocks.1.steps", number + 1)
+    values = None if loss is None else {"loss": loss, "flops": flops}
+    outcome = "pruned" if loss is None else "complete"
+    return Trial(number, spec, spec.fingerprint(), {}, outcome, values, [])
+
+
+def validation(*own: tuple[int, float]) -> SupernetValidation:
+    """Of trials whose losses with the supernet are in the order of their numbers."""
+    points = [SupernetPoint(number, float(number), loss, 1e9) for number, loss in own]
+    return SupernetValidation(kendall_tau([]), points, len(points), 1e9)
+
+
+def test_the_lowest_loss_of_the_last_rung_wins() -> None:
+    trials = [trial(0, 3.0), trial(1, None), trial(2, 1.0), trial(3, 2.0), trial(4, 1.0)]
+    assert [one.number for one in best(trials)] == [2, 4, 3, 0]
+    assert top(trials, None).number == 2
+
+
+def test_of_trials_that_supernets_scored_the_best_separate_training_wins() -> None:
+    trials = [trial(0, 1.0), trial(1, 2.0), trial(2, 3.0)]
+    assert top(trials, validation((0, 2.5), (2, 2.2))).number == 2
+    assert top(trials, validation()).number == 0  # nothing was trained separately
+
+
+def test_the_front_holds_what_no_other_trial_beats() -> None:
+    trials = [trial(0, 1.0, 9.0), trial(1, 2.0, 5.0), trial(2, 2.5, 6.0), trial(3, None)]
+    trials += [trial(4, 1.0, 9.0)]
+    assert [one.number for one in on_front(trials)] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def report() -> SearchReport:
+    return made_up_report(12)
+
+
+def test_winner_yaml_is_the_model_that_the_report_names(
+    report: SearchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("archdsl.search.report.report.plot", lambda result, folder: [])
+    second = report.best[1]
+    separately = validation((report.best[0].number, 2.0), (second.number, 1.0))
+    given = replace(report, folder=tmp_path, supernet_validation=separately)
+    write_report(given)
+    assert given.as_json()["winner"] == second.number
+    assert load(tmp_path / "winner.yaml").fingerprint() == second.fingerprint
+    assert f"trial {second.number}" in load(tmp_path / "winner.yaml").description
+
+
+def test_the_share_of_trained_trials_leaves_out_all_that_cost_no_training(
+    report: SearchReport,
+) -> None:
+    counts = {"complete": 4, "pruned": 1, "infeasible": 2, "invalid": 2, "reused": 1}
+    assert replace(report, outcomes=counts).trained_share == 0.5

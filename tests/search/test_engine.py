@@ -1,0 +1,167 @@
+"""The engine: when trials end so that time is left, and what is trained after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+import archdsl
+from archdsl.lang.source import parse
+from archdsl.lang.spec import Budget
+from archdsl.search.engine import RESERVED_SHARE, VALIDATION_RUNS, SearchEngine
+from archdsl.search.study.record import Trial
+from archdsl.search.study.settings import Settings
+from archdsl.search.study.spending import Limits
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
+from archdsl.search.trials.scorers import training_flops
+from tests.search.study.test_sampler import SPACE
+
+TASK = Task(data="skill:p-hop,hops=1,length=12", context=12, rungs=(2, 4))
+PROXY = Proxy(dim=16, head_size=8, tasks={"a": TASK, "b": TASK})
+TINY = archdsl.load("tiny")
+FLOPS = training_flops(PROXY, TINY)
+RATE = 1e-6  # seconds of a worker per FLOP
+SEEDS = 3
+
+
+def trial(number: int = 0, loss: float = 2.0) -> Trial:
+    found = ProxyScore(
+        steps=4,
+        loss=loss / 2,
+        accuracy=None,
+        bits_per_byte=None,
+        seconds=RATE * FLOPS / 2,
+        train_flops=FLOPS / 2,
+    )
+    values = {"loss": loss, "flops": 1.0}
+    rungs = [{"a": found, "b": found}]
+    return Trial(number, TINY, str(number), {}, "complete", values, rungs)
+
+
+@dataclass
+class FakeStudy:
+    trials: list[Trial]
+    exhausted: bool = False
+    started: int = 0
+
+    def finished(self) -> list[Trial]:
+        return self.trials
+
+    def trained(self, before: int) -> int:
+        return self.started
+
+
+@dataclass
+class FakeSpending:
+    seconds_left: float = 1e12
+    flops_left: float = 1e18
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def is_spent(self) -> bool:
+        return self.seconds_left <= 0 or self.flops_left <= 0
+
+
+def engine(
+    study: FakeStudy, spending: FakeSpending, trials: int | None = None, seed: int = 0
+) -> SearchEngine:
+    settings = Settings(parse(SPACE, "small.yaml"), Budget(params=60_000), PROXY, seed=seed)
+    made = SearchEngine(
+        Path("none"),
+        Path("none/store"),
+        cast(Any, study),
+        cast(Any, SimpleNamespace(rungs=2)),
+        cast(Any, spending),
+        settings,
+        trials,
+        SEEDS,
+        None,
+    )
+    made.workers = 2
+    return made
+
+
+def compared() -> int:
+    """The models of the final comparison: winner, baselines and ablations."""
+    jobs = engine(FakeStudy([]), FakeSpending())._comparison_jobs(TINY, [0])
+    return len(jobs) // 2
+
+
+def test_so_many_trials_start_as_were_asked_for() -> None:
+    for started, expected in [(0, True), (4, True), (5, False), (6, False)]:
+        found = engine(FakeStudy([], started=started), FakeSpending(), trials=5)
+        assert found._may_start(started, 0) == expected
+
+
+def test_no_trial_starts_in_an_exhausted_space() -> None:
+    assert not engine(FakeStudy([], exhausted=True), FakeSpending())._may_start(9, 0)
+    assert engine(FakeStudy([]), FakeSpending())._may_start(9, 0)
+
+
+def test_no_trial_starts_without_time_for_all_that_follows() -> None:
+    runs = 1 + SEEDS * compared() + VALIDATION_RUNS  # one more trial, and what follows
+    needed = 1.1 * RATE * FLOPS * runs / 2  # by two workers
+    study = FakeStudy([trial()])
+    for share, expected in [(1.01, True), (0.99, False)]:
+        spending = FakeSpending(seconds_left=share * needed)
+        assert engine(study, spending)._may_start(1, 0) == expected
+    one_running = FakeSpending(seconds_left=1.01 * needed)
+    assert not engine(study, one_running)._may_start(1, 3)  # three are running already
+
+
+def test_no_trial_starts_without_flops_for_all_that_follows() -> None:
+    needed = FLOPS * (1 + SEEDS * compared() + VALIDATION_RUNS)
+    study = FakeStudy([trial()])
+    for share, expected in [(1.01, True), (0.99, False)]:
+        spending = FakeSpending(flops_left=share * needed)
+        assert engine(study, spending)._may_start(1, 0) == expected
+
+
+def test_trials_get_a_share_of_the_limits_however_much_follows() -> None:
+    study = FakeStudy([trial()])
+    limit = RATE * FLOPS  # far too little for all that follows
+    for left, expected in [(RESERVED_SHARE + 0.01, True), (RESERVED_SHARE - 0.01, False)]:
+        time = FakeSpending(seconds_left=left * limit, limits=Limits(seconds=limit))
+        assert engine(study, time)._may_start(1, 0) == expected
+        flops = FakeSpending(flops_left=left * FLOPS, limits=Limits(train_flops=FLOPS))
+        assert engine(study, flops)._may_start(1, 0) == expected
+    assert RESERVED_SHARE < 0.9
+
+
+def test_without_a_result_trials_start_until_a_limit_is_reached() -> None:
+    assert engine(FakeStudy([]), FakeSpending(seconds_left=0.1))._may_start(0, 0)
+    assert not engine(FakeStudy([]), FakeSpending(seconds_left=0.0))._may_start(0, 0)
+
+
+def test_baselines_come_before_ablations() -> None:
+    found = engine(FakeStudy([]), FakeSpending())
+    found.jobs = found._comparison_jobs(TINY, [1, 2])
+    phases = list(found._phases())
+    assert [phase for phase, _ in phases] == ["baselines", "ablations"]
+    first, second = ({name for name, _, _ in jobs} for _, jobs in phases)
+    assert {"winner", "equal-parameters plain"} <= first
+    assert all(name.startswith("without") for name in second)
+    assert second
+    assert sum(len(jobs) for _, jobs in phases) == len(found.jobs)
+
+
+def test_the_winner_is_compared_with_seeds_that_were_not_used_in_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    found = engine(FakeStudy([trial()]), FakeSpending(), seed=7)
+    found.spending = cast(Any, SimpleNamespace(metered=lambda pool, phase: pool))
+    monkeypatch.setattr(SearchEngine, "_validate_proxy", lambda *_: None)
+
+    def run_comparison(pool: Any, jobs: dict[Any, Any], *_: Any) -> dict[Any, Any]:
+        seen.extend(job.seed for job in jobs.values())
+        return {}
+
+    monkeypatch.setattr("archdsl.search.engine.run_comparison", run_comparison)
+    found._evaluate_winner(cast(Any, None))
+    assert [seed for seed, _ in groupby(sorted(seen))] == [8, 9, 10]
