@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: search test clean
+.PHONY: search test docs clean
 
 search: .venv/installed
 	$(BIN)/archdsl search --budget 162M
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+docs: .venv/installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 # constraints.txt pins every package, torch above all
 .venv/installed: pyproject.toml constraints.txt
@@ -17,6 +20,10 @@ test: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -130,7 +130,7 @@ def _sizes(part: str, text: str) -> tuple[str, int]:
 
 
 def default_tasks() -> dict[str, Task]:
-    """Real text, and a skill that needs depth; docs/LOG.md has the measurements behind both."""
+    """Real text, and a skill that needs depth; docs/log.md has the measurements behind both."""
     return {
         "text": Task(context=128, batch_size=16, rungs=(50, 100)),
         "skill": Task(
@@ -203,7 +203,7 @@ class Job:
 def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:
     """The weighted sum of the tasks' losses, in nats; None if one diverged.
 
-    Weights are inverse to each task's noise between seeds: see docs/LOG.md.
+    Weights are inverse to each task's noise between seeds: see docs/log.md.
     """
     total = 0.0
     for name, task in proxy.tasks.items():
