@@ -1,10 +1,10 @@
-"""Decoding with a cache, token by token: archdsl and others, and what routing saves there.
+"""Decoding with a KV cache, token by token: archdsl and other libraries, and the effect of routing.
 
 python -m benchmarks.decode [--spec benchmarks/specs/llama-10m.yaml] [--prompt 128] [--batch 1]
 
-All go on from the same prompt greedily, with the same weights, and must find the same tokens. Then
-the model of benchmarks/specs/itt-10m.yaml, with a threshold that nobody, about half of the tokens
-and everybody is above.
+All models have the same weights, decode greedily from the same prompt, and must find the same
+tokens. Then the model of benchmarks/specs/itt-10m.yaml is measured with thresholds that select no
+token ("nobody"), about half of the tokens ("half") and every token ("all").
 
 On a GPU: --device cuda --compile --spec transformer --routed itt [--batch 64]
 
@@ -41,13 +41,13 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import Peer, peers_of, random_batch
 
-CALLS = 8  # tokens a turn
-CONTEXT = 1024  # that caches have room for
-Read = Callable[[Tensor], Tensor]  # tokens [B, T], which go on from those before, to logits [B, V]
+CALLS = 8  # tokens that are decoded per call
+CONTEXT = 1024  # tokens that a cache can hold
+Read = Callable[[Tensor], Tensor]  # from the next tokens [B, T] to the logits [B, V] of the last
 
 
 class Greedy:
-    """Goes on from a prompt, some tokens at each call."""
+    """Greedy decoding from a prompt; each call decodes CALLS tokens."""
 
     def __init__(self, read: Read, prompt_BT: Tensor) -> None:
         self.read = read
@@ -65,16 +65,19 @@ class Greedy:
 
     @property
     def tokens(self) -> list[list[int]]:
+        """All decoded tokens of each row."""
         return torch.cat(self.found, 1).tolist()
 
 
 def ours(model: LanguageModel, room: int = CONTEXT) -> Read:
+    """Reads with a cache of archdsl for ``room`` tokens."""
     cache = model.new_cache(room)
     return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
 
 
 def graphed(model: LanguageModel, rows: int) -> Read:
-    """As `generate` does on CUDA: the prompt as it comes, then each token by one captured graph."""
+    """Reads as `archdsl.generate` does on CUDA: the prompt at once, then each token with a captured
+    CUDA graph."""
     cache, step = model.new_cache(CONTEXT), None
 
     def read(tokens_BT: Tensor) -> Tensor:
@@ -88,11 +91,12 @@ def graphed(model: LanguageModel, rows: int) -> Read:
 
 
 def reader(model: LanguageModel, args: Namespace) -> Read:
+    """Returns the fastest way of reading with archdsl on the device."""
     return graphed(model, args.batch) if args.device == "cuda" else ours(model)
 
 
 def theirs(peer: Peer, batch: int) -> Read:
-    """By the cache that each of them has."""
+    """Reads with the cache of the other library."""
     model: Any = peer.model.eval()
     if peer.name == "transformers":
         from transformers import DynamicCache
@@ -117,7 +121,7 @@ def theirs(peer: Peer, batch: int) -> Read:
 
 
 def _x_transformers(model: torch.nn.Module) -> Read:
-    """It wants to be given all tokens so far, and reads the last."""
+    """Reads with x-transformers, which takes all tokens so far at every step."""
     so_far: list[Tensor] = []
     cache = None
 
@@ -131,7 +135,7 @@ def _x_transformers(model: torch.nn.Module) -> Read:
 
 
 def theirs_static(peer: Peer, device: torch.device) -> Read:
-    """transformers at its best on a GPU: one graph of the whole step."""
+    """Reads with transformers in its fastest way on a GPU: one graph of the whole step."""
     from transformers import StaticCache
 
     model: Any = peer.model.eval()
@@ -161,7 +165,10 @@ def theirs_static(peer: Peer, device: torch.device) -> Read:
 
 
 def alike(args: Namespace, tokens: int) -> tuple[LanguageModel, list[Peer], Tensor]:
-    """The model, others with its weights, all in the precision of the device, and a prompt."""
+    """Returns the model, other libraries with the same weights, and a prompt [B, T].
+
+    All models are in the precision of the device.
+    """
     spec = load(args.spec)
     model = build(spec, device=args.device)
     prompt_BT = random_batch(spec, args.batch, tokens, args.device).tokens_BT
@@ -172,6 +179,10 @@ def alike(args: Namespace, tokens: int) -> tuple[LanguageModel, list[Peer], Tens
 
 
 def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
+    """Returns decoders of the plain model by library, and the prompt [B, T].
+
+    Raises NotEqual if they decode different tokens.
+    """
     model, peers, prompt_BT = alike(args, args.prompt)
     made = {"archdsl": Greedy(reader(model, args), prompt_BT)}
     for peer in peers:
@@ -182,19 +193,19 @@ def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
     for name, greedy in made.items():
         greedy()
         if greedy.tokens != made["archdsl"].tokens:
-            raise NotEqual(f"not equal: {name} goes on with other tokens")
-        progress(f"equal: {name} goes on with the same {CALLS + 1} tokens")
+            raise NotEqual(f"not equal: {name} decodes other tokens")
+        progress(f"equal: {name} decodes the same {CALLS + 1} tokens")
     return made, prompt_BT
 
 
 def routed(args: Namespace) -> dict[str, LanguageModel]:
-    """Nobody, about half of the tokens and everybody takes the further steps."""
+    """Returns routed models in which no token, half of them and every token take further steps."""
     spec = load(args.routed).patch("blocks.0.body.1.router.kind", "threshold")
     made = {}
     for name in ("nobody", "half", "all"):
         model = made[name] = build(spec, device=args.device)
         model.train()(random_batch(spec, 2, 256, args.device).tokens_BT)
-        model.commit()  # knows its thresholds now
+        model.commit()  # sets the thresholds
         for router in model.routers:
             if name == "nobody" and isinstance(router, Threshold):
                 router.quantiles_RQ.fill_(math.inf)
@@ -204,7 +215,10 @@ def routed(args: Namespace) -> dict[str, LanguageModel]:
 
 
 def executed_flops(model: LanguageModel, prompt_BT: Tensor, turns: int) -> float:
-    """Of a token, as many as are timed; apart from that, as counting takes time."""
+    """Returns the executed FLOPs per token over ``turns`` calls.
+
+    This is measured separately from the time, because counting takes time.
+    """
     cache = model.new_cache(CONTEXT)
     greedy = Greedy(lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1], prompt_BT)
     with metered(model) as meter:
@@ -214,13 +228,14 @@ def executed_flops(model: LanguageModel, prompt_BT: Tensor, turns: int) -> float
 
 
 def main() -> None:
+    """Runs the benchmark. Exits with an error if the libraries decode different tokens."""
     args = arguments(
         __doc__,
         spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
-        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "one that routes"},
-        prompt={"type": int, "default": 128, "help": "tokens before"},
-        batch={"type": int, "default": 1, "help": "sequences"},
-        compile={"action": "store_true", "help": "transformers with a static cache, too"},
+        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "a routed model"},
+        prompt={"type": int, "default": 128, "help": "length of the prompt in tokens"},
+        batch={"type": int, "default": 1, "help": "number of sequences"},
+        compile={"action": "store_true", "help": "also measure transformers with a static cache"},
     )
     made, prompt_BT = plain(args)
     models = routed(args)

@@ -1,12 +1,12 @@
-"""How costs grow with context, capacity, steps, layers and batch, beside the closed form.
+"""How costs grow with context, capacity, steps, layers and batch size, compared with closed forms.
 
 python -m benchmarks.growth [--small] [--out results/growth]
 
-A small ITT is made larger along one axis at a time. Measured: seconds of a training step, bytes at
-its peak, milliseconds of decoding a token, microseconds of the cost model itself. The lines are
-closed forms: bytes as they are; FLOPs over the rate that the first point of the axis had. What the
-cost model takes has none: it should not grow with anything but the number of different parts.
-Writes growth.json and growth.png.
+A small ITT is made larger along one axis at a time. The benchmark measures the seconds of a
+training step, its peak memory, the milliseconds of decoding a token and the microseconds of the
+cost model itself. Dashed lines show the closed forms: the memory in bytes, and the FLOPs divided by
+the FLOP/s of the first point of the axis. The time of the cost model has no closed form; it should
+depend only on the number of different parts. Writes growth.json and growth.png.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ AXES: dict[str, tuple[float, ...]] = {
 }
 MEASURES = {
     "step": "training step, s",
-    "memory": "its peak, MB",
+    "memory": "peak memory, MB",
     "decode": "decoding, ms/token",
     "cost": "cost model, us",
 }
 
 
 def spec_at(point: Mapping[str, float]) -> ModelSpec:
+    """Returns the spec of the small ITT with the sizes ``point``, which are named as in BASE."""
     layer = {"kind": "layer", "attention": {"head_size": 64}, "ffn": {"hidden": 384}}
     loop = {
         "kind": "loop",
@@ -69,13 +70,14 @@ def spec_at(point: Mapping[str, float]) -> ModelSpec:
 
 
 def measure(point: Mapping[str, float], args: Namespace) -> dict[str, float]:
+    """Measures one point; the units are those in MEASURES."""
     spec, rows, tokens = spec_at(point), int(point["batch"]), int(point["context"])
     batch = random_batch(spec, rows, tokens)
     rounds = args.rounds or 3
     step = own_step(trainer(spec, batch, args.device), batch)
     found = {"step": interleaved({"": step}, rounds=rounds, device=args.device)[""].median}
     found["memory"] = measured(spec, rows, args.device, context=tokens) / 1e6
-    # the cache is nearly full, and has room for all that is decoded
+    # the cache is nearly full, but has room for all tokens that are decoded
     left = CALLS * (rounds + 1) + 1
     prompt_BT = batch.tokens_BT[:, : tokens - left].to(args.device)
     greedy = Greedy(ours(build(spec, device=args.device).for_decoding(), tokens), prompt_BT)
@@ -86,7 +88,7 @@ def measure(point: Mapping[str, float], args: Namespace) -> dict[str, float]:
 
 
 def closed(point: Mapping[str, float]) -> dict[str, float]:
-    """FLOPs of a step and of a token, and bytes."""
+    """Returns the FLOPs of a training step and of decoding a token, and the peak memory in MB."""
     spec, rows, tokens = spec_at(point), int(point["batch"]), int(point["context"])
     return {
         "step": 3.0 * rows * sequence_cost(spec, tokens=tokens).flops,
@@ -96,6 +98,7 @@ def closed(point: Mapping[str, float]) -> dict[str, float]:
 
 
 def grown(args: Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Measures all points of all axes."""
     found: dict[str, list[dict[str, Any]]] = {}
     for axis, values in AXES.items():
         found[axis] = []
@@ -108,6 +111,7 @@ def grown(args: Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Plots the measures and the closed forms, one column for each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,9 +149,14 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
+    """Runs the benchmark and writes growth.json and growth.png."""
     args = arguments(
         __doc__,
-        out={"type": Path, "default": ROOT / "results" / "growth", "help": "a folder"},
+        out={
+            "type": Path,
+            "default": ROOT / "results" / "growth",
+            "help": "the folder to write to",
+        },
     )
     found = grown(args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The ground that all benchmarks share: contenders take turns, and nothing wrong is timed.
+"""What all benchmarks share: contenders take turns, and only equal computations are timed.
 
-On a CPU with one thread a call costs what the process spent on it, so neighbours hardly count;
-with several threads it is wall time, on CUDA the time between two events.
+On a CPU with one thread the time of a call is the CPU time of the process, which hardly depends on
+other processes. With several threads it is wall time; on CUDA it is the time between two events.
 """
 
 from __future__ import annotations
@@ -30,45 +30,51 @@ PACKAGES = ("archdsl", "torch", "transformers", "litgpt", "x-transformers", "opt
 
 
 class NotEqual(SystemExit):
-    """Contenders compute different things: the script ends with status 1 before any speed."""
+    """The contenders compute different things: the script exits with status 1 before timing."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, in each round."""
+    """The seconds of one call, for each round."""
 
     name: str
     rounds: list[float]
 
     @property
     def median(self) -> float:
+        """The median over the rounds, in seconds."""
         return median(self.rounds)
 
     @property
     def spread(self) -> tuple[float, float]:
+        """The lower and upper quartile over the rounds, in seconds."""
         return quartiles(self.rounds)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One contender's time over another's, round by round."""
+    """The time of one contender divided by that of another, for each round."""
 
     rounds: list[float]
 
     @property
     def median(self) -> float:
+        """The median over the rounds."""
         return median(self.rounds)
 
     @property
     def low(self) -> float:
+        """The lower quartile over the rounds."""
         return quartiles(self.rounds)[0]
 
     @property
     def high(self) -> float:
+        """The upper quartile over the rounds."""
         return quartiles(self.rounds)[1]
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
+    """Returns the lower and the upper quartile."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")
@@ -82,7 +88,11 @@ def interleaved(
     calls: int = 1,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Each contender is called ``calls`` times a round, in an order that turns with the rounds."""
+    """Times contenders in turns.
+
+    In each round every contender is called ``calls`` times; the order rotates from round to round.
+    Returns the seconds of one call by contender.
+    """
     for _ in range(3 if device == "cuda" else 1):
         for call in contenders.values():
             call()
@@ -91,7 +101,7 @@ def interleaved(
 
 
 def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Each is asked once a round for seconds it took, in an order that turns with the rounds."""
+    """Does the same as `interleaved` for contenders that return the seconds they took."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     names = list(timed)
     for turn in range(rounds):
@@ -119,17 +129,17 @@ def _seconds(call: Callable[[], object], calls: int, device: str) -> float:
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """How much longer ``a`` takes than ``b``."""
+    """Returns the time of ``a`` divided by that of ``b``, for each round."""
     return Ratio([x / y for x, y in zip(a.rounds, b.rounds, strict=True)])
 
 
 def precision(device: str) -> torch.dtype:
-    """What a model is trained in: bfloat16 is nine times slower than float32 on a CPU."""
+    """Returns the type for training: bfloat16 is nine times slower than float32 on a CPU."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of this machine's own big matrix product, now."""
+    """Measures the FLOP/s of a large matrix product on this machine."""
     n = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     taken = interleaved({"gemm": lambda: a @ b}, rounds=7, device=device)["gemm"].median
@@ -137,18 +147,22 @@ def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
 
 
 def check_equal(name: str, a: Tensor, b: Tensor, tolerance: float = 1e-4) -> float:
-    """The largest difference over the largest number of ``b``. Raises NotEqual above tolerance."""
+    """Returns the largest difference divided by the largest absolute value of ``b``.
+
+    Raises NotEqual if it is above ``tolerance`` or NaN, or if the shapes differ.
+    """
     if a.shape != b.shape:
         raise NotEqual(f"not equal: {name}: {list(a.shape)} and {list(b.shape)}")
     far = ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-    if not far <= tolerance:  # so written that NaN is red, too
+    if not far <= tolerance:  # this is also true for NaN
         raise NotEqual(f"not equal: {name}: they differ by {far:.1e} (tolerance {tolerance:.0e})")
     progress(f"equal: {name} (to {far:.0e}, tolerance {tolerance:.0e})")
     return far
 
 
 def bar(value: float, reach: float, beat: float | None = None, lower_is_better: bool = True) -> str:
-    """What a figure has come to: beat, reach or short."""
+    """Returns "beat" if the value meets the target ``beat``, "reach" if it meets ``reach``, or else
+    "short"."""
     sign = 1 if lower_is_better else -1
     if beat is not None and sign * value <= sign * beat:
         return "beat"
@@ -156,20 +170,23 @@ def bar(value: float, reach: float, beat: float | None = None, lower_is_better: 
 
 
 def progress(line: str) -> None:
+    """Prints a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def arguments(doc: str | None, **extra: Mapping[str, Any]) -> argparse.Namespace:
-    """The command line. ``extra``: options of the script alone, as ``add_argument`` takes them."""
+    """Parses the command line. ``extra``: further options for ``add_argument``."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--json", action="store_true", help=f"append the figures to results/{RECORD.name}")
-    add("--small", action="store_true", help="seconds instead of minutes, as CI runs it")
+    add("--json", action="store_true", help=f"append the results to results/{RECORD.name}")
+    add("--small", action="store_true", help="run for seconds instead of minutes, as in CI")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--threads", type=int, default=1, help="with several, wall time counts")
-    add("--rounds", type=int, help="turns of each contender (default: the script's own)")
+    add(
+        "--threads", type=int, default=1, help="number of threads; more than one measures wall time"
+    )
+    add("--rounds", type=int, help="number of rounds (the default depends on the script)")
     for name, options in extra.items():
         add(f"--{name.replace('_', '-')}", **options)
     args = parser.parse_args()
@@ -185,9 +202,9 @@ def record(
     figures: Mapping[str, object],
     args: argparse.Namespace,
 ) -> None:
-    """Prints the figures, one a line; with --json their line of results/bench.jsonl, too.
+    """Prints the results, one per line. With --json it also appends a line to results/bench.jsonl.
 
-    A figure is a number, a word, a Ratio, a Timing (in seconds), or a dict of these.
+    A result is a number, a word, a Ratio, a Timing (in seconds), or a dict of these.
     """
     width = max(map(len, figures), default=0)
     for name, figure in figures.items():
@@ -207,11 +224,14 @@ def record(
         )
         print(line)
         RECORD.parent.mkdir(exist_ok=True)
-        with RECORD.open("ab", buffering=0) as file:  # one write: lines of two runs never mix
+        with RECORD.open(
+            "ab", buffering=0
+        ) as file:  # a single write, so that lines of two runs do not mix
             file.write(f"{line}\n".encode())
 
 
 def shown(figure: object) -> str:
+    """Formats a result for the terminal."""
     match figure:
         case Mapping():
             return "  ".join(f"{name} {shown(value)}" for name, value in figure.items())
@@ -227,12 +247,13 @@ def shown(figure: object) -> str:
 
 
 def plain(figure: object) -> dict[str, float]:
-    """What JSON keeps of a Timing or a Ratio: median and quartiles."""
+    """Converts a Timing or a Ratio to its median and quartiles for JSON."""
     low, high = quartiles(figure.rounds)  # type: ignore[attr-defined]
     return {"median": median(figure.rounds), "low": low, "high": high}  # type: ignore[attr-defined]
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the imported packages."""
     imported = {name for name in PACKAGES if name.replace("-", "_") in sys.modules}
     return {"python": platform.python_version()} | {
         name: version(name) for name in sorted(imported)
@@ -240,6 +261,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
+    """Returns the name of the GPU, or of the CPU and its vector instructions."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -249,7 +271,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the code; "+dirty" where tracked files outside results/ differ from it."""
+    """Returns the git commit, with "+dirty" if tracked files outside results/ are changed."""
 
     def git(*words: str) -> str:
         call = ["git", "-C", str(ROOT), *words]
@@ -259,4 +281,4 @@ def commit() -> str:
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!results")
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # no git here, or no repository
+        return "unknown"  # git is not installed, or this is not a repository

@@ -1,7 +1,7 @@
-"""What a training step takes of memory: the closed form against what the allocator counts.
+"""The memory of a training step: the closed form compared with what the allocator counts.
 
-Then what a pass keeps for its backward pass: routed over looped, recomputed over plain, and what
-recomputing costs of time.
+Also the memory that a forward pass saves for the backward pass (routed compared with looped, and
+recomputed compared with plain), and the time that recomputing takes.
 
 python -m benchmarks.memory [--json] [--small] [--device cuda]
 """
@@ -38,25 +38,25 @@ SPECS = {
     "search": [],
     "tiny": [],
 }
-SIZES = [  # width, context, vocabulary, head size, copies at most
+SIZES = [  # width, context, vocabulary, head size, largest number of copies
     Sizes(128, 256, 1024, 32, 2),
     Sizes(256, 512, 4096, 64, 4),
     Sizes(512, 1024, 8192, 64, 8),
 ]
-REACH = 0.10  # how far an estimate may be off
+REACH = 0.10  # the largest relative error of an estimate
 BENCH = Path(__file__).parent / "specs"
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """Bytes that a call took at most, and those that it left behind."""
+    """The bytes at the peak of a call, and those that are still allocated after it."""
 
     peak: int
     left: int
 
 
 def allocated(call: Callable[[], object], device: str = "cpu") -> Allocated:
-    """Of tensors; what the call returns is among what it left."""
+    """Measures the memory of tensors in a call. What it returns counts as still allocated."""
     return (_on_cuda if device == "cuda" else _on_cpu)(call)
 
 
@@ -73,7 +73,7 @@ def _on_cuda(call: Callable[[], object]) -> Allocated:
 
 
 def _on_cpu(call: Callable[[], object]) -> Allocated:
-    """Every allocation and release, as the profiler sees them, in the order of their times."""
+    """Adds up every allocation and release that the profiler records, in order of time."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         made = call()
@@ -88,7 +88,7 @@ def _on_cpu(call: Callable[[], object]) -> Allocated:
         if what.alloc_size > 0:
             sizes[what.ptr] = what.alloc_size
             alive += what.alloc_size
-        else:  # what was there before the call is not of it
+        else:  # memory that was allocated before the call does not count
             alive -= sizes.pop(what.ptr, 0)
         peak = max(peak, alive)
     return Allocated(peak, alive)
@@ -102,7 +102,7 @@ def _walk(events: list[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random tokens to train on."""
+    """A data source of random tokens; see `archdsl.data.types.Data`."""
 
     vocab_size: int
     name: str = "noise"
@@ -133,14 +133,17 @@ def training(spec: ModelSpec, batch_size: int, device: str = "cpu", **config: An
 
 
 def measured(spec: ModelSpec, batch_size: int, device: str = "cpu", **config: Any) -> int:
-    """The peak of building a model and two steps: AdamW has its moments from the second on."""
+    """Returns the peak memory in bytes of building a model and training it for two steps.
+
+    AdamW has its moments from the second step on.
+    """
     return allocated(lambda: training(spec, batch_size, device, **config).run(2), device).peak
 
 
 def estimates(
     labels: Iterable[str], sizes: list[Sizes], batch_size: int, device: str
 ) -> dict[str, object]:
-    """Closed form over measured peak, by spec and size."""
+    """Returns the closed form divided by the measured peak, for each spec and size."""
     figures: dict[str, object] = {}
     for label in labels:
         for size in sizes:
@@ -161,12 +164,15 @@ def estimates(
 
 
 def pass_keeps(model: LanguageModel, batch: Batch, device: str) -> int:
-    """Bytes that a pass leaves for the backward pass, from the tokens to the loss."""
+    """Returns the bytes that a pass from tokens to loss saves for the backward pass."""
     return allocated(lambda: model.loss(batch.tokens_BT, batch.targets_BT), device).left
 
 
 def kept(batch_size: int, context: int, device: str) -> dict[str, object]:
-    """Kept by the 10M pair, over its plain model; and how much the loop keeps, which all take."""
+    """Returns the saved bytes of the 10M models, relative to the plain one.
+
+    They are the plain model, the routed one, and the loop that every token runs.
+    """
     plain, routed = (archdsl.load(BENCH / f"{name}.yaml") for name in ("llama-10m", "itt-10m"))
     looped = archdsl.load(BENCH / "itt-10m.yaml", overrides=["blocks.0.body.1.router=null"])
     bytes_: dict[str, int] = {}
@@ -189,7 +195,7 @@ def kept(batch_size: int, context: int, device: str) -> dict[str, object]:
 
 
 def recomputing_takes(batch_size: int, rounds: int, device: str) -> dict[str, object]:
-    """Time of a training step that recomputes its layers over one that does not."""
+    """Returns the time of a training step with recomputed layers relative to one without."""
     spec = archdsl.load(BENCH / "llama-10m.yaml").model_copy(update={"context": 512})
     contenders = {}
     for name, recomputed in (("stored", False), ("recomputed", True)):
@@ -200,6 +206,7 @@ def recomputing_takes(batch_size: int, rounds: int, device: str) -> dict[str, ob
 
 
 def main() -> None:
+    """Runs the benchmark."""
     args = arguments(__doc__)
     sizes = SIZES[:1] if args.small else SIZES
     figures = estimates(["itt", "mor"] if args.small else SPECS, sizes, 2, args.device)

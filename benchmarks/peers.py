@@ -1,6 +1,6 @@
-"""The same LLaMA with the same weights, in archdsl and in what others use.
+"""The same LLaMA with the same weights in archdsl and in other libraries.
 
-transformers is always there; LitGPT and x-transformers are, where they are installed.
+The other libraries are transformers and, if they are installed, LitGPT and x-transformers.
 
 Shapes: B batch, T tokens, V vocabulary, D width, H heads, E head size.
 """
@@ -28,12 +28,16 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
 from benchmarks.measure import check_equal, progress
 
-Weights = dict[str, Tensor]  # by the names of transformers
+Weights = dict[str, Tensor]  # by their names in transformers
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``loss``: the mean over a batch, by the peer's own way to it."""
+    """A model of another library.
+
+    ``logits``: from tokens [B, T] to logits [B, T, V]. ``loss``: from tokens and targets [B, T] to
+    the mean loss, computed as the library does.
+    """
 
     name: str
     model: nn.Module
@@ -42,15 +46,17 @@ class Peer:
 
 
 def random_batch(spec: ModelSpec, rows: int, tokens: int, device: str = "cpu") -> Batch:
+    """Returns a batch of random tokens, always the same one."""
     rng = torch.Generator().manual_seed(0)
     drawn = torch.randint(spec.vocab_size, (rows, tokens + 1), generator=rng).to(device)
     return Batch(drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
 
 
 def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
-    """Each with a copy of the weights, and with equal logits. Raises NotEqual.
+    """Yields models of other libraries with a copy of the weights and equal logits.
 
-    ``ours``: a single stack of plain layers. ``extras``: besides transformers, what is installed.
+    ``ours``: a model of a single stack of plain layers. ``extras``: also use libraries other than
+    transformers. Raises NotEqual if logits or losses differ.
     """
     weights = {transformers_name(name): w.detach().clone() for name, w in ours.state_dict().items()}
     device = ours.embedding.weight.device
@@ -66,7 +72,7 @@ def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
         wanted = cross_entropy(wanted_BTV, batch.targets_BT).mean()
     for name, (package, make) in makers.items():
         if find_spec(package) is None:
-            progress(f"{name} is not installed: left out")
+            progress(f"{name} is not installed, so it is left out")
             continue
         peer = make(ours.spec, weights, device)
         with torch.no_grad():
@@ -76,7 +82,7 @@ def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
 
 
 class Shape(NamedTuple):
-    """Of a LLaMA."""
+    """The sizes of a LLaMA."""
 
     depth: int
     heads: int
@@ -87,6 +93,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(spec: ModelSpec) -> Shape:
+    """Returns the sizes of a spec that is a single stack of plain layers."""
     (stack,) = spec.blocks
     assert isinstance(stack, StackSpec)
     (layer,) = stack.body
@@ -217,7 +224,7 @@ def _x_transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> 
         for name, weight in _x_transformers_weights(weights, shape.depth, shape.head_size).items():
             model.get_parameter(name).copy_(weight)
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # its gated projection has one, LLaMA's has none
+            if name.endswith("bias"):  # its gated projection has a bias, that of LLaMA has none
                 parameter.zero_()
         if not spec.tie_embeddings:
             cast(nn.Linear, model.to_logits).weight.copy_(weights["lm_head.weight"])
@@ -225,7 +232,8 @@ def _x_transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> 
 
 
 def _x_transformers_weights(weights: Weights, depth: int, head_size: int) -> Weights:
-    """Its rotary embedding turns neighbours, (0, 1), (2, 3) ...; LLaMA's turns halves."""
+    """Converts the weights. Its rotary embedding rotates neighbours, (0, 1), (2, 3) ..., while that
+    of LLaMA rotates the two halves."""
 
     def neighbours(weight: Tensor) -> Tensor:
         halves = weight.unflatten(0, (-1, 2, head_size // 2))  # H, half, E / 2, D

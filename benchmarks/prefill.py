@@ -1,9 +1,10 @@
-"""Reading a prompt with a cache, up to the logits after its last token.
+"""Prefill: reading a prompt into a KV cache, up to the logits after its last token.
 
 python -m benchmarks.prefill [--spec benchmarks/specs/llama-10m.yaml] [--tokens 1024] [--batch 1]
 
-archdsl and others with the same weights, each into an empty cache of its own; then archdsl in parts
-of 256 tokens, and the model of benchmarks/specs/itt-10m.yaml with each router that decodes exactly.
+It compares archdsl and other libraries with the same weights, each with its own empty cache. It
+also measures archdsl reading in parts of 256 tokens, and the model of benchmarks/specs/itt-10m.yaml
+with each router that selects the same tokens when decoding.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import Peer
 
-PART = 256  # tokens, where a prompt is read in parts
+PART = 256  # tokens of each part of a prompt that is read in parts
 ROUTERS = ("prefix", "threshold", "random")
 Reading = Callable[[], Tensor]
 
 
 def reading(new: Callable[[], Read], prompt_BT: Tensor, part: int | None = None) -> Reading:
-    """The whole prompt, from nothing, each time that it is called."""
+    """Returns a function that reads the whole prompt into a new cache and returns logits [B, V].
+
+    ``part``: the number of tokens to read at a time; by default all.
+    """
 
     def read() -> Tensor:
         with torch.inference_mode():
@@ -52,6 +56,10 @@ def reading(new: Callable[[], Read], prompt_BT: Tensor, part: int | None = None)
 
 
 def plain(args: Namespace) -> tuple[dict[str, Reading], Tensor]:
+    """Returns readers of the plain model by library, and the prompt [B, T].
+
+    Raises NotEqual if their logits differ.
+    """
     model, peers, prompt_BT = alike(args, args.tokens)
 
     def of_peer(peer: Peer) -> Reading:
@@ -68,6 +76,7 @@ def plain(args: Namespace) -> tuple[dict[str, Reading], Tensor]:
 
 
 def routed(args: Namespace) -> dict[str, LanguageModel]:
+    """Returns the routed model with each of the ROUTERS."""
     spec = load(args.routed)
     made = {}
     for kind in ROUTERS[: 1 if args.small else None]:
@@ -77,12 +86,13 @@ def routed(args: Namespace) -> dict[str, LanguageModel]:
 
 
 def flops_of(spec: ModelSpec, tokens: int) -> int:
-    """The head runs once, for the last token."""
+    """Returns the FLOPs of reading a prompt; the head runs only for the last token."""
     head = 2 * spec.dim * spec.vocab_size
     return sequence_cost(spec, tokens=tokens).flops - (tokens - 1) * head
 
 
 def figures(taken: dict[str, Timing], flops: dict[str, int], args: Namespace) -> dict[str, object]:
+    """Returns the results to record."""
     gemm = gemm_rate(args.device, precision(args.device))
     found: dict[str, object] = {"GEMM, GFLOP/s": gemm / 1e9}
     for name, timing in taken.items():
@@ -104,12 +114,13 @@ def figures(taken: dict[str, Timing], flops: dict[str, int], args: Namespace) ->
 
 
 def main() -> None:
+    """Runs the benchmark. Exits with an error if logits differ."""
     args = arguments(
         __doc__,
         spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
-        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "one that routes"},
-        tokens={"type": int, "help": "of the prompt (default: 1024)"},
-        batch={"type": int, "default": 1, "help": "sequences"},
+        routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "a routed model"},
+        tokens={"type": int, "help": "length of the prompt in tokens (default: 1024)"},
+        batch={"type": int, "default": 1, "help": "number of sequences"},
     )
     args.tokens = args.tokens or (300 if args.small else 1024)
     made, prompt_BT = plain(args)

@@ -1,4 +1,4 @@
-"""Training steps to be timed: of models by their trainer, of peers by a loop as one writes it.
+"""Training steps to time: those of archdsl's trainer, and a plain training loop for peers.
 
 Shapes: B batch, T tokens.
 """
@@ -18,11 +18,11 @@ from benchmarks.memory import training
 from benchmarks.peers import Peer
 
 LR = 1e-4
-Step = Callable[[], float]  # the loss before its update
+Step = Callable[[], float]  # does one update and returns the loss before it
 
 
 def trainer(spec: ModelSpec, batch: Batch, device: str = "cpu", **config: Any) -> Trainer:
-    """Ready for `own_step`; ``config``: other fields of TrainConfig."""
+    """Returns a trainer for `own_step`. ``config``: other fields of TrainConfig."""
     rows, tokens = batch.tokens_BT.shape
     fixed = {"lr": LR, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0, "clip": None}
     made = training(spec, rows, device, context=tokens, **fixed, **config)
@@ -31,6 +31,8 @@ def trainer(spec: ModelSpec, batch: Batch, device: str = "cpu", **config: Any) -
 
 
 def own_step(trained: Trainer, batch: Batch) -> Step:
+    """Returns a training step of archdsl on ``batch``."""
+
     def step() -> float:
         loss = trained.backward(batch)
         trained.optimizer.step()
@@ -40,6 +42,7 @@ def own_step(trained: Trainer, batch: Batch) -> Step:
 
 
 def peer_step(peer: Peer, batch: Batch, device: str, *, compiled: bool = False) -> Step:
+    """Returns a training step of another library on ``batch``, with fused AdamW."""
     model = peer.model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0, fused=True

@@ -1,9 +1,10 @@
-"""Training on all cores while a neighbour is busy on one of them, against training on one core.
+"""Training on all cores while another process is busy on one of them, compared with one core.
 
 python -m benchmarks.threads [--spec benchmarks/specs/llama-10m.yaml] [--tokens 512]
 
-OpenMP's threads wait for each other by spinning: on a core that they must share they wait for the
-neighbour, too. `archdsl` has them sleep; torch alone has not. In wall time, as nothing else tells.
+Threads of OpenMP wait for each other in a busy loop. If one of them shares its core with another
+process, all wait for that process too. `archdsl` sets OpenMP to let waiting threads sleep; torch
+does not. The results are in wall time.
 """
 
 from __future__ import annotations
@@ -37,25 +38,28 @@ BUSY = "import torch; torch.set_num_threads(1); a = torch.ones(512, 512)\nwhile 
 
 
 class Worker:
-    """A process that trains, a step whenever it is asked to."""
+    """A process that trains one step for each call."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self()  # until it is ready
+        self()  # waits until the process is ready
 
     def __call__(self) -> float:
-        """Seconds of a step. Raises NotEqual if there was none."""
+        """Returns the seconds of one step. Raises NotEqual if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(file=self.process.stdin, flush=True)
-        said = self.process.stdout.readline()
-        if not said:
-            raise NotEqual(f"a worker ended with {self.process.wait()}")
-        return float(said)
+        line = self.process.stdout.readline()
+        if not line:
+            raise NotEqual(f"a worker ended with status {self.process.wait()}")
+        return float(line)
 
 
 def work() -> None:
-    """What a worker does: its arguments are a spec, rows and tokens."""
+    """Runs in the process of a worker, whose arguments are a spec, rows and tokens.
+
+    It trains one step for each line of stdin and prints the seconds.
+    """
     from benchmarks.peers import random_batch
     from benchmarks.steps import own_step, trainer
 
@@ -70,6 +74,7 @@ def work() -> None:
 
 @contextmanager
 def python(code: str, *words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Yields a Python process that runs ``code`` with the arguments ``words``; then kills it."""
     fixed = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
@@ -87,16 +92,17 @@ def python(code: str, *words: str, **environment: str) -> Iterator[subprocess.Po
 
 
 def speeds(taken: Mapping[str, Timing]) -> dict[str, Ratio]:
-    """Of each over one thread."""
+    """Returns the speed of each contender relative to one thread."""
     return {name: ratio(taken["one thread"], timing) for name, timing in taken.items()}
 
 
 def main() -> None:
+    """Runs the benchmark."""
     args = arguments(
         __doc__,
         spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
-        batch={"type": int, "default": 2, "help": "sequences"},
-        tokens={"type": int, "default": 512, "help": "tokens of each"},
+        batch={"type": int, "default": 2, "help": "number of sequences"},
+        tokens={"type": int, "default": 512, "help": "tokens per sequence"},
     )
     if args.small:
         args.spec, args.batch, args.tokens = "tiny", 1, 32
@@ -114,7 +120,7 @@ def main() -> None:
         }
         progress("alone")
         alone = in_turns(workers, rounds)
-        progress("with a neighbour that is busy on one core")
+        progress("while another process is busy on one core")
         open_.enter_context(python(BUSY))
         busy = in_turns(workers, rounds)
     found = speeds(busy)

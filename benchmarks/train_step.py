@@ -1,9 +1,12 @@
-"""A training step of a plain LLaMA, by archdsl and by others: forward, loss, backward, fused AdamW.
+"""The time of a training step of a plain LLaMA in archdsl and in other libraries.
+
+A step is forward pass, loss, backward pass and fused AdamW.
 
 python -m benchmarks.train_step [--spec benchmarks/specs/llama-10m.yaml] [--tokens 512] [--compile]
 
-All start from the same weights; logits, losses and the losses after two updates must agree before
-anything is timed. ``--compile``: archdsl and transformers compiled, too, on CUDA also LitGPT.
+All libraries start from the same weights. Their logits, losses and the losses after two updates
+must be equal before anything is timed. ``--compile`` also measures archdsl and transformers
+compiled, and LitGPT on CUDA.
 
 On a GPU: --device cuda --compile --spec transformer --tokens 4096 --batch 8
 """
@@ -34,12 +37,13 @@ from benchmarks.measure import (
 from benchmarks.peers import peers_of, random_batch
 from benchmarks.steps import Step, own_step, peer_step, trainer
 
-REACH, BEAT = 1.03, 0.95  # of transformers' time, eager
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16 that cards promise
+REACH, BEAT = 1.03, 0.95  # targets, relative to the time of transformers in eager mode
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # peak FLOP/s in bfloat16 of the data sheet
 MFU = 0.45
 
 
 def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
+    """Returns the training step of each library. Raises NotEqual if their logits differ."""
     batch = random_batch(spec, args.batch, args.tokens)
     ours = trainer(spec, batch, args.device)
     made = {"archdsl": own_step(ours, batch)}
@@ -58,7 +62,7 @@ def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
 
 
 def check(made: dict[str, Step], device: str) -> None:
-    """Losses before, after one and after two updates."""
+    """Raises NotEqual if the losses differ before the first update or after one or two updates."""
     losses = {name: [step() for _ in range(3)] for name, step in made.items()}
     for name, found in losses.items():
         wanted = torch.tensor(losses["archdsl"])
@@ -67,6 +71,7 @@ def check(made: dict[str, Step], device: str) -> None:
 
 
 def figures(spec: ModelSpec, taken: dict[str, Timing], args: Namespace) -> dict[str, object]:
+    """Returns the results to record."""
     tokens = args.batch * args.tokens
     flops = 3 * args.batch * sequence_cost(spec, tokens=args.tokens).flops
     gemm = gemm_rate(args.device, precision(args.device))
@@ -87,11 +92,11 @@ def figures(spec: ModelSpec, taken: dict[str, Timing], args: Namespace) -> dict[
         f"{best} / transformers": against,
         f"reach {REACH}, beat {BEAT}": bar(against.median, REACH, BEAT),
     }
-    return found
+    return found | (on_cuda(taken, flops) if args.device == "cuda" else {})
 
 
 def on_cuda(taken: dict[str, Timing], flops: float) -> dict[str, object]:
-    """Against the fastest peer, compiled or not; and the share of what the card promises."""
+    """Compares with the fastest peer, compiled or not, and with the peak FLOP/s of the card."""
 
     def fastest(ours: bool) -> str:
         names = [name for name in taken if name.startswith("archdsl") == ours]
@@ -109,12 +114,13 @@ def on_cuda(taken: dict[str, Timing], flops: float) -> dict[str, object]:
 
 
 def main() -> None:
+    """Runs the benchmark. Exits with an error if logits or losses differ."""
     args = arguments(
         __doc__,
         spec={"default": str(ROOT / "benchmarks/specs/llama-10m.yaml"), "help": "a plain model"},
-        tokens={"type": int, "help": "of a sequence (default: 512)"},
-        batch={"type": int, "default": 1, "help": "sequences"},
-        compile={"action": "store_true", "help": "takes minutes"},
+        tokens={"type": int, "help": "tokens per sequence (default: 512)"},
+        batch={"type": int, "default": 1, "help": "number of sequences"},
+        compile={"action": "store_true", "help": "also measure compiled models (takes minutes)"},
     )
     args.tokens = args.tokens or (64 if args.small else 512)
     spec = load(args.spec)

@@ -1,4 +1,4 @@
-"""Benchmarks: the ground that they share, and that each of them runs, in its small setting."""
+"""Benchmarks: their common functions, and that each of them runs with --small."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure
+from archdsl.lang.load import load
+from benchmarks import measure, train_step
 from benchmarks.measure import NotEqual, Ratio, Timing, bar, check_equal, interleaved, ratio
 
 SMALL = {
@@ -28,7 +29,7 @@ SMALL = {
 }
 
 
-def test_every_benchmark_is_run_here() -> None:
+def test_every_benchmark_is_in_the_list_of_this_test() -> None:
     scripts = {
         path.stem
         for path in (measure.ROOT / "benchmarks").glob("*.py")
@@ -38,9 +39,9 @@ def test_every_benchmark_is_run_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # of peers
+@pytest.mark.filterwarnings("default")  # other libraries may warn
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_in_its_small_setting(
+def test_a_benchmark_runs_with_the_option_small(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -52,10 +53,10 @@ def test_a_benchmark_runs_in_its_small_setting(
     if name == "growth":
         assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
     else:
-        assert capfd.readouterr().out.count("\n") >= 2  # figures, one a line
+        assert capfd.readouterr().out.count("\n") >= 2  # one result per line
 
 
-def test_contenders_take_turns_and_each_is_called_as_often() -> None:
+def test_contenders_take_turns_and_are_called_equally_often() -> None:
     calls: list[str] = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
     timings = interleaved(contenders, rounds=3)
@@ -63,7 +64,7 @@ def test_contenders_take_turns_and_each_is_called_as_often() -> None:
     assert {name: len(timing.rounds) for name, timing in timings.items()} == dict.fromkeys("abc", 3)
 
 
-def test_a_ratio_is_taken_round_by_round() -> None:
+def test_ratios_are_computed_for_each_round() -> None:
     found = ratio(Timing("a", [1.0, 4.0, 9.0]), Timing("b", [1.0, 2.0, 1.0]))
     assert (found.median, found.low, found.high) == (2.0, 1.5, 5.5)
 
@@ -71,12 +72,12 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 @pytest.mark.parametrize(
     ("found", "tolerance"), [([1.0, 2.1], 1e-2), ([1.0, float("nan")], 1.0), ([1.0], 1.0)]
 )
-def test_what_differs_is_not_timed(found: list[float], tolerance: float) -> None:
+def test_different_results_are_an_error(found: list[float], tolerance: float) -> None:
     with pytest.raises(NotEqual, match="not equal: logits"):
         check_equal("logits", torch.tensor(found), torch.tensor([1.0, 2.0]), tolerance)
 
 
-def test_a_bar_is_beaten_reached_or_missed() -> None:
+def test_a_target_is_beaten_reached_or_missed() -> None:
     assert [bar(value, 1.0, 0.9) for value in (0.9, 0.95, 1.0, 1.1)] == [
         "beat",
         "reach",
@@ -90,7 +91,21 @@ def test_a_bar_is_beaten_reached_or_missed() -> None:
     ]
 
 
-def test_figures_are_one_line_of_the_record(
+def test_on_a_gpu_a_step_is_compared_with_the_fastest_peer_and_with_the_peak_of_the_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_step, "gemm_rate", lambda *_: 1e14)
+    monkeypatch.setattr(train_step, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    seconds = {"archdsl": 3.0, "archdsl compiled": 1.0, "transformers": 4.0, "LitGPT": 2.0}
+    taken = {name: Timing(name, [time]) for name, time in seconds.items()}
+    args = argparse.Namespace(batch=1, tokens=8, device="cuda")
+    found = train_step.figures(load("tiny"), taken, args)
+    speed = found["tokens/s of archdsl compiled / LitGPT"]
+    assert speed == {"": Ratio([2.0]), "bar": "beat"}
+    assert "MFU" in found
+
+
+def test_results_are_one_line_of_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "RECORD", tmp_path / "bench.jsonl")
