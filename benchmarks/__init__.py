@@ -1,1 +1,1 @@
-"""Speed and size, measured; one command each: `python -m benchmarks.NAME`."""
+"""Benchmarks of speed and memory, each with a command: `python -m benchmarks.NAME`."""

@@ -224,9 +224,8 @@ def record(
         )
         print(line)
         RECORD.parent.mkdir(exist_ok=True)
-        with RECORD.open(
-            "ab", buffering=0
-        ) as file:  # a single write, so that lines of two runs do not mix
+        # one unbuffered write, so that the lines of two runs do not mix
+        with RECORD.open("ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
 
 

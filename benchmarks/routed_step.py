@@ -1,16 +1,18 @@
-"""Do the FLOPs that routing saves become saved time? Forward and backward, one thread.
+"""How much of the FLOPs that routing saves becomes saved time, in forward and backward passes.
 
 python -m benchmarks.routed_step [--dim 256] [--tokens 512] [--router top_k] [--whole]
 
-A layer that takes further steps for a share of the tokens, against the loop in which every token
-takes them. Further steps alone are counted:
+A routed layer takes further steps for a share of the tokens. It is compared with the loop in which
+every token takes these steps. Only the time of the further steps is compared:
 
-    time   (routed - layer) / (loop - layer)        FLOPs  the same of the closed form
-    saved/ideal   (1 - time) / (1 - FLOPs): 1 where every FLOP saved is time saved
+    time          (routed - layer) / (loop - layer)
+    FLOPs         the same ratio in closed form
+    saved/ideal   (1 - time) / (1 - FLOPs): it is 1 if every saved FLOP saves time
 
-The peer is what most public code does: compute everything, then mask. It must give the same output
-and the same gradients. ``--whole``: a training step of a whole model instead, by default of
-benchmarks/specs/itt-10m.yaml, against its own loop and its own plain model.
+Most public code computes all tokens and then masks the result. This is measured too ("masked") and
+must give the same output and the same gradients. ``--whole`` measures a training step of a whole
+model instead, by default benchmarks/specs/itt-10m.yaml, and compares it with its loop without
+routing and its plain model.
 
 On a GPU: --device cuda --whole --spec itt --tokens 4096 --batch 8
 
@@ -53,7 +55,7 @@ from benchmarks.peers import random_batch
 from benchmarks.steps import own_step, trainer
 
 CAPACITIES = (0.3, 0.5, 0.7, 0.9)
-FURTHER = 3  # steps, as in ITT x4
+FURTHER = 3  # further steps, as in ITT x4
 ITT = str(ROOT / "benchmarks/specs/itt-10m.yaml")
 
 
@@ -65,7 +67,7 @@ def looped(args: Namespace, kv: str, capacity: float | None, steps: int) -> Loop
 
 
 def module(spec: LoopSpec, args: Namespace) -> nn.Module:
-    """With the same weights whatever the spec routes."""
+    """Builds the block; its weights do not depend on the router."""
     model = ModelSpec(name="step", vocab_size=2, context=args.tokens, dim=args.dim, blocks=(spec,))
     made = LanguageModel(model)
     made.initialise(0)
@@ -81,7 +83,7 @@ def forward_backward(block: Callable[..., Tensor], x_BTD: Tensor, weights: nn.Mo
 
 
 def masked(loop: Loop, x_BTD: Tensor) -> Tensor:
-    """What the loop says, by computing every token in every step."""
+    """Returns the output [B, T, D] of the loop, but computes every token in every step."""
     (body,) = loop.bodies
     assert isinstance(body, Layer)
     ctx = Context()
@@ -105,7 +107,7 @@ def masked(loop: Loop, x_BTD: Tensor) -> Tensor:
 def _layer(
     layer: Layer, x_BTD: Tensor, mask_BT: Tensor | None, kv: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A plain layer in which a query sees the earlier ones among the masked keys."""
+    """Returns the output of a plain layer in which a query attends to the earlier selected keys."""
     attention, T = layer.attention, x_BTD.size(1)
     assert isinstance(attention, Attention)
     assert attention.theta is not None
@@ -124,7 +126,7 @@ def _layer(
     if seen is not None:
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril()
         own_TT = torch.eye(T, dtype=torch.bool, device=x_BTD.device)
-        seen = (causal_TT & seen) | own_TT  # itself, or who is not masked would see nobody
+        seen = (causal_TT & seen) | own_TT  # itself, so that every query has a key
     y_BHTE = F.scaled_dot_product_attention(
         rotate(q_BHTE, table), *kv, attn_mask=seen, is_causal=seen is None
     )
@@ -132,7 +134,7 @@ def _layer(
     return x_BTD + layer.ffn(layer.ffn_norm(x_BTD), Context()), kv
 
 
-def contest(args: Namespace, kv: str, x_BTD: Tensor) -> dict[str, Timing]:
+def compare(args: Namespace, kv: str, x_BTD: Tensor) -> dict[str, Timing]:
     capacities = CAPACITIES[1:2] if args.small else CAPACITIES
     made: dict[str, Callable[[], Tensor]] = {}
     plain, loop = (
@@ -199,7 +201,7 @@ def figures(args: Namespace, kv: str, taken: dict[str, Timing]) -> dict[str, obj
 
 
 def whole(args: Namespace) -> dict[str, object]:
-    """A training step of a model in which half of the layers think, per FLOP."""
+    """Measures training steps of a model in which half of the layers are routed, per FLOP."""
     routed = load(args.spec)
     unrouted = routed.patch("blocks.0.body.1.router", None)
     plain = unrouted.patch("blocks.0.body.1.steps", 1)
@@ -230,11 +232,11 @@ def main() -> None:
     args = arguments(
         __doc__,
         dim={"type": int, "default": 256, "help": "width"},
-        tokens={"type": int, "help": "of a sequence (default: 512)"},
-        batch={"type": int, "default": 2, "help": "sequences"},
-        router={"default": "top_k", "help": "its kind"},
-        whole={"action": "store_true", "help": "whole models instead of one layer"},
-        spec={"default": ITT, "help": "with --whole: a stack of a layer and a routed loop"},
+        tokens={"type": int, "help": "tokens per sequence (default: 512)"},
+        batch={"type": int, "default": 2, "help": "number of sequences"},
+        router={"default": "top_k", "help": "kind of the router"},
+        whole={"action": "store_true", "help": "measure whole models instead of one layer"},
+        spec={"default": ITT, "help": "the model for --whole, a stack of a layer and a loop"},
     )
     args.tokens = args.tokens or (64 if args.small else 512)
     settings = {name: getattr(args, name) for name in ("dim", "tokens", "batch", "router")}
@@ -248,7 +250,7 @@ def main() -> None:
     ).requires_grad_()
     found: dict[str, object] = {}
     for kv in ("own", "shared"):
-        found |= figures(args, kv, contest(args, kv, x_BTD))
+        found |= figures(args, kv, compare(args, kv, x_BTD))
     record("routed_step", settings, found, args)
 
 

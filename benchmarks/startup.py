@@ -1,9 +1,9 @@
-"""What a command costs before it does anything: its CPU time over that of `import torch`.
+"""The CPU time of commands that do little, relative to that of `import torch`.
 
 python -m benchmarks.startup [--json] [--small]
 
-First each command must end with the right status and say what it should. Bytecode is written
-first, as where the package is installed.
+Each command is first run once to check its exit status and output. This run also writes the
+bytecode, as an installation does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ ENVIRONMENT = {
 
 
 class Command(NamedTuple):
-    words: Sequence[str]  # of the interpreter
+    """The arguments of the interpreter, and the expected output and exit status."""
+
+    words: Sequence[str]
     says: str
     status: int = 0
 
@@ -82,7 +84,7 @@ PEERS = {
 
 
 def peers() -> dict[str, Command]:
-    """Other libraries' help, of those that are installed."""
+    """Returns the help commands of those other libraries that are installed."""
     for name in PEERS:
         if not find_spec(name):
             progress(f"{name} is not installed")
@@ -90,7 +92,7 @@ def peers() -> dict[str, Command]:
 
 
 def check(name: str, command: Command) -> None:
-    """Raises NotEqual where a command does not end and say what it should."""
+    """Raises NotEqual if a command has another exit status or output than expected."""
     done = subprocess.run(
         [sys.executable, *command.words],
         capture_output=True,
@@ -98,17 +100,17 @@ def check(name: str, command: Command) -> None:
         cwd=ROOT,
         env=ENVIRONMENT,
     )
-    said = done.stdout + done.stderr
-    if done.returncode != command.status or command.says not in said:
+    output = done.stdout + done.stderr
+    if done.returncode != command.status or command.says not in output:
         raise NotEqual(
-            f"not equal: {name} ended with {done.returncode} (not {command.status}), or did not "
-            f"say {command.says!r}:\n{said[-2000:]}"
+            f"not equal: {name} exited with status {done.returncode} (expected {command.status}), "
+            f"or did not print {command.says!r}:\n{output[-2000:]}"
         )
-    progress(f"equal: {name} ends with {command.status} and says {command.says!r}")
+    progress(f"equal: {name} exits with status {command.status} and prints {command.says!r}")
 
 
 def cpu_seconds(words: Sequence[str]) -> float:
-    """User and system time of a child process."""
+    """Returns the user and system time of a process with these arguments, in seconds."""
     quiet = subprocess.DEVNULL
     child = subprocess.Popen(
         [sys.executable, *words], stdout=quiet, stderr=quiet, cwd=ROOT, env=ENVIRONMENT
@@ -119,6 +121,7 @@ def cpu_seconds(words: Sequence[str]) -> float:
 
 
 def main() -> None:
+    """Runs the benchmark. Exits with an error if a command fails."""
     args = arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         ours = {f"archdsl {name}": command for name, command in commands(Path(folder)).items()}
