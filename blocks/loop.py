@@ -75,7 +75,7 @@ class LoopSpec(BlockSpec):
     injection: Literal["add", "linear"] | None = Field(
         None, description="feed the loop's input again to further passes, added or by a matrix"
     )
-    body: AnyBlock
+    body: AnyBlock = Field(description="the block that each pass runs")
 
     @property
     def nodes(self) -> int:

@@ -135,7 +135,9 @@ class AllSpec(RouterSpec):
     example: ClassVar = {"kind": "all"}
 
     kind: Literal["all"] = "all"
-    capacity: PerStep[Annotated[float, Field(ge=1, le=1)]] = (1.0,)
+    capacity: PerStep[Annotated[float, Field(ge=1, le=1)]] = Field(
+        (1.0,), description="always 1: the share of the tokens selected"
+    )
 
 
 def share_of(capacity: float, tokens: int) -> int:

@@ -25,7 +25,7 @@ class StackSpec(BlockSpec):
 
     kind: Literal["stack"] = "stack"
     repeat: int = Field(1, ge=1, le=1024, description="how many copies of the body")
-    body: Blocks
+    body: Blocks = Field(description="the blocks of one copy, which run one after the other")
 
     @property
     def nodes(self) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,44 +24,78 @@ from archdsl.blocks.modules.loop import Loop
 from archdsl.blocks.modules.norm import Norm
 from archdsl.blocks.modules.router import Learned, Random
 from archdsl.blocks.modules.stack import Stack
-from archdsl.blocks.modules.step_encoding import Add, Scale
+from archdsl.blocks.modules.step_encoding import Add, Encoding, Scale
 from archdsl.blocks.modules.threshold import Predictor, Threshold
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ThinkingSpec
 from archdsl.blocks.rope_scaling import LinearSpec, Llama3Spec, RopeScalingSpec
-from archdsl.blocks.router import AllSpec, LearnedSpec, PrefixSpec, RandomSpec
+from archdsl.blocks.router import LearnedSpec, PrefixSpec, RandomSpec
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.lang.spec import BlockSpec
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Block, Context, Primitive
+from archdsl.testing import randomise
 
 Stream = list[Tensor]
+Scaled = Callable[[Tensor], Tensor]
 Memory = dict[
     nn.Module, list[tuple[int, Tensor, Tensor]]
 ]  # of a first pass: position, keys, values
 
 
+Definition = TypeVar("Definition", bound=Callable[..., Any])
+_definitions: dict[type, Callable[..., Any]] = {}
+
+
+def defines(*defined: type) -> Callable[[Definition], Definition]:
+    """Marks the definition of a kind, which for a new kind may stand in its own test.
+
+    Of a block, it is that of the module: ``(module, xs, pos, first, reads) -> xs``. Of a router, a
+    residual or a rotary scaling, it is that of the spec: see `chosen`, `joined` and `slowed`.
+    """
+
+    def mark(definition: Definition) -> Definition:
+        _definitions.update(dict.fromkeys(defined, definition))
+        return definition
+
+    return mark
+
+
+def definition_of(one: object) -> Callable[..., Any]:
+    if type(one) not in _definitions:
+        raise NotImplementedError(
+            f"state the definition of {type(one).__name__} in the test of its kind, under "
+            "@naive.defines"
+        )
+    return _definitions[type(one)]
+
+
 def run(module: nn.Module, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
-    match module:
-        case Attention():
-            return attention(module, xs, pos, first, reads)
-        case FeedForward():
-            return [feed_forward(module, x) for x in xs]
-        case Norm():
-            return [norm(module.norm, x) for x in xs]
-        case Layer():
-            ys = run(
-                module.attention, [norm(module.attention_norm, x) for x in xs], pos, first, reads
-            )
-            xs = [x + y for x, y in zip(xs, ys, strict=True)]
-            ys = run(module.ffn, [norm(module.ffn_norm, x) for x in xs], pos, first, reads)
-            return [x + y for x, y in zip(xs, ys, strict=True)]
-        case Stack():
-            for block in module.blocks:
-                xs = run(block, xs, pos, first, reads)
-            return xs
-        case Loop():
-            return loop(module, xs, pos)
-    raise NotImplementedError(f"state the definition of {type(module).__name__} here")
+    return definition_of(module)(module, xs, pos, first, reads)
+
+
+@defines(Layer)
+def layer(module: Layer, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
+    ys = run(module.attention, [norm(module.attention_norm, x) for x in xs], pos, first, reads)
+    xs = [x + y for x, y in zip(xs, ys, strict=True)]
+    ys = run(module.ffn, [norm(module.ffn_norm, x) for x in xs], pos, first, reads)
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+@defines(Stack)
+def stack(module: Stack, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
+    for inner in module.blocks:
+        xs = run(inner, xs, pos, first, reads)
+    return xs
+
+
+@defines(Norm)
+def norms(module: Norm, xs: Stream, *_: object) -> Stream:
+    return [norm(module.norm, x) for x in xs]
+
+
+@defines(FeedForward)
+def feed_forwards(module: FeedForward, xs: Stream, *_: object) -> Stream:
+    return [feed_forward(module, x) for x in xs]
 
 
 def block(module: Block, x_BTD: Tensor) -> Tensor:
@@ -100,6 +135,7 @@ def feed_forward(module: FeedForward, x_D: Tensor) -> Tensor:
     return module.down.weight @ hidden
 
 
+@defines(Attention)
 def attention(
     module: Attention, xs: Stream, pos: list[int], first: Memory | None, reads: bool
 ) -> Stream:
@@ -156,23 +192,28 @@ def turned(module: Attention, qk_norm: nn.Module, matrix: nn.Linear, x_D: Tensor
 
 def slowed(freq: float, scaling: RopeScalingSpec | None) -> float:
     """The angle from one token to the next, in a model whose context was extended."""
-    match scaling:
-        case None:
-            return freq
-        case LinearSpec():
-            return freq / scaling.factor
-        case Llama3Spec(low_freq_factor=low, high_freq_factor=high):
-            turns = scaling.original_context * freq / (2 * math.pi)
-            if turns >= high:
-                return freq
-            if turns <= low:
-                return freq / scaling.factor
-            kept = (turns - low) / (high - low)
-            return (1 - kept) * freq / scaling.factor + kept * freq
-    raise NotImplementedError(f"state the definition of {type(scaling).__name__} here")
+    return freq if scaling is None else definition_of(scaling)(scaling, freq)
 
 
-def loop(module: Loop, xs: Stream, pos: list[int]) -> Stream:
+@defines(LinearSpec)
+def slowed_linearly(scaling: LinearSpec, freq: float) -> float:
+    return freq / scaling.factor
+
+
+@defines(Llama3Spec)
+def slowed_as_in_llama3(scaling: Llama3Spec, freq: float) -> float:
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_context * freq / (2 * math.pi)
+    if turns >= high:
+        return freq
+    if turns <= low:
+        return freq / scaling.factor
+    kept = (turns - low) / (high - low)
+    return (1 - kept) * freq / scaling.factor + kept * freq
+
+
+@defines(Loop)
+def loop(module: Loop, xs: Stream, pos: list[int], *_: object) -> Stream:
     """Y(0) = f(X) * phi(0); then step by step what the residual says for those selected."""
     spec, start = module.spec, xs
     first: Memory | None = {} if spec.kv == "shared" else None
@@ -217,29 +258,69 @@ def body_input(module: Loop, x: Tensor, start: Tensor, step: int) -> Tensor:
         x = x + start
     if module.inject is not None and step > 0:
         x = module.inject.weight @ torch.cat([x, start])
-    return x + module.encoding.e_SD[step] if isinstance(module.encoding, Add) else x
+    return definition_of(module.encoding)(module.encoding, x, step, False)
 
 
 def scaled(module: Loop, y: Tensor, step: int) -> Tensor:
-    return y * module.encoding.phi_SD[step] if isinstance(module.encoding, Scale) else y
+    return definition_of(module.encoding)(module.encoding, y, step, True)
+
+
+@defines(Encoding)
+def no_encoding(encoding: Encoding, x: Tensor, step: int, after: bool) -> Tensor:
+    """What an encoding makes of the body's input; ``after``: of its result."""
+    return x
+
+
+@defines(Scale)
+def scale_encoding(encoding: Scale, x: Tensor, step: int, after: bool) -> Tensor:
+    return x * encoding.phi_SD[step] if after else x
+
+
+@defines(Add)
+def add_encoding(encoding: Add, x: Tensor, step: int, after: bool) -> Tensor:
+    return x if after else x + encoding.e_SD[step]
 
 
 def joined(module: Loop, x: Tensor, y: Tensor | None, gate: Tensor | None, step: int) -> Tensor:
     """The new value of a token that was ``x``; ``y`` is None where it was not selected."""
-    residual = module.spec.residual
-    if y is None:
-        if isinstance(residual, ThinkingSpec) and residual.unselected == "literal":
-            return x + scaled(module, x, step)
-        return x
     gate = torch.ones((), dtype=x.dtype) if gate is None else gate
-    match residual:
-        case ThinkingSpec():
-            return x + scaled(module, gate * y, step)
-        case OverwriteSpec():
-            return scaled(module, gate * y, step)
-        case DeltaSpec():
-            return x + scaled(module, gate * (y - x), step)
-    raise NotImplementedError(f"state the definition of {type(residual).__name__} here")
+    residual = module.spec.residual
+    return definition_of(residual)(residual, x, y, gate, lambda one: scaled(module, one, step))
+
+
+@defines(ThinkingSpec)
+def thinking(
+    residual: ThinkingSpec, x: Tensor, y: Tensor | None, gate: Tensor, scale: Scaled
+) -> Tensor:
+    if y is not None:
+        return x + scale(gate * y)
+    return x + scale(x) if residual.unselected == "literal" else x
+
+
+@defines(OverwriteSpec)
+def overwrite(
+    residual: OverwriteSpec, x: Tensor, y: Tensor | None, gate: Tensor, scale: Scaled
+) -> Tensor:
+    return x if y is None else scale(gate * y)
+
+
+@defines(DeltaSpec)
+def delta(residual: DeltaSpec, x: Tensor, y: Tensor | None, gate: Tensor, scale: Scaled) -> Tensor:
+    return x if y is None else x + scale(gate * (y - x))
+
+
+class Question(NamedTuple):
+    """What a router is asked: which tokens of ``xs`` take a routed step.
+
+    ``left``: those that may still be selected; ``among``: the share of the tokens that they are.
+    """
+
+    xs: Stream
+    pos: list[int]
+    capacity: float
+    among: float
+    row: int
+    left: set[int]
 
 
 def chosen(
@@ -251,34 +332,39 @@ def chosen(
     left: set[int],
 ) -> list[tuple[int, Tensor]]:
     """The selected tokens, first to last, with their weights."""
-    spec, router, capacity = module.spec.router, module.router, share[0]
-    if isinstance(spec, RandomSpec):
-        assert isinstance(router, Random)
-        scores = [
-            router.scores(x.view(1, 1, -1), row, Context(pos_BT=torch.tensor([[p]])))[0, 0]
-            for x, p in zip(xs, pos, strict=True)
-        ]
-        picked = within_budget(prefix(scores, capacity, left), capacity, len(xs))
-        return [(t, torch.ones_like(scores[t])) for t in picked]
-    assert isinstance(spec, LearnedSpec)
-    assert isinstance(router, Learned)
-    scores = [router.weight_RD[row] @ x for x in xs]
+    question = Question(xs, pos, *share, row, left)
+    return definition_of(module.spec.router)(module.spec.router, module.router, question)
+
+
+@defines(RandomSpec)
+def random(spec: RandomSpec, router: Random, asked: Question) -> list[tuple[int, Tensor]]:
+    scores = [
+        router.scores(x.view(1, 1, -1), asked.row, Context(pos_BT=torch.tensor([[p]])))[0, 0]
+        for x, p in zip(asked.xs, asked.pos, strict=True)
+    ]
+    picked = within_budget(prefix(scores, asked.capacity, asked.left), asked.capacity, len(scores))
+    return [(t, torch.ones_like(scores[t])) for t in picked]
+
+
+@defines(PrefixSpec, TopKSpec, PredictorSpec, ThresholdSpec)
+def learned(spec: LearnedSpec, router: Learned, asked: Question) -> list[tuple[int, Tensor]]:
+    scores = [router.weight_RD[asked.row] @ x for x in asked.xs]
     squash = torch.sigmoid if spec.gate == "sigmoid" else torch.tanh
+    capacity, left = asked.capacity, asked.left
     match spec:
         case TopKSpec() if router.leaks:
             picked = top_k(scores, capacity, left)
         case PrefixSpec():
-            picked = within_budget(prefix(scores, capacity, left), capacity, len(xs))
+            picked = within_budget(prefix(scores, capacity, left), capacity, len(scores))
         case PredictorSpec():
             assert isinstance(router, Predictor)
-            odds = [router.predict_RD[row] @ x + router.bias_R[row] for x in xs]
-            picked = within_budget([t for t in left if odds[t] > 0], capacity, len(xs))
-        case ThresholdSpec() | TopKSpec():
+            odds = [router.predict_RD[asked.row] @ x + router.bias_R[asked.row] for x in asked.xs]
+            picked = within_budget([t for t in left if odds[t] > 0], capacity, len(scores))
+        case _:
             assert isinstance(router, Threshold)
-            least = quantile(router.quantiles_RQ[row], 1 - capacity / share[1])
-            picked = within_budget([t for t in left if scores[t] >= least], capacity, len(xs))
-        case AllSpec() | _:
-            raise NotImplementedError(f"state the definition of {type(spec).__name__} here")
+            least = quantile(router.quantiles_RQ[asked.row], 1 - capacity / asked.among)
+            wanted = [t for t in left if scores[t] >= least]
+            picked = within_budget(wanted, capacity, len(scores))
     return [(t, squash(scores[t])) for t in picked]
 
 
@@ -333,15 +419,6 @@ def agree(got: Tensor, want: Tensor, inputs: Sequence[Tensor], *, tolerance: flo
         for y in (got, want)
     ]
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
-
-
-def randomise(module: nn.Module, seed: int = 0, std: float = 0.7) -> None:
-    """Values in float64 that no initial value has, so that nothing hides behind a one or zero."""
-    module.double()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.normal_(0, std, generator=rng)
 
 
 def initialised(module: Block) -> Block:

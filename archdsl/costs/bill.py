@@ -27,7 +27,8 @@ class Cost(NamedTuple):
     flops: int = 0
     lightest: int = 0
     heaviest: int = 0
-    kv: int = 0  # numbers kept in a cache after the sequence
+    kv: int = 0  # numbers kept in a cache after the sequence, which grow with it
+    state: int = 0  # numbers kept in a cache that do not depend on the length of the sequence
     layers: int = 0  # attention layers met in one full pass
     passes: int = 0  # tokens through attention layers, all steps counted
     queries: int = 0  # width of all heads of the attention layers met in one full pass
@@ -65,7 +66,10 @@ class Bill:
     tables: int  # parameters in matrices that are looked up
     queries: int  # width of all heads
     layers: int  # that attend
-    kv: int  # numbers kept in a cache
+    kv: int  # numbers kept in a cache after the sequence
+    state: (
+        int  # numbers of fixed size that each run keeps in a cache, such as those of a recurrence
+    )
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class Bill:
         self.dim, self.tokens, self.detailed, self.name = dim, tokens, detailed, name
         self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
         self.vectors = self.matrices = self.projections = self.tables = 0
-        self.queries = self.layers = self.kv = 0
+        self.queries = self.layers = self.kv = self.state = 0
         self.below: list[Bill] = []
 
     def part(self, name: str) -> Bill:
@@ -109,7 +113,7 @@ class Bill:
 
     def total(self) -> Cost:
         """Returns the costs of everything added to this bill and to the bills below it."""
-        params = matrices = flops = lightest = heaviest = kv = layers = passes = queries = 0
+        params = matrices = flops = lightest = heaviest = kv = state = layers = passes = queries = 0
         bills, T = [self], self.tokens
         for bill in bills:
             bills += bill.below  # the loop reaches these bills later
@@ -125,9 +129,22 @@ class Bill:
             lightest += applied * fewest + made * makers.fewest
             heaviest += applied * most + made * makers.most
             kv += copies * bill.kv
+            state += copies * bill.state * len(lengths)
             layers += copies * bill.layers
             passes += copies * bill.layers * tokens
             queries += copies * bill.queries
         flops, lightest, heaviest = 2 * flops, 2 * T * lightest, 2 * T * heaviest
         parts = {bill.name: bill.total() for bill in self.below} if self.detailed else NO_PARTS
-        return Cost(params, matrices, flops, lightest, heaviest, kv, layers, passes, queries, parts)
+        return Cost(
+            params=params,
+            matrices=matrices,
+            flops=flops,
+            lightest=lightest,
+            heaviest=heaviest,
+            kv=kv,
+            state=state,
+            layers=layers,
+            passes=passes,
+            queries=queries,
+            parts=parts,
+        )

@@ -49,6 +49,9 @@ class Receipt(NamedTuple):
 
     ``lightest``/``expected``/``heaviest`` are FLOPs per token, averaged over the context, of a
     token that no router selects, at the routers' capacities, and that every router selects.
+    ``kv_bytes_per_token``: what a cache holds after the context, over its tokens.
+    ``state_bytes``: what a cache holds besides for each sequence, however long it is, such as the
+    state of a recurrence.
     """
 
     params: int
@@ -61,6 +64,7 @@ class Receipt(NamedTuple):
     flops_per_context: int
     train_flops_per_token: float
     kv_bytes_per_token: float
+    state_bytes: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -91,6 +95,7 @@ def cost(spec: ModelSpec) -> Receipt:
         flops_per_context=whole.flops,
         train_flops_per_token=3 * whole.flops / T,
         kv_bytes_per_token=KV_BYTES * whole.kv / T,
+        state_bytes=KV_BYTES * whole.state,
         weight_bytes=TRAIN_BYTES * whole.params,
         gradient_bytes=TRAIN_BYTES * whole.params,
         optimizer_bytes=2 * TRAIN_BYTES * whole.params,

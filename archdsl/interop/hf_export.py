@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from archdsl.files import atomic_folder
 from archdsl.interop.hf_model import ArchdslCache, ArchdslConfig, ArchdslForCausalLM
 from archdsl.interop.source_bundle import bundle
 from archdsl.lang.registry import families
-from archdsl.lang.spec import Strict
+from archdsl.lang.spec import Part, Strict, walk
 from archdsl.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -83,13 +84,31 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     end = None if checkpoint.tokenizer is None else _tokenizer(folder, checkpoint)
     hub.generation_config = GenerationConfig(use_cache=True, eos_token_id=end, pad_token_id=end)
     hub.save_pretrained(folder)
-    (folder / f"{CODE}.py").write_text(code(), encoding="utf-8")
+    used = sorted({_package(type(part)) for _, part in walk(checkpoint.model.spec)} - {"archdsl"})
+    (folder / f"{CODE}.py").write_text(code(*used), encoding="utf-8")
 
 
-def code() -> str:
-    """The source of config, cache and model for those who have transformers and no archdsl."""
-    kinds = [kind for family in families().values() for kind in family.values()]
-    return bundle([ArchdslConfig, ArchdslCache, ArchdslForCausalLM, *kinds], HEADER)
+def code(*plugins: str) -> str:
+    """The source of config, cache and model for those who have transformers and no archdsl.
+
+    ``plugins``: the packages whose blocks the model has. The text depends on them and on the
+    source alone, not on the spec.
+    """
+    known = [kind for family in families().values() for kind in family.values()]
+    return _code(plugins, tuple(kind for kind in known if _package(kind) in {"archdsl", *plugins}))
+
+
+@cache
+def _code(plugins: tuple[str, ...], kinds: tuple[type[Part], ...]) -> str:
+    header = HEADER
+    if plugins:
+        origin = f"Its blocks are also those of {', '.join(plugins)}, whose licences apply to them."
+        header = HEADER.removesuffix('"""') + f'{origin}\n"""'
+    return bundle([ArchdslConfig, ArchdslCache, ArchdslForCausalLM, *kinds], header)
+
+
+def _package(kind: type[Part]) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def in_transformers(model: LanguageModel) -> ArchdslForCausalLM:
@@ -145,8 +164,15 @@ def _compare(folder: Path, model: LanguageModel) -> tuple[float, int]:
     shape = (2, min(model.spec.context, 128))
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.spec.vocab_size, shape, generator=generator).to(weight.device)
-    with torch.no_grad(), loaded(folder) as hub, _evaluating(model):
-        wanted, found = model(tokens_BT), hub.to(weight.device)(tokens_BT).logits
+    with torch.no_grad(), _evaluating(model):
+        wanted = model(tokens_BT)
+        try:
+            with loaded(folder) as hub:
+                found = hub.to(weight.device)(tokens_BT).logits
+        except (NameError, AttributeError) as error:  # what a block uses and the file has not
+            raise ExportError(
+                f"the exported model does not run by its own code: {error}; nothing was written"
+            ) from error
     difference = (wanted - found).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise ExportError(

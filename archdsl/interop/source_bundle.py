@@ -16,17 +16,29 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
-from archdsl.interop.source_names import NODE, OWN, Name, Reader, Writer, read, resolve, stored
+from archdsl.errors import ArchdslError
+from archdsl.interop.source_names import (
+    NODE,
+    Name,
+    Reader,
+    Writer,
+    is_own,
+    read,
+    resolve,
+    stored,
+)
 
 ALLOWED = {*sys.stdlib_module_names, "torch", "transformers"}
+NEEDS = "an exported model may need torch and transformers alone"
 
 
-class BundleError(Exception):
-    """The source names something that cannot be taken along: a fault of the code."""
+class BundleError(ArchdslError):
+    """The source of a block names something that the file cannot have."""
 
 
 def bundle(roots: Iterable[type], header: str) -> str:
@@ -44,6 +56,7 @@ def bundle(roots: Iterable[type], header: str) -> str:
         copied = Writer(name.module, written).visit(copy.deepcopy(node))
         if isinstance(copied, ast.ClassDef | ast.FunctionDef):
             copied.name = written[name]
+        _refuse_foreign_imports(name, copied)
         tree.append(copied)
     head = f"{header}\n\nfrom __future__ import annotations\n\n{imports(written, tree)}"
     return "\n\n\n".join([head, *map(ast.unparse, tree)]) + "\n"
@@ -57,6 +70,8 @@ def names_in_file(reached: Iterable[Name], modules: Iterable[str]) -> dict[Name,
     def write(name: Name, wanted: str) -> None:
         if name not in written:
             free = wanted if wanted not in taken else f"{wanted}_{name.module.rpartition('.')[2]}"
+            while free in taken:
+                free += "_"
             written[name] = free
             taken.add(free)
 
@@ -77,7 +92,7 @@ def imports(written: Mapping[Name, str], tree: Iterable[ast.stmt]) -> str:
     used = {node.id for top in tree for node in ast.walk(top) if isinstance(node, ast.Name)}
     whole, parts = [], defaultdict[str, list[str]](list)
     for (module, attribute), alias in sorted(written.items()):
-        if module.partition(".")[0] == OWN or alias not in used:
+        if is_own(Name(module, attribute)) or alias not in used:
             continue
         what = attribute or module
         given = what if alias == what else f"{what} as {alias}"
@@ -100,14 +115,15 @@ def in_import_order(modules: Iterable[str]) -> list[str]:
             return
         for imported in read(name).imports:
             target = resolve(name, imported)
-            if target is not None and target.package == OWN and target.attribute:
+            if target is not None and is_own(target) and target.attribute:
                 visit(target.module)
         order[name] = None
 
     waiting = list(modules)
     while waiting:
         visit(waiting[0])
-        later = {origin.module for module in order for origin in read(module).later.values()}
+        origins = [origin for module in order for origin in read(module).later.values()]
+        later = {origin.module for origin in origins if is_own(origin)}
         waiting = waiting[1:] or sorted(later - order.keys())
     return list(order)
 
@@ -159,7 +175,7 @@ class Reached:
         if not isinstance(statement, ast.FunctionDef):
             return not _is_typing(statement)
         name = statement.name
-        foreign = [base for base in cls.__mro__ if base.__module__.partition(".")[0] != OWN]
+        foreign = [base for base in cls.__mro__ if not is_own(Name(base.__module__, ""))]
         called = name in self.words or name.startswith("__")
         return called or any(hasattr(base, name) for base in foreign)
 
@@ -171,6 +187,7 @@ def _is_typing(statement: ast.stmt) -> bool:
     return False
 
 
+@cache
 def fields_of(spec: type[BaseModel]) -> list[ast.stmt]:
     """What `Node` needs to know of a spec: its kind, its fields, the families of its slots."""
     properties = spec.model_json_schema()["properties"]
@@ -198,7 +215,7 @@ def reach(roots: set[Name]) -> Reached:
     while True:
         then = Reached(roots, set(now.names), set(now.words))
         for name in now.names:
-            if name.package != OWN:
+            if not is_own(name):
                 continue
             reader = Reader(name.module)
             reader.visit(now.cut(name, read(name.module).definitions[name.attribute]))
@@ -212,5 +229,22 @@ def reach(roots: set[Name]) -> Reached:
 
 def _refuse_foreign(user: Name, names: Iterable[Name]) -> None:
     for name in sorted(names):
-        if name.package not in {*ALLOWED, OWN} or (name.package == OWN and not name.attribute):
-            raise BundleError(f"{user.attribute} of {user.module} needs {name.module}")
+        whole = is_own(name) and not name.attribute
+        if whole or not (is_own(name) or name.package in ALLOWED):
+            why = "import what is used of it by name" if whole else NEEDS
+            raise BundleError(f"{user.attribute} of {user.module} needs {name.module}; {why}")
+
+
+def _refuse_foreign_imports(user: Name, tree: ast.AST) -> None:
+    """Of imports in functions, which nobody reads before they are called."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                modules = [alias.name for alias in aliases]
+            case ast.ImportFrom(module=module):
+                modules = [str(module)]
+            case _:
+                modules = []
+        for name in modules:
+            if name.partition(".")[0] not in ALLOWED:
+                raise BundleError(f"{user.attribute} of {user.module} needs {name}; {NEEDS}")

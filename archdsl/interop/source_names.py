@@ -1,4 +1,7 @@
-"""What a source file of the project defines and imports, and which of it a definition names."""
+"""What a source file of the project defines and imports, and which of it a definition names.
+
+The source of a plugin whose blocks have been loaded counts as the project's own.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import ast
 import builtins
 import copy
 import importlib
+import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
+
+from archdsl.lang.registry import plugin_modules
 
 
 class Name(NamedTuple):
@@ -23,18 +30,22 @@ class Name(NamedTuple):
         return self.module.partition(".")[0]
 
 
-OWN = "archdsl"
 NODE = Name("archdsl.interop.plain_spec", "Node")
 REPLACED = dict.fromkeys(
     [Name("archdsl.lang.spec", "Strict"), Name("archdsl.lang.spec", "Part")], NODE
 )
 
 
+def is_own(name: Name) -> bool:
+    """Whether a name is of the project, or of a package whose blocks it has loaded."""
+    return name.package in {"archdsl", *(module.partition(".")[0] for module in plugin_modules())}
+
+
 @dataclass
 class Module:
     """The top level of a source file, without what is there for type checkers alone.
 
-    ``later``: what functions import of the project when they are called.
+    ``later``: what functions import by name when they are called.
     """
 
     name: str
@@ -45,12 +56,15 @@ class Module:
 
 @cache
 def read(name: str) -> Module:
-    module = Module(name)
-    tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+    """The source file of a module that can be imported."""
+    module, there = Module(name), importlib.import_module(name)
+    package = there.__package__ or name
+    tree = ast.parse(inspect.getsource(there))
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
-            for inner in filter(is_own_import, function.body):
-                module.later |= _imported(inner)
+            for inner in function.body:
+                if isinstance(inner, ast.ImportFrom):
+                    module.later |= imported(inner, package)
     for node in tree.body:
         match node:
             case ast.ClassDef(name=defined) | ast.FunctionDef(name=defined):
@@ -59,19 +73,17 @@ def read(name: str) -> Module:
                 module.definitions |= dict.fromkeys(sorted(stored(node)), node)
             case ast.Import(names=aliases):
                 for alias in aliases:
-                    imported = alias.name if alias.asname else alias.name.partition(".")[0]
-                    module.imports[alias.asname or imported] = Name(imported, "")
+                    whole = alias.name if alias.asname else alias.name.partition(".")[0]
+                    module.imports[alias.asname or whole] = Name(whole, "")
             case ast.ImportFrom(module=origin) if origin != "__future__":
-                module.imports |= _imported(node)
+                module.imports |= imported(node, package)
     return module
 
 
-def is_own_import(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
-    return isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == OWN
-
-
-def _imported(node: ast.ImportFrom) -> dict[str, Name]:
-    return {alias.asname or alias.name: Name(str(node.module), alias.name) for alias in node.names}
+def imported(node: ast.ImportFrom, package: str) -> dict[str, Name]:
+    """What ``from ... import ...`` gives in a module of ``package``."""
+    origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+    return {alias.asname or alias.name: Name(origin, alias.name) for alias in node.names}
 
 
 def resolve(module: str, name: str) -> Name | None:
@@ -81,8 +93,9 @@ def resolve(module: str, name: str) -> Name | None:
         found = Name(module, name)
         return REPLACED.get(found, found)
     target = source.imports.get(name) or source.later.get(name)
-    if target is not None and target.package == OWN and target.attribute:
-        return resolve(*target)
+    if target is not None and is_own(target) and target.attribute:
+        inner = f"{target.module}.{target.attribute}"
+        return Name(inner, "") if inner in sys.modules else resolve(*target)
     return target
 
 
@@ -159,7 +172,7 @@ class Writer(Scoped):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if node.returns is not None and not self._known(node.returns):
             node.returns = None
-        node.body = [statement for statement in node.body if not is_own_import(statement)]
+        node.body = [one for one in node.body if not self._is_own_import(one)] or [ast.Pass()]
         return super().visit_FunctionDef(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -171,6 +184,12 @@ class Writer(Scoped):
         if not self._known(node.annotation):
             node.annotation = ast.Name("object")
         return self.generic_visit(node)
+
+    def _is_own_import(self, node: ast.stmt) -> bool:
+        if not isinstance(node, ast.ImportFrom):
+            return False
+        package = sys.modules[self.module].__package__ or self.module
+        return all(map(is_own, imported(node, package).values()))
 
     def _known(self, annotation: ast.expr) -> bool:
         names = [node for node in ast.walk(annotation) if isinstance(node, ast.Name)]

@@ -146,12 +146,52 @@ class Kept:
         return last - (last - torch.arange(self.limit, device=self.data.device)) % self.limit
 
 
+class State:
+    """A tensor of fixed size for each row, [B, ...], that every chunk brings up to date.
+
+    It is what a recurrence or a convolution hands on to the next tokens. ``data`` holds zeros
+    before the first token.
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def write(self, after_BT: Tensor, stream: Stream) -> None:
+        """Takes the state after the last real token of each row.
+
+        ``after_BT``: the state after each token of the chunk, [B, T, ...]. A row that has no real
+        token keeps the state it has.
+        """
+        if stream.length_B is None:
+            self.replace(after_BT[:, -1])
+            return
+        rows_B = torch.arange(len(after_BT), device=after_BT.device)
+        last_B = after_BT[rows_B, (stream.length_B - 1).clamp(min=0)]
+        some_B = (stream.length_B > 0).view(-1, *[1] * (last_B.dim() - 1))
+        self.replace(torch.where(some_B, last_B, self.data))
+
+    def replace(self, new_B: Tensor) -> None:
+        """Takes ``new_B``, [B, ...], for every row. The tensor stays the same, as a CUDA graph
+        needs it."""
+        self.data.copy_(new_B)
+
+
 @dataclass
 class Memory:
-    """What one module keeps for one step: tensors by name, and how many tokens it has let by."""
+    """What one module keeps for one step: tensors by name, and how many tokens it has let by.
+
+    ``kept`` grows by an entry for each token; ``states`` have a fixed size.
+    """
 
     kept: dict[str, Kept] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
     taken: Count = 0
+
+    def state(self, name: str, x_BT: Tensor, *shape: int) -> State:
+        """The state of this name, [B, *shape]; zeros of the dtype of ``x_BT`` when it is new."""
+        if name not in self.states:
+            self.states[name] = State(x_BT.new_zeros(len(x_BT), *shape))
+        return self.states[name]
 
     def named(self, name: str, like: Tensor, limit: int) -> Kept:
         if name not in self.kept:
@@ -218,12 +258,13 @@ class Cache:
             memory.taken = rows(memory.taken)
             for kept in memory.kept.values():
                 kept.data = kept.data.index_select(0, index_B)
+            for state in memory.states.values():
+                state.data = state.data.index_select(0, index_B)
 
     @property
     def nbytes(self) -> int:
-        """Of all entries, those in use or not."""
-        return sum(
-            kept.data.numel() * kept.data.element_size()
-            for memory in self._memories.values()
-            for kept in memory.kept.values()
-        )
+        """Bytes of all entries, those in use or not, and of all states."""
+        memories = self._memories.values()
+        tensors = [kept.data for memory in memories for kept in memory.kept.values()]
+        tensors += [state.data for memory in memories for state in memory.states.values()]
+        return sum(data.numel() * data.element_size() for data in tensors)

@@ -26,6 +26,7 @@ TOTALS = {
     "heaviest": "heaviest",
     "training FLOPs/token": "train_flops_per_token",
     "KV bytes/token": "kv_bytes_per_token",
+    "state bytes": "state_bytes",
 }
 
 
@@ -160,6 +161,8 @@ def _totals(both: SpecDiff) -> Table:
     table = _table("", *both.names, "change")
     for name, field in TOTALS.items():
         one, other = (getattr(receipt, field) for receipt in both.receipts)
+        if field == "state_bytes" and not one and not other:
+            continue  # most models have no state of fixed size
         change = "=" if one == other else f"{other / one - 1:+.1%}" if one else ""
         table.add_row(name, f"{one:,.0f}", f"{other:,.0f}", change)
     return table

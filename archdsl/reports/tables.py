@@ -211,7 +211,7 @@ def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
             f"{quantity(total.flops_per_context, 'FLOPs')} per context of {total.context:,} tokens",
         ),
         ("training", f"{short(total.train_flops_per_token)} FLOPs/token"),
-        ("KV cache", f"{quantity(total.kv_bytes_per_token, 'B')} per token in bfloat16"),
+        ("KV cache", _cache(total)),
     ]
 
 
@@ -224,6 +224,13 @@ def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
         one, two = (training_memory(spec, n, checkpointed=bool(how)).peak for n in (1, 2))
         each = f"{quantity(two - one, 'B')} more for each further sequence"
         yield "", f"{quantity(one, 'B')} in total{how}, {each}"
+
+
+def _cache(total: Receipt) -> str:
+    words = f"{quantity(total.kv_bytes_per_token, 'B')} per token in bfloat16"
+    if total.state_bytes:
+        words += f"; besides {quantity(total.state_bytes, 'B')} of state for each sequence"
+    return words
 
 
 def _forward(total: Receipt) -> str:

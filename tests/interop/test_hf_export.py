@@ -372,7 +372,7 @@ def test_what_is_not_the_checkpoint_is_never_written(
 ) -> None:
     checkpoint = saved(tmp_path / "checkpoint", None)
     wrong = archdsl.interop.hf_export.code().replace("self.model.norm(hidden_BTD)", "hidden_BTD")
-    monkeypatch.setattr(archdsl.export, "code", lambda: wrong)
+    monkeypatch.setattr(archdsl.interop.hf_export, "code", lambda: wrong)
     with pytest.raises(ExportError, match=r"logits differ by .*; nothing was written"):
         export(checkpoint, tmp_path / "exported")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
