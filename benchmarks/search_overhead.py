@@ -1,12 +1,16 @@
-"""What a search costs besides training.
+"""The overhead of a search: all that it costs besides training.
 
-python -m benchmarks.search_overhead [--draws 200] [--time 9m] [--json] [--small]
+python -m benchmarks.search_overhead [--trials 200] [--time 9m] [--json] [--small]
 
-CPU seconds of drawing, fitting and telling per draw as the history grows, with scores that are made
-up; of the trainings of a proxy, the CPU time of their processes that is no training or scoring;
-memory of the coordinator and of the server that workers are forked from, over as many trials of
-hardly any training; and in a search of the default space, the share of the workers' time that was
-not training or scoring. First equal jobs must have equal scores, and tokens must lie in a file.
+It measures:
+
+- the CPU seconds of proposing and recording a trial as the study grows, with invented scores;
+- of the trainings of a proxy, the share of CPU time that is not training or scoring;
+- the memory of the coordinator and of the server that workers are forked from, over many trials
+  with very short trainings;
+- in a search of the default space, the share of the workers' time that is not training or scoring.
+
+Before that it checks that equal jobs have equal scores, and that tokens are memory-mapped.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ HARDLY_ANY = ["--proxy", "dim=8,head_size=4,steps=3", "--data", "skill:p-hop,hop
 
 @dataclass(frozen=True)
 class Timed:
-    """A job, and where the CPU time of its process went."""
+    """A job that also returns how its process spent the CPU time."""
 
     job: Job
 
@@ -67,7 +71,7 @@ class Timed:
 
 @contextmanager
 def _timed(owner: Any, name: str, taken: dict[str, float]) -> Iterator[None]:
-    """Meanwhile the CPU seconds of calls add up under their name."""
+    """Add the CPU seconds of calls of a function to ``taken`` until the block ends."""
     function = getattr(owner, name)
 
     def timed(*args: Any, **options: Any) -> Any:
@@ -85,7 +89,7 @@ def _timed(owner: Any, name: str, taken: dict[str, float]) -> Iterator[None]:
 
 
 def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, float]:
-    """Of each spec's trainings, all tasks and rungs: the share of CPU time besides training.
+    """Return for each spec the share of CPU time that is not training or scoring.
 
     Each rung runs twice, in two stores. Raises NotEqual where its scores differ.
     """
@@ -109,12 +113,12 @@ def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, fl
 
 
 def _found(score: ProxyScore) -> ProxyScore:
-    """Without what a score says of the machine."""
+    """Return the score without its measurements of the machine."""
     return score.model_copy(update={"seconds": 0.0, "peak_bytes": 0})
 
 
 def check_mapped(proxy: Proxy) -> None:
-    """Raises NotEqual unless the text's tokens are read from a file that processes share."""
+    """Raise NotEqual unless the tokens of the text are memory-mapped."""
     data = proxy.tasks["text"].load()
     assert isinstance(data, TextData)
     if not all(isinstance(tokens, np.memmap) for tokens in data.tokens.values()):
@@ -122,9 +126,9 @@ def check_mapped(proxy: Proxy) -> None:
     progress("equal: the tokens of every split lie in a mapped file")
 
 
-def trial_seconds(storage: BaseStorage, draws: int) -> list[float]:
-    """Of each draw of the default space: everything but the training."""
-    # here, as each child imports this module anew, and in a search none imports optuna
+def trial_seconds(storage: BaseStorage, trials: int) -> list[float]:
+    """Return the CPU seconds of each trial of the default space, without its training."""
+    # imported here, because every worker imports this module, and workers do not import optuna
     from archdsl.search.study.sampler import TrialSampler
     from archdsl.search.study.study import Study
     from benchmarks.search.strategies import WINDOW
@@ -135,7 +139,7 @@ def trial_seconds(storage: BaseStorage, draws: int) -> list[float]:
     )
     rng = Random(0)
     taken: list[float] = []
-    while len(taken) < draws:
+    while len(taken) < trials:
         started = time.process_time()  # neighbours do not count
         trial = study.take(lambda number: True)
         assert trial is not None
@@ -153,7 +157,7 @@ def trial_seconds(storage: BaseStorage, draws: int) -> list[float]:
 
 
 def _score(rung: int, luck: float) -> ProxyScore:
-    """As large as a real one: a curve of 50 points."""
+    """Return a score of realistic size, with a curve of 50 points."""
     curve = tuple((step, 3.0 / step) for step in range(1, 51))
     return ProxyScore(
         steps=50 * rung, loss=3.0, accuracy=0.2, bits_per_byte=None, seconds=luck, curve=curve
@@ -162,7 +166,7 @@ def _score(rung: int, luck: float) -> ProxyScore:
 
 @dataclass(frozen=True)
 class Watched:
-    """A search by the command line: its result, and what was held in memory twice a second."""
+    """A search by the command line: its result, and the memory in bytes twice a second."""
 
     result: dict[str, Any]
     seconds: float
@@ -170,7 +174,7 @@ class Watched:
     server: list[int]
 
     def outside(self, seconds: float) -> float:
-        """Share of the workers' time that went into no training or scoring."""
+        """Return the share of the workers' time that was not training or scoring."""
         return 1 - self.result["spent"]["worker_seconds"] / (WORKERS * seconds)
 
 
@@ -197,7 +201,7 @@ def watched(folder: Path, *given: str) -> Watched:
 
 
 def _resident(pid: int) -> int:
-    """Bytes; 0 of a process that has just ended."""
+    """Return the resident bytes of a process, 0 if it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -206,7 +210,7 @@ def _resident(pid: int) -> int:
 
 
 def _children(pid: int) -> list[int]:
-    """Of a coordinator: the server, and what keeps count of the resources of both."""
+    """Return the child processes of a coordinator: the server and the resource tracker."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -215,7 +219,7 @@ def _children(pid: int) -> list[int]:
 
 
 def growth(held: list[int]) -> dict[str, float]:
-    """MB after a tenth of the time, at half of it and shortly before the end."""
+    """Return the MB after a tenth and half of the time, and shortly before the end."""
     return {f"at {share:.0%}": held[int(share * len(held))] / 1e6 for share in (0.1, 0.5, 0.95)}
 
 
@@ -224,10 +228,10 @@ def main() -> None:
 
     args = arguments(
         __doc__,
-        draws={"type": int, "help": "in a study, and of trials that are hardly trained"},
-        time={"help": "of the search of the default space (default: 9m; with --small, none)"},
+        trials={"type": int, "help": "of a study, and of a search with very short trainings"},
+        time={"help": "of a search of the default space (default: 9m; with --small, none)"},
     )
-    draws = args.draws or (10 if args.small else 200)
+    trials = args.trials or (10 if args.small else 200)
     proxy = Proxy.parse("dim=16,head_size=8,steps=12" if args.small else None)
     figures: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -235,15 +239,15 @@ def main() -> None:
         check_mapped(proxy)
         shares = job_shares(folder / "jobs", proxy, SPECS[:1] if args.small else SPECS)
         figures |= {f"{name}: CPU besides training": share for name, share in shares.items()}
-        taken = trial_seconds(journal(folder), draws)
-        quarter = max(1, draws // 4)
-        figures["CPU s of a draw, first quarter"] = fmean(taken[:quarter])
-        figures["CPU s of a draw, last quarter"] = fmean(taken[-quarter:])
+        taken = trial_seconds(journal(folder), trials)
+        quarter = max(1, trials // 4)
+        figures["CPU s of a trial, first quarter"] = fmean(taken[:quarter])
+        figures["CPU s of a trial, last quarter"] = fmean(taken[-quarter:])
 
-        trials = 2 if args.small else draws
-        many = watched(folder / "many", *HARDLY_ANY, "--trials", str(trials), "--time", "1h")
-        figures[f"coordinator, MB, {trials} trials"] = growth(many.coordinator)
-        figures[f"server, MB, {trials} trials"] = growth(many.server)
+        short = 2 if args.small else trials
+        many = watched(folder / "many", *HARDLY_ANY, "--trials", str(short), "--time", "1h")
+        figures[f"coordinator, MB, {short} trials"] = growth(many.coordinator)
+        figures[f"server, MB, {short} trials"] = growth(many.server)
 
         if length := args.time or (None if args.small else "9m"):
             real = watched(folder / "real", "--time", length)
@@ -252,7 +256,7 @@ def main() -> None:
             during = real.outside(real.result["spent"]["wall_seconds"])
             figures[f"search of {length}, without start and report"] = during
             figures["verdict"] = bar(outside, BAR)
-    record("search_overhead", {"draws": draws, "workers": WORKERS}, figures, args)
+    record("search_overhead", {"trials": trials, "workers": WORKERS}, figures, args)
 
 
 if __name__ == "__main__":

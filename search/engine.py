@@ -12,8 +12,8 @@ from pathlib import Path
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
+    JobResult,
     Key,
-    Result,
     comparison_jobs,
     entries,
     role_of,
@@ -22,7 +22,7 @@ from archdsl.search.analysis.comparison import (
 )
 from archdsl.search.analysis.proxy_validation import ProxyValidation, between_rungs, validate_proxy
 from archdsl.search.analysis.supernet_validation import SupernetValidation, validate_supernet
-from archdsl.search.report.report import SearchReport, best, top
+from archdsl.search.report.report import SearchReport, best, winning_trial
 from archdsl.search.rung_scheduler import RungScheduler
 from archdsl.search.space.feasibility import NothingFitsError
 from archdsl.search.stats.paired import Correlation, kendall_tau
@@ -114,12 +114,13 @@ class SearchEngine:
         self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
         self.jobs: dict[Key, Job] = {}  # of the comparison
-        self.results: dict[Key, Result] = {}
+        self.results: dict[Key, JobResult] = {}
         self.proxy_validation: ProxyValidation | None = None
         self.supernet_validation: SupernetValidation | None = None
 
     @property
     def proxy(self) -> Proxy:
+        """The proxy that the trials are trained with."""
         return self.settings.proxy
 
     def run(self, machine: Machine) -> SearchReport:
@@ -150,7 +151,7 @@ class SearchEngine:
             settings=self.settings,
             trials=finished,
             outcomes=self.study.outcomes(),
-            entries=self._entries(top(finished, self.supernet_validation).spec),
+            entries=self._entries(winning_trial(finished, self.supernet_validation).spec),
             proxy_validation=self.proxy_validation,
             supernet_validation=self.supernet_validation,
             spending=self.spending.summary(),
@@ -226,7 +227,8 @@ class SearchEngine:
 
         self._validate_supernet(pool, may_go_on)
         seeds = range(self.settings.seed + 1, self.settings.seed + 1 + self.seeds)
-        self.jobs = self._comparison_jobs(top(ranked, self.supernet_validation).spec, seeds)
+        winner = winning_trial(ranked, self.supernet_validation).spec
+        self.jobs = self._comparison_jobs(winner, seeds)
         for phase, part in self._phases():
             self.phase = phase
             self.results |= run_comparison(

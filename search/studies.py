@@ -14,7 +14,7 @@ from typing import Any
 from archdsl.errors import ArchdslError
 from archdsl.files import read_json
 from archdsl.lang.budget import LIMITS
-from archdsl.search.report.report import best, on_front, row
+from archdsl.search.report.report import best, front_trials, trial_row
 from archdsl.search.study.record import StudyRecord, Trial
 from archdsl.search.study.spending import SpendingSummary, spending_summary
 from archdsl.search.study.storage import database, exclusive, journal
@@ -37,10 +37,12 @@ class ListedStudy:
 
     @property
     def name(self) -> str:
+        """The name of the study, as in its storage."""
         return self.record.name
 
     @property
     def spending(self) -> SpendingSummary:
+        """What all workers of the study have spent."""
         return spending_summary(self.record.storage, self.record.id)
 
     def as_json(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class ListedStudy:
             "outcomes": self.record.outcomes(),
             "under_way": self.record.unfinished,
             "best": {"trial": top[0].number, "loss": top[0].value} if top else None,
-            "front": [trial.number for trial in on_front(finished)],
+            "front": [trial.number for trial in front_trials(finished)],
             "spent": self.spending.as_json(),
         }
 
@@ -135,7 +137,7 @@ def export(listed: ListedStudy, form: str) -> str:
 
     ``form`` is ``csv`` or ``jsonl``.
     """
-    rows = [row(trial) for trial in listed.record.finished()]
+    rows = [trial_row(trial) for trial in listed.record.finished()]
     if form == "jsonl":
         return "".join(f"{json.dumps(found, sort_keys=True)}\n" for found in rows)
     flat = [_flat(found) for found in rows]

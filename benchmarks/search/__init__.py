@@ -1,1 +1,1 @@
-"""The search itself, measured; one command each: `python -m benchmarks.search.NAME`."""
+"""Benchmarks of the search strategies. Run one with `python -m benchmarks.search.NAME`."""

@@ -1,13 +1,14 @@
-"""What a strategy finds for its training FLOPs: the hypervolume of its front as it spends them.
+"""Hypervolume of the Pareto front that a search strategy has found, by training FLOPs spent.
 
 python -m benchmarks.search.hypervolume [--space benchmarks/search/depths.yaml] [--trainings 24]
     [--seeds 3] [--workers 2] [--json]
 
-Axes: held-out loss, and FLOPs per token that the trained model executes. The reference point does
-not depend on what is found: the loss of the best guess that does not look, and 1.1 times the FLOPs
-of the costliest of 1,000 random draws; a hypervolume is the share of the box below it. Every
-strategy may spend the FLOPs of so many trainings of the default model. Models that several of them
-draw are trained once and charged to each; what lies in --store is not trained again.
+The objectives are held-out loss and FLOPs per token that the trained model executes. The reference
+point does not depend on the results: its loss is that of the best guess that ignores the input, its
+FLOPs are 1.1 times those of the costliest of 1,000 random models. A hypervolume is given as a share
+of the box below the reference point. Every strategy may spend the FLOPs of --trainings trainings of
+the default model. A model that several strategies try is trained once and charged to each of them.
+Models in --store are not trained again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SHARES = (0.25, 0.5, 1.0)  # of the budget, at which the table shows where strat
 
 @dataclass(frozen=True)
 class Run:
-    """One strategy with one seed on one task; ``limit`` in FLOPs of training."""
+    """A run of one strategy with one seed on one task; ``limit`` are its training FLOPs."""
 
     strategy: str
     bench: Bench
@@ -51,7 +52,7 @@ class Run:
     limit: float
 
     def curve(self) -> list[tuple[float, float]]:
-        """After each draw: training FLOPs spent so far, hypervolume."""
+        """Return after each trial the training FLOPs spent so far and the hypervolume."""
         torch.set_num_threads(1)
         points: list[Point] = []
         curve, spent = [], 0.0
@@ -70,14 +71,14 @@ def _box(reference: Point) -> float:
 
 
 def reference(bench: Bench) -> Point:
-    """Of the loss: the entropy of what is asked for. Of FLOPs: the costliest of many draws."""
+    """Return the reference point: the entropy of the targets in nats, and FLOPs per token."""
     task = bench.proxy.tasks[bench.task]
     asked = torch.cat([_targets(bench, index) for index in range(64)])
     share = torch.bincount(asked).double() / len(asked)
     entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
     rng = Random(0)
-    draws = [fill(bench.tree, lambda _, leaf: _drawn(rng, leaf)) for _ in range(1000)]
-    small = [bench.proxy.shrink(fitted(draw, bench.budget), task) for draw in draws]
+    trees = [fill(bench.tree, lambda _, leaf: _random(rng, leaf)) for _ in range(1000)]
+    small = [bench.proxy.shrink(fitted(tree, bench.budget), task) for tree in trees]
     return entropy, 1.1 * max(cost(spec).expected for spec in small)
 
 
@@ -87,7 +88,7 @@ def _targets(bench: Bench, index: int) -> Tensor:
     return targets[targets != IGNORE]
 
 
-def _drawn(rng: Random, leaf: Distribution) -> Any:
+def _random(rng: Random, leaf: Distribution) -> Any:
     if isinstance(leaf, Choice):
         return rng.choice(list(leaf.choices))
     assert leaf.count is not None
@@ -95,7 +96,7 @@ def _drawn(rng: Random, leaf: Distribution) -> Any:
 
 
 def default_training(bench: Bench) -> float:
-    """FLOPs of training the default model of the space up to the last rung."""
+    """Return the FLOPs of training the default model of the space up to the last rung."""
     task = bench.proxy.tasks[bench.task]
     small: ModelSpec = bench.proxy.shrink(fitted(fill(bench.tree, defaults), bench.budget), task)
     tokens = task.rungs[-1] * task.batch_size * task.context
@@ -103,7 +104,7 @@ def default_training(bench: Bench) -> float:
 
 
 def at(curve: Sequence[tuple[float, float]], flops: float) -> float:
-    """The hypervolume when so much had been spent."""
+    """Return the hypervolume when ``flops`` had been spent."""
     return max((volume for spent, volume in curve if spent <= flops), default=0.0)
 
 
@@ -143,7 +144,7 @@ def measure(tasks: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Mean over the seeds, and the lowest and highest, at shares of the budget."""
+    """Return a table of mean, minimum and maximum over the seeds, at shares of the limit."""
     lines = []
     for task, of_task in found["tasks"].items():
         flops = [f"{share * of_task['limit'] / 1e12:.2f} TFLOPs" for share in SHARES]
@@ -158,7 +159,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """One panel for each task: means over the seeds, and the range."""
+    """Draw a panel for each task with the means over the seeds and their range."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Ways to go through a space, all with the same jobs, so that only the choice of draws differs."""
+"""Search strategies that share the same trainings, so that only the choice of trials differs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from archdsl.search.supernet.layouts import supernet_space
 from archdsl.search.trials.proxy import Proxy, ProxyScore
 from archdsl.search.trials.scorers import Scorer, SeparateTraining
 
-WINDOW = 8  # of `archdsl search`: draws that may be under way at once
-LAYOUTS = 3  # that super-nets are trained for: those of the starting points
-SETTINGS = 40  # that they score before the front is trained alone
+WINDOW = 8  # of `archdsl search`: trials that may run at once
+LAYOUTS = 3  # served by supernets: those of the starting points
+SETTINGS = 40  # trials that supernets score before the front is trained separately
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every strategy is given: a space, one task at proxy scale, a seed."""
+    """The problem of every strategy: a search space, one task at proxy scale, and a seed."""
 
     task: str
     seed: int
@@ -47,14 +47,14 @@ class Bench:
         return Budget.model_validate(self.tree.value["budget"])
 
     def score(self, spec: ModelSpec, rung: int) -> ProxyScore:
-        """Trains the spec's proxy up to a rung; it is read back where it was trained before."""
+        """Train the proxy of a spec up to a rung, or read its stored score."""
         work = SeparateTraining(self.proxy, self.store, self.seed).job(spec, {}, self.task, rung)
         return work.run(lambda: None)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A draw: the FLOPs of its training, and its loss and FLOPs per token if it climbed all rungs.
+    """A trial: its training FLOPs, and loss and FLOPs per token if it reached the last rung.
 
     FLOPs per token are those that the trained model executes.
     """
@@ -74,7 +74,10 @@ def point(score: ProxyScore) -> Point | None:
 
 
 def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
-    """Optuna asks, all is trained to the last rung; the starting points are those of the search."""
+    """Return a strategy that trains every trial of an Optuna sampler to the last rung.
+
+    It begins with the starting points of the search.
+    """
 
     def strategy(bench: Bench) -> Iterator[Trained]:
         tree, budget = bench.tree, bench.budget
@@ -94,7 +97,7 @@ def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
                 study.tell(ask, state=optuna.trial.TrialState.FAIL)
                 continue
             name, cost = spec.fingerprint(), 0.0
-            if name not in known:  # a model that was drawn before costs nothing
+            if name not in known:  # a model that was trained before costs nothing
                 scores = [bench.score(spec, rung) for rung in range(bench.proxy.rungs)]
                 known[name] = point(scores[-1])
                 cost = sum(score.train_flops for score in scores)
@@ -108,13 +111,16 @@ def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
 
 
 def separate(bench: Bench) -> Iterator[Trained]:
-    """``archdsl search``: what its study draws, up the rungs as long as it says so."""
+    """Run trials as ``archdsl search`` does, with successive halving."""
     return _trials(bench, bench.tree, SeparateTraining(bench.proxy, bench.store, bench.seed))
 
 
 def shared(bench: Bench) -> Iterator[Trained]:
-    """``archdsl search --strategy shared``: after SETTINGS draws that super-nets score, the models
-    of the front are trained for themselves; only these count."""
+    """Run trials as ``archdsl search --strategy shared`` does.
+
+    Supernets score SETTINGS trials. Then the models of the Pareto front are trained separately, and
+    only these count.
+    """
     tree, scorer = supernet_space(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
     found_trials = list(islice(_trials(bench, tree, scorer), SETTINGS))
     for trained in found_trials:
@@ -127,13 +133,13 @@ def shared(bench: Bench) -> Iterator[Trained]:
 
 
 def dialled(bench: Bench) -> Iterator[Trained]:
-    """The same without training anything alone: a setting of a net is the model that is found."""
+    """Run the trials of ``shared`` with the scores of the supernets as results."""
     tree, scorer = supernet_space(bench.tree, bench.proxy, bench.store, bench.seed, LAYOUTS)
     return islice(_trials(bench, tree, scorer), SETTINGS)
 
 
 def _trials(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
-    """As the search does it with one worker."""
+    """Run the trials of a search with one worker."""
     sampler = TrialSampler(tree, bench.budget, axes=2, seed=bench.seed)
     storage = optuna.storages.InMemoryStorage()
     study = Study(storage, "benchmark", sampler, ("loss", "flops"), WINDOW)

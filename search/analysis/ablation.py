@@ -15,8 +15,8 @@ from archdsl.files import write_text
 from archdsl.lang.load import load
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
+    JobResult,
     Key,
-    Result,
     as_json,
     comparison_jobs,
     entries,
@@ -81,7 +81,7 @@ def ablate(
     jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
     end = None if seconds is None else monotonic() + seconds
     interrupted = False
-    results: dict[Key, Result] = {}
+    results: dict[Key, JobResult] = {}
     try:
         with process_pool(workers or min(8, os.cpu_count() or 1)) as pool:
             results = run_comparison(pool, jobs, lambda: end is None or monotonic() < end, tell)

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_UPDATES = 0.5
 
 Role = Literal["winner", "baseline", "ablation"]
 Key = tuple[str, str, int]  # name, task, seed
-Result = ProxyScore | JobFailed
+JobResult = ProxyScore | JobFailed
 K = TypeVar("K", bound=Hashable)
 
 
@@ -85,13 +85,13 @@ def run_comparison(
     jobs: Mapping[K, Job],
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
-) -> dict[K, Result]:
+) -> dict[K, JobResult]:
     """Run the jobs that have no stored score, in their order, and return all results.
 
     ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
     about twice a second with a sentence on the progress.
     """
-    results: dict[K, Result] = dict(stored_scores(jobs))
+    results: dict[K, JobResult] = dict(stored_scores(jobs))
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
     while running or (waiting and may_go_on()):
@@ -118,7 +118,7 @@ def stored_scores(jobs: Mapping[K, Job]) -> dict[K, ProxyScore]:
     return {key: score for key, score in found.items() if score is not None}
 
 
-def _result(future: Future[ProxyScore]) -> Result:
+def _result(future: Future[ProxyScore]) -> JobResult:
     try:
         return future.result()
     except JobFailed as failure:
@@ -129,7 +129,7 @@ def _result(future: Future[ProxyScore]) -> Result:
 
 
 def entries(
-    winner: ModelSpec, jobs: Mapping[Key, Job], results: Mapping[Key, Result]
+    winner: ModelSpec, jobs: Mapping[Key, Job], results: Mapping[Key, JobResult]
 ) -> list[ComparisonEntry]:
     """Return the winner and the entries that it can be compared with.
 
@@ -148,7 +148,7 @@ def entries(
 
 
 def _whole(
-    names: Sequence[str], jobs: Mapping[Key, Job], results: Mapping[Key, Result]
+    names: Sequence[str], jobs: Mapping[Key, Job], results: Mapping[Key, JobResult]
 ) -> list[int]:
     """Return the first seeds with which all ``names`` were trained on all tasks."""
     seeds = list(dict.fromkeys(seed for _, _, seed in jobs))
@@ -161,7 +161,7 @@ def _entry(
     full: ModelSpec,
     seeds: Sequence[int],
     jobs: Mapping[Key, Job],
-    results: Mapping[Key, Result],
+    results: Mapping[Key, JobResult],
 ) -> ComparisonEntry:
     tasks = dict.fromkeys(task for _, task, _ in jobs)
     scores: dict[str, list[ProxyScore]] = {task: [] for task in tasks}

@@ -73,7 +73,7 @@ def between_rungs(trials: Sequence[Trial], proxy: Proxy) -> Correlation:
     return kendall_tau([(first, loss_of(trial)) for first, trial in firsts if first is not None])
 
 
-def points(trials: Sequence[Trial]) -> list[Trial]:
+def validation_trials(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials to train again: the best ones, and others spread over the ranking."""
     ranked = sorted(distinct_models(trials), key=lambda trial: (loss_of(trial), trial.number))
     best, others = ranked[:BEST], ranked[BEST:]
@@ -107,7 +107,7 @@ def wider(proxy: Proxy, factor: int = 2) -> Proxy | None:
     return proxy.model_copy(update={"dim": factor * proxy.dim})
 
 
-def jobs(
+def validation_jobs(
     trials: Sequence[Trial], wide: Proxy, seed: int, store: Path
 ) -> dict[tuple[int, str], Job]:
     """Return the trainings of these trials in the proxy ``wide``, by trial number and task."""
@@ -135,9 +135,10 @@ def validate_proxy(
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
         return ProxyValidation(rungs, kendall_tau([]), None, [])
+    chosen = validation_trials(trials)
     found = [
         WiderPoint(trial.number, loss_of(trial), loss)
-        for trial, loss, _ in retrain(pool, points(trials), wide, seed, store, may_go_on, tell)
+        for trial, loss, _ in retrain(pool, chosen, wide, seed, store, may_go_on, tell)
     ]
     correlation = kendall_tau([(point.loss, point.wider_loss) for point in found])
     return ProxyValidation(rungs, correlation, wide.dim, found)
@@ -156,7 +157,7 @@ def retrain(
 
     Trials that diverged, failed or were not trained on all tasks are left out.
     """
-    results = run_comparison(pool, jobs(trials, proxy, seed, store), may_go_on, tell)
+    results = run_comparison(pool, validation_jobs(trials, proxy, seed, store), may_go_on, tell)
     found = []
     for trial in trials:
         by_task = {task: results.get((trial.number, task)) for task in proxy.tasks}

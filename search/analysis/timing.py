@@ -40,10 +40,10 @@ class NoWork:
     """Work that does nothing but start a worker."""
 
     def run(self, heartbeat: Heartbeat) -> None:
-        pass
+        """Return at once."""
 
     def smaller(self) -> None:
-        return None
+        """Return None: there is nothing to make smaller."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.text import Text
 from archdsl.costs.receipt import cost
 from archdsl.reports.tables import TwoColumns, parameters, short
 from archdsl.search.analysis.conclusions import ablation_conclusion
-from archdsl.search.report.report import describe_proxy, on_front, weighted
+from archdsl.search.report.report import describe_proxy, front_trials, weighted
 from archdsl.search.report.tables import comparison_table, difference_table, failures, plain_table
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.study.spending import SEARCH
@@ -165,7 +165,7 @@ def standing(listed: ListedStudy) -> RenderableType:
     result = listed.result()
     sentences = [result["verdict"], result["trust_sentence"]] if result else []
     parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
-    if trials := on_front(listed.record.finished()):
+    if trials := front_trials(listed.record.finished()):
         parts += ["", Text("Pareto front", "bold"), candidates(trials), models(trials), ""]
     told = listed.as_json()
     counts = ", ".join(f"{n} {what}" for what, n in told["outcomes"].items())

@@ -25,10 +25,10 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a dollar sign in a name starts no formula
 }
-Result = dict[str, Any]
+ResultJson = dict[str, Any]
 
 
-def plot(result: Result, folder: Path) -> list[Path]:
+def plot(result: ResultJson, folder: Path) -> list[Path]:
     """Draw front.png, curves.png, importance.png, spent.png and health.png and return their paths.
 
     Plots without any data are left out. Raises ImportError if matplotlib (the extra ``plots``) is
@@ -37,7 +37,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    pictures: dict[str, Callable[[Result, Figure], None]] = {
+    pictures: dict[str, Callable[[ResultJson, Figure], None]] = {
         "front.png": _front,
         "curves.png": _curves,
         "importance.png": _importance,
@@ -61,7 +61,7 @@ def _save(figure: Figure, path: Path) -> Path:
     return temporary.replace(path)
 
 
-def _weights(result: Result) -> dict[str, float]:
+def _weights(result: ResultJson) -> dict[str, float]:
     tasks = result["settings"]["proxy"]["tasks"]
     return {name: float(task["weight"]) for name, task in tasks.items()}
 
@@ -73,7 +73,7 @@ def _objective(rung: dict[str, Any], weights: dict[str, float]) -> float | None:
     return sum(weight * float(losses[task]) for task, weight in weights.items())
 
 
-def _ranked(result: Result) -> list[dict[str, Any]]:
+def _ranked(result: ResultJson) -> list[dict[str, Any]]:
     """Return the trials that reached the last rung, of lowest loss first."""
     done = [trial for trial in result["trials"] if trial["values"]]
     return sorted(done, key=lambda trial: float(trial["values"]["loss"]))
@@ -84,7 +84,7 @@ def _flops(trial: dict[str, Any]) -> float:
     return float(values.get("flops", trial["flops_per_token"])) / 1e6
 
 
-def _front(result: Result, figure: Figure) -> None:
+def _front(result: ResultJson, figure: Figure) -> None:
     """Draw the trials, the Pareto front, and the winner and its baselines with their range."""
     ranked = _ranked(result)
     if not ranked:
@@ -114,7 +114,7 @@ def _front(result: Result, figure: Figure) -> None:
     axes.legend()
 
 
-def _stopped(result: Result) -> list[tuple[float, float]]:
+def _stopped(result: ResultJson) -> list[tuple[float, float]]:
     """Return FLOPs and loss of the trials that were stopped early."""
     weights = _weights(result)
     return [
@@ -155,7 +155,7 @@ def _draw_entries(placed: list[tuple[float, dict[str, Any]]], role: str, axes: A
     )
 
 
-def _limit(axes: Axes, losses: list[float], result: Result) -> None:
+def _limit(axes: Axes, losses: list[float], result: ResultJson) -> None:
     """Leave out the far-away losses of trials that were stopped after a few steps."""
     compared = [x for entry in result["entries"] for x in entry["objective"] if x is not None]
     low, high = min(losses + compared), max(losses + compared)
@@ -167,7 +167,7 @@ def _columns(rows: list[Any]) -> list[list[float]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[], []]
 
 
-def _curves(result: Result, figure: Figure) -> None:
+def _curves(result: ResultJson, figure: Figure) -> None:
     """Draw for each task the training loss as a line, and held-out losses as dots."""
     import matplotlib
 
@@ -190,7 +190,7 @@ def _curves(result: Result, figure: Figure) -> None:
     figure.suptitle("Training loss (lines) and held-out loss (dots); dark: best, grey: stopped")
 
 
-def _importance(result: Result, figure: Figure) -> None:
+def _importance(result: ResultJson, figure: Figure) -> None:
     if not result["importance"]:
         return
     leaves = sorted(result["importance"].items(), key=lambda pair: float(pair[1]))
@@ -201,7 +201,7 @@ def _importance(result: Result, figure: Figure) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _spent(result: Result, figure: Figure) -> None:
+def _spent(result: ResultJson, figure: Figure) -> None:
     phases = result["spent"]["by_phase"]
     if not phases:
         return
@@ -217,7 +217,7 @@ def _spent(result: Result, figure: Figure) -> None:
     figure.axes[0].invert_yaxis()
 
 
-def _health(result: Result, figure: Figure) -> None:
+def _health(result: ResultJson, figure: Figure) -> None:
     """Draw share selected and entropy of the winner's routers, as means over tasks and seeds."""
     own = next((entry for entry in result["entries"] if entry["role"] == "winner"), None)
     scores = [score for by_seed in (own or {"scores": {}})["scores"].values() for score in by_seed]

@@ -49,11 +49,8 @@ class SearchReport:
 
     @property
     def proxy(self) -> Proxy:
+        """The proxy that the trials were trained with."""
         return self.settings.proxy
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.proxy.tasks)
 
     @cached_property
     def best(self) -> list[Trial]:
@@ -63,12 +60,12 @@ class SearchReport:
     @cached_property
     def front(self) -> list[Trial]:
         """The Pareto front: trials to which no other trial is preferable in every objective."""
-        return on_front(self.trials)
+        return front_trials(self.trials)
 
     @cached_property
     def top(self) -> Trial:
-        """The winning trial; see the function ``top``."""
-        return top(self.trials, self.supernet_validation)
+        """The winning trial; see ``winning_trial``."""
+        return winning_trial(self.trials, self.supernet_validation)
 
     @cached_property
     def winner(self) -> ModelSpec:
@@ -126,7 +123,7 @@ class SearchReport:
             else None,
             "importance": self.importance,
             "tree": _tree(self.winner),
-            "trials": [row(trial) for trial in self.trials],
+            "trials": [trial_row(trial) for trial in self.trials],
             "command": self.command,
             "settings": self.settings.as_json(),
             "versions": _versions(),
@@ -139,7 +136,7 @@ def best(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def top(trials: Sequence[Trial], supernet_validation: SupernetValidation | None) -> Trial:
+def winning_trial(trials: Sequence[Trial], supernet_validation: SupernetValidation | None) -> Trial:
     """Return the trial of lowest loss.
 
     If supernets scored the models, only those count that were trained separately as well, because
@@ -151,7 +148,7 @@ def top(trials: Sequence[Trial], supernet_validation: SupernetValidation | None)
     return next(trial for trial in trials if trial.number == number)
 
 
-def on_front(trials: Sequence[Trial]) -> list[Trial]:
+def front_trials(trials: Sequence[Trial]) -> list[Trial]:
     """Return the Pareto front of the trials that reached the last rung."""
     done = [trial for trial in trials if trial.values is not None]
     return [done[i] for i in pareto_front([trial.point for trial in done])]
@@ -212,7 +209,7 @@ def weighted(proxy: Proxy) -> str:
     return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
-def row(trial: Trial) -> dict[str, Any]:
+def trial_row(trial: Trial) -> dict[str, Any]:
     """Return a trial as a line of trials.jsonl: choices, full-size costs, scores and spec."""
     receipt = cost(trial.spec)
     return {

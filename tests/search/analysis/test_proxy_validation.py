@@ -17,8 +17,8 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.proxy_validation import (
     ProxyValidation,
     between_rungs,
-    points,
     validate_proxy,
+    validation_trials,
     wider,
 )
 from archdsl.search.stats.paired import Correlation, kendall_tau
@@ -64,7 +64,7 @@ def ranked(losses: Sequence[float]) -> list[Trial]:
 @given(st.permutations(range(20)), st.integers(0, 20))
 def test_the_best_and_a_spread_to_the_worst_are_trained_again(order: list[int], n: int) -> None:
     trials = ranked([float(rank) for rank in order[:n]])
-    chosen = [trial.value for trial in points(trials) if trial.value is not None]
+    chosen = [trial.value for trial in validation_trials(trials) if trial.value is not None]
     ranking = sorted(trial.value for trial in trials if trial.value is not None)
     assert len(chosen) == min(8, n)
     assert chosen == sorted(set(chosen), key=ranking.index)  # each once, best first
@@ -78,7 +78,7 @@ def test_the_best_and_a_spread_to_the_worst_are_trained_again(order: list[int], 
 
 def test_a_model_that_was_drawn_twice_counts_once() -> None:
     trials = [*ranked([1.0, 2.0, 3.0]), finished(3, 1.0, 1.0, like=0), finished(4, 9.0, None)]
-    assert [trial.number for trial in points(trials)] == [0, 1, 2]
+    assert [trial.number for trial in validation_trials(trials)] == [0, 1, 2]
     assert between_rungs(trials, PROXY).pairs == 3
 
 

@@ -10,7 +10,13 @@ import pytest
 import archdsl
 from archdsl.lang.load import load
 from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetValidation
-from archdsl.search.report.report import SearchReport, best, on_front, top, write_report
+from archdsl.search.report.report import (
+    SearchReport,
+    best,
+    front_trials,
+    winning_trial,
+    write_report,
+)
 from archdsl.search.stats.paired import kendall_tau
 from archdsl.search.study.record import Trial
 from tests.search.results import made_up_report
@@ -34,19 +40,19 @@ def validation(*own: tuple[int, float]) -> SupernetValidation:
 def test_the_lowest_loss_of_the_last_rung_wins() -> None:
     trials = [trial(0, 3.0), trial(1, None), trial(2, 1.0), trial(3, 2.0), trial(4, 1.0)]
     assert [one.number for one in best(trials)] == [2, 4, 3, 0]
-    assert top(trials, None).number == 2
+    assert winning_trial(trials, None).number == 2
 
 
 def test_of_trials_that_supernets_scored_the_best_separate_training_wins() -> None:
     trials = [trial(0, 1.0), trial(1, 2.0), trial(2, 3.0)]
-    assert top(trials, validation((0, 2.5), (2, 2.2))).number == 2
-    assert top(trials, validation()).number == 0  # nothing was trained separately
+    assert winning_trial(trials, validation((0, 2.5), (2, 2.2))).number == 2
+    assert winning_trial(trials, validation()).number == 0  # nothing was trained separately
 
 
 def test_the_front_holds_what_no_other_trial_beats() -> None:
     trials = [trial(0, 1.0, 9.0), trial(1, 2.0, 5.0), trial(2, 2.5, 6.0), trial(3, None)]
     trials += [trial(4, 1.0, 9.0)]
-    assert [one.number for one in on_front(trials)] == [0, 1]
+    assert [one.number for one in front_trials(trials)] == [0, 1]
 
 
 @pytest.fixture(scope="module")

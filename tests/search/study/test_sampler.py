@@ -129,7 +129,7 @@ def test_with_one_objective_the_better_half_is_promoted() -> None:
     one = sampler()
     assert one.is_promoted((2.4,), (), known)
     assert not one.is_promoted((2.6,), (), known)
-    assert one.is_promoted((99.0,), (), known[: STARTUP - 1])  # too few are known
+    assert one.is_promoted((99.0,), (), known[:3])  # too few are known
 
 
 def test_with_several_objectives_a_stopped_trial_has_its_expected_loss() -> None:
@@ -143,7 +143,7 @@ def test_gains_are_those_from_each_rung_to_the_last() -> None:
     known = [complete(4.0, 2.0, 1.5 + luck) for luck in (0.0, 0.1, -0.1, 0.0)]
     gains = expected_gains(known)
     assert {rung: mean for rung, (mean, _) in gains.items()} == pytest.approx({1: -2.5, 2: -0.5})
-    assert expected_gains(known[: STARTUP - 1]) == {}
+    assert expected_gains(known[:3]) == {}
 
 
 def test_only_trials_of_the_last_rung_keep_others_off_the_front() -> None:
