@@ -1,4 +1,4 @@
-"""One thread, fixed seeds, no network: what every test relies on."""
+"""Settings of all tests: one thread, fixed seeds and no network."""
 
 import os
 

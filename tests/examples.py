@@ -1,4 +1,4 @@
-"""Examples of tasks, in the fields that they have on the Hub."""
+"""Examples of evaluation tasks, with the same fields as on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: Rows) -> Path:
 
 
 def write_examples(folder: Path) -> Path:
-    """Examples of four tasks, one of them under the name of its dataset."""
+    """Returns examples of four tasks; one of them has the name of its dataset."""
     write_rows(folder / "arc_easy" / "test.jsonl", ARC_EASY)
     write_rows(folder / "baber" / "piqa" / "validation.jsonl", PIQA)
     write_rows(folder / "gsm8k" / "test.jsonl", GSM8K[:2])

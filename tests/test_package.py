@@ -1,4 +1,4 @@
-"""What is shipped holds everything, and runs where only it is installed."""
+"""The distributions contain everything and run where nothing else is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEFT_BEHIND = shutil.ignore_patterns(
 
 
 def package_files() -> set[str]:
-    """Below archdsl/, links followed."""
+    """Returns the files below archdsl/, with links followed."""
     found = (
         Path(folder, name).relative_to(ROOT)
         for folder, _, names in os.walk(ROOT / "archdsl", followlinks=True)
@@ -49,7 +49,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source distribution, and the wheel that was built from it."""
+    """Returns a folder with a source distribution and the wheel built from it."""
     work = tmp_path_factory.mktemp("package")
     # a copy, as building leaves things behind and picks up what earlier builds left
     shutil.copytree(ROOT, work / "source", symlinks=True, ignore=LEFT_BEHIND)
@@ -62,7 +62,7 @@ def test_the_top_level_folders_are_parts_of_the_package() -> None:
         assert os.readlink(ROOT / "archdsl" / name) == f"../{name}"
 
 
-def test_the_version_is_said_once_and_the_same() -> None:
+def test_the_version_of_the_module_is_that_of_the_distribution() -> None:
     assert PROJECT["project"]["version"] == archdsl.__version__
 
 
@@ -82,7 +82,7 @@ def test_every_dependency_is_pinned() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Path) -> None:
+def test_the_wheel_contains_the_whole_package_and_nothing_else(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == package_files()
@@ -92,7 +92,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_source_distribution_holds_it_too_with_its_tests(built: Path) -> None:
+def test_the_source_distribution_contains_the_package_and_its_tests(built: Path) -> None:
     [archive] = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
@@ -101,7 +101,7 @@ def test_the_source_distribution_holds_it_too_with_its_tests(built: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_only_it_is_installed(built: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_in_an_environment_with_nothing_else(built: Path, tmp_path: Path) -> None:
     [wheel] = built.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"

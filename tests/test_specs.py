@@ -1,6 +1,6 @@
-"""The shipped specs are what they were: sizes, costs and names of parameters.
+"""The shipped specs have the same sizes, costs and names of parameters as before.
 
-After a change that is meant: ``python -m tests.test_specs``, and read the diff of tests/golden.
+After an intended change run ``python -m tests.test_specs`` and check the diff of tests/golden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPECS = shipped_specs()
 
 
 def facts(name: str) -> str:
-    """Totals of a spec, then its parameters; of those that only differ in numbers, how many."""
+    """Returns the total costs of a spec and its parameters, grouped by name without numbers."""
     spec = archdsl.load(name)
     receipt = cost(spec)
     lines = [
@@ -44,28 +44,28 @@ def facts(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_is_what_it_was(name: str) -> None:
+def test_a_spec_has_the_recorded_costs_and_parameters(name: str) -> None:
     assert facts(name) == (GOLDEN / f"{name}.txt").read_text()
 
 
-def test_nothing_golden_is_left_over() -> None:
+def test_every_golden_file_belongs_to_a_spec() -> None:
     assert {file.stem for file in GOLDEN.iterdir()} == set(SPECS)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_says_at_its_head_what_it_is(name: str) -> None:
+def test_a_spec_begins_with_a_description(name: str) -> None:
     header = re.match(r"(# .+\n)+", SPECS[name].read_text())
     assert header
     assert len(header[0]) > 60
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_reads_back_from_its_own_yaml(name: str) -> None:
+def test_a_spec_is_read_back_from_its_yaml(name: str) -> None:
     spec = archdsl.load(name)
     assert parse_spec(parse(spec.to_yaml())) == spec
 
 
-def test_no_two_are_the_same_model() -> None:
+def test_all_specs_are_different_models() -> None:
     prints = {archdsl.load(name).fingerprint() for name in SPECS if name != "search"}
     assert len(prints) == len(SPECS) - ("search" in SPECS)
 

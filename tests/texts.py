@@ -1,4 +1,4 @@
-"""Small texts to load, and what was loaded back as texts."""
+"""Small texts to load, and functions that decode the loaded tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def document(seed: int, words: int = 30) -> str:
 
 
 def documents(tokens: Any) -> list[str]:
-    """What a stream of byte tokens was made of."""
+    """Returns the documents of a sequence of byte tokens."""
     # the byte 255 is in no UTF-8
     *ended, rest = np.where(tokens == END, 255, tokens).astype(np.uint8).tobytes().split(b"\xff")
     assert not rest

@@ -1,4 +1,4 @@
-"""What a model costs: the paper's figures, and counts made another way."""
+"""The costs of models equal the figures of the paper and independent counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPACITY = "blocks.0.body.1.router.capacity"
 
 @pytest.mark.parametrize("kind", ["transformer", "itt", "loop"])
 @pytest.mark.parametrize(("size", "millions"), [("", 162.0), ("-230m", 230.4), ("-466m", 466.6)])
-def test_has_the_paper_s_parameters(kind: str, size: str, millions: float) -> None:
+def test_parameters_equal_those_of_the_paper(kind: str, size: str, millions: float) -> None:
     receipt = cost(archdsl.load(kind + size))
     assert round(receipt.matrices / 1e6, 1) == millions
     # the paper's tables do not count norms, routers and step encodings
@@ -43,20 +43,20 @@ def test_has_the_paper_s_parameters(kind: str, size: str, millions: float) -> No
         ("transformer-466m", [], 4.92),
     ],
 )
-def test_has_the_paper_s_flops_under_its_convention(
+def test_flops_equal_those_of_the_paper_in_its_convention(
     name: str, overrides: list[str], teraflops: float
 ) -> None:
     assert round(paper_flops(archdsl.load(name, overrides=overrides)) / 1e12, 2) == teraflops
 
 
-def test_node_by_node_thinking_is_cheaper_than_the_paper_says() -> None:
+def test_counted_by_node_inner_thinking_has_fewer_flops_than_in_the_paper() -> None:
     loop = archdsl.load("loop")
     assert sequence_cost(loop).flops / 1e12 == pytest.approx(3.62, abs=0.005)
     tied = archdsl.load("loop", overrides=["tie_embeddings=true"])
     assert paper_flops(tied) == paper_flops(loop)
 
 
-def test_the_embedding_is_looked_up_and_the_head_multiplied() -> None:
+def test_the_embedding_has_no_flops_and_the_head_has() -> None:
     spec = tiny(blocks=[{"kind": "norm"}])
     assert sequence_cost(spec).flops == 2 * 16 * 8 * 11
     assert cost(spec).params == 2 * 8 * 11 + 8 + 8
@@ -67,7 +67,7 @@ def test_the_embedding_is_looked_up_and_the_head_multiplied() -> None:
     assert cost(tied).non_embedding == 8 + 8
 
 
-def test_a_routed_step_pays_for_the_tokens_it_selects_and_for_scoring_all() -> None:
+def test_a_routed_step_costs_the_selected_tokens_and_the_scores_of_all_tokens() -> None:
     body = {"kind": "feed_forward", "hidden": 5, "activation": "gelu"}
     spec = tiny(blocks=[{"kind": "loop", "steps": 3, "router": "prefix", "body": body}])
     head, ffn, score = 2 * 8 * 11, 2 * 2 * 8 * 5, 2 * 8
@@ -79,7 +79,7 @@ def test_a_routed_step_pays_for_the_tokens_it_selects_and_for_scoring_all() -> N
     assert receipt.train_flops_per_token == 3 * receipt.expected
 
 
-def test_a_pass_that_the_dial_skips_runs_nothing_inside() -> None:
+def test_a_pass_that_the_dial_skips_costs_nothing() -> None:
     layer = {"kind": "layer", "attention": {"head_size": 8}}
     inner = {"kind": "loop", "steps": 2, "router": "prefix", "body": layer}
     whole = tiny(blocks=[{"kind": "loop", "router": "random", "body": inner}])
@@ -96,7 +96,7 @@ def test_a_pass_that_the_dial_skips_runs_nothing_inside() -> None:
 
 @settings(max_examples=60)
 @given(specs())
-def test_at_its_ends_the_dial_costs_least_and_most(spec: ModelSpec) -> None:
+def test_the_ends_of_the_dial_have_the_lowest_and_highest_cost(spec: ModelSpec) -> None:
     none, every = (
         sequence_cost(
             spec.model_copy(update={"blocks": tuple(dialled(b, share) for b in spec.blocks)})
@@ -108,7 +108,7 @@ def test_at_its_ends_the_dial_costs_least_and_most(spec: ModelSpec) -> None:
 
 
 def dialled(part: Part, share: float) -> Any:
-    """With this share of the tokens wherever a router selects."""
+    """Returns the spec with this capacity in every router."""
     if isinstance(part, RouterSpec):
         shares = tuple(1.0 if own == 1 else share for own in part.capacity)
         return part.model_copy(update={"capacity": shares})
@@ -123,12 +123,12 @@ def test_memory_is_four_bytes_each_for_weight_gradient_and_two_moments() -> None
 
 @settings(max_examples=60)
 @given(specs())
-def test_the_cache_holds_the_keys_and_values_that_a_pass_makes(spec: ModelSpec) -> None:
+def test_the_cache_holds_the_keys_and_values_that_a_pass_computes(spec: ModelSpec) -> None:
     assert sequence_cost(spec).kv == kept_keys_and_values(spec)
 
 
 def kept_keys_and_values(spec: ModelSpec) -> int:
-    """Counted on the projections that really run, cut where a window forgets."""
+    """Counts keys and values at the projections that run, and limits them to the window."""
     model, kept = meta_model(spec), 0
 
     def note(window: int | None) -> Any:
@@ -149,14 +149,14 @@ def kept_keys_and_values(spec: ModelSpec) -> int:
 
 @settings(max_examples=60)
 @given(specs())
-def test_a_token_costs_no_less_for_being_selected(spec: ModelSpec) -> None:
+def test_a_selected_token_never_costs_less_than_one_that_is_not(spec: ModelSpec) -> None:
     receipt = cost(spec)
     assert receipt.lightest <= receipt.expected <= receipt.heaviest
 
 
 @settings(max_examples=60)
 @given(specs())
-def test_the_parts_of_a_table_add_up(spec: ModelSpec) -> None:
+def test_the_costs_of_the_parts_add_up(spec: ModelSpec) -> None:
     whole = sequence_cost(spec, detailed=True)
     assert whole._replace(parts={}) == sequence_cost(spec)._replace(parts={})
     adds_up(whole)

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back to the bit, and nothing else is taken for it."""
+"""Checkpoints load bit for bit what was saved, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def saved(tmp_path: Path, text: Data) -> Path:
 
 
 def forge(path: Path, name: str, content: bytes) -> None:
-    """Replaces a file and its SHA-256, as somebody with bad intentions would."""
+    """Replaces a file and its SHA-256, as an attacker would."""
     (path / name).write_bytes(content)
     provenance = json.loads((path / "provenance.json").read_text())
     provenance["files"][name] = sha256(content).hexdigest()
     (path / "provenance.json").write_text(json.dumps(provenance))
 
 
-def test_a_model_comes_back_to_the_bit_with_its_spec_and_tokenizer(saved: Path) -> None:
+def test_a_model_loads_bit_for_bit_with_its_spec_and_tokenizer(saved: Path) -> None:
     found = load_checkpoint(saved)
     assert torch.equal(found.model(TOKENS), tiny()(TOKENS))
     assert found.spec == tiny().spec
@@ -68,7 +68,7 @@ def test_a_model_comes_back_to_the_bit_with_its_spec_and_tokenizer(saved: Path) 
     assert torch.equal(training["moments"], torch.arange(3.0))
 
 
-def test_shared_weights_are_stored_once_and_come_back_shared(tmp_path: Path) -> None:
+def test_shared_weights_are_stored_once_and_are_shared_after_loading(tmp_path: Path) -> None:
     model = tiny("tie_embeddings=true")
     save_checkpoint(tmp_path / "tied", model, tokenizer_from=None, provenance={})
     found = load_checkpoint(tmp_path / "tied").model
@@ -83,7 +83,9 @@ def test_shared_weights_are_stored_once_and_come_back_shared(tmp_path: Path) -> 
     assert torch.equal(load_checkpoint(tmp_path / "tied").model(TOKENS), model(TOKENS))
 
 
-def test_a_skill_leaves_no_tokenizer_and_a_mere_model_no_training(tmp_path: Path) -> None:
+def test_a_skill_has_no_tokenizer_and_a_model_without_training_no_state_to_continue(
+    tmp_path: Path,
+) -> None:
     skill = load_data("skill:p-hop")
     save_checkpoint(tmp_path / "new", tiny(), tokenizer_from=skill, provenance={})
     assert load_checkpoint(tmp_path / "new").tokenizer is None
@@ -134,15 +136,13 @@ def test_a_damaged_file_is_refused_by_name(
         (b'{"format": 1, "files": {"../../secret": ""}}', "does not say which files"),
     ],
 )
-def test_a_provenance_that_makes_no_sense_is_refused(
-    saved: Path, content: bytes, complaint: str
-) -> None:
+def test_an_invalid_provenance_is_refused(saved: Path, content: bytes, complaint: str) -> None:
     (saved / "provenance.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=complaint):
         load_checkpoint(saved)
 
 
-def test_a_folder_that_is_no_checkpoint_is_told_apart_from_one_that_is_missing(
+def test_errors_differ_for_a_missing_folder_and_one_that_is_not_a_checkpoint(
     saved: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*nowhere"):
@@ -162,7 +162,7 @@ def test_a_folder_that_is_no_checkpoint_is_told_apart_from_one_that_is_missing(
         ),
     ],
 )
-def test_tensors_that_do_not_fit_the_spec_are_named(
+def test_the_error_names_tensors_that_do_not_fit_the_spec(
     saved: Path, change: Callable[[dict[str, torch.Tensor]], object], complaint: str
 ) -> None:
     tensors = load_file(saved / "model.safetensors")
@@ -173,7 +173,7 @@ def test_tensors_that_do_not_fit_the_spec_are_named(
         load_checkpoint(saved)
 
 
-def test_a_pickle_in_place_of_the_weights_is_not_opened(saved: Path) -> None:
+def test_a_pickle_in_place_of_the_weights_is_never_loaded(saved: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
             return Path.touch, (saved / "exploded",)
@@ -192,14 +192,16 @@ def test_a_spec_far_larger_than_its_weights_is_refused_before_it_is_built(saved:
 
 
 class Full(SkillData):
-    """Stands for a disk that is full halfway through."""
+    """Simulates a disk that is full after some bytes."""
 
     def save_tokenizer(self, path: Path) -> None:
         path.write_text("half")
         raise OSError("no space left on device")
 
 
-def test_a_checkpoint_is_written_whole_or_the_old_one_stays(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_completely_or_the_old_one_stays(
+    saved: Path, tmp_path: Path
+) -> None:
     full = Full(parse_skill("p-hop"))
     for path in (saved, tmp_path / "new"):
         with pytest.raises(CheckpointError, match="could not be written: no space left"):
@@ -208,13 +210,13 @@ def test_a_checkpoint_is_written_whole_or_the_old_one_stays(saved: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "saved", "text"]
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     save_checkpoint(tmp_path / "made", tiny(), tokenizer_from=None, provenance={})
     assert torch.equal(load_checkpoint(tmp_path / "made").model(TOKENS), tiny()(TOKENS))
 
 
-def test_an_older_checkpoint_is_replaced_but_nothing_else_is(saved: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_is_replaced_but_no_other_folder(saved: Path, tmp_path: Path) -> None:
     save_checkpoint(saved, tiny(seed=1), tokenizer_from=None, provenance={})
     assert torch.equal(load_checkpoint(saved).model(TOKENS), tiny(seed=1)(TOKENS))
     assert not (saved / "training.json").exists()

@@ -1,4 +1,4 @@
-"""Decoding at fixed shapes: what it computes, and that nothing in it depends on a number."""
+"""Decoding with fixed shapes is correct, and no shape depends on the values of tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shipped(name: str, *overrides: str) -> ModelSpec:
 
 
 def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
-    """Rows of unequal pasts, of which some skip a turn, and one ends early."""
+    """Decodes rows of different lengths; some skip a step, and one ends early."""
     model, T = built(spec), spec.context
     rng = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(spec.vocab_size, (ROWS, T), generator=rng)
@@ -81,25 +81,25 @@ def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_computes_what_it_computes_otherwise(name: str) -> None:
+def test_decoding_with_fixed_shapes_equals_normal_decoding_for_every_kind(name: str) -> None:
     agrees_with_growing_decode_and_with_one_pass(CASES[name])
 
 
 @settings(max_examples=15)
 @given(specs())
-def test_so_does_any_spec(spec: ModelSpec) -> None:
+def test_decoding_with_fixed_shapes_equals_normal_decoding_for_any_spec(spec: ModelSpec) -> None:
     agrees_with_growing_decode_and_with_one_pass(spec)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_so_does_any_of_300_specs(spec: ModelSpec) -> None:
+def test_decoding_with_fixed_shapes_equals_normal_decoding_for_300_specs(spec: ModelSpec) -> None:
     agrees_with_growing_decode_and_with_one_pass(spec)
 
 
 class Recorder(TorchDispatchMode):
-    """What is computed, of which shapes."""
+    """Records the operations and the shapes of their results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ ASKS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_shape_depends_on_a_number_and_the_host_is_never_asked(name: str) -> None:
+def test_no_shape_depends_on_values_and_nothing_is_copied_to_the_host(name: str) -> None:
     model = built(CASES[name])
     step = TokenStep(model, model.new_cache(), ROWS)
     recorded, taken = [], set()
@@ -144,7 +144,7 @@ ROUTER = "blocks.0.body.1.router.kind"
     ],
     ids=["plain", "mor", "itt-prefix", "itt-threshold", "itt-shared-window"],
 )
-def test_compiles_as_one_graph_once(
+def test_a_step_compiles_once_as_a_single_graph(
     name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
@@ -158,7 +158,7 @@ def test_compiles_as_one_graph_once(
     assert counter.frame_count == 1
 
 
-def test_says_what_cannot_be_and_leaves_all_as_it_was() -> None:
+def test_an_unsupported_model_or_cache_is_an_error_that_changes_nothing() -> None:
     model = built(shipped("itt"))
     cache, one = model.new_cache(4), 1
     step = TokenStep(model, cache, 2)
@@ -185,7 +185,7 @@ def test_says_what_cannot_be_and_leaves_all_as_it_was() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
-def test_a_captured_graph_computes_what_the_steps_do(name: str) -> None:
+def test_a_captured_graph_equals_the_steps_without_a_graph(name: str) -> None:
     model = built(CASES[name]).cuda()
     tokens_BT = torch.randint(model.spec.vocab_size, (ROWS, 5), device="cuda")
     mask_BT = torch.rand(ROWS, 5, device="cuda") < 0.8

@@ -1,4 +1,4 @@
-"""The compute dial: other capacities, other numbers of steps, after training."""
+"""The compute dial changes capacities and numbers of steps after training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(model: LanguageModel) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["prefix", "threshold", "top_k", "random"])
-def test_a_dialled_capacity_is_that_of_a_model_made_with_it(kind: str) -> None:
+def test_a_capacity_set_by_the_dial_equals_a_model_built_with_it(kind: str) -> None:
     model = built(router={"kind": kind, "capacity": [0.7, 0.4]})
     other = built(router={"kind": kind, "capacity": [0.3, 0.9]})
     model.dial(capacity=[0.3, 0.9])
@@ -58,7 +58,7 @@ def test_a_dialled_capacity_is_that_of_a_model_made_with_it(kind: str) -> None:
     assert not run(model).allclose(run(other))
 
 
-def test_fewer_steps_are_those_of_a_model_made_with_them() -> None:
+def test_fewer_steps_equal_a_model_built_with_them() -> None:
     model, other = built(), built(steps=2)
     other.load_state_dict(
         {
@@ -70,7 +70,7 @@ def test_fewer_steps_are_those_of_a_model_made_with_them() -> None:
     torch.testing.assert_close(run(model), run(other))
 
 
-def test_further_steps_do_what_the_last_trained_one_did() -> None:
+def test_additional_steps_repeat_the_last_trained_step() -> None:
     model, other = (
         built(),
         built(steps=5, router={"kind": "prefix", "capacity": [0.7, 0.4, 0.4, 0.4]}),
@@ -87,7 +87,7 @@ def test_further_steps_do_what_the_last_trained_one_did() -> None:
     assert list(model.router_shares()) == [f"blocks.1.{i}" for i in range(4)]
 
 
-def test_at_capacity_0_a_step_is_skipped_and_at_1_every_token_takes_it() -> None:
+def test_capacity_0_skips_a_step_and_capacity_1_selects_every_token() -> None:
     model = built(router={"kind": "prefix", "capacity": 0.5}, residual="delta")
     model.dial(capacity=0)
     plain = run(model)
@@ -101,7 +101,7 @@ def test_at_capacity_0_a_step_is_skipped_and_at_1_every_token_takes_it() -> None
     assert model.router_shares() == {"blocks.1.0": 1}
 
 
-def test_steps_are_counted_where_they_are_taken() -> None:
+def test_only_executed_steps_are_counted() -> None:
     model = built(body={**LOOP, "steps": 2})
     run(model)
     steps_BT, shares = model.trace.steps_BT, model.router_shares()
@@ -125,7 +125,7 @@ def test_steps_are_counted_where_they_are_taken() -> None:
     st.sampled_from([1, 3, 6]) | st.none(),
     st.sampled_from(["own", "shared"]),
 )
-def test_what_a_pass_cost_is_what_is_counted(
+def test_the_reported_flops_of_a_pass_equal_the_counted_ones(
     capacity: float | list[float] | None, steps: int | None, kv: str
 ) -> None:
     top_k = spec(router={"kind": "top_k", "capacity": 0.4}, kv=kv)
@@ -139,7 +139,7 @@ def test_what_a_pass_cost_is_what_is_counted(
     assert sequence_cost(executed(model)).flops == counter.get_total_flops()
 
 
-def test_the_measured_share_counts_once_there_has_been_a_pass() -> None:
+def test_the_measured_share_of_tokens_is_used_after_the_first_pass() -> None:
     model = built(router={"kind": "prefix", "capacity": 0.5}, steps=2)
     expected = flops_per_token(model, T)
     assert expected == pytest.approx(archdsl.cost(model.spec).expected)
@@ -170,7 +170,7 @@ def test_the_measured_share_counts_once_there_has_been_a_pass() -> None:
         ),
     ],
 )
-def test_what_a_model_cannot_serve_is_refused_with_all_as_it_was(
+def test_an_unsupported_setting_is_an_error_that_changes_nothing(
     fields: dict[str, Any], dial: dict[str, Any], message: str
 ) -> None:
     model = built(**fields)
@@ -180,7 +180,7 @@ def test_what_a_model_cannot_serve_is_refused_with_all_as_it_was(
     assert run(model).equal(before)
 
 
-def test_a_model_without_loops_has_nothing_to_dial() -> None:
+def test_a_model_without_loops_has_no_dial() -> None:
     fields = {"name": "m", "vocab_size": V, "context": T, "dim": 16, "blocks": [LAYER]}
     with pytest.raises(DialError, match="m has no loops"):
         archdsl.build(ModelSpec.model_validate(fields)).dial(steps=2)

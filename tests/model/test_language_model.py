@@ -1,4 +1,4 @@
-"""Language models: initial values, ties, bounds, memory."""
+"""Language models: definition, initial values, tied embeddings, limits and memory."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def spec(*blocks: dict[str, Any], **fields: Any) -> ModelSpec:
 
 @settings(max_examples=10)
 @given(specs())
-def test_any_model_is_its_definition(random: ModelSpec) -> None:
+def test_any_model_equals_its_definition(random: ModelSpec) -> None:
     is_its_definition(random)
 
 
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(specs())
-def test_any_of_60_models_is_its_definition(random: ModelSpec) -> None:
+def test_60_models_equal_their_definition(random: ModelSpec) -> None:
     is_its_definition(random)
 
 
@@ -59,7 +59,7 @@ def is_its_definition(random: ModelSpec) -> None:
 
 
 def test_a_plain_model_is_llama() -> None:
-    """Touvron et al. 2302.13971, written once more without anything of archdsl."""
+    """Touvron et al. 2302.13971, written again without archdsl."""
     model = archdsl.build(archdsl.load("transformer", overrides=SMALL))
     torch.testing.assert_close(model(TOKENS), llama(dict(model.named_parameters()), TOKENS))
     assert sum(p.numel() for p in model.parameters()) == 2 * 11 * 64 + 64 + 8 * (
@@ -101,7 +101,7 @@ def llama(weights: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
     return rms(x, weights["norm.weight"]) @ weights["head.weight"].T
 
 
-def test_models_that_are_compared_start_equal_where_they_are_equal() -> None:
+def test_equal_parts_of_different_models_have_equal_initial_values() -> None:
     plain = archdsl.build(spec(LAYER, LAYER, LAYER), seed=3)
     loop = archdsl.build(spec(LAYER, LOOP, LAYER), seed=3)
     shared = {
@@ -115,7 +115,7 @@ def test_models_that_are_compared_start_equal_where_they_are_equal() -> None:
         assert weight.equal(shared[name]), name
 
 
-def test_matrices_start_at_the_scale_of_what_they_read() -> None:
+def test_initial_matrices_have_the_scale_of_their_input_width() -> None:
     model = archdsl.build(spec(LAYER, LAYER, vocab_size=500, dim=400), seed=1)
     layer = model.blocks[1]
     want = {"attention.q": 400, "attention.k": 400, "ffn.up": 400, "ffn.gate": 400}
@@ -131,7 +131,9 @@ def test_matrices_start_at_the_scale_of_what_they_read() -> None:
 
 @pytest.mark.parametrize("block", [LAYER, LOOP], ids=["layer", "loop"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_starts_out_knowing_nothing(block: dict[str, Any], tied: bool) -> None:
+def test_the_initial_loss_is_near_that_of_a_uniform_guess(
+    block: dict[str, Any], tied: bool
+) -> None:
     sizes = {"vocab_size": 500, "dim": 120, "tie_embeddings": tied, "context": 64}
     model = archdsl.build(spec(*[block] * 4, **sizes))
     tokens_BT = torch.randint(500, (4, 65))
@@ -159,7 +161,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         model(torch.zeros(1, 11, dtype=torch.long))
 
 
-def test_the_stream_can_be_seen_after_each_layer_of_a_stack() -> None:
+def test_the_stream_after_each_layer_of_a_stack_is_returned() -> None:
     inner = {"kind": "stack", "repeat": 2, "body": [LAYER]}
     model = archdsl.build(spec(LAYER, {"kind": "stack", "body": [inner, LOOP]}))
     x = model.embedding(TOKENS)
@@ -173,7 +175,7 @@ def test_the_stream_can_be_seen_after_each_layer_of_a_stack() -> None:
 
 @pytest.mark.parametrize("kv", ["own", "shared"])
 @pytest.mark.parametrize("router", ["prefix", "threshold", "predictor"])
-def test_activation_checkpointing_changes_memory_and_nothing_else(kv: str, router: str) -> None:
+def test_activation_checkpointing_changes_only_the_memory(kv: str, router: str) -> None:
     kind = {"kind": router, "capacity": [0.6, 0.3]}
     model = archdsl.build(spec(LAYER, LOOP | {"kv": kv, "router": kind}))
     naive.randomise(model)
@@ -198,7 +200,7 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(kv: str, route
     assert kept[1] < kept[0] / 2
 
 
-def test_reports_the_share_of_tokens_that_each_step_selected() -> None:
+def test_a_model_reports_the_share_of_tokens_that_each_step_selected() -> None:
     model = archdsl.build(spec(LAYER, LOOP | {"router": {"kind": "top_k", "capacity": [0.6, 0.3]}}))
     assert model.router_shares() == {}
     model(TOKENS)
@@ -207,8 +209,8 @@ def test_reports_the_share_of_tokens_that_each_step_selected() -> None:
 
 
 @pytest.mark.parametrize("dim", [12, 64])
-def test_equal_tokens_tie_however_long_the_pass_is(dim: int) -> None:
-    """A router that has seen no attention scores equal tokens alike, but for rounding."""
+def test_equal_tokens_have_equal_scores_for_every_length(dim: int) -> None:
+    """Without attention before it, a router gives equal tokens equal scores up to rounding."""
     loop = {"kind": "loop", "steps": 2, "router": "prefix", "body": {"kind": "feed_forward"}}
     for context in (8, 13, 16, 29):
         model = archdsl.build(spec(loop, dim=dim, context=context, vocab_size=2))
@@ -226,7 +228,7 @@ def test_random_routers_of_one_model_select_different_tokens() -> None:
     assert salts == [0, 1, 2]
 
 
-def test_causal_routing_ends_even_after_an_error() -> None:
+def test_causal_routing_is_reset_after_an_error() -> None:
     model = archdsl.build(spec(LOOP | {"router": {"kind": "top_k"}}))
     assert model.leaks
     with contextlib.suppress(KeyError), model.causal_routing():
@@ -235,7 +237,7 @@ def test_causal_routing_ends_even_after_an_error() -> None:
     assert model.leaks
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_built(
+def test_models_that_do_not_fit_in_memory_are_refused_before_they_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     huge = spec(*[LAYER] * 4, dim=65_536, vocab_size=2**22)
@@ -248,7 +250,7 @@ def never(_: ModelSpec) -> LanguageModel:
     raise AssertionError("built")
 
 
-def test_the_meta_model_holds_no_data() -> None:
+def test_the_meta_model_has_no_data() -> None:
     model = meta_model(archdsl.load("itt-466m"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) == archdsl.cost(model.spec).params

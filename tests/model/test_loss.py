@@ -1,4 +1,4 @@
-"""The loss that never holds all logits, against the plain one that does."""
+"""The loss that computes only some logits at a time equals the plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("rows", [1, 5, 48, 1000], ids="{} rows at a time".format)
-def test_is_the_plain_one_and_so_are_its_gradients(
+def test_loss_and_gradients_equal_the_plain_ones(
     rows: int, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LOGITS, "cpu", rows * V + V // 2)
@@ -53,7 +53,7 @@ def test_is_the_plain_one_and_so_are_its_gradients(
     naive.agree(found, wanted, list(model.parameters()))
 
 
-def test_leaves_alone_what_is_not_to_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_weights_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGITS, "cpu", 5 * V)
     model, (tokens_BT, targets_BT) = built(), batch()
     model.head.weight.requires_grad_(False)
@@ -62,7 +62,7 @@ def test_leaves_alone_what_is_not_to_be_trained(monkeypatch: pytest.MonkeyPatch)
     assert all(p.grad is not None for p in model.blocks[0].parameters())
 
 
-def test_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGITS, "cpu", 10 * 5000)
     model, (tokens_BT, targets_BT) = built(vocab_size=5000), batch()
     largest = []
@@ -75,7 +75,9 @@ def test_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
-def test_half_precision_does_not_reach_the_sum(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sum_of_losses_is_in_full_precision(
+    half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(LOGITS, "cpu", 64 * V)
     model = built(context=512).to(torch.bfloat16 if half else torch.float32)
     tokens_BT = torch.randint(V, (8, 512))

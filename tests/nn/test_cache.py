@@ -1,5 +1,6 @@
-"""The cache: what it holds, what it costs, what becomes of its rows. That decoding with it agrees
-with one pass is asked of every block in test_contract.py.
+"""The cache: its content, its memory and its rows.
+
+tests/blocks/test_contract.py tests for every block that decoding with a cache equals one pass.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def tokens(batch: int = 3) -> Tensor:
     "name", ["transformer", "itt", "mor", "mod", "hybrid", "universal", "tiny"]
 )
 @torch.inference_mode()
-def test_the_receipt_s_bytes_are_the_bytes_it_takes(name: str) -> None:
+def test_the_bytes_in_the_receipt_are_those_of_the_cache(name: str) -> None:
     spec = archdsl.load(name).resized(Sizes(32, 40, 64, 8, 2))
     model = archdsl.build(spec, dtype=torch.bfloat16).eval()
     cache = model.new_cache()
@@ -45,7 +46,7 @@ def test_the_receipt_s_bytes_are_the_bytes_it_takes(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_what_only_some_tokens_computed_takes_the_room_of_these() -> None:
+def test_entries_of_selected_tokens_only_take_the_memory_of_these_tokens() -> None:
     model, cache = built(LOOP), Cache(T)
     model(tokens(1), cache=cache)
     kept = {
@@ -66,7 +67,7 @@ def test_what_only_some_tokens_computed_takes_the_room_of_these() -> None:
 
 
 @torch.inference_mode()
-def test_shared_keys_and_values_are_kept_once() -> None:
+def test_shared_keys_and_values_are_stored_once() -> None:
     own, shared = built(LAYER), built(LOOP | {"router": None, "kv": "shared"})
     caches = [Cache(T), Cache(T)]
     for model, cache in zip((own, shared), caches, strict=True):
@@ -75,7 +76,7 @@ def test_shared_keys_and_values_are_kept_once() -> None:
 
 
 @torch.inference_mode()
-def test_further_passes_of_all_tokens_see_the_first_pass_s_keys_of_earlier_chunks() -> None:
+def test_further_passes_attend_to_keys_of_the_first_pass_in_earlier_chunks() -> None:
     model, tokens_BT = built(LOOP | {"router": None, "kv": "shared"}), tokens()
     mask_BT = torch.ones(3, T, dtype=torch.bool)
     mask_BT[0, 2:5] = False  # this row is behind the others then
@@ -86,7 +87,7 @@ def test_further_passes_of_all_tokens_see_the_first_pass_s_keys_of_earlier_chunk
 
 
 @torch.inference_mode()
-def test_a_row_that_is_ahead_may_have_no_token_while_the_others_have() -> None:
+def test_a_row_may_have_no_token_while_other_rows_have_one() -> None:
     router = {"kind": "prefix", "capacity": 0.9}
     model, tokens_BT = built(LOOP | {"kv": "shared", "router": router}), tokens()
     mask_BT = torch.ones(3, T, dtype=torch.bool)
@@ -99,7 +100,7 @@ def test_a_row_that_is_ahead_may_have_no_token_while_the_others_have() -> None:
 
 
 @torch.inference_mode()
-def test_rows_can_be_doubled_left_out_and_reordered() -> None:
+def test_rows_can_be_repeated_removed_and_reordered() -> None:
     model, tokens_BT = built(LOOP, LAYER), tokens()
     cache = model.new_cache()
     model(tokens_BT[:, :9], torch.rand(3, 9) < 0.7, cache)
@@ -116,7 +117,7 @@ def test_rows_can_be_doubled_left_out_and_reordered() -> None:
 
 
 @torch.inference_mode()
-def test_a_full_cache_says_so_and_stays_as_it_was() -> None:
+def test_a_full_cache_is_an_error_that_leaves_it_unchanged() -> None:
     model, tokens_BT = built(LOOP), tokens()
     cache = model.new_cache(10)
     model(tokens_BT[:, :9], cache=cache)
@@ -131,7 +132,7 @@ def test_a_full_cache_says_so_and_stays_as_it_was() -> None:
 
 
 @torch.inference_mode()
-def test_the_dial_must_not_be_turned_while_a_cache_is_in_use() -> None:
+def test_changing_the_dial_while_a_cache_is_in_use_is_an_error() -> None:
     model, tokens_BT = built(LOOP), tokens()
     cache = model.new_cache()
     model(tokens_BT[:, :4], cache=cache)
@@ -142,7 +143,7 @@ def test_the_dial_must_not_be_turned_while_a_cache_is_in_use() -> None:
     assert model(tokens_BT[:, 4:], cache=cache).isfinite().all()
 
 
-def test_the_newest_entries_replace_the_oldest_where_there_is_no_more_room() -> None:
+def test_new_entries_replace_the_oldest_when_the_window_is_full() -> None:
     kept = Kept(torch.zeros(2, 1, 1), limit=4)
     new = torch.arange(1.0, 7.0).view(1, 6, 1).expand(2, 6, 1)
     kept.write(new, Stream(0, torch.tensor([6, 3]), 4))

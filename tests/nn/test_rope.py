@@ -1,4 +1,4 @@
-"""Rotary frequencies: bit for bit those that pretrained models were made with."""
+"""Rotary frequencies are bit for bit those of pretrained models."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_frequencies_have_the_bits_of_transformers(
 
 
 @pytest.mark.parametrize("scaling", [{"kind": "linear", "factor": 3}, LLAMA3], ids=["linear", "3"])
-def test_attention_turns_by_the_definition(scaling: dict[str, Any]) -> None:
+def test_attention_rotates_as_defined(scaling: dict[str, Any]) -> None:
     naive.agrees(
         AttentionSpec.model_validate({"head_size": 8, "rope_scaling": scaling}),
         16,
     )
 
 
-def test_llama3_keeps_the_fast_and_divides_the_slow() -> None:
+def test_llama3_scaling_keeps_fast_frequencies_and_divides_slow_ones() -> None:
     spec = AttentionSpec.model_validate({"rope_scaling": LLAMA3})
     plain_F, found_F = (inverse_frequencies(1e4, 64, s) for s in (None, spec.rope_scaling))
     turns_F = 64 * plain_F / (2 * torch.pi)
@@ -63,7 +63,7 @@ def test_llama3_keeps_the_fast_and_divides_the_slow() -> None:
     assert (found_F[:-1] > found_F[1:]).all()
 
 
-def test_two_scalings_of_one_model_are_told_apart() -> None:
+def test_two_scalings_in_one_model_are_independent() -> None:
     x_BHTE, ctx = torch.ones(1, 1, 9, 8), Context()
     linear = AttentionSpec.model_validate({"rope_scaling": {"kind": "linear", "factor": 2}})
     plain, _ = ctx.rope(x_BHTE, 1e4)
@@ -73,7 +73,7 @@ def test_two_scalings_of_one_model_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({"rope_scaling": "yarn"}, "unknown kind 'yarn' of rope_scaling; known kinds: linear, "),
         ({"rope_scaling": {"kind": "linear"}}, "is required: how many times longer"),
@@ -81,12 +81,12 @@ def test_two_scalings_of_one_model_are_told_apart() -> None:
         ({"rope_scaling": {"kind": "llama3", "factor": 8}}, "is required: the context of the"),
     ],
 )
-def test_a_scaling_that_says_too_little_is_refused(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_an_incomplete_scaling_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         AttentionSpec.model_validate(fields)
 
 
-def test_what_does_not_go_together_is_said() -> None:
+def test_conflicts_between_values_are_reported() -> None:
     scaling = LLAMA3 | {"low_freq_factor": 4.0}
     spec = AttentionSpec.model_validate({"rope_theta": None, "rope_scaling": scaling})
     assert [path for path, _ in spec.conflicts(64)] == [("rope_scaling",)]
