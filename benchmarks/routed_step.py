@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from archdsl.blocks.loop import LoopSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.layer import Layer
-from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.costs.receipt import block_cost, sequence_cost
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec
@@ -82,7 +82,7 @@ def forward_backward(block: Callable[..., Tensor], x_BTD: Tensor, weights: nn.Mo
     return y_BTD
 
 
-def masked(loop: Loop, x_BTD: Tensor) -> Tensor:
+def masked(loop: BodyLoop, x_BTD: Tensor) -> Tensor:
     """Returns the output [B, T, D] of the loop, but computes every token in every step."""
     (body,) = loop.bodies
     assert isinstance(body, Layer)
@@ -145,7 +145,7 @@ def compare(args: Namespace, kv: str, x_BTD: Tensor) -> dict[str, Timing]:
         made[name] = partial(forward_backward, partial(block, ctx=Context()), x_BTD, block)
     for capacity in capacities:
         routed = module(looped(args, kv, capacity, 1 + FURTHER), args)
-        assert isinstance(routed, Loop)
+        assert isinstance(routed, BodyLoop)
         made[f"{capacity:g}"] = partial(_routed, routed, x_BTD)
         everything = partial(forward_backward, partial(masked, routed), x_BTD, routed)
         check(f"{kv} {capacity:g}", routed, x_BTD, made[f"{capacity:g}"], everything)
@@ -154,12 +154,16 @@ def compare(args: Namespace, kv: str, x_BTD: Tensor) -> dict[str, Timing]:
     return interleaved(made, rounds=args.rounds or (3 if args.small else 9), device=args.device)
 
 
-def _routed(block: Loop, x_BTD: Tensor) -> Tensor:
+def _routed(block: BodyLoop, x_BTD: Tensor) -> Tensor:
     return forward_backward(partial(block, ctx=Context()), x_BTD, block)
 
 
 def check(
-    name: str, block: Loop, x_BTD: Tensor, one: Callable[[], Tensor], other: Callable[[], Tensor]
+    name: str,
+    block: BodyLoop,
+    x_BTD: Tensor,
+    one: Callable[[], Tensor],
+    other: Callable[[], Tensor],
 ) -> None:
     def found(call: Callable[[], Tensor]) -> list[Tensor]:
         y_BTD = call().detach()

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from archdsl.blocks.router import Step
-from archdsl.errors import ArchdslError
+from archdsl.nn.loop import DialError, Pass, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
 
 Capacity = Sequence[float] | float | None
-
-
-class DialError(ArchdslError):
-    """A number of steps or a capacity that a model cannot be run at."""
-
-    exit_status = 2
-
-
-class Pass(NamedTuple):
-    """One pass through the body, with what step ``like`` of the training learned for it."""
-
-    step: int
-    like: int
-    routed: Step | None  # None: every token takes it
 
 
 def plan(

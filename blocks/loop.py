@@ -15,7 +15,7 @@ Shapes: B batch, T tokens, K selected tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
@@ -89,6 +89,21 @@ class LoopSpec(BlockSpec):
         """One pass of every token: nothing to choose, to join or to tell apart."""
         return self.steps == 1 and not self.shares
 
+    @property
+    def built_in_place(self) -> str | None:
+        return "body" if self.is_body else None
+
+    def with_passes(self, shares: Sequence[float]) -> LoopSpec:
+        """The loop with one pass for each of ``shares``.
+
+        The passes after the ``full_steps`` first ones select these shares of their tokens; a share
+        of 1 means that the pass has no router, so that none has to be paid for.
+        """
+        router = self.router and self.router.model_copy(
+            update={"capacity": tuple(shares[self.full_steps :]) or (1.0,)}
+        )
+        return self.model_copy(update={"steps": len(shares), "router": router})
+
     def rows(self) -> list[int | None]:
         """For each pass, which step of the router selects its tokens; None: every token."""
         routed = [None if t < self.full_steps else t - self.full_steps for t in range(self.steps)]
@@ -161,9 +176,9 @@ class LoopSpec(BlockSpec):
         return self.router.learned or set(self.router.alpha) != {1.0}
 
     def build(self, dim: int) -> Block:
-        from archdsl.blocks.modules.loop import Loop
+        from archdsl.blocks.modules.loop import BodyLoop
 
-        return self.body.build(dim) if self.is_body else Loop(self, dim)
+        return self.body.build(dim) if self.is_body else BodyLoop(self, dim)
 
     def cost(self, bill: Bill) -> None:
         steps, shares, router, encoding = self.steps, self.shares, self.router, self.encoding

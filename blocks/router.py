@@ -18,7 +18,7 @@ Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,22 +27,11 @@ from archdsl.costs.bill import Bill
 from archdsl.lang.spec import Part, Path, PerStep, at_step
 
 if TYPE_CHECKING:
-    from archdsl.blocks.modules.router import Prefix, Random, Router
+    from archdsl.blocks.modules.router import Prefix, Random
+    from archdsl.nn.loop import Router
 
 
 Positive = Annotated[float, Field(gt=0, le=100)]
-
-
-class Step(NamedTuple):
-    """One routed pass of a loop: ``row`` of the router's weights, at a share of all tokens.
-
-    ``among``: the share of the tokens that it may choose from.
-    """
-
-    name: str
-    row: int
-    capacity: float
-    among: float
 
 
 class RouterSpec(Part):

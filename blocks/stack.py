@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -44,6 +44,10 @@ class StackSpec(BlockSpec):
         stack = super().resized(old, new)
         assert isinstance(stack, StackSpec)
         return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
+
+    def with_copies(self) -> StackSpec:
+        body = tuple(cast(BlockSpec, block.with_copies()) for block in self.body)
+        return StackSpec(body=body * self.repeat)
 
     def build(self, dim: int) -> Stack:
         from archdsl.blocks.modules.stack import Stack

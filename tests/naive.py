@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.layer import Layer
-from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.norm import Norm
 from archdsl.blocks.modules.router import Learned, Random
 from archdsl.blocks.modules.stack import Stack
@@ -212,8 +212,8 @@ def slowed_as_in_llama3(scaling: Llama3Spec, freq: float) -> float:
     return (1 - kept) * freq / scaling.factor + kept * freq
 
 
-@defines(Loop)
-def loop(module: Loop, xs: Stream, pos: list[int], *_: object) -> Stream:
+@defines(BodyLoop)
+def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
     """Y(0) = f(X) * phi(0); then step by step what the residual says for those selected."""
     spec, start = module.spec, xs
     first: Memory | None = {} if spec.kv == "shared" else None
@@ -253,7 +253,7 @@ def per_step(values: Sequence[float], step: int) -> float:
     return values[step] if len(values) > 1 else values[0]
 
 
-def body_input(module: Loop, x: Tensor, start: Tensor, step: int) -> Tensor:
+def body_input(module: BodyLoop, x: Tensor, start: Tensor, step: int) -> Tensor:
     if module.spec.injection == "add" and step > 0:
         x = x + start
     if module.inject is not None and step > 0:
@@ -261,7 +261,7 @@ def body_input(module: Loop, x: Tensor, start: Tensor, step: int) -> Tensor:
     return definition_of(module.encoding)(module.encoding, x, step, False)
 
 
-def scaled(module: Loop, y: Tensor, step: int) -> Tensor:
+def scaled(module: BodyLoop, y: Tensor, step: int) -> Tensor:
     return definition_of(module.encoding)(module.encoding, y, step, True)
 
 
@@ -281,7 +281,7 @@ def add_encoding(encoding: Add, x: Tensor, step: int, after: bool) -> Tensor:
     return x if after else x + encoding.e_SD[step]
 
 
-def joined(module: Loop, x: Tensor, y: Tensor | None, gate: Tensor | None, step: int) -> Tensor:
+def joined(module: BodyLoop, x: Tensor, y: Tensor | None, gate: Tensor | None, step: int) -> Tensor:
     """The new value of a token that was ``x``; ``y`` is None where it was not selected."""
     gate = torch.ones((), dtype=x.dtype) if gate is None else gate
     residual = module.spec.residual
@@ -324,7 +324,7 @@ class Question(NamedTuple):
 
 
 def chosen(
-    module: Loop,
+    module: BodyLoop,
     xs: Stream,
     pos: list[int],
     share: tuple[float, float],

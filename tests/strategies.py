@@ -1,4 +1,4 @@
-"""Random valid specs: every kind in every slot, loops in loops, lists per step, odd sizes."""
+"""Random valid specs: every kind in every slot, loops in loops, lists for each step, odd sizes."""
 
 from __future__ import annotations
 
@@ -65,13 +65,24 @@ def norms() -> st.SearchStrategy[Tree]:
 
 
 @cache
-def layers() -> st.SearchStrategy[Tree]:
-    parts = attentions() | feed_forwards()
-    layer = st.fixed_dictionaries(
-        {"kind": st.just("layer"), "attention": attentions()},
-        optional={"ffn": parts, "norm": st.sampled_from(["rms", "layer"]), "norm_eps": EPSILONS},
+def bare() -> st.SearchStrategy[Tree]:
+    """Blocks without blocks inside."""
+    return attentions() | feed_forwards() | norms()
+
+
+def layers(slots: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+    """Layers with one of ``slots`` as attention, as feed-forward or as both."""
+    more = {"norm": st.sampled_from(["rms", "layer"]), "norm_eps": EPSILONS}
+    usual = {"attention": attentions(), "ffn": feed_forwards()}
+
+    def layer(**changed: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+        given = {"kind": st.just("layer"), **usual, **changed}
+        needed = {name: given.pop(name) for name in {"kind", "attention", *changed}}
+        return st.fixed_dictionaries(needed, optional=given | more)
+
+    return st.one_of(
+        layer(attention=slots), layer(ffn=slots), layer(attention=slots, ffn=slots), layer()
     )
-    return layer | st.builds(lambda one, other: one | {"attention": other}, layer, parts)
 
 
 @cache
@@ -136,10 +147,12 @@ def stacks(bodies: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
 
 @cache
 def blocks() -> st.SearchStrategy[Tree]:
-    leaves = layers() | attentions() | feed_forwards() | norms()
+    """Every kind in every slot: of layers, stacks and loops, in each other up to four deep."""
+    leaves = layers(bare()) | bare()
     inner = leaves | stacks(leaves) | loops(leaves)
-    outer = loops(inner) | stacks(inner)
-    return leaves | loops(leaves) | outer | loops(outer)
+    layered = layers(inner)
+    outer = loops(inner | layered) | stacks(inner | layered)
+    return leaves | loops(leaves) | layered | outer | loops(outer)
 
 
 @st.composite

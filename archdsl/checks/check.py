@@ -14,10 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.router import Router
-from archdsl.blocks.modules.threshold import Predictor
 from archdsl.checks.invariants import (
     LEAKS,
     MEASURES,
@@ -31,9 +27,10 @@ from archdsl.checks.invariants import (
 )
 from archdsl.checks.localise import WHOLE, Place, earlier, leaks, origins_of, places
 from archdsl.costs.receipt import sequence_cost
-from archdsl.lang.spec import ModelSpec, Part, Sizes, Strict, to_tree
+from archdsl.lang.spec import ModelSpec, Part, Sizes, Strict, children, to_tree
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.loop import Loop, Router
 
 Mark = Literal["PASS", "LEAK", "FAIL"]
 
@@ -228,7 +225,7 @@ def _dialled(model: LanguageModel, plan: Plan) -> dict[Key, Gap]:
     before = [loop.passes for loop in model.loops]
     try:
         for loop in model.loops:
-            loop.dial(CAPACITY, loop.spec.steps + (loop.spec.parameters == "shared"))
+            loop.dial(CAPACITY, loop.most_steps or loop.steps + 1)
         whole = Subject(WHOLE, model)
         kinds = MEASURES.items() if model.loops else ()
         return {(DIALLED, kind): measure(whole, plan) for kind, measure in kinds}
@@ -302,12 +299,10 @@ def _faults(
 
 
 def _fault(path: str, kind: Kind, gap: Gap, step: int | None, at: dict[str, Place]) -> Fault:
-    loop = at[path].spec if path in at else None
-    router = loop.router if isinstance(loop, LoopSpec) else None
     return Fault(
         place=path,
         step=step,
-        router=_kind(router) if router else None,
+        router=_router_kind(at[path].spec) if path in at else None,
         check=kind,
         difference=_finite(gap.difference),
         largest=_finite(gap.largest),
@@ -321,13 +316,19 @@ def _notes(gaps: dict[Key, Gap], at: dict[str, Place], leaking_pass: float | Non
             f"{leaking_pass:.3g} away from those of one pass with sight of later tokens"
         )
     for path, place in at.items():
-        if isinstance(place.block, Loop) and isinstance(place.block.router, Predictor):
+        router = place.block.router if isinstance(place.block, Loop) else None
+        if router is not None and router.sees_later_tokens_in_training:
             yield f"{path}: chooses with sight of later tokens while it trains, and never else"
     if any(path == DIALLED for path, _ in gaps):
         yield f"dialled: capacity {CAPACITY:g}, one step more where weights allow"
     for path in dict.fromkeys(path for path, _ in gaps):
         if gaps[path, "decoding"].largest <= VANISHED:
             yield f"{path}: its outputs vanish, so nothing is known about them"
+
+
+def _router_kind(part: Part) -> str | None:
+    routers = (child for _, child in children(part) if child.family == "router")
+    return next(map(_kind, routers), None)
 
 
 def _kind(part: Part) -> str:

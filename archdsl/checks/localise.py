@@ -5,50 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
-
-from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.stack import Stack
-from archdsl.blocks.modules.threshold import TopK
-from archdsl.blocks.stack import StackSpec
 from archdsl.checks.invariants import LEAKS, MEASURES, Kind, Plan, Subject
-from archdsl.lang.spec import BlockSpec, children
+from archdsl.lang.spec import Part
 from archdsl.model.language_model import LanguageModel
+from archdsl.model.parts import walk
 from archdsl.nn.block import Block
+from archdsl.nn.loop import Loop, Router, selecting_causally
 
 WHOLE = "model"
 
 
 class Place(NamedTuple):
     path: str
-    spec: BlockSpec
+    spec: Part
     block: Block
 
 
 def places(model: LanguageModel) -> Iterator[Place]:
     """Every block with its place in the spec, outer ones first; copies have the same place."""
-    for i, (spec, block) in enumerate(zip(model.spec.blocks, model.blocks, strict=True)):
-        yield from _places(f"blocks.{i}", spec, block)
-
-
-def _places(path: str, spec: BlockSpec, block: nn.Module) -> Iterator[Place]:
-    if isinstance(spec, LoopSpec) and spec.is_body:
-        yield from _places(f"{path}.body", spec.body, block)
-        return
-    assert isinstance(block, Block)
-    yield Place(path, spec, block)
-    if isinstance(block, Loop):
-        for body in block.bodies:
-            yield from _places(f"{path}.body", block.spec.body, body)
-    elif isinstance(spec, StackSpec) and isinstance(block, Stack):
-        for i, one in enumerate(block.blocks):
-            at = i % len(spec.body)
-            yield from _places(f"{path}.body.{at}", spec.body[at], one)
-    else:
-        for (name, *_), part in children(spec):
-            if isinstance(part, BlockSpec):
-                yield from _places(f"{path}.{name}", part, getattr(block, str(name)))
+    for path, spec, module in walk(model.spec, model):
+        if isinstance(module, Block):
+            yield Place(".".join(map(str, path)), spec, module)
 
 
 def origins_of(failing: list[Subject], kind: Kind, plan: Plan) -> Iterator[tuple[str, int | None]]:
@@ -71,19 +48,20 @@ def _first_step(subject: Subject, kind: Kind, plan: Plan) -> int | None:
     if not isinstance(loop, Loop):
         return None
     passes = loop.passes
-    within = [router for router in loop.bodies.modules() if isinstance(router, TopK)]
-    try:
-        for router in within:
-            router.causal = True
-        for step in range(1, len(passes) + 1):
-            loop.passes = passes[:step]
-            if not MEASURES[kind](subject, plan).holds:
-                return step
-        return None
-    finally:
-        loop.passes = passes
-        for router in within:
-            router.causal = False
+    within = [
+        router
+        for router in loop.modules()
+        if isinstance(router, Router) and router is not loop.router
+    ]
+    with selecting_causally(within):
+        try:
+            for step in range(1, len(passes) + 1):
+                loop.passes = passes[:step]
+                if not MEASURES[kind](subject, plan).holds:
+                    return step
+            return None
+        finally:
+            loop.passes = passes
 
 
 def _sees_ahead(block: Block, step: int) -> bool:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from archdsl.blocks.dial import DialError
 from archdsl.data.types import Batch, Data, HeldOut
 from archdsl.evaluation.evaluate import (
     bits_per_byte,
@@ -30,6 +29,7 @@ from archdsl.evaluation.evaluate import (
 from archdsl.lang.spec import Strict
 from archdsl.model.compute_meter import Meter, metered
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.loop import DialError
 
 PAPER_CAPACITIES = (
     (0.9, 0.9, 0.9),
@@ -139,12 +139,12 @@ def preset_settings(model: LanguageModel) -> list[DialSetting]:
     loops = model.loops
     if not loops:
         raise DialError(f"{model.spec.name} has no loops, so its compute dial has no effect")
-    routed = {loop.spec.steps - loop.spec.full_steps for loop in loops if loop.router is not None}
+    routed = {loop.steps - loop.full_steps for loop in loops if loop.router is not None}
     if routed:
         shares = [_stretched(thirds, routed) for thirds in PAPER_CAPACITIES]
         found = dict.fromkeys([*filter(None, shares), DialSetting(capacity=0.0)])
     else:
-        most = max(loop.spec.steps for loop in loops)
+        most = max(loop.steps for loop in loops)
         fewer = [2**i for i in range(most.bit_length()) if 2**i < most]
         found = dict.fromkeys(DialSetting(steps=steps) for steps in [*fewer, 2 * most])
     return [setting for setting in found if _supports(model, setting)]

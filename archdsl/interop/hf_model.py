@@ -20,11 +20,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from archdsl.blocks.modules.attention import Attention
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
-from archdsl.nn.block import Primitive
+from archdsl.nn.block import Primitive, stream_depth
 from archdsl.nn.cache import Cache
 
 logger = logging.get_logger(__name__)
@@ -228,7 +227,7 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
     @guard_torch_init_functions()
     def initialize_weights(self) -> None:
         """Draws what was not loaded, as archdsl does; by torch's own seed."""
-        depth = max(1, sum(isinstance(module, Attention) for module in self.modules()))
+        depth = stream_depth(self.model)
         rng = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
         for module in self.modules():
             if isinstance(module, Primitive) and not _is_loaded(module):

@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -22,8 +22,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from torch import nn
 
 from archdsl.blocks.loop import LAYER, LoopSpec
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.residual_thinking import DeltaSpec, ThinkingSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.blocks.step_encoding import ScaleSpec
@@ -33,6 +31,7 @@ from archdsl.lang.spec import BlockSpec, ModelSpec, Strict, parse_spec, to_tree,
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.loop import Loop
 
 TOLERANCE = 1e-5  # of the largest logit
 LONGEST_PERIOD = 16  # of layers that are written as a stack
@@ -247,19 +246,13 @@ def _transplant(base: LanguageModel, model: LanguageModel, layers: Sequence[int]
     for part in ("embedding", "norm", "head"):
         kept.append(getattr(model, part))
         kept[-1].load_state_dict(getattr(base, part).state_dict())
-    pairs = zip(_leaves(base.blocks), _leaves(model.blocks), strict=True)
-    for i, (old, new) in enumerate(pairs):
+    for i, (old, new) in enumerate(zip(base.layers, model.layers, strict=True)):
         bodies = list(new.bodies) if i in layers and isinstance(new, Loop) else [new]
         for body in bodies:
             body.load_state_dict(old.state_dict())
         kept.append(bodies[0])
     known = {id(weight) for module in kept for weight in module.parameters()}
     yield from (name for name, weight in model.named_parameters() if id(weight) not in known)
-
-
-def _leaves(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    for block in blocks:
-        yield from _leaves(block.blocks) if isinstance(block, Stack) else (block,)
 
 
 @torch.inference_mode()

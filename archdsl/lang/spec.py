@@ -128,6 +128,10 @@ class Part(Strict):
         """Returns a part of the same structure for a proxy with the sizes ``new``."""
         return self.with_each(lambda part: part.resized(old, new))
 
+    def with_copies(self) -> Part:
+        """The same with every copy written out, so that each part is built as few modules."""
+        return self.with_each(lambda part: part.with_copies())
+
     def with_each(self, change: Callable[[Part], Part | None]) -> Self:
         """Returns a copy in which ``change`` is applied to every part directly inside."""
         parts: dict[str, Any] = {}
@@ -160,6 +164,14 @@ class BlockSpec(Part):
     def unrolled(self) -> tuple[BlockSpec, ...]:
         """The blocks that run one after the other for this one; itself unless it is a stack."""
         return (self,)
+
+    @property
+    def built_in_place(self) -> str | None:
+        """The field whose block is built in place of this one; None: this one has its own module.
+
+        A loop of one pass, for example, is built as its body.
+        """
+        return None
 
     @property
     def nodes(self) -> int:
@@ -299,6 +311,11 @@ class ModelSpec(Strict):
         if problems:
             raise _validation_error(problems)
         return self
+
+    def with_copies(self) -> ModelSpec:
+        """The same with every copy of a block written out."""
+        blocks = tuple(cast(BlockSpec, block.with_copies()) for block in self.blocks)
+        return self.model_copy(update={"blocks": blocks})
 
     def canonical(self) -> ModelSpec:
         """Returns the standard form of all specs of the same model.

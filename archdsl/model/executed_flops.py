@@ -2,72 +2,60 @@
 
 from __future__ import annotations
 
-from archdsl.blocks.layer import LayerSpec
-from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.layer import Layer
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.stack import Stack
-from archdsl.blocks.stack import StackSpec
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import cast
+
 from archdsl.costs.receipt import sequence_cost
-from archdsl.lang.spec import BlockSpec, ModelSpec
+from archdsl.lang.spec import BlockSpec, ModelSpec, Part, Path
 from archdsl.model.language_model import LanguageModel
-from archdsl.nn.block import Block
+from archdsl.model.parts import changed, loops_by_path
+from archdsl.nn.loop import Loop, Step
+
+ALMOST_ALL = 1 - 1e-12  # a share of 1 would mean that there is no router to be paid for
 
 
 def flops_per_token(model: LanguageModel, tokens: int) -> float:
     """Forward FLOPs per token of the model's last pass, over sequences of ``tokens``.
 
-    Of a loop in a routed loop the share is that of its last run. Without a pass so far, or for
-    steps that have not run, the capacities count.
+    The share of a loop inside a routed loop is that of its last run. The capacities count for
+    steps that have not run, and before the first pass.
     """
     return sequence_cost(executed(model), tokens=tokens).flops / tokens
 
 
 def executed(model: LanguageModel) -> ModelSpec:
-    """The spec as it was run: steps as dialled, capacities as measured."""
-    shares = model.router_shares()
-    blocks = tuple(
-        _executed(spec, module, shares)
-        for spec, module in zip(model.spec.blocks, model.blocks, strict=True)
-        if isinstance(module, Block)
-    )
-    return model.spec.model_copy(update={"blocks": blocks})
+    """The spec as the model ran it: steps as dialled, capacities as measured."""
+    spec = model.spec.with_copies()
+    return with_measured(spec, loops_by_path(spec, model), model.router_shares())
 
 
-def _executed(spec: BlockSpec, module: Block, shares: dict[str, float]) -> BlockSpec:
-    match spec, module:
-        case LoopSpec(), Loop():
-            return _loop(spec, module, shares)
-        case LoopSpec(), _:  # one pass over every token is built as its body
-            return _executed(spec.body, module, shares)
-        case StackSpec(), Stack():
-            bodies = zip(spec.body * spec.repeat, module.blocks, strict=True)
-            unrolled = tuple(_executed(b, m, shares) for b, m in bodies)  # type: ignore[arg-type]
-            return StackSpec(body=unrolled)
-        case LayerSpec(), Layer():
-            parts = {"attention": module.attention, "ffn": module.ffn}
-            return spec.model_copy(
-                update={n: _executed(getattr(spec, n), m, shares) for n, m in parts.items()}
-            )
-    return spec
+def with_measured(
+    spec: ModelSpec, loops: Mapping[Path, Sequence[Loop]], shares: Mapping[str, float]
+) -> ModelSpec:
+    """``spec`` with the passes of ``loops``, at the ``shares`` that their routers selected.
 
+    ``loops``: by their place in the spec. Where one place was built as several copies, each pass
+    takes the mean of their shares. ``shares``: by the name of the routed step.
+    """
 
-def _loop(spec: LoopSpec, loop: Loop, shares: dict[str, float]) -> LoopSpec:
-    body = loop.bodies[0]
-    assert isinstance(body, Block)
-    update: dict[str, object] = {
-        "steps": len(loop.passes),
-        "body": _executed(spec.body, body, shares),
-    }
-    if spec.router is not None:
-        further = [one.routed for one in loop.passes[spec.full_steps :]]
-        # a share of 1 would mean that there is no router to be paid for
-        run = [
-            1.0 if at is None else min(shares.get(at.name, at.capacity), ALMOST_ALL)
-            for at in further
+    def as_run(path: Path, part: Part) -> Part:
+        if path not in loops:
+            return part
+        copies = loops[path]
+        taken = [
+            _share([one.routed for one in copies_of_pass], shares)
+            for copies_of_pass in zip(*(loop.passes for loop in copies), strict=True)
         ]
-        update["router"] = spec.router.model_copy(update={"capacity": tuple(run) or (1.0,)})
-    return spec.model_copy(update=update)
+        return copies[0].as_run(cast(BlockSpec, part), taken)
+
+    return changed(spec, as_run)
 
 
-ALMOST_ALL = 1 - 1e-12
+def _share(steps: Sequence[Step | None], shares: Mapping[str, float]) -> float:
+    """The share of tokens that takes a pass, in the mean over copies of a loop."""
+    routed = [step for step in steps if step is not None]
+    if not routed:
+        return 1.0
+    measured = [shares[step.name] for step in routed if step.name in shares]
+    return min(fmean(measured or [step.capacity for step in routed]), ALMOST_ALL)

@@ -6,27 +6,25 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from archdsl.blocks.dial import DialError
-from archdsl.blocks.modules.attention import Attention
-from archdsl.blocks.modules.loop import Loop, take
-from archdsl.blocks.modules.norm import make_norm
-from archdsl.blocks.modules.stack import Stack
-from archdsl.blocks.modules.threshold import TopK
 from archdsl.costs.activations import LOGITS
 from archdsl.data.types import IGNORE
 from archdsl.lang.spec import ModelSpec
-from archdsl.nn.block import Context, Primitive, Trace, normal_
+from archdsl.model.parts import seed_names
+from archdsl.nn.block import Block, Context, Primitive, Trace, normal_, stream_depth
 from archdsl.nn.cache import Cache, ContextFullError, Stream
+from archdsl.nn.gather import take
+from archdsl.nn.loop import DialError, Loop, selecting_causally
+from archdsl.nn.norm import make_norm
 
 __all__ = ["DialError", "LanguageModel"]
 
@@ -49,7 +47,7 @@ class LanguageModel(Primitive):
         self.trace = Trace()  # of the last pass
         self._tie()
         # lists, as every token that is decoded asks for them
-        self.layers = list(unstacked(self.blocks))
+        self.layers = [layer for block in self.blocks for layer in cast(Block, block).unrolled()]
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
         self._name_loops()
@@ -187,15 +185,8 @@ class LanguageModel(Primitive):
     @contextmanager
     def causal_routing(self) -> Iterator[None]:
         """Meanwhile leaking routers select causally, as they do when they decode."""
-        routers = [router for router in self.routers if isinstance(router, TopK)]
-        before = [router.causal for router in routers]
-        for router in routers:
-            router.causal = True
-        try:
+        with selecting_causally(self.routers):
             yield
-        finally:
-            for router, causal in zip(routers, before, strict=True):
-                router.causal = causal
 
     def router_shares(self) -> dict[str, float]:
         """Share of tokens that each routed step selected in the last pass, by loop and step."""
@@ -216,20 +207,17 @@ class LanguageModel(Primitive):
             router.commit()
 
     def initialise(self, seed: int) -> None:
-        """Draw all parameters.
+        """Draws the initial values of all parameters.
 
-        The n-th primitive of a class gets the same values in every model in which its shapes are
-        the same, so that models that are compared start equal where they are equal.
+        The n-th part of a kind gets the same values in every model in which its shapes are the
+        same, so that models that are compared start equal where they are equal.
         """
         met: Counter[str] = Counter()
-        depth = max(1, sum(isinstance(module, Attention) for module in self.modules()))
-        for module in self.modules():
-            if isinstance(module, Primitive):
-                kind = type(module).__name__
-                digest = sha256(f"{seed}/{kind}/{met[kind]}".encode()).digest()
-                met[kind] += 1
-                rng = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-                module.reset(rng, depth)
+        depth = stream_depth(self)
+        for name, module in seed_names(self):
+            digest = sha256(f"{seed}/{name}/{met[name]}".encode()).digest()
+            met[name] += 1
+            module.reset(torch.Generator().manual_seed(int.from_bytes(digest[:7])), depth)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         scale = self.spec.dim**-0.5
@@ -271,11 +259,6 @@ def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> T
             ),
         )
     return nats.to(torch.promote_types(nats.dtype, torch.float32)).sum()
-
-
-def unstacked(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    for block in blocks:
-        yield from unstacked(block.blocks) if isinstance(block, Stack) else (block,)
 
 
 def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -6,8 +6,9 @@ E head size, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,52 @@ from archdsl.nn.rope import RopeScaling, inverse_frequencies
 
 
 class Primitive(nn.Module):
-    """A module that draws the initial values of the parameters it holds itself."""
+    """A module that draws the initial values of its own parameters.
+
+    Blocks, routers and step encodings are primitives. What a primitive was built as from its spec
+    can be found with `built_as`.
+    """
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
-        """Draw own parameters; ``depth`` is the number of attention layers of the model.
+        """Draws the parameters that this module holds itself, not those of primitives inside it.
 
-        Matrices keep the scale of what they read: N(0, 1/fan_in).
+        ``depth``: see `stream_depth`. By default, every linear map that is a direct child gets
+        values from N(0, 1 / fan_in), so that it keeps the scale of what it reads.
         """
         for child in self.children():
             if isinstance(child, nn.Linear):
                 normal_(child.weight, child.in_features**-0.5, rng)
 
+    def built_as(self, field: str) -> list[nn.Module]:
+        """The modules that the parts in ``field`` of the spec were built as.
+
+        None, one, or several copies. Where the field holds a list of n parts, there are n modules,
+        or n for each copy, one copy after the other. By default: the attribute of the same name,
+        a module or a ModuleList. Override it where the attribute has another name.
+        """
+        found = getattr(self, field, None)
+        if isinstance(found, nn.ModuleList):
+            return list(found)
+        return [found] if isinstance(found, nn.Module) else []
+
 
 class Block(Primitive):
-    """Maps x_BTD to the same shape."""
+    """A module that maps a stream x_BTD to a stream of the same shape.
+
+    ``writes_to_stream``: whether this block itself holds a matrix whose product is added to the
+    stream, as attention and feed-forward do. Norms, and blocks that only run other blocks, set it
+    to False. See `stream_depth`.
+    """
+
+    writes_to_stream: ClassVar[bool] = True
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The new stream [B, T, D]."""
         raise NotImplementedError
+
+    def unrolled(self) -> Iterable[nn.Module]:
+        """The blocks that this one runs one after the other and nothing else; default: itself."""
+        return (self,)
 
     if TYPE_CHECKING:
 
@@ -41,12 +71,25 @@ class Block(Primitive):
 
 
 def normal_(weight: Tensor, std: float, rng: torch.Generator) -> None:
+    """Fills ``weight`` in place with values from N(0, std^2)."""
     nn.init.normal_(weight, std=std, generator=rng)
 
 
 def into_stream_(weight: Tensor, fan_in: int, rng: torch.Generator, depth: int) -> None:
-    """The matrices that write to the stream: 2 * depth of them keep its variance near one."""
+    """Fills a matrix that writes to the stream, so that 2 * depth of them keep its variance near 1.
+
+    ``fan_in``: how many numbers the matrix reads for each that it writes.
+    """
     normal_(weight, (2 * depth * fan_in) ** -0.5, rng)
+
+
+def stream_depth(model: nn.Module) -> int:
+    """Half the number of blocks in ``model`` that write to the stream, rounded up, at least 1.
+
+    That is the number of layers, where each is an attention and a feed-forward block.
+    """
+    blocks = (module for module in model.modules() if isinstance(module, Block))
+    return max(1, (sum(block.writes_to_stream for block in blocks) + 1) // 2)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archdsl.blocks.attention import MOST, QUERIES
-from archdsl.blocks.modules.norm import make_norm
 from archdsl.blocks.norm import EPS
 from archdsl.nn.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.nn.cache import Kept
+from archdsl.nn.norm import make_norm
 
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec

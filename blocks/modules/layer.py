@@ -5,19 +5,23 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from archdsl.blocks.modules.norm import make_norm
 from archdsl.nn.block import Block, Context
+from archdsl.nn.norm import make_norm
 
 if TYPE_CHECKING:
     from archdsl.blocks.layer import LayerSpec
 
 
 class Layer(Block):
+    """x + attention(norm(x)), then the same with feed-forward."""
+
+    writes_to_stream: ClassVar[bool] = False
+
     def __init__(self, spec: LayerSpec, dim: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(spec.norm, dim, spec.norm_eps)

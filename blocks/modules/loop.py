@@ -7,25 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from archdsl.blocks.dial import Pass, plan
-from archdsl.blocks.modules.router import Choice
+from archdsl.blocks.dial import plan
 from archdsl.blocks.modules.step_encoding import Encoding
-from archdsl.blocks.router import Step
-from archdsl.nn.block import Block, Context
+from archdsl.nn.block import Context
+from archdsl.nn.gather import put, take
+from archdsl.nn.loop import Choice, Loop, Pass, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
+    from archdsl.lang.spec import BlockSpec
 
 
-class Loop(Block):
+class BodyLoop(Loop):
+    """Runs its body pass by pass, on all tokens or on those that its router selects."""
+
+    writes_to_stream: ClassVar[bool] = False
+    spec: LoopSpec
+
     def __init__(self, spec: LoopSpec, dim: int) -> None:
         super().__init__()
         self.spec, self.label = spec, "loop"
+        self.steps, self.full_steps = spec.steps, spec.full_steps
+        self.most_steps = spec.steps if spec.parameters == "per_step" else None
         copies = spec.steps if spec.parameters == "per_step" else 1
         self.bodies = nn.ModuleList([spec.body.build(dim) for _ in range(copies)])
         routed = [row for row in spec.rows() if row is not None]
@@ -52,6 +60,12 @@ class Loop(Block):
         Passes beyond the trained ones use what the last of those learned. Raises DialError.
         """
         self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
+
+    def built_as(self, field: str) -> list[nn.Module]:
+        return list(self.bodies) if field == "body" else super().built_as(field)
+
+    def as_run(self, spec: BlockSpec, shares: Sequence[float]) -> BlockSpec:
+        return cast("LoopSpec", spec).with_passes(shares)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         start_BTD, chosen = x_BTD, None
@@ -121,24 +135,3 @@ class Loop(Block):
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
         return lambda y: self.encoding.after(y, one.like)
-
-
-def take(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
-    """Tokens by index, [B, K, D]; index_select over flattened rows is the fastest gather."""
-    B, T, D = x_BTD.shape
-    return x_BTD.reshape(B * T, D).index_select(0, _flat(index_BK, T)).view(B, -1, D)
-
-
-def put(x_BTD: Tensor, index_BK: Tensor, new_BKD: Tensor) -> Tensor:
-    """A copy of ``x_BTD`` with the indexed tokens replaced; indices are distinct.
-
-    index_copy is a little faster, but keeps the new tokens for the backward pass.
-    """
-    B, T, D = x_BTD.shape
-    flat = x_BTD.reshape(B * T, D).index_put((_flat(index_BK, T),), new_BKD.reshape(-1, D))
-    return flat.view(B, T, D)
-
-
-def _flat(index_BK: Tensor, T: int) -> Tensor:
-    rows_B1 = torch.arange(len(index_BK), device=index_BK.device).unsqueeze(1)
-    return (index_BK + rows_B1 * T).flatten()

@@ -6,55 +6,29 @@ Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.blocks.router import Step, share_of
+from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
-from archdsl.nn.block import Context, Primitive, normal_
+from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Count, Kept, Memory, Stream, column
+from archdsl.nn.loop import Choice, Router, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Selected tokens: distinct, in sequence order, filled up to K with unselected ones.
-
-    ``stream``: what they are a chunk of, the tokens that the step selected before included.
-    """
-
-    index_BK: Tensor
-    gate_BK: Tensor
-    keep_BK: Tensor | None  # False where the entry only fills up; None: all are selected
-    stream: Stream
-
-    def mask(self, tokens: int) -> Tensor:
-        """True where a token is selected, [B, T]."""
-        keep = (
-            torch.ones_like(self.index_BK, dtype=torch.bool)
-            if self.keep_BK is None
-            else self.keep_BK
-        )
-        empty = torch.zeros(len(keep), tokens, dtype=torch.bool, device=keep.device)
-        return empty.scatter(1, self.index_BK, keep)
-
-
-class Router(Primitive):
-    """Scores tokens and selects a share of them; one row of ``steps`` per routed step."""
+class ScoreRouter(Router):
+    """Scores tokens and selects a share of them, within a budget; one row for each of ``steps``."""
 
     def __init__(self, spec: RouterSpec, steps: list[int]) -> None:
         super().__init__()
         self.alpha = [at_step(spec.alpha, step) for step in steps]
-        self.salt = 0  # which router of the model this is
-
-    def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
-        raise NotImplementedError
 
     def gate(self, score_BK: Tensor) -> Tensor:
         raise NotImplementedError
@@ -140,16 +114,12 @@ class Router(Primitive):
             kept.write(score_BT.unsqueeze(-1), ctx.stream)
         return rank_BT <= budgets(at.capacity, ctx.stream.order(score_BT))
 
-    @property
-    def leaks(self) -> bool:
-        """Whether it looks at later tokens, outside training."""
-        return False
 
-    def commit(self) -> None:
-        """Takes up what the last training pass taught besides gradients."""
+class Learned(ScoreRouter):
+    """Its scores are a learned matrix times the tokens."""
 
+    learned: ClassVar[bool] = True
 
-class Learned(Router):
     def __init__(self, spec: LearnedSpec, dim: int, steps: list[int]) -> None:
         super().__init__(spec, steps)
         self.weight_RD = nn.Parameter(torch.empty(len(steps), dim))
@@ -169,7 +139,7 @@ class Prefix(Learned):
     pass
 
 
-class Random(Router):
+class Random(ScoreRouter):
     def __init__(self, spec: RandomSpec, steps: list[int]) -> None:
         super().__init__(spec, steps)
         self.seed = spec.seed

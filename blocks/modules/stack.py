@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import ClassVar, cast
+
 from torch import Tensor, nn
 
 from archdsl.nn.block import Block, Context
 
 
 class Stack(Block):
+    """Blocks one after the other."""
+
+    writes_to_stream: ClassVar[bool] = False
+
     def __init__(self, blocks: list[Block]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+
+    def built_as(self, field: str) -> list[nn.Module]:
+        return list(self.blocks) if field == "body" else super().built_as(field)
+
+    def unrolled(self) -> Iterator[nn.Module]:
+        for block in self.blocks:
+            yield from cast(Block, block).unrolled()
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         for block in self.blocks:

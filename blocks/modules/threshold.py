@@ -6,17 +6,18 @@ Shapes: B batch, T tokens, K selected tokens, D width, R routed steps, Q quantil
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.blocks.modules.router import Learned, Router
-from archdsl.blocks.router import Step, share_of
+from archdsl.blocks.modules.router import Learned, ScoreRouter
+from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Stream
+from archdsl.nn.loop import Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec
@@ -46,6 +47,10 @@ class Threshold(Learned):
         levels_Q = torch.linspace(0, 1, QUANTILES + 2)[1:-1]
         self.quantiles_RQ.copy_(torch.special.ndtri(levels_Q))  # what untrained scores look like
         self.seen_R.zero_()
+
+    def forget_statistics(self) -> bool:
+        self.seen_R.zero_()
+        return True
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         if self.training:
@@ -81,8 +86,6 @@ class Threshold(Learned):
 
 
 class TopK(Threshold):
-    causal = False  # selects by threshold while this is set: the honest way to score it
-
     @property
     def leaks(self) -> bool:
         return not self.causal
@@ -116,6 +119,8 @@ class TopK(Threshold):
 class Predictor(TopK):
     """Has learned what top_k would choose; its quantiles are those of its own scores."""
 
+    sees_later_tokens_in_training: ClassVar[bool] = True
+
     def __init__(self, spec: PredictorSpec, dim: int, steps: list[int]) -> None:
         super().__init__(spec, dim, steps)
         self.loss_weight = spec.weight
@@ -132,11 +137,15 @@ class Predictor(TopK):
     def leaks(self) -> bool:
         return False
 
+    def serve_every_capacity(self) -> None:
+        # what it predicts is then no choice at one capacity
+        self.trained = [math.nan] * len(self.trained)
+
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         if not self.training or self.causal or ctx.cache is not None:
-            return Router.select(self, x_BTD, score_BT, at, ctx)
+            return ScoreRouter.select(self, x_BTD, score_BT, at, ctx)
         chosen = self.best(score_BT, at, ctx)
         self.learn(x_BTD, score_BT, chosen, at, ctx)
         return chosen

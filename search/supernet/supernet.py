@@ -17,7 +17,6 @@ from typing import NamedTuple, cast
 import torch
 
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.threshold import Predictor, Threshold
 from archdsl.costs.receipt import sequence_cost
 from archdsl.data.types import Batch, Data
 from archdsl.lang.spec import BlockSpec, ModelSpec, Part, at_step, walk
@@ -145,19 +144,15 @@ class SandwichTrainer(Trainer):
 def build_net(net: Supernet, seed: int) -> LanguageModel:
     model = build(net.spec, seed=seed)
     for router in model.routers:
-        if isinstance(router, Predictor):  # what it predicts is no choice at one capacity
-            router.trained = [float("nan")] * len(router.trained)
+        router.serve_every_capacity()
     return model
 
 
 def calibrate_routers(trainer: Trainer) -> None:
     """Routers that know what scores are like learn it anew, at the setting that the model has."""
     model, config = trainer.model, trainer.config
-    tables = [router for router in model.routers if isinstance(router, Threshold)]
-    if not tables:
+    if not sum(router.forget_statistics() for router in model.routers):
         return
-    for router in tables:
-        router.seen_R.zero_()
     model.train()
     with torch.no_grad():
         for step in range(CALIBRATION):

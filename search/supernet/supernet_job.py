@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from archdsl import __version__
-from archdsl.blocks.dial import Pass
-from archdsl.blocks.modules.loop import Loop
 from archdsl.costs.receipt import sequence_cost
 from archdsl.files import write_text
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import meta_model
 from archdsl.model.language_model import LanguageModel
+from archdsl.model.parts import running_loops
+from archdsl.nn.loop import Pass
 from archdsl.search.supernet.supernet import (
     RANDOM_SETTINGS,
     SandwichTrainer,
@@ -131,7 +129,7 @@ def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
 
     A step that takes every token has a router in the net, but none in the spec.
     """
-    ran = [loop for loop in _running(model) if any(map(_chooses, loop.passes))]
+    ran = [loop for loop in running_loops(model) if any(map(_chooses, loop.passes))]
     meant = [loop for loop in meta_model(spec.canonical()).loops if loop.router is not None]
     names: dict[str, str] = {}
     for big, small in zip(ran, meant, strict=True):
@@ -141,17 +139,6 @@ def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
             assert there is not None
             names[one.routed.name] = there.name
     return names
-
-
-def _running(module: nn.Module) -> Iterator[Loop]:
-    """The loops that a pass runs: not those inside the own bodies of passes that are not run."""
-    if isinstance(module, Loop):
-        yield module
-        for body in module.bodies[: len(module.passes)]:
-            yield from _running(body)
-        return
-    for child in module.children():
-        yield from _running(child)
 
 
 def _chooses(one: Pass) -> bool:

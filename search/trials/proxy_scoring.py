@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archdsl.blocks.modules.router import Choice, Learned
-from archdsl.blocks.router import Step
 from archdsl.evaluation.evaluate import Evaluation
 from archdsl.model.compute_meter import Meter
 from archdsl.nn.block import Context
+from archdsl.nn.loop import Choice, Router, Step
 from archdsl.training.trainer import Trainer
 
 
@@ -34,7 +33,7 @@ class RouterHealth:
         return {name: total / max(1, self.tokens[name]) for name, total in self.bits.items()}
 
     def note(
-        self, router: Learned, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None
+        self, router: Router, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None
     ) -> None:
         """Adds the choice that the router has just made with these arguments."""
         bits_BT = entropy(router.scores(x_BTD, at.row, ctx))
@@ -79,14 +78,14 @@ def _watched(
             meter.note(model, *args)
 
     def after_choice(router: nn.Module, args: tuple[Any, ...], _: Choice) -> None:
-        assert isinstance(router, Learned)
+        assert isinstance(router, Router)
         if not model.leaks:
             health.note(router, *args)
 
     with ExitStack() as hooks:
         hooks.enter_context(_removed(model.register_forward_hook(after_pass)))
         for router in model.routers:
-            if isinstance(router, Learned):
+            if router.learned:
                 hooks.enter_context(_removed(router.register_forward_hook(after_choice)))
         yield meter, health
 

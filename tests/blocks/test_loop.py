@@ -13,11 +13,10 @@ from pydantic import ValidationError
 
 import archdsl
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.router import Choice
 from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec
 from archdsl.nn.block import Context
+from archdsl.nn.loop import Choice, Loop
 from tests import naive
 
 D = 6

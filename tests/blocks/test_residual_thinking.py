@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.step_encoding import Scale
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
 from archdsl.nn.block import Context
@@ -55,9 +55,9 @@ def test_with_further_phi_at_zero_a_model_starts_as_its_plain_backbone() -> None
     torch.testing.assert_close(loop(x_BTD, Context()), loop.bodies[0](x_BTD, Context()))
 
 
-def built(**fields: Any) -> Loop:
+def built(**fields: Any) -> BodyLoop:
     body = {"kind": "feed_forward", "hidden": 3}
     loop = LoopSpec.model_validate({"steps": 3, "body": body} | fields).build(4)
-    assert isinstance(loop, Loop)
+    assert isinstance(loop, BodyLoop)
     naive.randomise(loop)
     return loop

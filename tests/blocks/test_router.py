@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from archdsl.blocks.modules.router import Router, prefix_rank
+from archdsl.blocks.modules.router import ScoreRouter, prefix_rank
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
-from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, Step, share_of
+from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.nn.block import Context
 from archdsl.nn.cache import Stream
+from archdsl.nn.loop import Step
 from tests import naive
 
 D = 6
@@ -190,7 +191,7 @@ def test_a_trained_threshold_selects_any_share_that_is_dialled(
         router(x_BTD, at(0.5), Context(), None)
         router.commit()
     router.eval()
-    router.causal = True  # type: ignore[assignment]
+    router.causal = True
     for capacity in (0.05, 0.3, 0.8, 0.97):
         # the running budget takes off what chance brings too much
         share = router(x_BTD, at(capacity), Context(), None).stream.length_B.double().mean() / 512
@@ -271,11 +272,12 @@ def test_rejects_a_capacity_that_is_no_share(capacity: tuple[float, ...]) -> Non
         PrefixSpec(capacity=capacity)
 
 
-def built(spec: RouterSpec, steps: list[int] | None = None) -> Router:
+def built(spec: RouterSpec, steps: list[int] | None = None) -> ScoreRouter:
     router = spec.build(D, steps or [0])
     with torch.no_grad():
         router.reset(torch.Generator(), 1)
     naive.randomise(router)
+    assert isinstance(router, ScoreRouter)
     return router
 
 
@@ -285,7 +287,7 @@ def selected(index_BK: Tensor, keep_BK: Tensor | None) -> list[list[int]]:
 
 
 def selected_by(
-    router: Router, x_BTD: Tensor, ctx: Context | None = None, row: int = 0
+    router: ScoreRouter, x_BTD: Tensor, ctx: Context | None = None, row: int = 0
 ) -> list[list[int]]:
     choice = router(x_BTD, at(0.5, row), ctx or Context(), None)
     return selected(choice.index_BK, choice.keep_BK)
@@ -296,7 +298,7 @@ def at(capacity: float, row: int = 0) -> Step:
 
 
 def select(
-    router: Router, score_BT: Tensor, capacity: float
+    router: ScoreRouter, score_BT: Tensor, capacity: float
 ) -> tuple[Tensor, Tensor | None, Stream]:
     return router.select(score_BT.unsqueeze(-1), score_BT, at(capacity), Context())
 

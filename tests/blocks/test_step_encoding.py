@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.blocks.step_encoding import AddSpec, ScaleSpec
 
@@ -55,7 +55,7 @@ def test_scale_starts_where_the_residual_wants_it(
             "body": {"kind": "norm"},
         }
     ).build(5)
-    assert isinstance(loop, Loop)
+    assert isinstance(loop, BodyLoop)
     loop.encoding.reset(torch.Generator(), 1)
     want = torch.tensor(starts).unsqueeze(1).expand(3, 5)
     torch.testing.assert_close(loop.encoding.phi_SD.data, want)

@@ -14,9 +14,8 @@ from torch import Tensor
 import archdsl
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.feed_forward import FeedForward
-from archdsl.blocks.modules.loop import Loop
-from archdsl.blocks.modules.router import Prefix, Router
-from archdsl.blocks.router import Step
+from archdsl.blocks.modules.loop import BodyLoop
+from archdsl.blocks.modules.router import Prefix
 from archdsl.checks.check import Report, check
 from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec
@@ -24,6 +23,7 @@ from archdsl.model import language_model as model_module
 from archdsl.model.build import meta_model
 from archdsl.nn.block import Context, KeysValues
 from archdsl.nn.cache import Kept, Stream
+from archdsl.nn.loop import Router, Step
 from archdsl.reports.outline import outline
 from tests.strategies import specs
 
@@ -232,15 +232,15 @@ def test_a_cache_that_forgets_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loop_whose_further_steps_decode_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    routed = Loop._routed
+    routed = BodyLoop._routed
 
     def from_the_start(
-        loop: Loop, x: Tensor, start: Tensor, one: Any, ctx: Context, chosen: Any
+        loop: BodyLoop, x: Tensor, start: Tensor, one: Any, ctx: Context, chosen: Any
     ) -> Tensor:
         chosen = replace(chosen, stream=replace(chosen.stream, past=0))
         return routed(loop, x, start, one, ctx, chosen)
 
-    monkeypatch.setattr(Loop, "_routed", from_the_start)
+    monkeypatch.setattr(BodyLoop, "_routed", from_the_start)
     report = tried(loop(PREFIX))
     assert ("blocks.0", 2, "decoding") in origins(report)
     assert report.leaks == ()
@@ -289,13 +289,13 @@ def test_a_fault_outside_the_blocks_is_the_model_s(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_fails_only_when_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Loop._full
+    full = BodyLoop._full
 
-    def beyond(loop: Loop, x: Tensor, start: Tensor, one: Any, ctx: Context) -> Tensor:
+    def beyond(loop: BodyLoop, x: Tensor, start: Tensor, one: Any, ctx: Context) -> Tensor:
         y = full(loop, x, start, one, ctx)
         return y.flip(1) if one.step >= loop.spec.steps else y
 
-    monkeypatch.setattr(Loop, "_full", beyond)
+    monkeypatch.setattr(BodyLoop, "_full", beyond)
     report = tried({"kind": "loop", "steps": 2, "body": LAYER})
     assert {place for place, _, _ in origins(report)} == {"model, dialled"}
 

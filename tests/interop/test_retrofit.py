@@ -15,7 +15,7 @@ from torch import Tensor
 from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.modules.loop import Loop
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.stack import StackSpec
 from archdsl.costs.receipt import cost
 from archdsl.errors import SpecError
@@ -119,7 +119,7 @@ def test_the_steps_are_there_once_phi_is(kv: str) -> None:
 
 def test_passes_with_weights_of_their_own_start_as_copies_of_the_layer() -> None:
     grown = retrofit(checkpoint(), overlay([1], parameters="per_step"))
-    [loop] = [m for m in grown.model.modules() if isinstance(m, Loop) and len(m.bodies) > 1]
+    [loop] = [m for m in grown.model.modules() if isinstance(m, BodyLoop) and len(m.bodies) > 1]
     first, *others = [list(body.parameters()) for body in loop.bodies]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

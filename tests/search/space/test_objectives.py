@@ -20,23 +20,43 @@ T = 12
 
 def measured(spec: ModelSpec) -> dict[str, float]:
     """The shares of a pass over random tokens."""
-    model = build(spec.canonical(), seed=1).eval()
+    model, T = build(spec.canonical(), seed=1).eval(), spec.context
     tokens_BT = torch.randint(spec.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), model.causal_routing():
         model(tokens_BT)
-        assert flops_per_token(model, T) == pytest.approx(of(spec, model.router_shares()))
-    return model.router_shares()
+    shares = model.router_shares()
+    assert flops_per_token(model, T) == pytest.approx(of(spec, shares), rel=0.01)
+    same = dict.fromkeys(shares, 0.1)  # in all copies, so that a mean is exact
+    model.trace.shares.update(same)
+    assert flops_per_token(model, T) == pytest.approx(of(spec, same))
+    return shares
 
 
 def of(spec: ModelSpec, shares: dict[str, float]) -> float:
+    T = spec.context
     return sequence_cost(executed(spec, spec, shares), tokens=T).flops / T
 
 
 @settings(max_examples=40, deadline=None)
 @given(specs())
 def test_a_model_that_is_its_own_proxy_costs_what_it_executed(spec: ModelSpec) -> None:
-    if spec.context >= T:
-        measured(spec)
+    measured(spec)
+
+
+def test_a_loop_in_the_slot_of_a_layer_costs_what_it_executed() -> None:
+    ffn = {"kind": "feed_forward", "hidden": 16}
+    loop = {"kind": "loop", "steps": 3, "router": {"kind": "prefix", "capacity": 0.9}, "body": ffn}
+    mixer = loop | {"body": {"kind": "attention", "head_size": 8}, "steps": 2}
+    layer = {"kind": "layer", "attention": mixer, "ffn": loop}
+    blocks = [{"kind": "stack", "repeat": 2, "body": [layer, ffn]}]
+    fields = {"name": "slots", "vocab_size": 11, "context": T, "dim": 16, "blocks": blocks}
+    spec = ModelSpec.model_validate(fields)
+    shares = measured(spec)
+    assert shares.keys() == {
+        f"blocks.{i}.{step}" for i in (0, 2) for step in ("attention.0", "ffn.0", "ffn.1")
+    }
+    few = dict.fromkeys(shares, 0.1)
+    assert of(spec, few) < 0.6 * of(spec, dict.fromkeys(shares, 0.9))
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped_specs()) - {"itt-overlay"}))
