@@ -33,8 +33,9 @@ def walk(spec: Strict, module: Primitive, path: Path = ()) -> Iterator[Built]:
     """Every part below ``spec`` with each module below ``module`` that it was built as.
 
     A part comes before those inside it. Copies have the same path, and come in the order in which
-    they are built. A block that is built in place of another one (see `BlockSpec.built_in_place`) is met alone.
-    Raises TypeError where a block does not say what it built a block inside it as.
+    they are built. Of a block that is built in place of another one only the former is met (see
+    `BlockSpec.built_in_place`). Raises TypeError where a block does not say what it built a
+    block inside it as.
     """
     for field, parts, several in _slots(spec):
         modules = module.built_as(field)
