@@ -104,9 +104,8 @@ class AttentionSpec(BlockSpec):
         """Kept: queries, keys and values as they are multiplied, the result, a sum per query."""
         heads, E = self.head_count(rows.dim), self.head_size
         q, kv = rows.floats(heads * E), rows.floats(heads // self.queries_per_kv * E)
-        reads_first = rows.selected and not rows.projects
-        among_all = reads_first and self.window is None and rows.tokens > MOST * rows.keys
-        in_parts = (reads_first and not among_all) or self.window is not None
+        among_all = rows.among_keys and self.window is None and rows.tokens > MOST * rows.keys
+        in_parts = (rows.among_keys and not among_all) or self.window is not None
         asks = rows._replace(tokens=rows.keys) if among_all else rows
         made = asks.floats(heads * E) + (2 * kv if rows.projects else 0)
         kept = made + asks.floats(heads * E) + asks.floats(heads)
@@ -127,7 +126,7 @@ class AttentionSpec(BlockSpec):
 
     def _masks(self, rows: Rows) -> int:
         """Of some queries at a time, with the keys that they may see."""
-        own, total = rows.projects or not rows.selected, 0
+        own, total = not rows.among_keys, 0
         for start in range(0, rows.tokens, QUERIES):
             stop = min(start + QUERIES, rows.tokens)
             back = (self.window or rows.keys) - 1

@@ -27,7 +27,8 @@ class Rows(NamedTuple):
     ``keys``: the number of tokens that attention attends to. It is larger than ``tokens`` if a
     routed step uses the keys and values of the first pass; then the block projects no keys and
     values (``projects`` is False). ``selected``: whether a router selected the tokens, so that each
-    row has its own positions. ``padded``: whether some tokens are padding.
+    row has its own positions. ``padded``: whether some tokens are padding. ``among_keys``: whether
+    a router selected these tokens from those whose keys they attend to; a mask is needed then.
     """
 
     dim: int
@@ -37,6 +38,7 @@ class Rows(NamedTuple):
     projects: bool = True
     selected: bool = False
     padded: bool = False
+    among_keys: bool = False
 
     def floats(self, width: int = 1) -> int:
         """Returns the bytes of a float tensor [B, T, width]."""
@@ -58,7 +60,7 @@ class Rows(NamedTuple):
         ``shared``: whether they attend to the keys of the first pass.
         """
         keys = self.keys if shared else tokens
-        return Rows(self.dim, self.batch, tokens, keys, not shared, True, padded)
+        return Rows(self.dim, self.batch, tokens, keys, not shared, True, padded, shared)
 
     def tables(self, angles: frozenset[Angles]) -> int:
         """Returns the bytes of the cosines and sines of rotary angles. All blocks that run on these

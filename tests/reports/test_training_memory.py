@@ -133,6 +133,15 @@ def test_a_large_share_of_selected_queries_is_saved_at_full_length(
     assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
 
 
+@pytest.mark.parametrize("router", ["top_k", {"kind": "prefix", "capacity": 0.9}], ids=str)
+def test_shared_keys_inside_a_routed_loop_keep_what_autograd_saves(router: Any) -> None:
+    inner = looped({}, None, context=40, kv="shared").blocks[0].model_dump(mode="json")
+    spec = looped({}, None, context=40)
+    loop = {"kind": "loop", "router": router, "body": inner}
+    spec = ModelSpec.model_validate(spec.model_dump(mode="json") | {"blocks": [loop]})
+    assert saved_for_backward(spec, full_batch(spec, 2)) == saved_bytes(spec, 2)
+
+
 def looped(attention: Any, router: Any, context: int, **fields: Any) -> ModelSpec:
     layer = {"kind": "layer", "attention": {"head_size": 8} | attention, "ffn": {"hidden": 24}}
     loop = {"kind": "loop", "router": router, "body": layer} | fields
