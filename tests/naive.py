@@ -33,7 +33,7 @@ from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.lang.spec import BlockSpec
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Block, Context, Primitive
-from archdsl.testing import randomise
+from archdsl.testing import randomise as randomise
 
 Stream = list[Tensor]
 Scaled = Callable[[Tensor], Tensor]

@@ -15,24 +15,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import archdsl
 from archdsl.checks.invariants import gap
 from archdsl.errors import ArchdslError
+from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import DialError, LanguageModel
 from archdsl.nn.cache import ContextFullError
+from archdsl.testing import models, small_model
 from tests import naive
-from tests.blocks.test_contract import EXAMPLES, in_a_model
 from tests.strategies import specs
 
 ROWS = 3
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
 NARROW = {"kind": "layer", "attention": {"head_size": 8, "window": 3}, "ffn": {"hidden": 24}}
 LOOP = {"kind": "loop", "steps": 3, "router": {"kind": "prefix", "capacity": [0.7, 0.4]}}
-CASES = {name: in_a_model(family, part.example) for name, (family, part) in EXAMPLES.items()} | {
-    "shared": in_a_model("block", LOOP | {"body": LAYER, "kv": "shared"}),
-    "shared, all": in_a_model("block", LOOP | {"body": LAYER, "kv": "shared", "router": None}),
-    "narrow": in_a_model("block", LOOP | {"body": NARROW}),
-    "narrow, shared": in_a_model("block", LOOP | {"body": NARROW, "kv": "shared"}),
-    "loop in loop": in_a_model("block", LOOP | {"body": LOOP | {"body": NARROW}}),
+CASES = {
+    f"{family}-{kind}-{place}": model
+    for family, kinds in families().items()
+    for kind, spec in kinds.items()
+    for place, model in models(spec).items()
+} | {
+    "shared": small_model(LOOP | {"body": LAYER, "kv": "shared"}),
+    "shared, all": small_model(LOOP | {"body": LAYER, "kv": "shared", "router": None}),
+    "narrow": small_model(LOOP | {"body": NARROW}),
+    "narrow, shared": small_model(LOOP | {"body": NARROW, "kv": "shared"}),
+    "loop in loop": small_model(LOOP | {"body": LOOP | {"body": NARROW}}),
 }
 
 
