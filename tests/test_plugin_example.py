@@ -85,7 +85,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("installed")
     # a build leaves files in the source
     copy = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "plugin")
-    how = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, copy]
+    how: list[str | Path] = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        target,
+        copy,
+    ]
     python("-m", "pip", "install", *how, folder=target, path="")
     return os.pathsep.join([str(ROOT), str(target)])
 
