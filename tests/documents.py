@@ -9,6 +9,10 @@ directly above a block changes what the test does with it:
     <!-- test: "--steps 400" is "--steps 2" -->  the test replaces this text, several by "; "
     <!-- test: exit status 1 -->                 the last command ends with this status
     <!-- test: exact output -->                  the command prints exactly what the block shows
+
+A page whose commands need processes of their own says so once:
+
+    <!-- test: this page has its own test, tests/FILE.py -->
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # programs of others, whose options are not checked
 FOREIGN = {".", "cd", "export", "mkdir", "optuna-dashboard", "source", "trl", "vllm"}
+OWN_TEST = re.compile(r"^<!-- test: this page has its own test, (tests/\S+) -->$", re.MULTILINE)
 BLOCK = re.compile(
     r"^(?:<!-- test: (?P<mark>[^\n]*?) -->\n+)?"
     r"(?P<indent> *)```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n"

@@ -20,7 +20,7 @@ from archdsl.lang.budget import largest_excess
 from archdsl.lang.load import fitted, load, read
 from archdsl.lang.source import resolve
 from tests.cli.command import Cli
-from tests.documents import ROOT, Page, blocks, inline_commands
+from tests.documents import OWN_TEST, ROOT, Page, blocks, inline_commands
 
 README = (ROOT / "README.md").read_text()
 INDEX = (ROOT / "docs" / "index.md").read_text()
@@ -40,8 +40,12 @@ def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_shows_runs(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / name).read_text()
+    if own := OWN_TEST.search(text):
+        assert Path(name).name in (ROOT / own[1]).read_text()
+        return
     page = Page(cli, monkeypatch)
-    for block in blocks((ROOT / name).read_text()):
+    for block in blocks(text):
         page.check(block)
 
 
