@@ -15,8 +15,9 @@ Shapes: B batch, T tokens, K selected tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
@@ -25,7 +26,7 @@ from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
 from archdsl.costs.activations import Footprint, Rows, in_a_row
 from archdsl.costs.bill import Bill, Runs
-from archdsl.lang.spec import AnyBlock, BlockSpec, Path, slot, walk
+from archdsl.lang.spec import AnyBlock, BlockSpec, ModelSpec, Part, Path, slot, walk
 
 if TYPE_CHECKING:
     from archdsl.nn.block import Block
@@ -255,6 +256,27 @@ class LoopSpec(BlockSpec):
     @property
     def _scales(self) -> bool:
         return self.encoding is not None and self.encoding.multiplies
+
+
+def loops_in(spec: ModelSpec) -> list[LoopSpec]:
+    """Every loop of a spec in its order, a loop before those inside it."""
+    return [part for _, part in walk(spec) if isinstance(part, LoopSpec)]
+
+
+def with_loops(spec: ModelSpec, change: Callable[[int, LoopSpec], Part]) -> ModelSpec:
+    """A copy in which every loop is changed, inner loops first.
+
+    ``change``: given the number of the loop in the order of `loops_in`, and the loop.
+    """
+    order = count()
+
+    def each(part: Part) -> Part:
+        number = next(order) if isinstance(part, LoopSpec) else None
+        part = part.with_each(each)
+        return part if number is None else change(number, cast(LoopSpec, part))
+
+    blocks = tuple(cast(BlockSpec, each(block)) for block in spec.blocks)
+    return spec.model_copy(update={"blocks": blocks})
 
 
 def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:

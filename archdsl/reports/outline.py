@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from archdsl.blocks.loop import LoopSpec
-from archdsl.blocks.router import RouterSpec
 from archdsl.costs.bill import Cost
 from archdsl.costs.receipt import sequence_cost
 from archdsl.lang.source import dump_inline
-from archdsl.lang.spec import ModelSpec, Part, children, to_tree
+from archdsl.lang.spec import BlockSpec, ModelSpec, Part, children, to_tree
 
 ALWAYS_SHOWN = ("steps", "capacity")  # shown also at their default
 
@@ -64,8 +62,8 @@ def outline(spec: ModelSpec) -> OutlineNode:
 
 def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> OutlineNode:
     costs = dict(cost.parts)
-    if isinstance(part, LoopSpec) and part.is_body:
-        costs = {"body": cost}
+    if isinstance(part, BlockSpec) and part.built_in_place:
+        costs = {part.built_in_place: cost}
     parts = {".".join(map(str, place)): child for place, child in children(part)}
     # a slot may hold a part without cost, such as a residual or a router that selects every token
     filled = [name for name, value in to_tree(part).items() if costs and isinstance(value, dict)]
@@ -85,7 +83,7 @@ def _node(part: Part, slot: str, path: str, cost: Cost, leaks: bool = False) -> 
 
 
 def _sees_ahead(part: Part) -> bool:
-    return isinstance(part, RouterSpec) and part.leaks
+    return part.family == "router" and bool(getattr(part, "leaks", False))
 
 
 def _kind(part: Part) -> str:

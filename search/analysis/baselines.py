@@ -9,15 +9,14 @@ equal at another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
-from typing import Any, cast
+from typing import Any
 
-from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.loop import LoopSpec, loops_in, with_loops
 from archdsl.blocks.residual_thinking import OverwriteSpec
 from archdsl.blocks.router import RandomSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.costs.receipt import block_cost, sequence_cost
-from archdsl.lang.spec import BlockSpec, ModelSpec, Part, walk
+from archdsl.lang.spec import BlockSpec, ModelSpec, Part
 
 WINNER = "winner"
 EQUAL_PARAMS = "equal-parameters plain"
@@ -54,7 +53,7 @@ def compared_specs(winner: ModelSpec) -> Specs:
         RANDOM_ROUTING: _changed(winner, _random),
     }
     found |= {f"without {what}": _changed(winner, take) for what, take in ABLATIONS.items()}
-    loops = sum(isinstance(part, LoopSpec) for _, part in walk(winner))
+    loops = len(loops_in(winner))
     found |= {f"without loop {i + 1}": _without_loop(winner, i) for i in range(loops)}
     return {name: _named(spec, winner, name) for name, spec in found.items()}
 
@@ -174,14 +173,7 @@ ABLATIONS: dict[str, Change] = {
 
 def _without_loop(spec: ModelSpec, which: int) -> ModelSpec:
     """Replace one loop by its body; ``which`` counts the loops in the order of the spec."""
-    order = count()
-
-    def change(part: Part) -> Part:
-        is_it = isinstance(part, LoopSpec) and next(order) == which
-        part = part.with_each(change)
-        return unlooped(cast(LoopSpec, part)) if is_it else part
-
-    return _with_blocks(spec, [cast(BlockSpec, change(block)) for block in spec.blocks])
+    return with_loops(spec, lambda i, loop: unlooped(loop) if i == which else loop)
 
 
 # how a spec is changed
@@ -189,12 +181,7 @@ def _without_loop(spec: ModelSpec, which: int) -> ModelSpec:
 
 def _changed(spec: ModelSpec, change: Change) -> ModelSpec:
     """Apply ``change`` to every loop of the spec, to inner loops first."""
-
-    def each(part: Part) -> Part:
-        part = part.with_each(each)
-        return change(part) if isinstance(part, LoopSpec) else part
-
-    return _with_blocks(spec, [cast(BlockSpec, each(block)) for block in spec.blocks])
+    return with_loops(spec, lambda _, loop: change(loop))
 
 
 def _with(loop: LoopSpec, **update: Any) -> LoopSpec:

@@ -46,15 +46,13 @@ def _times(text: str, count: int) -> str:
 
 def block_summary(block: BlockSpec) -> str:
     """``layer x4 prefix .7/.5 thinking``."""
-    match block:
-        case StackSpec():
-            return _series([block])
-        case LoopSpec() if not block.is_body:
-            return " ".join(_loop(block))
-        case LoopSpec():
-            return block_summary(block.body)
-        case _:
-            return str(getattr(block, "kind", "block"))
+    if block.built_in_place:
+        return block_summary(getattr(block, block.built_in_place))
+    if isinstance(block, LoopSpec):
+        return " ".join(_loop(block))
+    if isinstance(block, StackSpec):
+        return _series([block])
+    return str(getattr(block, "kind", "block"))
 
 
 def _loop(loop: LoopSpec) -> list[str]:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
-from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.loop import LoopSpec, loops_in, with_loops
 from archdsl.costs.receipt import sequence_cost
 from archdsl.data.types import Batch, Data
-from archdsl.lang.spec import BlockSpec, ModelSpec, Part, at_step, walk
+from archdsl.lang.spec import ModelSpec, at_step
 from archdsl.model.build import build
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
@@ -37,16 +37,12 @@ class LoopSetting(NamedTuple):
 
 
 Setting = tuple[LoopSetting, ...]
-"""One for each loop of a spec, in the order of ``walk``; copies of a stack run alike."""
-
-
-def loops(spec: ModelSpec) -> list[LoopSpec]:
-    return [part for _, part in walk(spec) if isinstance(part, LoopSpec)]
+"""One for each loop of a spec, in the order of ``loops_in``; copies of a stack run alike."""
 
 
 def setting_of(spec: ModelSpec) -> Setting:
     """How the loops of a spec run."""
-    return tuple(_loop_setting(loop) for loop in loops(spec))
+    return tuple(_loop_setting(loop) for loop in loops_in(spec))
 
 
 def _loop_setting(loop: LoopSpec) -> LoopSetting:
@@ -58,13 +54,7 @@ def _loop_setting(loop: LoopSpec) -> LoopSetting:
 
 def with_setting(spec: ModelSpec, wanted: Setting) -> ModelSpec:
     """The spec with its loops run so."""
-    each = iter(wanted)
-
-    def change(part: Part) -> Part:
-        return (_at(part, next(each)) if isinstance(part, LoopSpec) else part).with_each(change)
-
-    blocks = tuple(cast(BlockSpec, change(block)) for block in spec.blocks)
-    return spec.model_copy(update={"blocks": blocks})
+    return with_loops(spec, lambda i, loop: _at(loop, wanted[i]))
 
 
 def _at(loop: LoopSpec, one: LoopSetting) -> LoopSpec:
@@ -74,7 +64,7 @@ def _at(loop: LoopSpec, one: LoopSetting) -> LoopSpec:
 
 def dial(model: LanguageModel, wanted: Setting) -> None:
     """Runs a model's loops so from now on."""
-    by_loop = {id(loop): one for loop, one in zip(loops(model.spec), wanted, strict=True)}
+    by_loop = {id(loop): one for loop, one in zip(loops_in(model.spec), wanted, strict=True)}
     for loop in model.loops:
         one = by_loop[id(loop.spec)]
         loop.dial(one.capacity or None, one.steps)
@@ -95,7 +85,7 @@ class Supernet:
         ranked = sorted(specs, key=lambda spec: sequence_cost(spec).flops)
         settings = dict.fromkeys(map(setting_of, [ranked[-1], ranked[0], *ranked[1:-1]]))
         largest = [
-            _largest(loop, of) for loop, *of in zip(loops(ranked[0]), *settings, strict=True)
+            _largest(loop, of) for loop, *of in zip(loops_in(ranked[0]), *settings, strict=True)
         ]
         return cls(with_setting(ranked[0], tuple(largest)), tuple(settings))
 
@@ -103,7 +93,7 @@ class Supernet:
         """Whether a spec is this one but for its steps and capacities."""
         known = {"name": spec.name, "description": spec.description, "budget": spec.budget}
         mine = setting_of(self.spec)
-        same = len(loops(spec)) == len(mine)
+        same = len(loops_in(spec)) == len(mine)
         return same and with_setting(spec, mine) == self.spec.model_copy(update=known)
 
     def sandwich(self, step: int, seed: int) -> list[Setting]:
