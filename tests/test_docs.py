@@ -120,7 +120,8 @@ def test_the_language_on_one_screen_builds_and_can_be_searched(tmp_path: Path) -
         "blocks.2.body",
     }
     two = template.fill(
-        read(file), lambda name, leaf: "two" if name.endswith("body") else leaf.default
+        read(file),
+        lambda name, distribution: "two" if name.endswith("body") else distribution.default,
     )
     assert fitted(two).blocks[2] != spec.blocks[2]
 

@@ -77,7 +77,9 @@ def reference(bench: Bench) -> Point:
     share = torch.bincount(asked).double() / len(asked)
     entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
     rng = Random(0)
-    trees = [fill(bench.tree, lambda _, leaf: _random(rng, leaf)) for _ in range(1000)]
+    trees = [
+        fill(bench.tree, lambda _, distribution: _random(rng, distribution)) for _ in range(1000)
+    ]
     small = [bench.proxy.shrink(fitted(tree, bench.budget), task) for tree in trees]
     return entropy, 1.1 * max(cost(spec).expected for spec in small)
 
@@ -88,11 +90,11 @@ def _targets(bench: Bench, index: int) -> Tensor:
     return targets[targets != IGNORE]
 
 
-def _random(rng: Random, leaf: Distribution) -> Any:
-    if isinstance(leaf, Choice):
-        return rng.choice(list(leaf.choices))
-    assert leaf.count is not None
-    return leaf.grid(rng.randrange(leaf.count))
+def _random(rng: Random, distribution: Distribution) -> Any:
+    if isinstance(distribution, Choice):
+        return rng.choice(list(distribution.choices))
+    assert distribution.count is not None
+    return distribution.grid(rng.randrange(distribution.count))
 
 
 def default_training(bench: Bench) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def sampled(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Strategy:
         while True:
             ask = study.ask()
             try:
-                spec = fitted(fill(tree, lambda name, leaf: suggest(ask, name, leaf)), budget)  # noqa: B023
+                pick = partial(suggest, ask)
+                spec = fitted(fill(tree, pick), budget)
             except SpecError:
                 study.tell(ask, state=optuna.trial.TrialState.FAIL)
                 continue

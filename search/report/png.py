@@ -193,10 +193,10 @@ def _curves(result: ResultJson, figure: Figure) -> None:
 def _importance(result: ResultJson, figure: Figure) -> None:
     if not result["importance"]:
         return
-    leaves = sorted(result["importance"].items(), key=lambda pair: float(pair[1]))
-    figure.set_size_inches(8, 1.2 + 0.3 * len(leaves))
+    bars = sorted(result["importance"].items(), key=lambda pair: float(pair[1]))
+    figure.set_size_inches(8, 1.2 + 0.3 * len(bars))
     axes = figure.add_subplot()
-    axes.barh([leaf for leaf, _ in leaves], [100 * share for _, share in leaves], color=BLUE)
+    axes.barh([name for name, _ in bars], [100 * share for _, share in bars], color=BLUE)
     axes.set(xlabel="% of the difference between trials", title="Importance of each choice")
     axes.grid(axis="y", visible=False)
 

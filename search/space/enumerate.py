@@ -15,8 +15,10 @@ from typing import Any
 from archdsl.lang.source import Path, Tree
 from archdsl.lang.template import Choice, Distribution, Pick, fill, find, places
 
-Point = dict[str, Any]  # leaf name -> value
-Tied = frozenset[tuple[str, str | None]]  # named leaves that are met, with the label taken if any
+Point = dict[str, Any]  # the value of each search value, by name
+Tied = frozenset[
+    tuple[str, str | None]
+]  # the named search values of a subtree, with the chosen label if they have one
 
 TRIES = 50  # for a point that was not drawn before
 NOTHING: Mapping[Tied, int] = {frozenset(): 1}
@@ -26,8 +28,8 @@ def point_from(tree: Tree, pick: Pick) -> Point:
     """The point that ``pick`` leads to: what it answers, by the names that are asked."""
     point: Point = {}
 
-    def answer(name: str, leaf: Distribution) -> Any:
-        point[name] = pick(name, leaf)
+    def answer(name: str, distribution: Distribution) -> Any:
+        point[name] = pick(name, distribution)
         return point[name]
 
     fill(tree, answer)
@@ -37,8 +39,8 @@ def point_from(tree: Tree, pick: Pick) -> Point:
 def space_size(tree: Tree) -> int | None:
     """How many points there are: ways to answer all that is asked; None if some are continuous."""
     counts = {
-        name: len(leaf.choices) if isinstance(leaf, Choice) else leaf.count
-        for name, leaf in find(tree).items()
+        name: len(distribution.choices) if isinstance(distribution, Choice) else distribution.count
+        for name, distribution in find(tree).items()
     }
     whole = {name: count for name, count in counts.items() if count is not None}
     if len(whole) < len(counts):
@@ -47,18 +49,18 @@ def space_size(tree: Tree) -> int | None:
 
 
 class _Sizes:
-    """Counts points by what named leaves are taken to be, since those may be met again elsewhere.
+    """Counts points for each choice of the named search values, which may also occur elsewhere.
 
-    So values of named leaves are counted at the end, and labels of two places have to agree.
+    So values of named search values are counted at the end, and labels of two places must agree.
     """
 
     def __init__(self, tree: Tree, counts: Mapping[str, int]) -> None:
-        self.leaves, self.counts = find(tree), counts
+        self.distributions, self.counts = find(tree), counts
         self.outermost: list[Path] = []
-        self.inside: dict[Path, dict[str, list[Path]]] = {}  # of each leaf, those in its subtrees
+        self.inside: dict[Path, dict[str, list[Path]]] = {}  # the search values in its subtrees
         self.names: dict[Path, str] = {}
         around: list[Path] = []
-        for name, path in places(tree):  # outer leaves come before inner ones
+        for name, path in places(tree):  # outer search values come before inner ones
             while around and path[: len(around[-1])] != around[-1]:
                 around.pop()
             self.names[path], self.inside[path] = name, {}
@@ -80,12 +82,16 @@ class _Sizes:
 
     def of(self, path: Path) -> Mapping[Tied, int]:
         name = self.names[path]
-        leaf, inside = self.leaves[name], self.inside[path]
-        if not isinstance(leaf, Choice) or not leaf.subtrees:
-            return {frozenset({(name, None)}): 1} if leaf.name else {frozenset(): self.counts[name]}
+        distribution, inside = self.distributions[name], self.inside[path]
+        if not isinstance(distribution, Choice) or not distribution.subtrees:
+            return (
+                {frozenset({(name, None)}): 1}
+                if distribution.name
+                else {frozenset(): self.counts[name]}
+            )
         total: Counter[Tied] = Counter()
-        for label in leaf.subtrees:
-            own: Tied = frozenset({(name, label)} if leaf.name else ())
+        for label in distribution.subtrees:
+            own: Tied = frozenset({(name, label)} if distribution.name else ())
             total.update(_together({own: 1}, self.of_all(inside.get(label, []))))
         return total
 
@@ -102,7 +108,7 @@ def _together(one: Mapping[Tied, int], other: Mapping[Tied, int]) -> Mapping[Tie
 def points(tree: Tree, limit: int, seed: int) -> list[Point]:
     """All points of the space if there are at most ``limit``, or else as many different ones.
 
-    Those are drawn leaf by leaf, each value of a leaf alike; fewer where new ones are hard to meet.
+    They are drawn at random, every value with equal probability; fewer if new ones become rare.
     """
     count = space_size(tree)
     if count is not None and count <= limit:
@@ -110,7 +116,7 @@ def points(tree: Tree, limit: int, seed: int) -> list[Point]:
     rng = random.Random(seed)
     found: dict[str, Point] = {}
     for _ in range(TRIES * limit):
-        point = point_from(tree, lambda _, leaf: _random(rng, leaf))
+        point = point_from(tree, lambda _, distribution: _random(rng, distribution))
         found.setdefault(json.dumps(point), point)
         if len(found) == limit:
             break
@@ -118,7 +124,7 @@ def points(tree: Tree, limit: int, seed: int) -> list[Point]:
 
 
 def _every(tree: Tree) -> Iterator[Point]:
-    """Counts as an odometer does, one wheel for each leaf in the order in which it is asked."""
+    """Counts through all points like an odometer, with one wheel for each search value."""
     wheels: list[int] | None = []
     while wheels is not None:
         turn = _Turn(wheels)
@@ -132,8 +138,10 @@ class _Turn:
     def __init__(self, wheels: list[int]) -> None:
         self.wheels, self.asked = wheels, list[int]()
 
-    def pick(self, name: str, leaf: Distribution) -> Any:
-        values = list(leaf.choices if isinstance(leaf, Choice) else leaf.values())
+    def pick(self, name: str, distribution: Distribution) -> Any:
+        values = list(
+            distribution.choices if isinstance(distribution, Choice) else distribution.values()
+        )
         self.asked.append(len(values))
         self.wheels += [0] * (len(self.asked) - len(self.wheels))
         return values[self.wheels[len(self.asked) - 1]]
@@ -146,13 +154,13 @@ class _Turn:
         return [*wheels[:-1], wheels[-1] + 1] if wheels else None
 
 
-def _random(rng: random.Random, leaf: Distribution) -> Any:
-    if isinstance(leaf, Choice):
-        return rng.choice(list(leaf.choices))
-    if leaf.log:
-        value = math.exp(rng.uniform(math.log(leaf.low), math.log(leaf.high)))
-        value = min(max(value, leaf.low), leaf.high)  # rounding may lead outside
-        return round(value) if leaf.is_whole else value
-    if leaf.count is None:
-        return rng.uniform(leaf.low, leaf.high)
-    return leaf.grid(rng.randrange(leaf.count))
+def _random(rng: random.Random, distribution: Distribution) -> Any:
+    if isinstance(distribution, Choice):
+        return rng.choice(list(distribution.choices))
+    if distribution.log:
+        value = math.exp(rng.uniform(math.log(distribution.low), math.log(distribution.high)))
+        value = min(max(value, distribution.low), distribution.high)  # rounding may lead outside
+        return round(value) if distribution.is_whole else value
+    if distribution.count is None:
+        return rng.uniform(distribution.low, distribution.high)
+    return distribution.grid(rng.randrange(distribution.count))

@@ -157,12 +157,12 @@ def _candidates(tree: Tree, budget: Budget) -> Iterator[TriedPoint]:
 
 
 def _downhill(tree: Tree, closest: TriedPoint, budget: Budget) -> TriedPoint:
-    """Changes one leaf after the other for the better, until one fits or nothing helps."""
-    leaves = find(tree)
+    """Improves one search value after the other, until a point is feasible or nothing helps."""
+    distributions = find(tree)
     while True:
         before = closest.miss
         for name in list(closest.point):
-            for point in _neighbours(tree, closest.point, name, leaves[name]):
+            for point in _neighbours(tree, closest.point, name, distributions[name]):
                 closest = min(closest, try_point(tree, point, budget), key=lambda one: one.miss)
                 if closest.fits:
                     return closest
@@ -170,17 +170,21 @@ def _downhill(tree: Tree, closest: TriedPoint, budget: Budget) -> TriedPoint:
             return closest
 
 
-def _neighbours(tree: Tree, point: Point, name: str, leaf: Distribution) -> Iterable[Point]:
-    """The point with other values of a leaf: each choice, or the ends of the range."""
+def _neighbours(tree: Tree, point: Point, name: str, distribution: Distribution) -> Iterable[Point]:
+    """The point with other values of one search value: each choice, or both ends of the range."""
     if name not in point:  # another choice took it out of reach
         return
-    for value in leaf.choices if isinstance(leaf, Choice) else (leaf.low, leaf.high):
+    for value in (
+        distribution.choices
+        if isinstance(distribution, Choice)
+        else (distribution.low, distribution.high)
+    ):
         if value != point[name]:
             yield point_from(tree, partial(_or_default, point | {name: value}))
 
 
-def _or_default(point: Point, name: str, leaf: Distribution) -> Any:
-    return point.get(name, leaf.default)
+def _or_default(point: Point, name: str, distribution: Distribution) -> Any:
+    return point.get(name, distribution.default)
 
 
 def _describe_point(tree: Tree, point: Point) -> str:

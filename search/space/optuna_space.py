@@ -1,4 +1,4 @@
-"""Search leaves as Optuna sees them, and the points a search starts from."""
+"""Search values as parameters of Optuna, and the points that a search starts with."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ if TYPE_CHECKING:
     import optuna
 
 
-def suggest(trial: optuna.Trial, name: str, leaf: Distribution) -> Any:
-    """Ask Optuna for the value of one leaf."""
-    if isinstance(leaf, Choice):
-        return trial.suggest_categorical(name, list(leaf.choices))
-    if leaf.is_whole:
-        low, high, step = int(leaf.low), int(leaf.high), int(leaf.step or 1)
-        return trial.suggest_int(name, low, high, step=step, log=leaf.log)
-    value = trial.suggest_float(name, leaf.low, leaf.high, step=leaf.step, log=leaf.log)
-    return _on_grid(leaf, value)
+def suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
+    """Asks Optuna for the value of one search value and returns it."""
+    if isinstance(distribution, Choice):
+        return trial.suggest_categorical(name, list(distribution.choices))
+    if distribution.is_whole:
+        low, high, step = int(distribution.low), int(distribution.high), int(distribution.step or 1)
+        return trial.suggest_int(name, low, high, step=step, log=distribution.log)
+    value = trial.suggest_float(
+        name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+    )
+    return _on_grid(distribution, value)
 
 
-def _on_grid(leaf: Range, value: float) -> float:
+def _on_grid(distribution: Range, value: float) -> float:
     """Optuna's 0.6000000000000001 as the grid's 0.6."""
-    if leaf.step is None:
+    if distribution.step is None:
         return value
-    return float(leaf.grid(round((value - leaf.low) / leaf.step)))
+    return float(distribution.grid(round((value - distribution.low) / distribution.step)))
 
 
 def starting_points(tree: Tree) -> list[dict[str, Any]]:
@@ -34,9 +36,9 @@ def starting_points(tree: Tree) -> list[dict[str, Any]]:
     wherever it can be taken, all else at its default: the pure models of a mixed space.
     """
     labels: dict[str, None] = {}
-    for leaf in find(tree).values():
-        if isinstance(leaf, Choice) and isinstance(leaf.choices, dict):
-            labels |= dict.fromkeys(leaf.choices)
+    for distribution in find(tree).values():
+        if isinstance(distribution, Choice) and isinstance(distribution.choices, dict):
+            labels |= dict.fromkeys(distribution.choices)
     points = [_point(tree, None), *(_point(tree, label) for label in labels)]
     return [point for i, point in enumerate(points) if point not in points[:i]]
 
@@ -44,11 +46,13 @@ def starting_points(tree: Tree) -> list[dict[str, Any]]:
 def _point(tree: Tree, label: str | None) -> dict[str, Any]:
     picked: dict[str, Any] = {}
 
-    def pick(name: str, leaf: Distribution) -> Any:
+    def pick(name: str, distribution: Distribution) -> Any:
         takes = (
-            isinstance(leaf, Choice) and isinstance(leaf.choices, dict) and label in leaf.choices
+            isinstance(distribution, Choice)
+            and isinstance(distribution.choices, dict)
+            and label in distribution.choices
         )
-        picked[name] = label if takes else leaf.default
+        picked[name] = label if takes else distribution.default
         return picked[name]
 
     fill(tree, pick)

@@ -1,7 +1,7 @@
 """One training for all depths: a space cut down to a few layouts, each served by one super-net.
 
-A *layout* is a value for every leaf but the dial leaves: steps of loops and capacities of their
-routers. What is drawn then is a setting of a net that has been trained already.
+A *layout* fixes all search values except the dial values, which are the steps of loops and the
+capacities of their routers. What is drawn then is a setting of a net that has been trained already.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from archdsl.search.supernet.supernet import Supernet
 from archdsl.search.supernet.supernet_job import SupernetJob
 from archdsl.search.trials.proxy import Proxy
 
-LAYOUT = "layout"  # the leaf that takes the place of all that are no dial leaves
+LAYOUT = "layout"  # the search value that replaces all that are not dial values
 LAYOUTS = 4
 SAMPLE = 64  # settings that a net is trained at, besides the largest and the smallest
 MISSES = 20  # draws for each layout that may be known already or make no spec
@@ -83,7 +83,7 @@ def supernet_space(
 
 
 def dial_leaves(tree: Tree) -> frozenset[str]:
-    """Leaves that stand nowhere but as a loop's steps or in the capacity of its router."""
+    """The search values that only set the steps of loops or the capacity of their routers."""
     found = places(tree)
     others = {name for name, path in found if not _is_dial(tree.value, path, found)}
     return frozenset(name for name, _ in found) - others
@@ -131,20 +131,20 @@ def restrict(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
     """The points of a space that have one of these layouts, which become a choice of their own."""
     cut = [fill_some(tree, layout) for layout in chosen]
     labels = [
-        f"{i}: {model_summary(_spec(fill(one, lambda _, leaf: leaf.default)))}"
+        f"{i}: {model_summary(_spec(fill(one, lambda _, distribution: distribution.default)))}"
         for i, one in enumerate(cut)
     ]
     choices = {label: one.value for label, one in zip(labels, cut, strict=True)}
-    leaf = {"name": LAYOUT, "choices": choices, "default": labels[0]}
+    distribution = {"name": LAYOUT, "choices": choices, "default": labels[0]}
     marks = {path: mark for path, mark in tree.positions.items() if not path}
     for label, one in zip(labels, cut, strict=True):
         inside = ("search", "choices", label)
         marks |= {(*inside, *path): mark for path, mark in one.positions.items()}
-    return Tree({"search": leaf}, marks)
+    return Tree({"search": distribution}, marks)
 
 
 def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
-    """For the points of a space that has none but dial leaves. Raises SpecError if all of its
+    """For the points of a space that has only dial values. Raises SpecError if all of its
     points are wrong."""
     ends = [point_from(layout, partial(_end, of)) for of in (max, min)]
     specs, wrong = [], None
@@ -159,13 +159,13 @@ def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
 
 
 def _spec(tree: Tree) -> ModelSpec:
-    """With the default of the fit leaf: a proxy has its own sizes."""
+    """The spec with the default of the fit value, because a proxy has its own sizes."""
     found = find_fit(tree)
     return parse_spec(replace(tree, found[0], found[1].default) if found else tree)
 
 
-def _end(of: Callable[..., Any], name: str, leaf: Distribution) -> Any:
+def _end(of: Callable[..., Any], name: str, distribution: Distribution) -> Any:
     """The largest or smallest value; of labels the default."""
-    if isinstance(leaf, Choice):
-        return leaf.default if leaf.subtrees else of(leaf.choices)
-    return of(leaf.low, leaf.high)
+    if isinstance(distribution, Choice):
+        return distribution.default if distribution.subtrees else of(distribution.choices)
+    return of(distribution.low, distribution.high)

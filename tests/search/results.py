@@ -111,13 +111,15 @@ def _spent() -> dict[str, Spent]:
 def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
     picked: dict[str, Any] = {}
 
-    def pick(name: str, leaf: Distribution) -> Any:
-        if isinstance(leaf, Choice):
-            picked[name] = rng.choice(list(leaf.choices))
+    def pick(name: str, distribution: Distribution) -> Any:
+        if isinstance(distribution, Choice):
+            picked[name] = rng.choice(list(distribution.choices))
         else:
-            step = leaf.step or 1
-            value = leaf.low + step * rng.randrange(round((leaf.high - leaf.low) / step) + 1)
-            picked[name] = int(value) if leaf.is_whole else round(value, 3)
+            step = distribution.step or 1
+            value = distribution.low + step * rng.randrange(
+                round((distribution.high - distribution.low) / step) + 1
+            )
+            picked[name] = int(value) if distribution.is_whole else round(value, 3)
         return picked[name]
 
     return picked, parse_spec(fill(parse(SPACE, "small.yaml"), pick))

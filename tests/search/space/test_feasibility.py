@@ -39,20 +39,22 @@ def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(inner, max_size=3) | mapping | labelled
 
 
-LEAVES = st.sampled_from(NAMED + FREE).map(lambda body: {"search": body})
-TREES = st.recursive(SCALARS | LEAVES, grown, max_leaves=8).map(lambda v: from_value({"a": v}, ""))
+SEARCH_VALUES = st.sampled_from(NAMED + FREE).map(lambda body: {"search": body})
+TREES = st.recursive(SCALARS | SEARCH_VALUES, grown, max_leaves=8).map(
+    lambda v: from_value({"a": v}, "")
+)
 
 
 def counted(tree: Tree) -> set[str]:
     """Every point, by answering all that could be asked in every way."""
-    leaves = find(tree)
-    values = [list(_values(leaf)) for leaf in leaves.values()]
-    answers = (dict(zip(leaves, picked, strict=True)) for picked in product(*values))
+    distributions = find(tree)
+    values = [list(_values(distribution)) for distribution in distributions.values()]
+    answers = (dict(zip(distributions, picked, strict=True)) for picked in product(*values))
     return {as_text(point_from(tree, lambda name, _, a=a: a[name])) for a in answers}  # type: ignore[misc]
 
 
-def _values(leaf: Distribution) -> Any:
-    return leaf.choices if isinstance(leaf, Choice) else leaf.values()
+def _values(distribution: Distribution) -> Any:
+    return distribution.choices if isinstance(distribution, Choice) else distribution.values()
 
 
 def as_text(point: Point) -> str:
@@ -178,6 +180,6 @@ def test_the_shipped_space_is_answered_for_at_once() -> None:
     with pytest.raises(NothingFitsError, match=r"no size fits: 64 is the least .* kv of at least"):
         require_feasible(tree, Budget(kv=100))
     assert time.process_time() - started < 4
-    assert try_point(tree, point_from(tree, lambda _, leaf: leaf.default), Budget()).spec == load(
-        "search"
-    )
+    assert try_point(
+        tree, point_from(tree, lambda _, distribution: distribution.default), Budget()
+    ).spec == load("search")

@@ -1,4 +1,4 @@
-"""Search leaves become Optuna's questions; the grid's numbers come back as they are written."""
+"""Search values become parameters of Optuna, and numbers of a grid are returned as written."""
 
 from functools import partial
 

@@ -266,8 +266,8 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
     space = restrict(tree, layouts(tree, 3, seed=0))
     labels = [point[LAYOUT] for point in starting_points(space)]
     assert labels == ["0: layer + layer x3 prefix .5/.4 overwrite", "1: 2x layer", labels[2]]
-    filled = fill(space, lambda name, leaf: leaf.default)
-    assert fitted(filled) == fitted(fill(tree, lambda name, leaf: leaf.default))
+    filled = fill(space, lambda name, distribution: distribution.default)
+    assert fitted(filled) == fitted(fill(tree, lambda name, distribution: distribution.default))
     assert str(filled.position(("dim",))) == "small.yaml:5:6"
     assert find_fit(space) is not None
 
@@ -279,7 +279,7 @@ def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path)
     rng, named = Random(0), 0
     tokens_BT = torch.arange(12).unsqueeze(0) % V
     for _ in range(12):
-        point = point_from(space, lambda _, leaf: drawn(rng, leaf))
+        point = point_from(space, lambda _, distribution: drawn(rng, distribution))
         work = scorer.job(fitted(fill_some(space, point)), point, "skill", 0)
         net, own = build_net(work.net, 0).eval(), build(work.spec.canonical()).eval()
         dial(net, setting_of(work.spec))
@@ -292,8 +292,10 @@ def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path)
     assert named > 12
 
 
-def drawn(rng: Random, leaf: Distribution) -> Any:
-    return rng.choice(list(leaf.choices if isinstance(leaf, Choice) else leaf.values()))
+def drawn(rng: Random, distribution: Distribution) -> Any:
+    return rng.choice(
+        list(distribution.choices if isinstance(distribution, Choice) else distribution.values())
+    )
 
 
 @pytest.mark.parametrize(("dim", "ffn"), [(None, "ratio: 2"), (16, "hidden: 48")])
