@@ -1,4 +1,4 @@
-"""check: sound specs pass, leaks are named with their step, and broken parts are found."""
+"""`check`: correct specs pass, leaks are reported with their step, and broken parts are found."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
     assert bool(report.faults) == meta_model(spec).leaks
 
 
-def test_a_leak_is_named_with_its_first_step_and_its_size() -> None:
+def test_a_leak_is_reported_with_its_first_step_and_its_size() -> None:
     report = tried(LAYER, {"kind": "stack", "repeat": 2, "body": [LAYER, loop(TOP_K)]})
     [fault] = report.faults
     assert (fault.place, fault.step, fault.router) == ("blocks.1.body.1", 2, "top_k")
@@ -163,13 +163,13 @@ def test_a_leak_is_named_with_its_first_step_and_its_size() -> None:
         (loop(TOP_K, kv="shared"), {("blocks.0", 2)}),
     ],
 )
-def test_of_loops_in_loops_those_that_leak_by_themselves_are_named(
+def test_of_nested_loops_those_that_leak_by_themselves_are_reported(
     block: Any, leaks: set[tuple[str, int]]
 ) -> None:
     assert origins(tried(block)) == {(*leak, "change") for leak in leaks}
 
 
-def test_a_router_that_is_made_to_leak_is_named_where_nothing_can_be_seen() -> None:
+def test_a_leaking_router_is_reported_even_if_its_leak_has_no_effect() -> None:
     [fault] = check(spec(loop(TOP_K), context=1)).faults
     assert (
         str(fault)
@@ -180,7 +180,7 @@ def test_a_router_that_is_made_to_leak_is_named_where_nothing_can_be_seen() -> N
 # what is broken is found
 
 
-def test_a_router_that_looks_one_token_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_looks_one_token_ahead_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(router: Router, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         return score_BT.roll(-1, 1) > 0.3
 
@@ -192,7 +192,7 @@ def test_a_router_that_looks_one_token_ahead(monkeypatch: pytest.MonkeyPatch) ->
     assert {row.mark for row in report.rows if row.place.startswith("blocks.0")} == {"PASS"}
 
 
-def test_attention_that_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_is_not_causal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attention, "_attend", everything)
     report = tried(loop(PREFIX))
     assert {fault.place for fault in report.faults} == {"blocks.0.body.attention"}
@@ -203,7 +203,7 @@ def test_attention_that_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_leak_through_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_that_only_gradients_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = FeedForward.forward
 
     def with_a_hidden_term(block: FeedForward, x_BTD: Tensor, ctx: Context) -> Tensor:
@@ -216,7 +216,7 @@ def test_a_leak_through_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert "have a gradient with respect to later inputs by up to" in str(report.faults[0])
 
 
-def test_a_cache_that_forgets_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_loses_an_entry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     write = Kept.write
 
     def forgetful(kept: Kept, new: Tensor, stream: Stream) -> None:
@@ -231,7 +231,9 @@ def test_a_cache_that_forgets_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.mark for row in report.rows if row.place == "blocks.1"} == {"PASS"}
 
 
-def test_a_loop_whose_further_steps_decode_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_whose_further_steps_decode_wrongly_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     routed = BodyLoop._routed
 
     def from_the_start(
@@ -246,7 +248,7 @@ def test_a_loop_whose_further_steps_decode_wrongly(monkeypatch: pytest.MonkeyPat
     assert report.leaks == ()
 
 
-def test_attention_that_ignores_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_ignores_padding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = Attention._attend
 
     def sees_padding(attention: Attention, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> Tensor:
@@ -261,13 +263,13 @@ def test_attention_that_ignores_the_padding(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_a_model_that_ignores_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_padding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "_real_first", lambda mask_BT: (None, None))
     report = tried(LAYER)
     assert origins(report) == {("blocks.0.attention", None, "padding")}
 
 
-def test_numbers_that_are_none_are_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FeedForward, "forward", lambda block, x_BTD, ctx: x_BTD * float("inf"))
     report = tried(LAYER)
     assert not report.passed
@@ -277,7 +279,9 @@ def test_numbers_that_are_none_are_no_pass(monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(report.model_dump_json())["faults"][0]["difference"] is None
 
 
-def test_a_fault_outside_the_blocks_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_outside_the_blocks_is_reported_for_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     head = torch.nn.Linear.forward
 
     def mixing(linear: torch.nn.Linear, x: Tensor) -> Tensor:
@@ -288,7 +292,7 @@ def test_a_fault_outside_the_blocks_is_the_model_s(monkeypatch: pytest.MonkeyPat
     assert {place for place, _, _ in origins(tried(LAYER))} == {"model"}
 
 
-def test_what_fails_only_when_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_only_the_dial_shows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     full = BodyLoop._full
 
     def beyond(loop: BodyLoop, x: Tensor, start: Tensor, one: Any, ctx: Context) -> Tensor:
@@ -303,7 +307,7 @@ def test_what_fails_only_when_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
 # what is tried
 
 
-def test_a_trained_model_is_tried_on_its_own_weights_and_left_as_it_is() -> None:
+def test_a_trained_model_is_checked_with_its_own_weights_and_not_changed() -> None:
     model = archdsl.build(spec(LAYER, loop(PREFIX), context=40))
     model.dial(capacity=0.25, steps=4)
     before = [loop.passes for loop in model.loops]
@@ -320,11 +324,11 @@ def test_a_trained_model_is_tried_on_its_own_weights_and_left_as_it_is() -> None
     assert ("blocks.1.body.ffn", None, "decoding") in origins(report)
 
 
-def test_a_large_spec_is_tried_small_and_says_so() -> None:
+def test_a_large_spec_is_checked_at_a_small_size_and_the_report_says_so() -> None:
     report = check(archdsl.load("mod"), seeds=1)
     assert "width 48 for 1,024, 32 tokens for 4,096" in report.setup
     assert "width 16, 9 tokens, 1 draw" in tried(LAYER).setup
 
 
-def test_is_the_same_every_time() -> None:
+def test_the_report_is_the_same_every_time() -> None:
     assert tried(loop(TOP_K)) == tried(loop(TOP_K))
