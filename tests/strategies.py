@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from archdsl.lang.registry import kinds
 from archdsl.lang.spec import ModelSpec
 
 Tree = dict[str, Any]
@@ -66,8 +67,11 @@ def norms() -> st.SearchStrategy[Tree]:
 
 @cache
 def bare() -> st.SearchStrategy[Tree]:
-    """Blocks without blocks inside."""
-    return attentions() | feed_forwards() | norms()
+    """Blocks without blocks inside; of a kind that has no strategy here, its example."""
+    here = {"attention", "feed_forward", "norm", "layer", "stack", "loop"}
+    others = [dict(spec.example) for kind, spec in kinds("block").items() if kind not in here]
+    known = attentions() | feed_forwards() | norms()
+    return known | st.sampled_from(others) if others else known
 
 
 def layers(slots: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:

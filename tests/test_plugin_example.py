@@ -98,6 +98,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.pathsep.join([str(ROOT), str(target)])
 
 
+@pytest.mark.slow
+def test_its_own_tests_pass(installed: str, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    assert " passed" in python(*words, folder=tmp_path, path=installed)
+
+
 @pytest.fixture
 def archdsl(installed: str, tmp_path: Path) -> Archdsl:
     return lambda *words: python("-m", "archdsl", *words, folder=tmp_path, path=installed)

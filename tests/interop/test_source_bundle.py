@@ -17,10 +17,11 @@ from hypothesis import given, settings
 
 from archdsl.interop.hf_export import code, plain
 from archdsl.interop.source_bundle import BundleError, bundle
-from archdsl.lang.registry import families
+from archdsl.lang.registry import families, load_plugin
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import build
 from archdsl.model.language_model import LanguageModel
+from tests.plugins import PLUGIN, registry_of_its_own
 from tests.strategies import specs
 
 KINDS = [kind for family in families().values() for kind in family.values()]
@@ -130,6 +131,47 @@ def test_a_package_that_others_may_lack_is_refused(tmp_path: Path) -> None:
     text = "import numpy as np\n\n\nclass Sums:\n    def sum(self, x):\n        return np.sum(x)\n"
     with pytest.raises(BundleError, match=r"Sums of archdsl\.numeric needs numpy; an exported"):
         bundle([source(tmp_path, "numeric", text).Sums], "")
+
+
+def test_a_package_that_only_a_method_imports_is_refused_too(tmp_path: Path) -> None:
+    text = "class Late:\n    def sum(self, x):\n        import numpy\n        return numpy.sum(x)\n"
+    with pytest.raises(BundleError, match=r"Late of archdsl\.late needs numpy; an exported"):
+        bundle([source(tmp_path, "late", text).Late], "")
+
+
+def test_a_module_that_is_imported_whole_is_refused(tmp_path: Path) -> None:
+    text = "from archdsl.nn import rope\n\n\nclass Whole:\n    table = rope.inverse_frequencies\n"
+    says = r"Whole of archdsl\.whole needs archdsl\.nn\.rope; import what is used of it by name"
+    with pytest.raises(BundleError, match=says):
+        bundle([source(tmp_path, "whole", text).Whole], "")
+
+
+def test_relative_imports_of_a_plugin_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "relative"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        PLUGIN.format(kind="relative")
+        + "\n    def build(self, dim):\n"
+        + "        from .module import Nothing\n        return Nothing()\n"
+    )
+    (package / "module.py").write_text(
+        "from archdsl.nn.block import Block\nfrom .other import same\n\n\n"
+        "class Nothing(Block):\n    def forward(self, x_BTD, ctx):\n        return same(x_BTD)\n"
+    )
+    (package / "other.py").write_text("def same(x):\n    return x\n")
+    with registry_of_its_own(monkeypatch):
+        monkeypatch.syspath_prepend(str(tmp_path))
+        load_plugin("relative")
+        kind = families()["block"]["relative"]
+        assert "class Nothing" not in code(), "who has no such block gets none of its source"
+        text = code("relative")
+        node = module_of(text, "relative_alone").Node.part("block", {"kind": "relative"})
+        x_BTD = torch.randn(1, 2, 3)
+        assert node.build(3)(x_BTD, None) is x_BTD
+        assert "blocks are also those of relative" in text
+        assert kind.__module__ == "relative"
 
 
 def test_plain_data_must_be_a_whole_spec(alone: ModuleType) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import archdsl
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.language_model import DialError, LanguageModel
-from archdsl.nn.cache import Cache, ContextFullError, Kept, Stream
+from archdsl.nn.cache import Cache, ContextFullError, Kept, Memory, Stream
 from tests import naive
 
 V, T = 11, 16
@@ -154,3 +154,31 @@ def test_new_entries_replace_the_oldest_when_the_window_is_full() -> None:
         assert [v for v, o in zip(row, order_S, strict=True) if o >= 0] == [
             o + 1 for o in order_S if o >= 0
         ]
+
+
+def state_after(length_B: Tensor | None, chunk: int = 2) -> Tensor:
+    """What a state holds after chunks of a stream in which the state after token t is t + 1."""
+    memory, past = Memory(), torch.zeros(3, dtype=torch.long)
+    for start in range(0, 6, chunk):
+        after_BT = torch.arange(start, start + chunk).expand(3, -1).unsqueeze(-1) + 1.0
+        state = memory.state("sum", after_BT, 1)
+        length = None if length_B is None else (length_B - start).clamp(0, chunk)
+        state.write(after_BT, Stream(past, length))
+    return state.data[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+def test_a_state_is_that_after_the_last_real_token_of_each_row(chunk: int) -> None:
+    assert state_after(None, chunk).tolist() == [6, 6, 6]
+    assert state_after(torch.tensor([0, 1, 5]), chunk).tolist() == [0, 1, 5]
+
+
+def test_a_state_moves_with_its_row_and_is_counted() -> None:
+    cache = Cache(8)
+    x_BTD = torch.arange(3.0).view(3, 1, 1)
+    state = cache.memory(("block", ())).state("last", x_BTD, 1)
+    state.write(x_BTD, Stream())
+    assert cache.nbytes == 3 * 4
+    cache.reorder(torch.tensor([2, 0, 0, 1]))
+    assert state.data[:, 0].tolist() == [2, 0, 0, 1]
+    assert cache.nbytes == 4 * 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from archdsl.reports.training_memory import (
     shortage,
     training_memory,
 )
+from archdsl.testing import saved_tensors
 from archdsl.training.config import TrainConfig
 from benchmarks.memory import allocated, measured
 from tests.strategies import specs
@@ -54,37 +54,10 @@ def test_memory_allocated_before_a_call_is_not_measured() -> None:
 # What a pass keeps
 
 
-class Saved:
-    """An object that lives as long as autograd keeps the tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def saved_bytes(spec: ModelSpec, batch_size: int, checkpointed: bool = False) -> int:
     """The bytes of distinct tensors that autograd saves, without parameters and scalars."""
-    model = archdsl.build(spec).train()
-    model.checkpoint_activations = checkpointed
-    alive: WeakSet[Saved] = WeakSet()
-
-    def pack(tensor: Tensor) -> Saved:
-        saved = Saved(tensor)
-        alive.add(saved)
-        return saved
-
-    inputs: list[Tensor] = []
-    if checkpointed:
-        for layer in model.layers:
-            layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    tokens_BT = torch.randint(spec.vocab_size, (batch_size, spec.context))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        logits_BTV = model(tokens_BT)
-    tensors = [saved.tensor for saved in alive if saved.tensor.dim()] + inputs
-    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    for weight in model.parameters():
-        memory.pop(weight.untyped_storage().data_ptr(), None)
-    del logits_BTV
-    return sum(memory.values())
+    saved = saved_tensors(spec, batch_size, checkpointed)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved)
 
 
 @settings(max_examples=60)
