@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
-from torch import Tensor, nn
+from torch import nn
 
 import archdsl
 from archdsl.blocks.attention import QUERIES
