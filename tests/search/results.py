@@ -67,16 +67,16 @@ def made_up_report(
     trials: int = 30, seeds: int = 3, seed: int = 0, axes: tuple[str, ...] = (LOSS, FLOPS)
 ) -> SearchReport:
     rng = random.Random(seed)
-    drawn = [_trial(number, axes, rng) for number in range(trials)]
-    done = [one for one in drawn if one.value is not None]
+    made = [_trial(number, axes, rng) for number in range(trials)]
+    done = [one for one in made if one.value is not None]
     best = min(done, key=lambda one: one.value or 0.0)
-    outcomes = [one.outcome for one in drawn]
+    outcomes = [one.outcome for one in made]
     correlation = Correlation(0.71, 0.42, 0.93, min(8, len(done)))
     points = [(one.number, one.value or 0.0) for one in done[:8]]
     return SearchReport(
         folder=Path("runs/small"),
         settings=Settings(parse(SPACE, "small.yaml"), Budget(params=162_000_000), PROXY, axes),
-        trials=drawn,
+        trials=made,
         outcomes={name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
         entries=_entries(best, seeds, rng),
         proxy_validation=ProxyValidation(
@@ -108,7 +108,7 @@ def _spent() -> dict[str, Spent]:
     }
 
 
-def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
+def _point(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
     picked: dict[str, Any] = {}
 
     def pick(name: str, distribution: Distribution) -> Any:
@@ -126,12 +126,14 @@ def _draw(rng: random.Random) -> tuple[dict[str, Any], ModelSpec]:
 
 
 def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Trial:
-    choices, spec = _draw(rng)
+    choices, spec = _point(rng)
     flops = cost(spec).expected
     outcome = rng.choice(["complete", "complete", "pruned", "pruned", "diverged", "failed"])
-    climbed = {"complete": 3, "pruned": rng.randint(1, 2), "diverged": 1, "failed": 0}[outcome]
+    rungs_reached = {"complete": 3, "pruned": rng.randint(1, 2), "diverged": 1, "failed": 0}[
+        outcome
+    ]
     quality = 2.2 + 0.9 / (flops / 1e8) ** 0.5 + rng.gauss(0, 0.02)
-    rungs = [_scores(spec, quality, rung, rng) for rung in range(climbed)]
+    rungs = [_scores(spec, quality, rung, rng) for rung in range(rungs_reached)]
     if outcome == "diverged":
         rungs = [{task: s.model_copy(update={"loss": None}) for task, s in rungs[0].items()}]
     loss = objective(rungs[-1], PROXY) if outcome == "complete" else None
@@ -183,7 +185,7 @@ def _entries(best: Trial, seeds: int, rng: random.Random) -> list[ComparisonEntr
     own = _entry("winner", "winner", best.spec, best.value or 0.0, seeds, rng)
     losses = [(best.value or 0.0) + 0.06 - 0.04 * i for i in range(len(BASELINES))]
     baselines = [
-        _entry(name, "baseline", _draw(rng)[1], loss, seeds, rng)
+        _entry(name, "baseline", _point(rng)[1], loss, seeds, rng)
         for name, loss in zip(BASELINES, losses, strict=True)
     ]
     ablation = _entry("without residual", "ablation", best.spec, losses[0] + 0.1, seeds, rng)

@@ -152,6 +152,22 @@ def test_a_rung_that_was_trained_before_a_crash_is_not_trained_again() -> None:
     assert [rung["skill"].loss for rung in found.rungs] == [2.0, 1.0]
 
 
+def test_a_decision_that_a_crash_prevented_is_made_by_the_next_process() -> None:
+    storage = InMemoryStorage()
+    first = scheduler(lambda n, rung: 2.0, trials=1, storage=storage)
+    trial = first.study.take(lambda number: True)
+    assert trial is not None
+    for loss in (2.0, 1.5):  # all rungs, and then it crashes
+        first.study.record_rung(trial, {"skill": score(loss)}, (loss,))
+    first.study.release(trial)
+    again = JobFailed("error", "it was trained again")
+    second = scheduler(lambda n, rung: again, trials=1, storage=storage)
+    second.run(InProcess())
+    assert Counted.trainings == 0
+    (found,) = second.study.finished()
+    assert (found.outcome, found.value) == ("complete", 1.5)
+
+
 class _Interrupted(InProcess):
     def submit(self, work: Work[Any]) -> Future[Any]:
         if Counted.trainings:

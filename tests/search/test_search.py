@@ -178,7 +178,7 @@ def test_a_mistake_in_the_space_leaves_nothing_behind(space: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_choices_that_do_not_go_together_are_drawn_past(space: Path, tmp_path: Path) -> None:
+def test_choices_that_do_not_go_together_are_passed_over(space: Path, tmp_path: Path) -> None:
     choice = "kv: {search: {choices: [own, shared], default: own}}"
     rest = "full_steps: {search: {choices: [0, 1], default: 1}}"
     router = "residual: {kind: thinking}"

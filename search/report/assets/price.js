@@ -51,10 +51,10 @@ function showValidation() {
     ]);
   if (shared)
     shown.push([
-      "Weights of the super-nets and separate training",
-      `${tauText(shared.correlation)}; training the super-nets took ${flops(shared.shared_flops)} FLOPs for ${shared.settings} models, training these ${shared.points.length} models separately took ${flops(shared.alone_flops)}`,
+      "Weights of the supernets and separate training",
+      `${tauText(shared.correlation)}; training the supernets took ${flops(shared.shared_flops)} FLOPs for ${shared.settings} models, training these ${shared.points.length} models separately took ${flops(shared.alone_flops)}`,
       shared.points.map((p) => [p.trial, p.shared, p.alone]).filter(pairKnown),
-      "loss with the weights of a super-net",
+      "loss with the weights of a supernet",
       "loss when trained separately",
     ]);
   if (!shown.length) return absent("validation", "Not measured: no trial was trained on more than one rung.");

@@ -1,4 +1,4 @@
-"""How far a proxy can be trusted: which models are trained again, and what is said of them."""
+"""Validation of a proxy: which models are trained again, and what is said of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(number: int) -> ModelSpec:
 
 
 def finished(number: int, first: float, last: float | None, like: int | None = None) -> Trial:
-    """A draw with these losses on its rungs; pruned without a last one."""
+    """A trial with these losses on its rungs; pruned without a last one."""
     losses = [first] if last is None else [first, last]
     return Trial(
         number=number,
@@ -76,7 +76,7 @@ def test_the_best_and_a_spread_to_the_worst_are_trained_again(order: list[int], 
         assert max(gaps) - min(gaps) <= 1
 
 
-def test_a_model_that_was_drawn_twice_counts_once() -> None:
+def test_a_model_of_two_trials_counts_once() -> None:
     trials = [*ranked([1.0, 2.0, 3.0]), finished(3, 1.0, 1.0, like=0), finished(4, 9.0, None)]
     assert [trial.number for trial in validation_trials(trials)] == [0, 1, 2]
     assert between_rungs(trials, PROXY).pairs == 3

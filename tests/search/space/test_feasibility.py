@@ -183,3 +183,11 @@ def test_the_shipped_space_is_answered_for_at_once() -> None:
     assert try_point(
         tree, point_from(tree, lambda _, distribution: distribution.default), Budget()
     ).spec == load("search")
+
+
+def test_a_model_that_no_sample_meets_is_found_step_by_step() -> None:
+    """Of 493 values of one choice only the least fits."""
+    fine = SPACE.replace("{choices: [8, 12, 90], default: 90}", "{low: 8, high: 500, default: 90}")
+    budget = Budget.model_validate(corner())
+    found = require_feasible(many(fine), budget)
+    assert largest_excess(found, budget) == 0

@@ -87,3 +87,14 @@ def test_a_plain_model_costs_what_its_receipt_says() -> None:
         receipt.params,
         receipt.kv_bytes_per_token,
     )
+
+
+def test_the_copies_of_a_stack_take_the_mean_of_their_shares() -> None:
+    small = load("itt").resized(Sizes(dim=32, context=T, vocab_size=64, head_size=16, repeat=2))
+    shares = measured(small)
+    by_copy = sorted({name.rpartition(".")[0] for name in shares})
+    assert len(by_copy) == 2
+    given = {name: 0.2 if name.startswith(f"{by_copy[0]}.") else 0.6 for name in shares}
+    mean = executed(small, small, dict.fromkeys(shares, 0.4))
+    assert cost(executed(small, small, given)).expected == pytest.approx(cost(mean).expected)
+    assert cost(mean).expected > cost(executed(small, small, dict.fromkeys(shares, 0.2))).expected

@@ -36,7 +36,7 @@ def workers(tmp_path: Path) -> Iterator[tuple[Study, Study]]:
     with ExitStack() as stack:
 
         def worker() -> Study:
-            storage = database(f"sqlite:///{tmp_path / 'db'}", heartbeat=1)
+            storage = database(f"sqlite:///{tmp_path / 'db'}", heartbeat=2)
             study = Study(storage, "study", sampler, ("loss",), window=4)
             stack.callback(study.heartbeat.stop.set)
             return study
@@ -49,7 +49,7 @@ def test_the_trial_of_a_silent_worker_is_taken_by_another(workers: tuple[Study, 
     taken = silent.take(lambda number: number < 1)
     silent.heartbeat.stop.set()  # before its first interval is over
     assert taken is not None
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while (again := living.take(lambda number: number < 1)) is None:
         assert time.monotonic() < deadline, "the stale trial was never failed"
         time.sleep(0.1)
@@ -60,7 +60,7 @@ def test_a_worker_with_heartbeats_keeps_its_trial(workers: tuple[Study, Study]) 
     slow, other = workers
     taken = slow.take(lambda number: number < 1)
     assert taken is not None
-    deadline = time.monotonic() + 4.5  # four intervals
+    deadline = time.monotonic() + 6  # three intervals; it would be stale after two
     while time.monotonic() < deadline:
         assert other.take(lambda number: number < 1) is None
         time.sleep(0.3)
