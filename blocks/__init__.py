@@ -1,6 +1,7 @@
-"""The primitives: what each is as data, and what it costs; importing this registers every kind.
+"""The kinds of blocks, routers, residuals and encodings: their fields and what they cost.
 
-Each is computed by the file of the same name in ``modules``, which alone needs torch.
+Importing this package registers every kind. The file of the same name in ``modules`` computes each;
+only those files need torch.
 """
 
 import importlib

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from archdsl.blocks.modules.attention import Attention
 
 
-QUERIES = 256  # at a time where a mask is needed; fewer make smaller matrix products
-MOST = 0.8  # of the tokens: so many queries cost less among all, in causal order, than under a mask
+QUERIES = 256  # computed at a time where a mask is needed; fewer make smaller matrix products
+# a larger share of queries costs less among all tokens, in causal order, than under a mask
+MOST = 0.8
 
 
 class AttentionSpec(BlockSpec):
@@ -53,9 +54,11 @@ class AttentionSpec(BlockSpec):
     ] = Field(None, description="slower rotary angles for a longer context; default: none")
 
     def head_count(self, dim: int) -> int:
+        """The number of query heads in a model of width ``dim``."""
         return self.heads or dim // self.head_size
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """Head sizes that do not divide the width, and a rope_scaling without rotary positions."""
         if self.heads is None and dim % self.head_size:
             yield ("head_size",), f"must divide dim {dim}, got {self.head_size}"
         elif self.head_count(dim) % self.queries_per_kv:
@@ -67,9 +70,11 @@ class AttentionSpec(BlockSpec):
             yield ("rope_scaling",), "needs a rope_theta: null means that nothing is rotated"
 
     def canonical(self, dim: int) -> AttentionSpec:
+        """The same attention with its number of heads written out."""
         return self.model_copy(update={"heads": self.head_count(dim)})
 
     def resized(self, old: Sizes, new: Sizes) -> AttentionSpec:
+        """Heads and a window that take the same shares of the width and of the context."""
         heads = max(
             1, round(self.head_count(old.dim) * self.head_size / old.dim * new.dim / new.head_size)
         )
@@ -85,11 +90,13 @@ class AttentionSpec(BlockSpec):
         )
 
     def build(self, dim: int) -> Attention:
+        """The torch module for width ``dim``."""
         from archdsl.blocks.modules.attention import Attention
 
         return Attention(self, dim)
 
     def cost(self, bill: Bill) -> None:
+        """Four projections, the scores and weighted values of all heads, and the KV cache."""
         heads, E, D = self.head_count(bill.dim), self.head_size, bill.dim
         q, kv = heads * E, heads // self.queries_per_kv * E
         bill.matrices += 2 * D * q
@@ -101,7 +108,7 @@ class AttentionSpec(BlockSpec):
         bill.kv += 2 * kv * bill.kept(self.window)
 
     def footprint(self, rows: Rows) -> Footprint:
-        """Kept: queries, keys and values as they are multiplied, the result, a sum per query."""
+        """Saved: queries, keys and values as they are multiplied, the result, a sum per query."""
         heads, E = self.head_count(rows.dim), self.head_size
         q, kv = rows.floats(heads * E), rows.floats(heads // self.queries_per_kv * E)
         among_all = rows.among_keys and self.window is None and rows.tokens > MOST * rows.keys
@@ -111,26 +118,26 @@ class AttentionSpec(BlockSpec):
         kept = made + asks.floats(heads * E) + asks.floats(heads)
         if in_parts:
             kept += self._masks(rows)
-        if among_all:  # where the queries stand
+        if among_all:  # the places of the queries
             kept += rows.indices
-        if self.qk_norm:  # what is normalised, before and after its scale, and the scale
+        if self.qk_norm:  # the inputs of the norms, the scaled inputs, and the scales
             normed = q + kv if rows.projects else q
             kept += 2 * normed + normed // E
         scattered = self.qk_norm and rows.tokens > 1
         if scattered or among_all or (in_parts and rows.tokens > QUERIES):
-            kept += q  # heads are put side by side again in a copy
+            kept += q  # a copy puts the heads side by side again
         angles: frozenset[Angles] = frozenset()
         if self.rope_theta is not None:
             angles = frozenset([(self.rope_theta, self.rope_scaling, E)])
         return Footprint(kept, work=rows.stream + q + made, angles=angles)
 
     def _masks(self, rows: Rows) -> int:
-        """Of some queries at a time, with the keys that they may see."""
+        """Bytes of the masks, for some queries at a time and the keys that they may see."""
         own, total = not rows.among_keys, 0
         for start in range(0, rows.tokens, QUERIES):
             stop = min(start + QUERIES, rows.tokens)
             back = (self.window or rows.keys) - 1
-            # of selected queries it depends on the choice which keys come before them
+            # for selected queries, the number of keys before them depends on the choice
             seen = stop - max(0, start - back) if own else -(-rows.keys * stop // rows.tokens)
             total += FLOAT * (stop - start) * seen
         return total * (rows.batch if rows.selected else 1)

@@ -1,4 +1,4 @@
-"""The compute dial: which passes a loop runs, and how many tokens take them."""
+"""The compute dial: which passes a loop runs, and the share of tokens that takes each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ Capacity = Sequence[float] | float | None
 def plan(
     spec: LoopSpec, rows: list[int | None], label: str, capacity: Capacity, steps: int | None
 ) -> list[Pass]:
-    """The passes of a loop whose trained step ``i`` has row ``rows[i]`` of the router's weights."""
+    """The passes of a loop at a setting of the compute dial; None: as trained.
+
+    ``rows``: for each trained step the row of the router's weights; None: it takes every token.
+    ``label``: the name of the loop. Raises DialError if the loop cannot be run so.
+    """
     count = spec.steps if steps is None else steps
     if count < 1:
         raise DialError(f"{label}: needs at least one step, got {count}")
@@ -38,7 +42,7 @@ def plan(
 
 
 def _shares(spec: LoopSpec, rows: list[int | None], label: str, capacity: Capacity) -> list[float]:
-    """Of all tokens, those that each pass may take."""
+    """The share of all tokens that each pass may take."""
     further = max(0, len(rows) - spec.full_steps)
     full = [1.0] * (len(rows) - further)
     if spec.router is None or not further:

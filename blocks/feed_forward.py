@@ -1,4 +1,4 @@
-"""Feed-forward: what a token does by itself. SwiGLU (Shazeer 2002.05202) or GELU.
+"""Feed-forward: what each token computes by itself. SwiGLU (Shazeer 2002.05202) or GELU.
 
 As a block it is bare: `layer` adds norm and residual.
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from archdsl.blocks.modules.feed_forward import FeedForward
 
 
-MULTIPLE = 32  # a hidden size from a ratio is rounded up to this, for the kernels' sake
+MULTIPLE = 32  # a hidden size from a ratio is rounded up to a multiple, which kernels run faster
 
 
 class FeedForwardSpec(BlockSpec):
@@ -37,33 +37,39 @@ class FeedForwardSpec(BlockSpec):
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="swiglu has a gate matrix")
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """A hidden size and a ratio at once."""
         if self.hidden is not None and self.ratio is not None:
             yield ("ratio",), "say either hidden or ratio, not both"
 
     def hidden_size(self, dim: int) -> int:
+        """The hidden size in a model of width ``dim``."""
         if self.hidden:
             return self.hidden
         share = (self.ratio or 8 / 3) * dim / MULTIPLE
         return max(1, math.ceil(share - 1e-9)) * MULTIPLE  # 1.1 * 1600 is a bit more than 1760
 
     def canonical(self, dim: int) -> FeedForwardSpec:
+        """The same block with its hidden size written out."""
         return self.model_copy(update={"hidden": self.hidden_size(dim), "ratio": None})
 
     def resized(self, old: Sizes, new: Sizes) -> FeedForwardSpec:
+        """The same ratio of the hidden size to the width."""
         hidden = max(1, round(self.hidden_size(old.dim) * new.dim / old.dim))
         return self.model_copy(update={"hidden": hidden, "ratio": None})
 
     def build(self, dim: int) -> FeedForward:
+        """The torch module for width ``dim``."""
         from archdsl.blocks.modules.feed_forward import FeedForward
 
         return FeedForward(self, dim)
 
     def cost(self, bill: Bill) -> None:
+        """Three matrices with swiglu, else two."""
         matrices = 3 if self.activation == "swiglu" else 2
         bill.matrices += matrices * bill.dim * self.hidden_size(bill.dim)
 
     def footprint(self, rows: Rows) -> Footprint:
-        """Kept: gate, silu of it, up and their product; or up and gelu of it."""
+        """Saved: gate, silu of it, up and their product; or up and gelu of it."""
         hidden = rows.floats(self.hidden_size(rows.dim))
         gated = self.activation == "swiglu"
         return Footprint(

@@ -40,11 +40,13 @@ class LayerSpec(BlockSpec):
     norm_eps: float = Field(EPS, gt=0, lt=1, description="added to the variance in both norms")
 
     def build(self, dim: int) -> Layer:
+        """The torch module for width ``dim``."""
         from archdsl.blocks.modules.layer import Layer
 
         return Layer(self, dim)
 
     def cost(self, bill: Bill) -> None:
+        """Two norms and the two blocks."""
         norm = norm_size(self.norm, bill.dim)
         bill.part("attention_norm").vectors += norm
         self.attention.cost(bill.part("attention"))
@@ -52,6 +54,7 @@ class LayerSpec(BlockSpec):
         self.ffn.cost(bill.part("ffn"))
 
     def footprint(self, rows: Rows) -> Footprint:
+        """The norms and blocks one after the other."""
         norm = norm_footprint(self.norm, rows)
         parts = [norm, self.attention.footprint(rows), norm, self.ffn.footprint(rows)]
         return in_a_row(rows.stream, parts)

@@ -1,14 +1,15 @@
-"""Loop: a body applied several times, by default with the same weights: thinking steps.
+"""Loop: a body that is applied several times, by default with the same weights.
 
 Inner Thinking Transformer (Chen et al. 2502.13842), with R, f and phi as there:
 
     Y(0) = f(X) * phi(0)                            the first step takes all tokens
     Y(t) = join(Y(t-1), w(t) * f(Y(t-1)), phi(t))   further steps take those the router selects
 
-The slots make it other models: no router and `overwrite` is a plain loop; no full step, one routed
-one and `delta` is Mixture-of-Depths (Raposo et al. 2404.02258); a nested router over a stack is
-Mixture-of-Recursions (Bae et al. 2507.10524); an input injection is Huginn's (Geiping et al.
-2502.05171); `add` encodings make a Universal Transformer (Dehghani et al. 1807.03819).
+Other values in the slots give other models: no router and `overwrite` is a plain loop; no full
+step, one routed step and `delta` is Mixture-of-Depths (Raposo et al. 2404.02258); a nested router
+over a stack is Mixture-of-Recursions (Bae et al. 2507.10524); an input injection is Huginn's
+(Geiping et al. 2502.05171); `add` encodings make a Universal Transformer (Dehghani et al.
+1807.03819).
 
 Shapes: B batch, T tokens, K selected tokens, D width.
 """
@@ -80,18 +81,21 @@ class LoopSpec(BlockSpec):
 
     @property
     def nodes(self) -> int:
+        """The loop itself, and its body once for each pass."""
         return 1 + self.body.nodes * self.steps
 
     def unrolled(self) -> tuple[BlockSpec, ...]:
+        """Itself; the blocks of its body where it is built as its body."""
         return self.body.unrolled() if self.is_body else (self,)
 
     @property
     def is_body(self) -> bool:
-        """One pass of every token: nothing to choose, to join or to tell apart."""
+        """Whether it is one pass over every token, which is the body itself."""
         return self.steps == 1 and not self.shares
 
     @property
     def built_in_place(self) -> str | None:
+        """The body, where the loop is one pass over every token."""
         return "body" if self.is_body else None
 
     def with_passes(self, shares: Sequence[float]) -> LoopSpec:
@@ -106,7 +110,7 @@ class LoopSpec(BlockSpec):
         return self.model_copy(update={"steps": len(shares), "router": router})
 
     def rows(self) -> list[int | None]:
-        """For each pass, which step of the router selects its tokens; None: every token."""
+        """For each pass the step of the router that selects its tokens; None: every token."""
         routed = [None if t < self.full_steps else t - self.full_steps for t in range(self.steps)]
         if self.router is None:
             return [None] * self.steps
@@ -115,7 +119,7 @@ class LoopSpec(BlockSpec):
 
     @property
     def shares(self) -> list[float]:
-        """Of the tokens, what each pass runs on that a router selects them for."""
+        """The share of tokens of each pass that a router selects tokens for."""
         router, further = self.router, self.steps - self.full_steps
         if router is None or further < 1:
             return []
@@ -124,6 +128,7 @@ class LoopSpec(BlockSpec):
         return [share for share in shares if share != 1] if 1 in shares else shares
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """Lists of values that are too short for the passes, and what ``kv: shared`` excludes."""
         if self.router is not None:
             further = max(0, self.steps - self.full_steps)
             for name in ("capacity", "alpha"):
@@ -148,6 +153,7 @@ class LoopSpec(BlockSpec):
             yield ("kv",), "shared is not defined for a loop inside the body: kv: own"
 
     def canonical(self, dim: int) -> BlockSpec:
+        """Its body where it is one; else the loop without settings that have no effect."""
         loop = super().canonical(dim)
         assert isinstance(loop, LoopSpec)
         if loop.is_body:
@@ -171,20 +177,22 @@ class LoopSpec(BlockSpec):
 
     @property
     def is_gated(self) -> bool:
-        """Whether a pass weighs its results, token by token or by a constant."""
+        """Whether a pass multiplies its results by a weight of each token or by a constant."""
         if self.router is None or not self.shares:
             return False
         return self.router.learned or set(self.router.alpha) != {1.0}
 
     def build(self, dim: int) -> Block:
+        """The torch module for width ``dim``: a loop, or its body (see `built_in_place`)."""
         from archdsl.blocks.modules.loop import BodyLoop
 
         return self.body.build(dim) if self.is_body else BodyLoop(self, dim)
 
     def cost(self, bill: Bill) -> None:
+        """The body for each pass, at the capacities; the router, the encoding and the injection."""
         steps, shares, router, encoding = self.steps, self.shares, self.router, self.encoding
         full = steps - len(shares)
-        if steps == full == 1:  # is its body
+        if steps == full == 1:  # it is its body
             self.body.cost(bill)
             return
         runs = self._passes(bill.runs, full, shares)
@@ -192,7 +200,7 @@ class LoopSpec(BlockSpec):
         weights = steps if self.parameters == "per_step" else 1
         self.body.cost(bill.run("body", runs, makers, weights=weights))
         if router is not None and shares:
-            # a step that the dial skips asks no router
+            # a step that the compute dial skips uses no router
             router.cost(bill.part("router"), len(shares) - shares.count(0))
         if encoding is not None:
             encoding.cost(bill.part("encoding"), steps)
@@ -202,7 +210,7 @@ class LoopSpec(BlockSpec):
             bill.run("injection", further, further).matrices += 2 * bill.dim * bill.dim
 
     def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
-        """Of the body in runs of the loop: ``full`` of all tokens, one of each share of them."""
+        """The runs of the body: ``full`` on all tokens, and one on each of ``shares``."""
         lengths, pairs = whole.lengths * full, whole.pairs * full
         shared = self.kv == "shared"
         for tokens in whole.lengths:
@@ -213,6 +221,7 @@ class LoopSpec(BlockSpec):
         return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)))
 
     def footprint(self, rows: Rows) -> Footprint:
+        """Its passes one after the other."""
         if self.is_body:
             return self.body.footprint(rows)
         passes = [
@@ -222,17 +231,17 @@ class LoopSpec(BlockSpec):
         return in_a_row(rows.stream, passes)
 
     def _full_pass(self, rows: Rows, step: int) -> Footprint:
-        """Kept besides: the result, where it is multiplied."""
+        """Saved besides the body: the result, where it is multiplied."""
         at = rows._replace(projects=False) if self.kv == "shared" and step else rows
         body, made = self._body_pass(at, step, taken=False)
         kept = body.kept + at.stream * self._scales
-        # the gradient of what a pass is added to waits for the body's
+        # the gradient of the stream that a pass is added to waits for that of the body
         waits = step > 0 and not isinstance(self.residual, OverwriteSpec)
         work = body.work + at.stream * waits
         return Footprint(kept, body.reads and not made, work, body.angles)
 
     def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
-        """Kept besides: places to take from and put to, and what is multiplied."""
+        """Saved besides the body: the places of the tokens, and what is multiplied."""
         assert self.router is not None
         padded = self.router.fills or rows.padded
         shared = self.kv == "shared" and step > 0
@@ -241,13 +250,13 @@ class LoopSpec(BlockSpec):
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)
         kept += at.stream * (self.router.learned + self._scales)
-        takes = 1 + padded + (self.injection is not None and step > 0)  # also the rest, the start
+        takes = 1 + padded + (self.injection is not None and step > 0)
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
         rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
         return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
 
     def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
-        """The body, on what is made for it, which is then among the kept, or on the stream."""
+        """The body on its input, and whether that input is a new tensor, which is saved then."""
         body, injects = self.body.footprint(at), self.injection if step else None
         made = taken or injects is not None or (self.encoding is not None and not self._scales)
         both = 2 * at.stream if injects == "linear" else 0
@@ -280,6 +289,6 @@ def with_loops(spec: ModelSpec, change: Callable[[int, LoopSpec], Part]) -> Mode
 
 
 def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:
-    """A per-step value without what no pass uses, as one number if it never changes."""
+    """The values that the passes use; one number if all are equal."""
     values = values[:used]
     return values[:1] if len(set(values)) == 1 else values

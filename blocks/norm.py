@@ -1,4 +1,4 @@
-"""Norms: RMSNorm (Zhang & Sennrich 1910.07467), LayerNorm (Ba et al. 1607.06450).
+"""Norm as a block: RMSNorm (Zhang & Sennrich 1910.07467), LayerNorm (Ba et al. 1607.06450).
 
 Shapes: B batch, T tokens, D width.
 """
@@ -33,24 +33,30 @@ class NormSpec(BlockSpec):
     eps: float = Field(EPS, gt=0, lt=1, description="added to the variance, against tiny inputs")
 
     def build(self, dim: int) -> Norm:
+        """The torch module for width ``dim``."""
         from archdsl.blocks.modules.norm import Norm
 
         return Norm(self, dim)
 
     def cost(self, bill: Bill) -> None:
+        """The gain, and with ``layer`` the bias."""
         bill.vectors += norm_size(self.type, bill.dim)
 
     def footprint(self, rows: Rows) -> Footprint:
+        """See `norm_footprint`."""
         return norm_footprint(self.type, rows)
 
 
 def norm_size(type: NormType, dim: int) -> int:
-    """Parameters."""
+    """The number of parameters of a norm."""
     return dim if type == "rms" else 2 * dim
 
 
 def norm_footprint(type: NormType, rows: Rows) -> Footprint:
-    """Reads its input. rms: the scaled input and its scale; layer: mean and scale."""
+    """The memory of a norm.
+
+    Saved: the input; with rms also the scaled input and its scale; with layer the mean and scale.
+    """
     if type == "rms":
         return Footprint(rows.stream + rows.floats(), work=3 * rows.stream)
     return Footprint(2 * rows.floats(), work=2 * rows.stream)

@@ -1,4 +1,4 @@
-"""Residual thinking: how a step's result joins what the steps before it left.
+"""Residuals: how the result of a step is combined with the stream before it.
 
 Chen et al. 2502.13842. ``scale`` below is the step encoding of the result, ``phi`` in the paper.
 
@@ -6,8 +6,8 @@ Chen et al. 2502.13842. ``scale`` below is the step encoding of the result, ``ph
     overwrite  Y(t) = phi(t) * gate * f(Y(t-1))                           a plain loop
     delta      Y(t) = Y(t-1) + phi(t) * gate * (f(Y(t-1)) - Y(t-1))       only what the step changed
 
-Unselected tokens keep Y(t-1); under ``thinking`` the formula taken literally adds it once more,
-``Y(t-1) + phi(t) * Y(t-1)``, while the paper's figure reads as if they bypassed the step.
+Tokens that are not selected keep Y(t-1). Under ``thinking``, the formula of the paper taken
+literally adds it once more, ``Y(t-1) + phi(t) * Y(t-1)``, but in its figure they bypass the step.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ if TYPE_CHECKING:
 
 
 class ResidualSpec(Part):
-    """Joins a step's result to the stream; holds no weights."""
+    """Combines the result of a step with the stream. It has no weights."""
 
     family: ClassVar[str] = "residual"
     first_phi: ClassVar[float] = 1.0
     further_phi: ClassVar[float] = 1.0  # where a multiplicative encoding starts
 
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
-        """The new value of tokens that took the step: was ``x``, the body said ``y``."""
+        """The new value of tokens that took the step.
+
+        ``x``: the value before. ``y``: the result of the body. ``gate``: the weight of each token;
+        None: 1. ``scale``: multiplies by the step encoding.
+        """
         raise NotImplementedError
 
     def rest(self, x: Tensor, scale: Scale) -> Tensor:
-        """The new value of tokens that did not."""
+        """The new value of tokens that did not take the step."""
         return x
 
 
@@ -53,9 +57,11 @@ class ThinkingSpec(ResidualSpec):
     )
 
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
+        """x + scale(gate * y)."""
         return x + scale(gated(y, gate))
 
     def rest(self, x: Tensor, scale: Scale) -> Tensor:
+        """x, or x + scale(x) with ``unselected: literal``."""
         return x if self.unselected == "bypass" else x + scale(x)
 
 
@@ -67,6 +73,7 @@ class OverwriteSpec(ResidualSpec):
     kind: Literal["overwrite"] = "overwrite"
 
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
+        """scale(gate * y)."""
         return scale(gated(y, gate))
 
 
@@ -78,8 +85,10 @@ class DeltaSpec(ResidualSpec):
     kind: Literal["delta"] = "delta"
 
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
+        """x + scale(gate * (y - x))."""
         return x + scale(gated(y - x, gate))
 
 
 def gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    """``y`` [B, K, D] times ``gate`` [B, K]; ``y`` itself without a gate."""
     return y if gate is None else gate.unsqueeze(-1) * y

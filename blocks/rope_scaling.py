@@ -23,6 +23,7 @@ class RopeScalingSpec(Part):
     family: ClassVar[str] = "rope_scaling"
 
     def slowed(self, freq_F: Tensor) -> Tensor:
+        """The frequencies [F] for the longer context, from those before it."""
         raise NotImplementedError
 
 
@@ -35,6 +36,7 @@ class LinearSpec(RopeScalingSpec):
     factor: float = Field(ge=1, le=2**20, description="how many times longer the context is")
 
     def slowed(self, freq_F: Tensor) -> Tensor:
+        """All frequencies divided by ``factor``."""
         return freq_F / self.factor
 
 
@@ -57,11 +59,13 @@ class Llama3Spec(RopeScalingSpec):
     original_context: Size = Field(ge=1, le=2**30, description="the context of the first training")
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """Factors that leave no room between low and high frequencies."""
         low, high = self.low_freq_factor, self.high_freq_factor
         if low >= high:
             yield ("high_freq_factor",), f"must be above low_freq_factor {low:g}, got {high:g}"
 
     def slowed(self, freq_F: Tensor) -> Tensor:
+        """Low frequencies divided by ``factor``, high ones unchanged, and a transition between."""
         turns_F = self.original_context / (2 * math.pi / freq_F)
         low, high = self.low_freq_factor, self.high_freq_factor
         kept_F = ((turns_F - low) / (high - low)).clamp(0, 1)

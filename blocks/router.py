@@ -4,13 +4,12 @@ Chen et al. 2502.13842, section 3.2: ``w = sigmoid(R(Y))`` with one linear route
 selected token's new value is weighted by ``alpha * w``, which is how the router learns.
 
     prefix  its score ranks in the top share of the scores up to it
-    random  a pseudo-random share of the positions: the control
+    random  a pseudo-random share of the positions, as a baseline
 
-and in threshold.py those that know what scores are like from training, the paper's among them.
+The file threshold.py has routers that keep statistics of their scores, such as the paper's.
 
-Causal choices keep within a running budget: of the tokens so far, never more than the share is
-selected. So the capacity is a hard bound at every prefix, on FLOPs and on the cache, and shapes are
-static in training.
+Causal choices keep within a running budget: of the tokens so far, never more than the capacity is
+selected. So the capacity bounds FLOPs and cache at every prefix, and shapes are static in training.
 
 Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width, R routed steps.
 """
@@ -35,7 +34,7 @@ Positive = Annotated[float, Field(gt=0, le=100)]
 
 
 class RouterSpec(Part):
-    """A choice of tokens for every step of a loop after the full ones."""
+    """Selects the tokens of every step of a loop after the full ones."""
 
     family: ClassVar[str] = "router"
     leaks: ClassVar[bool] = False  # whether a choice depends on later tokens, outside training
@@ -54,10 +53,12 @@ class RouterSpec(Part):
     )
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
+        """Nested capacities that rise."""
         if self.nested and list(self.capacity) != sorted(self.capacity, reverse=True):
             yield ("capacity",), f"must not rise when nested, got {list(self.capacity)}"
 
     def canonical(self, dim: int) -> RouterSpec | None:
+        """None where every token is selected, because that needs no router."""
         return None if all(share == 1 for share in self.capacity) else self
 
     def tokens(self, tokens: int, step: int) -> int:
@@ -65,7 +66,7 @@ class RouterSpec(Part):
         return share_of(at_step(self.capacity, step), tokens)
 
     def cost(self, bill: Bill, steps: int) -> None:
-        """``steps`` choices among all tokens of a run each."""
+        """Adds ``steps`` selections to the bill, each among all tokens of a run."""
         if self.learned:
             bill.matrices += steps * bill.dim
         if self.ranks:
@@ -73,17 +74,20 @@ class RouterSpec(Part):
             bill.kv += 2 * steps * sum(bill.runs.lengths)
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
-        """Of one choice. Kept: each weight; if it is learned, the scores and where they stand."""
+        """The memory of one selection. Saved: the gates; if learned, scores and their places."""
         if not self.learned:
             return Footprint(chosen.floats(), reads=False)
         places = rows.indices if self.fills else chosen.indices
         return Footprint(rows.floats() + places + 2 * chosen.floats())
 
     def build(self, dim: int, steps: list[int]) -> Router:
+        """The torch module, with weights for the routed ``steps`` of the loop."""
         raise NotImplementedError
 
 
 class LearnedSpec(RouterSpec):
+    """A router that scores tokens with a learned matrix."""
+
     gate: Literal["sigmoid", "tanh"] = Field("sigmoid", description="score -> weight")
 
 
@@ -96,6 +100,7 @@ class PrefixSpec(LearnedSpec):
     kind: Literal["prefix"] = "prefix"
 
     def build(self, dim: int, steps: list[int]) -> Prefix:
+        """The torch module, with weights for the routed ``steps``."""
         from archdsl.blocks.modules.router import Prefix
 
         return Prefix(self, dim, steps)
@@ -112,6 +117,7 @@ class RandomSpec(RouterSpec):
     seed: int = Field(0, ge=0, le=2**31, description="other seeds select other positions")
 
     def build(self, dim: int, steps: list[int]) -> Random:
+        """The torch module for the routed ``steps``; it has no weights."""
         from archdsl.blocks.modules.router import Random
 
         return Random(self, steps)
@@ -130,5 +136,5 @@ class AllSpec(RouterSpec):
 
 
 def share_of(capacity: float, tokens: int) -> int:
-    """``capacity`` of ``tokens``, rounded, at least one: grids yield 0.6000000000000001."""
+    """How many of ``tokens`` the share ``capacity`` is: rounded, at least one unless it is 0."""
     return int(capacity * tokens + 0.5) or 1 if capacity > 0 else 0

@@ -29,34 +29,42 @@ class StackSpec(BlockSpec):
 
     @property
     def nodes(self) -> int:
+        """The stack itself, and every copy of its blocks."""
         return 1 + self.repeat * sum(block.nodes for block in self.body)
 
     def unrolled(self) -> tuple[BlockSpec, ...]:
+        """The blocks of all copies."""
         return tuple(leaf for block in self.body for leaf in block.unrolled()) * self.repeat
 
     def canonical(self, dim: int) -> BlockSpec:
+        """One stack without repeats or stacks inside; the block itself where there is one."""
         stack = super().canonical(dim)
         assert isinstance(stack, StackSpec)
         blocks = stack.unrolled()
         return blocks[0] if len(blocks) == 1 else StackSpec(body=blocks)
 
     def resized(self, old: Sizes, new: Sizes) -> StackSpec:
+        """The same blocks at other sizes, with at most ``new.repeat`` copies."""
         stack = super().resized(old, new)
         assert isinstance(stack, StackSpec)
         return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
 
     def with_copies(self) -> StackSpec:
+        """All copies written out in one body."""
         body = tuple(cast(BlockSpec, block.with_copies()) for block in self.body)
         return StackSpec(body=body * self.repeat)
 
     def build(self, dim: int) -> Stack:
+        """The torch module for width ``dim``."""
         from archdsl.blocks.modules.stack import Stack
 
         return Stack([block.build(dim) for _ in range(self.repeat) for block in self.body])
 
     def cost(self, bill: Bill) -> None:
+        """Each block of the body, once for each copy."""
         for i, block in enumerate(self.body):
             block.cost(bill.copied(f"body.{i}", self.repeat))
 
     def footprint(self, rows: Rows) -> Footprint:
+        """The blocks of all copies one after the other."""
         return in_a_row(rows.stream, [block.footprint(rows) for block in self.body] * self.repeat)

@@ -1,4 +1,4 @@
-"""Step encoding: how the body can tell one thinking step from another.
+"""Step encodings: how the body can distinguish the steps of a loop.
 
     scale  the step's result times phi(t), learned, element-wise  (TSE, Chen et al. 2502.13842)
     add    the step's input plus e(t), learned                    (Dehghani et al. 1807.03819)
@@ -26,6 +26,7 @@ class EncodingSpec(Part):
     multiplies: ClassVar[bool] = False  # the result, which is then kept; else it adds to the input
 
     def cost(self, bill: Bill, steps: int) -> None:
+        """A vector for each of ``steps``."""
         bill.vectors += steps * bill.dim
 
     def build(self, dim: int, steps: int, further_phi: float) -> Encoding:
@@ -50,6 +51,7 @@ class ScaleSpec(EncodingSpec):
     )
 
     def build(self, dim: int, steps: int, further_phi: float) -> Scale:
+        """The torch module for ``steps`` passes of width ``dim``."""
         from archdsl.blocks.modules.step_encoding import Scale
 
         further = further_phi if self.init is None else self.init
@@ -65,6 +67,7 @@ class AddSpec(EncodingSpec):
     std: float = Field(0.02, ge=0, le=10, description="spread of e at the start")
 
     def build(self, dim: int, steps: int, further_phi: float) -> Add:
+        """The torch module for ``steps`` passes of width ``dim``."""
         from archdsl.blocks.modules.step_encoding import Add
 
         return Add(dim, steps, self.std)

@@ -1,12 +1,12 @@
-"""Routers that know from training what scores are like: each keeps the quantiles of its scores.
+"""Routers that keep the quantiles of their scores from training.
 
-    threshold  selects scores above what the wanted share of scores was above in training
-    top_k      the best of the whole sequence, as in the paper (Chen et al. 2502.13842). Sees the
-               future: a token's selection depends on later tokens. Decodes by threshold
+    threshold  selects scores above the threshold that the wanted share exceeded in training
+    top_k      the highest scores of the sequence, as in the paper (Chen et al. 2502.13842). A
+               selection depends on later tokens. Decodes by threshold
     predictor  trains as top_k; a second matrix learns to predict that choice from the token alone
-               (Raposo et al. 2404.02258, section 3.5), and makes it from then on
+               (Raposo et al. 2404.02258, section 3.5), which selects outside training
 
-As there are quantiles for every share, any capacity can be dialled after training.
+There are quantiles for every share, so any capacity can be set after training.
 
 Shapes: B batch, T tokens, K selected tokens, D width, R routed steps, Q quantiles.
 """
@@ -33,6 +33,7 @@ class ThresholdSpec(LearnedSpec):
     kind: Literal["threshold"] = "threshold"
 
     def build(self, dim: int, steps: list[int]) -> Threshold:
+        """The torch module, with weights for the routed ``steps``."""
         from archdsl.blocks.modules.threshold import Threshold
 
         return Threshold(self, dim, steps)
@@ -48,6 +49,7 @@ class TopKSpec(LearnedSpec):
     kind: Literal["top_k"] = "top_k"
 
     def build(self, dim: int, steps: list[int]) -> TopK:
+        """The torch module, with weights for the routed ``steps``."""
         from archdsl.blocks.modules.threshold import TopK
 
         return TopK(self, dim, steps)
@@ -65,14 +67,16 @@ class PredictorSpec(LearnedSpec):
     )
 
     def cost(self, bill: Bill, steps: int) -> None:
+        """A second matrix and a bias, for the predictions."""
         bill.matrices += 2 * steps * bill.dim
         bill.vectors += steps
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
-        """For its own loss besides: what it said, what is true, and of which tokens."""
+        """Saved besides, for its own loss: the predictions, the targets, and a mask."""
         return super().footprint(rows, chosen).plus(3 * rows.floats())
 
     def build(self, dim: int, steps: list[int]) -> Predictor:
+        """The torch module, with weights for the routed ``steps``."""
         from archdsl.blocks.modules.threshold import Predictor
 
         return Predictor(self, dim, steps)

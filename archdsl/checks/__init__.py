@@ -1,4 +1,4 @@
-"""Proofs about a model as it runs: no later token is seen, and decoding equals one parallel pass.
+"""Checks of a model as it runs: it sees no later token, and decoding equals one parallel pass.
 
-``check`` is the public function. A failure names the block and the step that it comes from.
+``check`` is the public function. A failure names the block and the step where it originates.
 """

@@ -1,8 +1,8 @@
-"""Whether a model keeps what a language model promises: no sight of later tokens, and the same
-outputs however its tokens arrive. Tried on it all and on each of its blocks alone.
+"""Checks that a model is causal, and that its outputs do not depend on how its tokens arrive.
 
-In float64, where what is equal differs by rounding alone. A spec is tried on random weights that
-no initial value hides behind, at reduced sizes if it is large; a trained model on its own weights.
+The whole model is checked, and each of its blocks alone. That is done in float64, where outputs
+that should be equal differ by rounding only. A spec is checked with random weights far from their
+initial values, and at smaller sizes if it is large. A trained model is checked with its weights.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Mark = Literal["PASS", "LEAK", "FAIL"]
 
 LARGEST = Sizes(dim=48, context=32, vocab_size=97, head_size=8, repeat=1)
 WORK = 2e8  # forward FLOPs of a pass over changed rows
-HEAVY = 4e9  # of one over one row; beyond, one draw of half the tokens is tried
-SHRINK = (1.0, 0.5, 0.25, 0.125)  # of random weights, until nothing overflows
+HEAVY = 4e9  # of a pass over one row; a heavier model is tried once, with half the tokens
+SHRINK = (1.0, 0.5, 0.25, 0.125)  # factors of random weights, tried until nothing overflows
 CAPACITY = 0.4  # that the dial is turned to
 DIALLED = "model, dialled"
 
@@ -51,7 +51,11 @@ SAID: dict[Kind, str] = {
 
 
 class Row(Strict):
-    """``differences``: the largest, as a share of the largest output; None: not finite."""
+    """The results at one place of the model.
+
+    ``differences``: for each check the largest difference, as a share of the largest output; None:
+    not finite. ``mark``: LEAK where only later tokens are seen, FAIL where another check fails.
+    """
 
     place: str
     kind: str
@@ -60,10 +64,11 @@ class Row(Strict):
 
 
 class Fault(Strict):
-    """``step``: the first of a loop's passes that has it, counted from 1; ``router``: its kind.
+    """A check that fails, and the place where the fault is.
 
-    ``difference``: at most, in units of the output, whose largest value is ``largest``; None: not
-    finite; 0: none was seen, but the router is made to look at later tokens.
+    ``step``: the first pass of a loop in which it appears, counted from 1. ``router``: the kind of
+    the loop's router. ``difference``: the largest difference of outputs; None: not finite; 0: no
+    output differed, but the router looks at later tokens. ``largest``: the largest output.
     """
 
     place: str
@@ -85,9 +90,10 @@ class Fault(Strict):
 
 
 class Report(Strict):
-    """``setup``: what was tried, in words. ``notes``: what else a user should know.
+    """The results of `check`.
 
-    ``leaking_pass``: how far the pass of a leaking model is from its decoding, in logits.
+    ``setup``: what was tried, in a sentence. ``leaking_pass``: the largest difference of logits
+    between a pass with sight of later tokens and decoding. ``notes``: remarks for the user.
     """
 
     name: str
@@ -99,14 +105,17 @@ class Report(Strict):
 
     @property
     def leaks(self) -> tuple[Fault, ...]:
+        """The faults by which later tokens are seen."""
         return tuple(fault for fault in self.faults if fault.check in LEAKS)
 
     @property
     def passed(self) -> bool:
+        """Whether no fault was found."""
         return not self.faults
 
     @property
     def verdict(self) -> str:
+        """The result in a sentence."""
         if self.passed:
             return f"{self.name} is causal, and its outputs are the same however its tokens arrive"
         said = ["sees later tokens"] if self.leaks else []
@@ -119,7 +128,11 @@ Key = tuple[str, Kind]  # place in the spec, and check
 
 
 class Trial(NamedTuple):
-    """One draw. ``origins``: where what fails comes from, with the step of a loop."""
+    """The results for one set of random inputs.
+
+    ``gaps``: by place and check. ``origins``: the places where the failing checks originate, with
+    the step where the place is a loop.
+    """
 
     gaps: dict[Key, Gap]
     origins: dict[Key, int | None]
@@ -127,13 +140,15 @@ class Trial(NamedTuple):
 
     @property
     def overflows(self) -> bool:
+        """Whether some outputs are not finite."""
         return any(gap.share == math.inf for gap in self.gaps.values())
 
 
 def check(subject: ModelSpec | LanguageModel, *, seeds: int = 3) -> Report:
-    """Tries ``seeds`` draws of inputs, and of weights where a spec is given.
+    """Checks a spec or a model with ``seeds`` sets of random inputs, and of weights for a spec.
 
-    A model is tried as it is dialled, and left as it is; a large one in a single draw.
+    A model is checked at the setting of its compute dial, and left unchanged. A large one is
+    checked with one set of inputs.
 
     >>> import archdsl
     >>> archdsl.check(archdsl.load("tiny", overrides=["context=8"]), seeds=1).verdict
@@ -154,7 +169,7 @@ def check(subject: ModelSpec | LanguageModel, *, seeds: int = 3) -> Report:
 
 
 def _reduced(spec: ModelSpec) -> ModelSpec:
-    """The same structure at sizes that take seconds."""
+    """The same structure, at sizes that can be checked in seconds."""
     if spec.dim <= LARGEST.dim and spec.context <= LARGEST.context:
         return spec
     sizes = LARGEST._replace(
@@ -185,7 +200,7 @@ def _on_random_weights(spec: ModelSpec, plan: Plan) -> Trial:
 
 @torch.no_grad()
 def _scatter(model: LanguageModel, rng: torch.Generator, share: float) -> None:
-    """Moves every parameter well away from its initial value: a phi from 0, a norm from 1."""
+    """Moves every parameter away from its initial value, such as 0 or 1, which can hide faults."""
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             fan_in = weight.size(-1) if isinstance(module, nn.Linear | Router) else 1
@@ -194,7 +209,7 @@ def _scatter(model: LanguageModel, rng: torch.Generator, share: float) -> None:
 
 
 def _in_float64(model: LanguageModel) -> LanguageModel:
-    """A copy, dialled alike."""
+    """A copy of the model in float64, at the same setting of the compute dial."""
     twin = build(model.spec, dtype=torch.float64).eval().requires_grad_(False)
     twin.load_state_dict(model.state_dict())
     for loop, other in zip(model.loops, twin.loops, strict=True):
@@ -203,6 +218,7 @@ def _in_float64(model: LanguageModel) -> LanguageModel:
 
 
 def tried(model: LanguageModel, plan: Plan) -> Trial:
+    """Runs every check on the model and on each of its blocks alone, as ``plan`` says."""
     whole = Subject(WHOLE, model)
     subjects = [whole, *(Subject(one.path, model, one.block) for one in places(model))]
     gaps: dict[Key, Gap] = {}
@@ -221,7 +237,7 @@ def tried(model: LanguageModel, plan: Plan) -> Trial:
 
 
 def _dialled(model: LanguageModel, plan: Plan) -> dict[Key, Gap]:
-    """The whole model at another capacity, with a step more where its weights serve one."""
+    """The whole model at another capacity, with one step more where a loop can run it."""
     before = [loop.passes for loop in model.loops]
     try:
         for loop in model.loops:
@@ -283,7 +299,7 @@ def _faults(
 ) -> Iterator[Fault]:
     in_blocks = any(path != WHOLE for path, _ in origins)
     for (path, kind), step in origins.items():
-        if path == WHOLE and in_blocks:  # what another draw has traced to a block
+        if path == WHOLE and in_blocks:  # other inputs have shown which block it comes from
             continue
         if kind != "gradient" or (path, "change") not in origins:
             yield _fault(path, kind, gaps[path, kind], step, at)

@@ -1,12 +1,13 @@
-"""Ways to run a model that must agree, and how far they are apart.
+"""Ways to run a model that must give the same outputs, and how far the outputs differ.
 
-    change    another later token moves no earlier output
+    change    changing a later token changes no earlier output
     gradient  no earlier output has a gradient with respect to a later input
-    decoding  token by token with a cache is as one pass
-    prefill   so are chunks of any sizes
-    padding   on the left, on the right or between tokens, it changes no other token's output
+    decoding  decoding token by token with a cache gives the outputs of one pass
+    prefill   so does a pass in chunks of any sizes
+    padding   padding on the left, on the right or between tokens changes no other token's output
 
-Routers that leak decode causally, so a pass that decoding is held against selects causally, too.
+A router that sees later tokens decodes causally. So it also selects causally in the pass that
+decoding is compared with.
 
 Shapes: B batch, T tokens, D width, P rows that are changed from a place of their own on.
 """
@@ -28,50 +29,59 @@ from archdsl.nn.block import Block
 Kind = Literal["change", "gradient", "decoding", "prefill", "padding"]
 LEAKS: tuple[Kind, ...] = ("change", "gradient")
 
-TOLERANCE = 1e-9  # of the largest output
-VANISHED = 1e-290  # below, numbers lose their digits
+TOLERANCE = 1e-9  # as a share of the largest output
+VANISHED = 1e-290  # smaller numbers have fewer digits
 ROWS = 2
 
 
 class Gap(NamedTuple):
-    """How far two passes are apart at most, and their largest output; nan: not finite."""
+    """The largest difference of the outputs of two passes, and their largest output.
+
+    They are nan if an output is not finite.
+    """
 
     difference: float
     largest: float
 
     @property
     def share(self) -> float:
+        """The difference as a share of the largest output; infinite where one is not finite."""
         if math.isnan(self.difference) or math.isnan(self.largest):
             return math.inf
         return self.difference / self.largest if self.largest > VANISHED else 0.0
 
     @property
     def holds(self) -> bool:
+        """Whether the difference is within rounding."""
         return self.share <= TOLERANCE
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One draw of inputs: ``places`` rows of ``tokens`` are changed, each from another token on."""
+    """The random inputs of one trial: ``places`` rows of ``tokens`` tokens.
+
+    Each row is changed from another token on.
+    """
 
     tokens: int
     places: int
     seed: int = 0
 
     def rng(self, use: int = 0) -> torch.Generator:
-        """Another stream of random numbers for each use; inputs have the first."""
+        """A generator of random numbers; each ``use`` has its own, and inputs have the first."""
         return torch.Generator().manual_seed(2 * self.seed + use)
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The whole model, or one of its blocks, which then runs alone on a random stream."""
+    """What is checked: the whole model, or one of its blocks alone, on a random stream."""
 
     place: str
     model: LanguageModel
     block: Block | None = None
 
     def draw(self, rows: int, tokens: int, rng: torch.Generator) -> Tensor:
+        """Random inputs: tokens [rows, tokens], or for a block a stream [rows, tokens, D]."""
         if self.block is None:
             return torch.randint(self.model.spec.vocab_size, (rows, tokens), generator=rng)
         shape = (rows, tokens, self.model.spec.dim)
@@ -88,7 +98,7 @@ class Subject:
     def run(
         self, x_BT: Tensor, mask_BT: Tensor | None = None, chunks: list[int] | None = None
     ) -> Tensor:
-        """One pass, or several that go on from each other with a cache."""
+        """The outputs of one pass; with ``chunks``, of one pass for each chunk, with a cache."""
         with torch.no_grad(), self._alone():
             step = self.model if self.block is None else self.model.hidden
             if chunks is None:
@@ -99,18 +109,19 @@ class Subject:
             return torch.cat([step(part, mask, cache) for part, mask in parts], 1)
 
     def run_stream(self, x_BTD: Tensor) -> Tensor:
-        """One pass from a stream, through which gradients flow."""
+        """The outputs of one pass from an embedded stream, which allows gradients."""
         with self._alone():
             y_BTD = self.model.hidden(x_BTD)
         return self.model.head(self.model.norm(y_BTD)) if self.block is None else y_BTD
 
     def stream(self, rows: int, tokens: int, rng: torch.Generator) -> Tensor:
+        """A random stream [rows, tokens, D]; for the whole model, embedded random tokens."""
         x_BT = self.draw(rows, tokens, rng)
         return self.model.embedding(x_BT) if self.block is None else x_BT
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Meanwhile the block is the model's only one: it gets what the model would give it."""
+        """Within the block, the model runs this one block only, with the context it needs."""
         layers = self.model.layers
         if self.block is not None:
             self.model.layers = [self.block]
@@ -121,14 +132,16 @@ class Subject:
 
 
 def gap(one: Tensor, other: Tensor) -> Gap:
+    """How far two tensors of the same shape are apart at most."""
     if not one.numel():
         return Gap(0.0, 0.0)
-    # max takes over a nan, and what overflowed minus itself is one
+    # max propagates nan, and infinity minus infinity is nan
     largest = torch.maximum(one.abs().max(), other.abs().max())
     return Gap(float((one - other).abs().max()), float(largest if largest.isfinite() else math.nan))
 
 
 def change(subject: Subject, plan: Plan) -> Gap:
+    """How much earlier outputs move when later tokens are changed."""
     if not plan.places:
         return Gap(0.0, 0.0)
     rng = plan.rng()
@@ -147,6 +160,7 @@ def change(subject: Subject, plan: Plan) -> Gap:
 
 
 def gradient(subject: Subject, plan: Plan) -> Gap:
+    """How large the gradients of earlier outputs with respect to later inputs are."""
     if not plan.places:
         return Gap(0.0, 0.0)
     rng = plan.rng()
@@ -162,6 +176,7 @@ def gradient(subject: Subject, plan: Plan) -> Gap:
 
 
 def decoding(subject: Subject, plan: Plan) -> Gap:
+    """How far decoding token by token with a cache is from one pass."""
     x_BT = subject.draw(ROWS, plan.tokens, plan.rng())
     with subject.model.causal_routing():
         whole_BT = subject.run(x_BT)
@@ -169,6 +184,7 @@ def decoding(subject: Subject, plan: Plan) -> Gap:
 
 
 def prefill(subject: Subject, plan: Plan) -> Gap:
+    """How far a pass in chunks of random sizes is from one pass."""
     rng = plan.rng()
     x_BT = subject.draw(ROWS, plan.tokens, rng)
     with subject.model.causal_routing():
@@ -177,7 +193,7 @@ def prefill(subject: Subject, plan: Plan) -> Gap:
 
 
 def padding(subject: Subject, plan: Plan) -> Gap:
-    """In one pass as trained, and in chunks."""
+    """How far a padded batch is from its rows alone, in one pass and in chunks."""
     rng, T = plan.rng(), plan.tokens
     x_BT, mask_BT = subject.draw(3, T, rng), torch.ones(3, T, dtype=torch.bool)
     cut = int(torch.randint(T, (), generator=rng))
@@ -195,7 +211,7 @@ def padding(subject: Subject, plan: Plan) -> Gap:
 
 
 def as_trained(subject: Subject, plan: Plan) -> Gap:
-    """The pass that routers which leak are trained with, held against decoding."""
+    """How far a pass is from decoding where routers see later tokens in the pass only."""
     x_BT = subject.draw(ROWS, plan.tokens, plan.rng())
     return gap(subject.run(x_BT, chunks=[1] * plan.tokens), subject.run(x_BT))
 
@@ -210,6 +226,7 @@ MEASURES: dict[Kind, Callable[[Subject, Plan], Gap]] = {
 
 
 def worst(gaps: list[Gap]) -> Gap:
+    """The gap with the largest share."""
     return max(gaps, key=lambda one: (one.share, one.largest))
 
 

@@ -1,4 +1,4 @@
-"""Which block a failure comes from, and with which of its steps it begins."""
+"""Finds the block where a failure originates, and the step of a loop in which it begins."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ WHOLE = "model"
 
 
 class Place(NamedTuple):
+    """A block of a model, with its spec and its place in the spec of the model."""
+
     path: str
     spec: Part
     block: Block
 
 
 def places(model: LanguageModel) -> Iterator[Place]:
-    """Every block with its place in the spec, outer ones first; copies have the same place."""
+    """Every block with its place in the spec, outer blocks first. Copies have the same place."""
     for path, spec, module in walk(model.spec, model):
         if isinstance(module, Block):
             yield Place(".".join(map(str, path)), spec, module)
 
 
 def origins_of(failing: list[Subject], kind: Kind, plan: Plan) -> Iterator[tuple[str, int | None]]:
-    """Of what fails, that which fails by itself: nothing within it does, or its router leaks."""
+    """The failing places where the fault originates, each with the step if it is a loop.
+
+    A block is one if no block inside it fails, or if its own router sees later tokens.
+    """
     blocks = {subject.block for subject in failing if subject.block is not None}
     for subject in failing:
         if subject.block is None:
@@ -43,7 +48,7 @@ def origins_of(failing: list[Subject], kind: Kind, plan: Plan) -> Iterator[tuple
 
 
 def _first_step(subject: Subject, kind: Kind, plan: Plan) -> int | None:
-    """The first pass of a loop that fails while the routers within its body do not leak."""
+    """The first pass of a loop that fails while the routers inside its body select causally."""
     loop = subject.block
     if not isinstance(loop, Loop):
         return None
@@ -69,8 +74,10 @@ def _sees_ahead(block: Block, step: int) -> bool:
 
 
 def leaks(loop: Loop) -> bool:
+    """Whether the router of the loop looks at later tokens."""
     return loop.router is not None and loop.router.leaks
 
 
 def earlier(step: int | None, other: int | None) -> int | None:
+    """The smaller of two steps, either of which may be missing."""
     return min(filter(None, (step, other)), default=None)

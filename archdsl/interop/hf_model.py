@@ -63,38 +63,48 @@ class ArchdslCache(transformers.Cache):
         self.seen = 0  # tokens of a row, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens so far, padding included."""
         return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The number of tokens that there is room for."""
         return self.kept.max_length
 
     @property
     def max_cache_len(self) -> int:
+        """The number of tokens that there is room for."""
         return self.kept.max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
         self.kept.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows ``indices``."""
         self.kept.reorder(indices)
 
     def reset(self) -> None:
+        """Forgets all tokens."""
         self.kept, self.seen = Cache(self.kept.max_length), 0
 
     @property
     def is_croppable(self) -> bool:
+        """False: tokens cannot be removed again."""
         return False
 
     def activate_past_recording(self) -> None:
+        """Raises UnsupportedError, as `crop` does."""
         self.crop(0)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Raises UnsupportedError: tokens cannot be removed again."""
         raise UnsupportedError(
             "the cache of an archdsl model cannot forget tokens again, as assisted generation "
             "needs it; generate without an assistant"
         )
 
     def update(self, *states: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        """Raises UnsupportedError: only the model itself writes to this cache."""
         raise UnsupportedError("the cache of an archdsl model is written by that model alone")
 
 
@@ -212,15 +222,19 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         super().save_pretrained(*args, **more)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
         self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head."""
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the head."""
         self.model.head = new_embeddings
 
     @torch.no_grad()

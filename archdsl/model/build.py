@@ -1,4 +1,4 @@
-"""Spec to model, without ever holding more than the weights once."""
+"""Builds the torch model of a spec, without more memory than its weights need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """An initialised model; equal seeds give equal bits. Raises TooLargeError before allocating.
+    """The model of a spec with initial weights. Equal seeds give equal bits.
+
+    Raises TooLargeError, before any memory is allocated, if the weights are larger than the memory
+    of this machine.
 
     >>> import archdsl
     >>> model = archdsl.build(archdsl.load("tiny"))
@@ -44,7 +47,7 @@ def build(
 
 
 def meta_model(spec: ModelSpec) -> LanguageModel:
-    """Shapes without data: for counting, and for loading weights into."""
+    """The model without data, on the device ``meta``: for counting, or to load weights into."""
     with torch.device("meta"), _Undrawn():
         return LanguageModel(spec)
 
@@ -60,8 +63,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Meanwhile linear maps and embeddings come without the random numbers that torch would draw:
-    they are to be drawn from a seed, or there is no data."""
+    """Within the block, torch draws no initial values for linear maps and embeddings.
+
+    They are drawn from a seed later, or there is no data.
+    """
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder that holds a model and all that is needed to use it or to go on training.
+"""A checkpoint: a folder with a model, and what is needed to use it or to continue its training.
 
     model.safetensors       the weights, shared ones once
     spec.yaml               the model, as ``archdsl build`` takes it
@@ -49,17 +49,20 @@ State = Mapping[str, Any]  # tensors, and whatever JSON can hold
 
 
 class CheckpointError(ArchdslError):
-    """A folder that cannot be written, or that is not the checkpoint it should be."""
+    """A checkpoint that cannot be written, or a folder that is not a valid checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A folder that was read, and the model that it holds."""
+
     path: Path
     model: LanguageModel
     provenance: dict[str, Any]
 
     @property
     def spec(self) -> ModelSpec:
+        """The spec of the model."""
         return self.model.spec
 
     @property
@@ -75,7 +78,10 @@ class Checkpoint:
 
     @property
     def new_parameters(self) -> frozenset[str]:
-        """What ``archdsl retrofit`` added; raises CheckpointError where it is not in the model."""
+        """The names of the parameters that ``archdsl retrofit`` added.
+
+        Raises CheckpointError if the model does not have them.
+        """
         retrofit = self.provenance.get("retrofit", {})
         names = retrofit.get("new", []) if isinstance(retrofit, dict) else None
         known = dict(self.model.named_parameters())
@@ -117,7 +123,7 @@ def save_checkpoint(
 def _write(
     folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
 ) -> None:
-    for parameter in model.parameters():  # `for_decoding` lays them out as no file does
+    for parameter in model.parameters():  # `for_decoding` stores them in another order
         parameter.data = parameter.data.contiguous()
     save_model(model, str(folder / WEIGHTS))
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
@@ -154,10 +160,13 @@ def _sha256(path: Path) -> str:
 
 
 def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """The model of the folder, ready to use. Raises CheckpointError, or SpecError for its spec."""
+    """Reads the model of the folder, ready to use.
+
+    Raises CheckpointError if the folder is no valid checkpoint, SpecError if its spec is wrong.
+    """
     provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
     spec = parse_spec(read(path / SPEC))
-    # on meta first: a spec of another size must not cost memory
+    # on the device meta first, so that a spec of another size costs no memory
     _check_shapes(path, meta_model(spec))
     model = build(spec, device=device)
     load_model(model, path / WEIGHTS, device=str(device))
@@ -172,7 +181,7 @@ def load_weights(path: Path, model: LanguageModel) -> None:
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """The ``training`` that was saved. Raises CheckpointError if there is none."""
+    """Reads the state of training that was saved. Raises CheckpointError if there is none."""
     _verified(path, TRAINING, TENSORS)
     if not (path / TRAINING).exists():
         raise CheckpointError(f"{path} holds a model, but not where its training stood")

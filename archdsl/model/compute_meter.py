@@ -1,4 +1,4 @@
-"""What the passes of a model took: tokens, executed FLOPs, and the share that each step selected.
+"""Measures passes of a model: tokens, executed FLOPs, and the share that each step selected.
 
 Shapes: B batch, T tokens.
 """
@@ -20,19 +20,25 @@ from archdsl.nn.cache import Cache
 
 @dataclass
 class Meter:
-    """Sums over passes of one model; padding is not counted as tokens."""
+    """Sums over the passes of one model. Padding is not counted.
+
+    ``selected``: the number of tokens that each routed step selected. ``fixed``: FLOPs per token of
+    a model without loops, by the length of the sequence.
+    """
 
     tokens: int = 0
     flops: float = 0.0
-    selected: dict[str, float] = field(default_factory=dict)  # tokens, by loop and routed step
-    fixed: dict[int, float] = field(default_factory=dict)  # FLOPs a token without loops, by length
+    selected: dict[str, float] = field(default_factory=dict)
+    fixed: dict[int, float] = field(default_factory=dict)
 
     @property
     def flops_per_token(self) -> float:
+        """Executed forward FLOPs, in the mean over all tokens."""
         return self.flops / max(1, self.tokens)
 
     @property
     def shares(self) -> dict[str, float]:
+        """The share of tokens that each routed step selected, by loop and step."""
         return {name: count / max(1, self.tokens) for name, count in self.selected.items()}
 
     def note(
@@ -42,9 +48,12 @@ class Meter:
         mask_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> None:
-        """Adds the pass that the model has just done with these arguments."""
+        """Adds the pass that the model has just run with these arguments.
+
+        ``tokens_BT``, ``mask_BT`` and ``cache``: as of `LanguageModel.forward`.
+        """
         count = tokens_BT.numel() if mask_BT is None else int(mask_BT.sum())
-        # with a cache, tokens attend to all that went before
+        # with a cache, tokens attend to all tokens before them
         length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
         self.tokens += count
         self.flops += count * self._per_token(model, length)
@@ -61,7 +70,7 @@ class Meter:
 
 @contextmanager
 def metered(model: LanguageModel) -> Iterator[Meter]:
-    """Meanwhile every pass of the model is counted."""
+    """Within the block, every pass of the model is measured."""
     meter = Meter()
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:

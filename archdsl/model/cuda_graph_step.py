@@ -1,12 +1,12 @@
-"""One token of every row at a time, at shapes that never change: on CUDA as one captured graph.
+"""Decoding of one token for every row at fixed shapes; on CUDA as one captured graph.
 
-Decoding otherwise asks the host at each routed step whether anybody takes it, and leaves it out if
-nobody does. On a CPU that saves the step's time. On a GPU it would cost more than it saves
-(estimated, not measured): a layer of the 162M spec is 24 MB of bfloat16 weights, which an H100
-reads in 7 us, and a question to the host takes 10 to 20 us, in which nothing is queued. And a token
-of that model takes 2,000 operations (counted), each some microseconds of the host's time; as a
-graph they are one launch. So here every step is computed for every row, and a row that does not
-take it keeps what it had.
+Without this, decoding checks on the host at each routed step whether any row takes it, and skips
+the step if none does. On a CPU that saves time. On a GPU it costs more than it saves (estimated,
+not measured): a layer of the 162M spec has 24 MB of bfloat16 weights, which an H100 reads in 7 us,
+while waiting for the host takes 10 to 20 us, in which nothing is queued. Besides, a token of that
+model takes 2,000 operations (counted), each of which costs the host some microseconds; a graph is
+one launch. So here every step is computed for every row, and the result is dropped for a row that
+does not take the step.
 
 Shapes: B rows, V vocabulary.
 """
@@ -24,10 +24,11 @@ from archdsl.nn.cache import Cache, ContextFullError
 
 
 class TokenStep:
-    """Goes on from what ``cache`` holds, which belongs to this from now on.
+    """Decodes one token at a time after those that ``cache`` holds.
 
-    Without gradients, in the mode that the model is in. On CUDA the weights may change in place,
-    but not move. Rows that have ended stay, as a graph is of one batch size.
+    The cache must not be used elsewhere from now on. There are no gradients, and the model stays in
+    its mode. On CUDA the weights may change in place, but must not move. Rows that have ended stay
+    in the batch, because a graph has a fixed batch size.
     """
 
     def __init__(self, model: LanguageModel, cache: Cache, rows: int) -> None:
@@ -37,14 +38,18 @@ class TokenStep:
         self.length_B = torch.as_tensor(cache.length).to("cpu", copy=True)  # what Python knows
         self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.mask_B1 = torch.zeros(rows, 1, dtype=torch.bool, device=device)
-        # no row has a token yet: nothing changes, but there is memory for every step then
+        # without any token nothing changes, but the memory of every step is allocated
         self.logits_BV = self._run()
         self.graph = self._capture() if device.type == "cuda" else None
         self.trace = model.trace
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """The logits after these tokens, [B, V]; -1 where a row has none. The next call overwrites
-        them. Raises ContextFullError, with the cache as it was."""
+        """The logits [B, V] after one more token for each row; -1 stands for no token.
+
+        The next call overwrites them. Raises ContextFullError, and leaves the cache unchanged, if a
+        row is full; ArchdslError if the rows of the cache were reordered; DialError if the compute
+        dial was turned.
+        """
         tokens_B = torch.tensor(tokens)
         self._check(tokens_B)
         self.tokens_B1.copy_(tokens_B.clamp(min=0).unsqueeze(1))
@@ -71,7 +76,7 @@ class TokenStep:
         return self.model.next_logits(self.tokens_B1, self.mask_B1, self.cache)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Of the step, after some on another stream: so libraries are set up outside of it."""
+        """A graph of the step. Steps on another stream come first, to initialise libraries."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, head.
+"""The language model: embedding, blocks, a last norm and the head.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -30,10 +30,11 @@ __all__ = ["DialError", "LanguageModel"]
 
 
 class LanguageModel(Primitive):
-    """Tokens to the logits of their successors.
+    """Maps tokens to the logits of the next tokens.
 
-    ``layers``: the blocks, those of a stack one by one. ``checkpoint_activations``: recompute each
-    of them in the backward pass instead of storing it.
+    ``layers``: the blocks in their order, those of a stack one by one. ``loops`` and ``routers``:
+    all loops and all routers, in their order. ``checkpoint_activations``: whether the backward pass
+    recomputes each layer instead of storing its activations. ``trace``: of the last pass.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -44,9 +45,9 @@ class LanguageModel(Primitive):
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
         self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
-        self.trace = Trace()  # of the last pass
+        self.trace = Trace()
         self._tie()
-        # lists, as every token that is decoded asks for them
+        # lists, because every decoded token needs them
         self.layers = [layer for block in self.blocks for layer in cast(Block, block).unrolled()]
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
@@ -61,25 +62,28 @@ class LanguageModel(Primitive):
     def forward(
         self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Logits [B, T, V].
+        """The logits [B, T, V] of the tokens that follow ``tokens_BT``.
 
-        ``mask_BT``: False where a token only pads its row, on whatever side; no other token's
-        logits depend on it. ``cache``: the tokens go on from those that it holds, and join them;
-        routers that leak then choose causally. Raises ContextFullError past the context.
+        ``mask_BT``: False where a token is padding, on either side of a row; the logits of other
+        tokens do not depend on padding. ``cache``: the tokens continue those that it holds, and are
+        added to it; routers that see later tokens then select causally. Raises ContextFullError if
+        there are more tokens than the context; DialError if the dial was turned since the first
+        token of the cache.
         """
         return self.head(self.norm(self.hidden(self.embedding(tokens_BT), mask_BT, cache)))
 
     def next_logits(
         self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Those of `forward` after the last token of each row alone, [B, V]."""
+        """The logits [B, V] after the last token of each row; see `forward`."""
         x_BTD = self.hidden(self.embedding(tokens_BT), mask_BT, cache)
         return self.head(self.norm(x_BTD[:, -1]))
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Nats of all targets together, at least in float32; IGNORE asks nothing.
+        """The summed cross-entropy of ``targets_BT`` in nats, at least in float32.
 
-        What `forward` and cross-entropy come to, but only some rows of logits exist at a time.
+        Targets that are IGNORE do not count. Equal to the cross-entropy of the logits of `forward`,
+        but only some rows of logits are in memory at a time.
         """
         x_ND = self.norm(self.hidden(self.embedding(tokens_BT))).flatten(0, 1)
         return summed_cross_entropy(x_ND, self.head.weight, targets_BT.flatten())
@@ -91,7 +95,11 @@ class LanguageModel(Primitive):
         cache: Cache | None = None,
         each: list[Tensor] | None = None,
     ) -> Tensor:
-        """The stream after the blocks, before the norm; ``each`` collects it after each layer."""
+        """The stream [B, T, D] after the blocks and before the last norm.
+
+        ``x_BTD``: the embedded tokens. ``each``: a list to which the stream after each layer is
+        added. See `forward` for ``mask_BT``, ``cache`` and the errors.
+        """
         if self.training:
             self.commit()
         index_BT, length_B = _real_first(mask_BT)
@@ -127,10 +135,11 @@ class LanguageModel(Primitive):
         return Context(stream, pos_BT, cache=cache, trace=trace)
 
     def for_decoding(self) -> Self:
-        """This model, no longer to be trained, as it decodes fastest on a CPU.
+        """This model, prepared to decode fast on a CPU. It must not be trained afterwards.
 
-        Matrices are laid out column by column: a token's product with one is bound by memory, and
-        takes .6 to .8 of the time so (MKL). Optimizers would take the layout for the old one.
+        Matrices are stored column by column: the product of one token with a matrix is bound by
+        memory, and takes 0.6 to 0.8 times as long then (MKL). Optimizers would read the stored
+        numbers in the wrong order.
         """
         self.eval().requires_grad_(False)
         for module in self.modules():
@@ -139,14 +148,17 @@ class LanguageModel(Primitive):
         return self
 
     def check_dial(self, cache: Cache) -> None:
-        """Raises DialError unless all tokens of a cache come at the same setting."""
+        """Raises DialError unless all tokens of a cache were computed at the same dial setting."""
         settings = [loop.passes for loop in self.loops]
         if cache.settings not in (None, settings):
             raise DialError("the dial was turned while a cache was in use; begin with a new one")
         cache.settings = settings
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """An empty cache for ``max_length`` tokens (default: the context) of each row."""
+        """An empty cache for ``max_length`` tokens of each row; default: the context.
+
+        Raises ContextFullError if that is more than the context.
+        """
         context = self.spec.context
         if max_length is not None and max_length > context:
             raise ContextFullError(f"{max_length:,} tokens exceed the context of {context:,}")
@@ -157,11 +169,11 @@ class LanguageModel(Primitive):
         capacity: Sequence[float] | float | None = None,
         steps: int | None = None,
     ) -> None:
-        """Another capacity of all routed steps, or one for each; another number of steps.
+        """Turns the compute dial: the capacities and the number of steps of all loops.
 
-        0 skips a step, 1 takes every token; steps beyond the trained ones use what the last of
-        them learned. Without arguments: as trained. Raises DialError, with all as it was, where
-        a loop cannot be run so.
+        ``capacity``: one for all routed steps, or one for each; 0 skips a step, 1 takes all tokens.
+        ``steps``: steps beyond the trained ones use the weights of the last one. None: as trained.
+        Raises DialError, and changes nothing, if a loop cannot be run so.
         """
         if not self.loops and not (capacity is None and steps is None):
             raise DialError(f"{self.spec.name} has no loops: there is nothing to dial")
@@ -179,30 +191,32 @@ class LanguageModel(Primitive):
 
     @property
     def leaks(self) -> bool:
-        """Whether a router looks at later tokens."""
+        """Whether a router looks at later tokens when the model is used."""
         return any(router.leaks for router in self.routers)
 
     @contextmanager
     def causal_routing(self) -> Iterator[None]:
-        """Meanwhile leaking routers select causally, as they do when they decode."""
+        """Within the block, routers that see later tokens select causally, as in decoding."""
         with selecting_causally(self.routers):
             yield
 
     def router_shares(self) -> dict[str, float]:
-        """Share of tokens that each routed step selected in the last pass, by loop and step."""
+        """The share of tokens that each routed step selected in the last pass, by loop and step."""
         shares = self.trace.shares
         there = {name: share for name, share in shares.items() if isinstance(share, Tensor)}
-        told = torch.stack(list(there.values())).tolist() if there else []  # one question for all
+        told = torch.stack(list(there.values())).tolist() if there else []  # one transfer for all
         known = shares | dict(zip(there, told, strict=True))
         return {name: float(share) for name, share in known.items()}
 
     def predictor_accuracies(self) -> dict[str, float]:
-        """How often predictors were right about the choice, by loop and step."""
+        """The share of correct predictions of predictor routers, by loop and step."""
         return {name: share.item() for name, share in self.trace.accuracies.items()}
 
     def commit(self) -> None:
-        """Takes up what the last training pass taught the routers besides gradients; the next
-        training pass begins with it, too."""
+        """Adds to the statistics of the routers what the last training pass showed.
+
+        Each training pass does that for the one before it.
+        """
         for router in self.routers:
             router.commit()
 
@@ -220,6 +234,7 @@ class LanguageModel(Primitive):
             module.reset(torch.Generator().manual_seed(int.from_bytes(digest[:7])), depth)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws the embedding and the head, and sets the norm to 1."""
         scale = self.spec.dim**-0.5
         self.norm.reset_parameters()
         normal_(self.head.weight, scale, rng)
@@ -240,9 +255,12 @@ class LanguageModel(Primitive):
 
 
 def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """Of the logits ``x_ND @ weight_VD.T``, in nats, a part of the rows after the other."""
+    """The summed cross-entropy, in nats, of the logits ``x_ND @ weight_VD.T``.
+
+    ``target_N``: the target tokens; IGNORE does not count. Only some logits exist at a time.
+    """
     device, V = x_ND.device.type, len(weight_VD)
-    if torch.is_autocast_enabled(device):  # which does not look into the function
+    if torch.is_autocast_enabled(device):  # autocast does not reach into the function
         x_ND, weight_VD = (x.to(torch.get_autocast_dtype(device)) for x in (x_ND, weight_VD))
     exact = x_ND.dtype in (torch.float32, torch.float64)
     with torch.autocast(device, enabled=False):
@@ -250,8 +268,8 @@ def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> T
             x_ND,
             weight_VD,
             target_N,
-            # sum makes the gradients at once, but adds up in the precision of x_ND: in bfloat16
-            # the loss would be off by percents
+            # "sum" computes the gradients at once, but adds up in the precision of x_ND: in
+            # bfloat16 the loss would be wrong by some percent
             reduction="sum" if exact else "none",
             ignore_index=IGNORE,
             options=nn.LinearCrossEntropyOptions(
@@ -262,7 +280,10 @@ def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> T
 
 
 def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Indices that put padding last in each row, and how many tokens are real; None: all are."""
+    """Indices [B, T] that put padding last in each row, and the number of other tokens, [B].
+
+    None stands for rows that are in order, and for rows without padding.
+    """
     if mask_BT is None:
         return None, None
     mask_BT = mask_BT.bool()

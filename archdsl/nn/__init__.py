@@ -1,4 +1,4 @@
-"""What every block builds on: the block interface, the key-value cache, rotary embeddings.
+"""What blocks build on: interfaces of blocks, loops and routers, the cache, norms, rotary angles.
 
-Blocks import this folder; it knows none of them.
+Blocks import this folder; this folder imports no block.
 """

@@ -1,7 +1,7 @@
-"""What every block is: a stream in, a stream of the same shape out, and what it may know besides.
+"""The interface of blocks: a stream in, a stream of the same shape out, and the context of a pass.
 
-Shapes: B batch, T tokens of the stream (of the sequence, or what a router selected of it), H heads,
-E head size, D width.
+Shapes: B batch, T tokens of the stream (all tokens of the sequence, or those that a router
+selected), H query heads, G key/value heads, S keys, E head size, D width.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def stream_depth(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What queries attend to. ``order_BS``: which token of its stream each is; None: 0, 1, ..."""
+    """The keys and values that queries attend to, with their positions.
+
+    ``order_BS``: the place of each in the stream it was computed from; None: 0, 1, ...
+    """
 
     k_BGSE: Tensor
     v_BGSE: Tensor
@@ -104,12 +107,12 @@ class KeysValues:
 
 @dataclass
 class Trace:
-    """What a pass did, by loop and routed step.
+    """What happened in a pass, by loop and routed step.
 
-    ``shares``: of the tokens, those selected. ``losses``: the routers' own, to be added to the
-    model's; ``accuracies``: of predictors. Of a loop that another runs several times the losses of
-    all runs together, else those of the last. ``steps_BT``: how many steps each token took in
-    loops, their first full ones not counted.
+    ``shares``: the share of tokens that was selected. ``losses``: losses of routers, to be added to
+    that of the model. ``accuracies``: of predictors. Where another loop runs a loop several times,
+    its losses are added up, and the others are those of its last run. ``steps_BT``: how many steps
+    each token took in all loops, without the first pass of each.
     """
 
     shares: dict[str, float | Tensor] = field(default_factory=dict)
@@ -120,15 +123,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class Context:
-    """What a block may know besides the stream.
+    """What a block may use besides the stream.
 
-    ``stream``: how much went before, and how much of this chunk is real.
-    ``pos_BT``: each token's place in the sequence, which survives routing; None: 0, 1, 2, ...
-    ``place_BT``: each token's index in the model's chunk; None: 0, 1, 2, ...
-    ``order_BT``: each token's place in the stream that the last router selected it from.
-    ``first``: keys and values of the first pass by attention module, where a loop shares them;
-    ``reads_first``: whether this pass reads them or writes them.
-    ``cache``: what is kept of the tokens before, under the steps of the loops around (``path``).
+    ``stream``: how many tokens came before this chunk, and which of its tokens are no padding.
+    ``pos_BT``: the position of each token in the sequence, also after routing; None: 0, 1, 2, ...
+    ``place_BT``: the index of each token in the chunk that the model was given; None: 0, 1, 2, ...
+    ``order_BT``: the index of each token in the stream that the last router selected it from.
+    ``first``: where a loop shares keys and values, those of its first pass, by attention module.
+    ``reads_first``: whether this pass reads ``first``; otherwise it writes to it.
+    ``cache``: the state of the tokens before; ``path``: the steps of the loops around this block,
+    because each step has a state of its own.
+    ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
     """
 
     stream: Stream = Stream()  # noqa: RUF009  frozen
@@ -143,7 +148,7 @@ class Context:
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def at(self, index_BK: Tensor, stream: Stream) -> Context:
-        """The context of selected tokens, a chunk of ``stream``."""
+        """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``."""
         return replace(
             self,
             stream=stream,
@@ -154,11 +159,11 @@ class Context:
         )
 
     def memory(self, module: nn.Module) -> Memory | None:
-        """What ``module`` keeps for this step; None where nothing is kept."""
+        """The state that ``module`` keeps for this step; None in a pass without a cache."""
         return None if self.cache is None else self.cache.memory((module, self.path))
 
     def count_step(self, x_BTD: Tensor) -> None:
-        """Notes that the real ones of these tokens take a further step."""
+        """Counts a further step for each of these tokens that is no padding."""
         if self.trace.steps_BT is None:
             return
         real_BT = self.stream.real(x_BTD)
@@ -169,8 +174,10 @@ class Context:
     def rope(
         self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos of the rotary angles and sin, this one negative for the first half of a head, both
-        shaped to multiply x_BHTE; computed once a pass."""
+        """The cosines of the rotary angles and the sines, shaped to multiply x_BHTE.
+
+        The sines of the first half of a head are negative. They are computed once a pass.
+        """
         T, E = x_BHTE.shape[-2:]
         key = (theta, scaling, T, E, x_BHTE.dtype)
         if key not in self.tables:
@@ -199,7 +206,10 @@ def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
 
 
 def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (Su et al. 2104.09864), halves convention of LLaMA."""
+    """Rotary position embedding (Su et al. 2104.09864) with LLaMA's convention of halves.
+
+    ``table``: what `Context.rope` returned. The result has the shape of x_BHTE.
+    """
     cos, sin = table
     halves_swapped = x_BHTE.roll(x_BHTE.size(-1) // 2, -1)
     return torch.addcmul(x_BHTE * cos, halves_swapped, sin)

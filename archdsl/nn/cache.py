@@ -1,4 +1,4 @@
-"""What a model keeps of the tokens so far, so that the next ones need no second look at them.
+"""The cache: what a model keeps of the tokens so far, such as their keys and values.
 
 There is one entry for every module that looks back and every step that runs it, which holds only
 what that step computed. An entry has memory for all that can still come from the start: a routed
@@ -27,7 +27,7 @@ Count = int | Tensor  # the same for every row, or one for each, [B]
 
 
 class ContextFullError(ArchdslError):
-    """More tokens than the model was made for, or than the cache was asked to hold."""
+    """More tokens than the context of the model, or than the room of the cache."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stream:
 
     @property
     def begins(self) -> bool:
-        """Whether nothing went before in any row."""
+        """Whether no row has tokens before this chunk."""
         return isinstance(self.past, int) and self.past == 0
 
     def order(self, x_BT: Tensor) -> Tensor:
@@ -54,44 +54,44 @@ class Stream:
         return place_1T + column(self.past)
 
     def real(self, x_BT: Tensor) -> Tensor | None:
-        """Which tokens do not just fill up the chunk, [B, T]; None: all."""
+        """True where a token is no padding, [B, T]; None: everywhere."""
         if self.length_B is None:
             return None
         place_T = torch.arange(x_BT.size(1), device=x_BT.device)
         return place_T < self.length_B.unsqueeze(1)
 
     def tokens(self, x_BT: Tensor) -> int | Tensor:
-        """How many real ones the chunk has in all rows together."""
+        """The number of tokens in all rows together, without padding."""
         return x_BT.size(0) * x_BT.size(1) if self.length_B is None else self.length_B.sum()
 
     def after(self, tokens: int) -> Count:
-        """The past of the next chunk."""
+        """The ``past`` of the next chunk, after these tokens."""
         end = self.past + (tokens if self.length_B is None else self.length_B)
         return end if self.static else alike(end)
 
     def reach(self, tokens: int) -> int:
-        """The end of the row that got furthest, with this chunk."""
+        """The number of tokens of the longest row, this chunk included."""
         return self._furthest(self.after(tokens))
 
     @property
     def begin(self) -> int:
-        """The past of the row that got furthest."""
+        """The number of tokens before this chunk in the longest row."""
         return self._furthest(self.past)
 
     def _furthest(self, count: Count) -> int:
-        """If static, as far as any row can ever get."""
+        """The largest count; the limit if the cache is static."""
         if self.static:
             return self.limit
         return count if isinstance(count, int) else int(count.max())
 
 
 def column(count: Count) -> Count:
-    """To be added to a [B, T]."""
+    """The count in a shape that can be added to a [B, T]."""
     return count if isinstance(count, int) else count.unsqueeze(1)
 
 
 def alike(count: Count) -> Count:
-    """One number where that of all rows is the same: most chunks need no masks then."""
+    """One number if it is the same for all rows, because then most chunks need no mask."""
     if isinstance(count, int):
         return count
     first = int(count[0])
@@ -106,6 +106,7 @@ class Kept:
 
     @property
     def limit(self) -> int:
+        """How many entries a row has room for."""
         return self.data.size(-2)
 
     def write(self, new: Tensor, stream: Stream) -> None:
@@ -194,6 +195,7 @@ class Memory:
         return self.states[name]
 
     def named(self, name: str, like: Tensor, limit: int) -> Kept:
+        """The entries called ``name``, made for tensors like ``like`` when first asked for."""
         if name not in self.kept:
             self.kept[name] = Kept(like, limit)
         return self.kept[name]
@@ -221,20 +223,21 @@ class Cache:
         return stream
 
     def move(self, length: Count) -> None:
-        """Notes that so many tokens have come."""
+        """Sets the number of tokens so far."""
         if self.static and isinstance(self.length, Tensor):
             self.length.copy_(torch.as_tensor(length))
         else:
             self.length = length
 
     def memory(self, key: tuple[Hashable, tuple[int, ...]]) -> Memory:
+        """What is kept for a module and a step, made when first asked for."""
         if key not in self._memories:
             none_yet = torch.zeros_like(torch.as_tensor(self.length)) if self.static else 0
             self._memories[key] = Memory(taken=none_yet)
         return self._memories[key]
 
     def make_static(self, rows: int, device: torch.device) -> None:
-        """From now on a token of each of the ``rows`` comes at a time, see above."""
+        """Makes the cache static: from now on, each of ``rows`` gets one token at a time."""
 
         def counts(count: Count) -> Tensor:
             return torch.as_tensor(count, device=device).expand(rows).clone()

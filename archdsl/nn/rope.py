@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class RopeScaling(Protocol):
-    """How a model came to a longer context than it was first trained on."""
+    """A change of the rotary frequencies, for a longer context than a model was trained on."""
 
     def slowed(self, freq_F: Tensor) -> Tensor:
         """The frequencies [F] for the longer context."""
@@ -26,8 +26,8 @@ def inverse_frequencies(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Radians from one token to the next [F], fastest first."""
+    """The rotary frequencies [F]: radians from one token to the next, the highest first."""
     exponent_F = torch.arange(0, head_size, 2, device=device, dtype=dtype or torch.float32)
-    # not theta ** -exponent: pretrained models know these very bits
+    # not theta ** -exponent, whose last bits differ from those that pretrained models use
     freq_F = 1.0 / theta ** (exponent_F / head_size)
     return freq_F if scaling is None else scaling.slowed(freq_F)

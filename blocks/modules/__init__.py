@@ -1,1 +1,1 @@
-"""How the primitives are computed, one file each beside its spec one folder up."""
+"""The torch modules of the blocks; the spec of each is in the file of the same name above."""

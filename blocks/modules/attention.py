@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class Attention(Block):
+    """Causal attention with grouped queries, rotary positions, optional window and QK-norm."""
+
     def __init__(self, spec: AttentionSpec, dim: int) -> None:
         super().__init__()
         self.head_size, self.window = spec.head_size, spec.window
@@ -38,6 +40,7 @@ class Attention(Block):
         self.k_norm = make_norm("rms", spec.head_size, EPS) if spec.qk_norm else nn.Identity()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws the four projections, and sets the norms of queries and keys to 1."""
         super().reset(rng, depth)
         into_stream_(self.o.weight, self.o.in_features, rng, depth)
         for norm in (self.q_norm, self.k_norm):
@@ -45,6 +48,7 @@ class Attention(Block):
                 norm.reset_parameters()
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """What each token reads from the tokens up to itself, [B, T, D]."""
         q_BHTE = self._turn(self.q_norm(self._heads(self.q(x_BTD))), ctx)
         kv = self._keys_values(x_BTD, ctx)
         y_BHTE = self._attend(q_BHTE, kv, ctx)
@@ -60,7 +64,7 @@ class Attention(Block):
         return kv
 
     def _with_past(self, new: KeysValues, ctx: Context) -> KeysValues:
-        """These keys and values after the ones that are kept, and from now on among them."""
+        """These keys and values behind those in the cache, to which they are added."""
         memory, stream = ctx.memory(self), ctx.stream
         if memory is None:
             return new
@@ -94,10 +98,11 @@ class Attention(Block):
         return both
 
     def _attend(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> Tensor:
-        """By order, not by place: what fills up a selection stands last, and nobody may look at it.
+        """Attention in the order of the tokens, [B, H, T, E].
 
-        Where that is no plain causal order, some queries at a time, each time with those keys
-        alone that one of them may see: otherwise a mask would cost what it hides.
+        Padding of a selection stands last, and no query may see it. Where a mask is needed, some
+        queries are computed at a time, with only the keys that one of them may see, so that hidden
+        keys cost little.
         """
         stream, T = ctx.stream, q_BHTE.size(2)
         order_BT = ctx.order_BT if ctx.reads_first else None
@@ -112,18 +117,18 @@ class Attention(Block):
         for part, keys in self._parts(T, kv, ctx):
             k_BGSE, v_BGSE = kv.k_BGSE[:, :, keys], kv.v_BGSE[:, :, keys]
             mask = self._mask(asking_BT[:, part], pos_BT[:, part], kv, keys)
-            # as numbers: from a mask of booleans each kernel would make them again
+            # floats, because each kernel would convert a boolean mask again
             bias = q_BHTE.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
             y.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, bias))
         return torch.cat(y, 2) if len(y) > 1 else y[0]
 
     def _are_most(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> bool:
-        # without a cache, or what only fills up a row could stand beyond the keys
+        # not with a cache: places of padding could lie beyond the keys
         plain = self.window is None and ctx.cache is None and q_BHTE.device.type == "cpu"
         return plain and q_BHTE.size(2) > MOST * kv.k_BGSE.size(2)
 
     def _among_all(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
-        """Each query at its place in causal order, nothing at the others."""
+        """Plain causal attention with each query at its place, and zeros at the other places."""
         index = order_BT[:, None, :, None].expand_as(q_BHTE)
         q_BHSE = torch.zeros_like(kv.k_BGSE[:, :1]).expand(-1, q_BHTE.size(1), -1, -1)
         q_BHSE = q_BHSE.scatter(2, index, q_BHTE)
@@ -131,8 +136,10 @@ class Attention(Block):
         return y_BHSE.gather(2, index)
 
     def _parts(self, T: int, kv: KeysValues, ctx: Context) -> Iterator[tuple[slice, slice]]:
-        """Some queries, and the keys that none of them can do without; it may be more keys where
-        to look would take long."""
+        """Slices of queries, each with a slice of keys that has all keys these queries may see.
+
+        Where the exact range is expensive to find, the slice has more keys.
+        """
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
         parts = [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
         order_BT = ctx.order_BT if ctx.reads_first else None
@@ -148,11 +155,11 @@ class Attention(Block):
         if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()
             return (
-                # what only fills up a chunk may lie beyond the keys
+                # padding may lie beyond the keys
                 (part, slice(max(0, min(first[part]) - back), min(S, max(last[part]) + 1)))
                 for part in parts
             )
-        # as far as the last of so many distinct tokens can be
+        # the T tokens are distinct, so this is the latest place of the last of them
         return ((part, slice(0, S - T + part.stop)) for part in parts)
 
     def _mask(self, order_BT: Tensor, pos_BT: Tensor, kv: KeysValues, keys: slice) -> Tensor:
@@ -185,6 +192,6 @@ class Attention(Block):
 
 
 def _places(kv: KeysValues, ctx: Context) -> Tensor:
-    """Of the tokens in their sequences, [B, T, 1]."""
+    """The positions of the tokens in their sequences, [B, T, 1]."""
     pos_BT = ctx.stream.order(kv.k_BGSE[:, 0]) if kv.pos_BS is None else kv.pos_BS
     return pos_BT.expand(len(kv.k_BGSE), -1).unsqueeze(-1)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class FeedForward(Block):
+    """SwiGLU or GELU between matrices to and from the hidden size."""
+
     def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
         super().__init__()
         hidden = spec.hidden_size(dim)
@@ -26,10 +28,12 @@ class FeedForward(Block):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws the matrices."""
         super().reset(rng, depth)
         into_stream_(self.down.weight, self.down.in_features, rng, depth)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """What each token computes by itself, [B, T, D]."""
         up_BTF = self.up(x_BTD)
         if self.gate is None:
             return self.down(F.gelu(up_BTF))

@@ -30,9 +30,11 @@ class Layer(Block):
         self.ffn = spec.ffn.build(dim)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Sets the two norms to 1; the blocks draw their own parameters."""
         self.attention_norm.reset_parameters()
         self.ffn_norm.reset_parameters()
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The stream after both blocks, [B, T, D]."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), ctx)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD), ctx)

@@ -1,4 +1,4 @@
-"""Loop as a module: its passes, one after the other.
+"""The torch module of a loop, which runs its passes one after the other.
 
 Shapes: B batch, T tokens, K selected tokens, D width.
 """
@@ -37,7 +37,7 @@ class BodyLoop(Loop):
         copies = spec.steps if spec.parameters == "per_step" else 1
         self.bodies = nn.ModuleList([spec.body.build(dim) for _ in range(copies)])
         routed = [row for row in spec.rows() if row is not None]
-        # a pass that takes every token has no row among the router's weights
+        # the router has no weights for a pass that takes every token
         self.rows = [None if row is None else routed.index(row) for row in spec.rows()]
         self.router = spec.router.build(dim, routed) if spec.router and routed else None
         self.encoding = (
@@ -49,6 +49,7 @@ class BodyLoop(Loop):
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Makes the matrix of a linear injection start as no injection."""
         if self.inject is not None:  # starts as no injection at all
             nn.init.eye_(self.inject.weight)
 
@@ -62,12 +63,15 @@ class BodyLoop(Loop):
         self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
 
     def built_as(self, field: str) -> list[nn.Module]:
+        """The bodies for ``body``; else as `Primitive.built_as`."""
         return list(self.bodies) if field == "body" else super().built_as(field)
 
     def as_run(self, spec: BlockSpec, shares: Sequence[float]) -> BlockSpec:
+        """See `LoopSpec.with_passes`."""
         return cast("LoopSpec", spec).with_passes(shares)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The stream after all passes, [B, T, D]."""
         start_BTD, chosen = x_BTD, None
         first = {} if self.spec.kv == "shared" else ctx.first
         for one in self.passes:

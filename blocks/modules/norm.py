@@ -27,7 +27,9 @@ class Norm(Block):
         self.norm = make_norm(spec.type, dim, spec.eps)
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Sets the gain to 1 and the bias to 0."""
         self.norm.reset_parameters()
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """Each token normalised, [B, T, D]."""
         return self.norm(x_BTD)

@@ -1,4 +1,4 @@
-"""Routers as modules: scores, and the choice that they lead to.
+"""The torch modules of routers: scores, and the selection that follows from them.
 
 Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width, R routed steps.
 """
@@ -31,6 +31,7 @@ class ScoreRouter(Router):
         self.alpha = [at_step(spec.alpha, step) for step in steps]
 
     def gate(self, score_BK: Tensor) -> Tensor:
+        """The weight of a selected token from its score, [B, K]."""
         raise NotImplementedError
 
     def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Choice:
@@ -49,6 +50,9 @@ class ScoreRouter(Router):
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The places of the selected tokens [B, K], which of them are selected (None: all), and
+        the stream that they are a chunk of. ``score_BT``: -inf where a token must not be selected.
+        """
         memory = ctx.memory(self)
         if memory is not None and ctx.stream.static:
             return self._select_static(x_BTD, score_BT, at, ctx, memory)
@@ -81,7 +85,7 @@ class ScoreRouter(Router):
     def _select_static(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
     ) -> tuple[Tensor, Tensor | None, Stream]:
-        """The same for one token of each row: all of them are computed, not all of them kept."""
+        """`select` for one token of each row of a static cache; every row is computed."""
         assert isinstance(memory.taken, Tensor)
         taken_B = memory.taken.clone()
         selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken_B)
@@ -93,7 +97,7 @@ class ScoreRouter(Router):
     def _select_one(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
     ) -> tuple[Tensor, Tensor | None, Stream]:
-        """The same for one token of one sequence, which needs no tensors for its budget."""
+        """`select` for one token of one sequence, where the budget needs no tensors."""
         past, taken = ctx.stream.past, memory.taken
         assert isinstance(past, int)
         assert isinstance(taken, int)
@@ -105,7 +109,7 @@ class ScoreRouter(Router):
         return index_BK, None, Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
-        """Which tokens should be selected as far as the budget goes, [B, T]."""
+        """True where a token is to be selected if the budget allows it, [B, T]."""
         rank_BT = prefix_rank(score_BT)
         memory = ctx.memory(self)
         if memory is not None:
@@ -126,30 +130,37 @@ class Learned(ScoreRouter):
         self.squash = torch.sigmoid if spec.gate == "sigmoid" else torch.tanh
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws one row of weights for each routed step."""
         normal_(self.weight_RD, self.weight_RD.size(1) ** -0.5, rng)
 
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
+        """The log-odds that a token is selected, [B, T]."""
         return F.linear(x_BTD, self.weight_RD[row : row + 1]).squeeze(-1)
 
     def gate(self, score_BK: Tensor) -> Tensor:
+        """The sigmoid or tanh of the score, [B, K]."""
         return self.squash(score_BK)
 
 
 class Prefix(Learned):
-    pass
+    """Selects the tokens whose scores rank highest among those up to them."""
 
 
 class Random(ScoreRouter):
+    """Selects pseudo-random positions, the same in every sequence."""
+
     def __init__(self, spec: RandomSpec, steps: list[int]) -> None:
         super().__init__(spec, steps)
         self.seed = spec.seed
 
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
+        """A pseudo-random number for each position, [B, T]."""
         pos_BT = ctx.stream.order(x_BTD) if ctx.pos_BT is None else ctx.pos_BT
         score_BT = _hash(pos_BT, (self.seed * 31 + self.salt) * 64 + row)
         return score_BT.expand(x_BTD.shape[:2])
 
     def gate(self, score_BK: Tensor) -> Tensor:
+        """One for every selected token, [B, K]."""
         return torch.ones_like(score_BK)
 
 
@@ -163,8 +174,10 @@ def _hash(pos_BT: Tensor, stream: int) -> Tensor:
 
 
 def without_noise(score_BT: Tensor) -> Tensor:
-    """Scores without their last bits, which differ between one pass and another: equal tokens
-    shall tie in all of them. (Veltkamp's splitting of a number; half of the bits are kept.)"""
+    """Scores rounded to half of their bits, so that equal tokens have equal scores in every pass.
+
+    The last bits differ between passes of different shapes. (Veltkamp's splitting of a number.)
+    """
     double = score_BT.dtype == torch.float64
     score_BT = score_BT if double else score_BT.float()
     large_BT = score_BT * (2 ** (29 if double else 10) + 1)
@@ -172,7 +185,7 @@ def without_noise(score_BT: Tensor) -> Tensor:
 
 
 def budgets(capacity: float, order_BT: Tensor) -> Tensor:
-    """How many tokens may have been selected when each of them has been decided."""
+    """The largest number of selected tokens up to each token, for its place ``order_BT``."""
     least = 1 if capacity > 0 else 0
     return (capacity * (order_BT + 1).double() + 0.5).floor().clamp(min=least).long()
 
@@ -206,7 +219,7 @@ def prefix_rank(score_BT: Tensor, size: int = 256) -> Tensor:
 
 
 def _ranked_above(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
-    """How many of the scores before this chunk are above each of its own."""
+    """For each score of this chunk, how many scores before the chunk are higher."""
     stop = stream.begin
     score_BS = kept.read(stop)[..., 0]
     if not isinstance(stream.past, int):

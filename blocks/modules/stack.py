@@ -20,13 +20,16 @@ class Stack(Block):
         self.blocks = nn.ModuleList(blocks)
 
     def built_as(self, field: str) -> list[nn.Module]:
+        """The blocks of all copies for ``body``; else as `Primitive.built_as`."""
         return list(self.blocks) if field == "body" else super().built_as(field)
 
     def unrolled(self) -> Iterator[nn.Module]:
+        """Its blocks, and the blocks of stacks inside it."""
         for block in self.blocks:
             yield from cast(Block, block).unrolled()
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The stream after all blocks, [B, T, D]."""
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx)
         return x_BTD

@@ -1,4 +1,4 @@
-"""Routers with quantiles, as modules.
+"""The torch modules of routers that keep quantiles of their scores.
 
 Shapes: B batch, T tokens, K selected tokens, D width, R routed steps, Q quantiles.
 """
@@ -31,7 +31,7 @@ MOMENTUM = 0.02  # the least share of a new pass in them
 
 
 class Threshold(Learned):
-    """Keeps the quantiles of its scores, so that it knows a threshold for every capacity."""
+    """Keeps the quantiles of its scores, which give a threshold for every capacity."""
 
     quantiles_RQ: Tensor
     seen_R: Tensor
@@ -43,22 +43,28 @@ class Threshold(Learned):
         self.pending: dict[int, Tensor] = {}
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws the weights, and sets the quantiles to those of a normal distribution."""
         super().reset(rng, depth)
         levels_Q = torch.linspace(0, 1, QUANTILES + 2)[1:-1]
-        self.quantiles_RQ.copy_(torch.special.ndtri(levels_Q))  # what untrained scores look like
+        self.quantiles_RQ.copy_(torch.special.ndtri(levels_Q))  # of untrained scores
         self.seen_R.zero_()
 
     def forget_statistics(self) -> bool:
+        """Counts no pass as seen, so that the next ones replace the quantiles."""
         self.seen_R.zero_()
         return True
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        """True where the score is above the threshold, [B, T]."""
         if self.training:
             self.note(score_BT, at.row)
         return score_BT >= self.threshold(at)
 
     def threshold(self, at: Step) -> Tensor:
-        """What the wanted share of the scores was above; among those a nested choice has left."""
+        """The score that the wanted share of scores exceeded in training.
+
+        For a nested router, that is the share of the tokens that it may still choose from.
+        """
         place = (1 - at.capacity / at.among) * (QUANTILES - 1)
         low, high = math.floor(place), math.ceil(place)
         if low == high:
@@ -68,14 +74,15 @@ class Threshold(Learned):
         )
 
     def note(self, score_BT: Tensor, row: int) -> None:
-        """Remembers the quantiles of a training pass; the table stays as it is until `commit`."""
+        """Stores the quantiles of a training pass; the table does not change before `commit`."""
         score = score_BT.float().masked_fill(score_BT == -math.inf, math.nan).flatten()
-        score = score[:: score.numel() // 2**16 | 1]  # a sample will do, of all places alike
+        score = score[:: score.numel() // 2**16 | 1]  # an even sample
         levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
         self.pending[row] = torch.nanquantile(score, levels_Q)
 
     @torch.no_grad()
     def commit(self) -> None:
+        """Mixes the quantiles of the last training pass into the table."""
         for row, new_Q in self.pending.items():
             known = new_Q.isfinite().all()
             self.seen_R[row] += known
@@ -86,13 +93,17 @@ class Threshold(Learned):
 
 
 class TopK(Threshold):
+    """Selects the highest scores of the whole sequence; without later tokens, by threshold."""
+
     @property
     def leaks(self) -> bool:
+        """True unless it has to select causally."""
         return not self.causal
 
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
+        """The highest scores of the sequence; by threshold with a cache or when causal."""
         if self.causal or ctx.cache is not None or at.capacity == 1:
             return super().select(x_BTD, score_BT, at, ctx)
         if self.training:
@@ -102,7 +113,7 @@ class TopK(Threshold):
     def best(
         self, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
-        """The best of each sequence, of which there are as many as it has real tokens for."""
+        """The highest scores of each sequence, as many as its capacity allows without padding."""
         order_BT = score_BT.sort(dim=1, descending=True, stable=True).indices
         best_BK = order_BT[:, : share_of(at.capacity, score_BT.size(1))]
         if ctx.stream.length_B is None:
@@ -117,7 +128,7 @@ class TopK(Threshold):
 
 
 class Predictor(TopK):
-    """Has learned what top_k would choose; its quantiles are those of its own scores."""
+    """Predicts what top_k would select; its quantiles are those of its predictions."""
 
     sees_later_tokens_in_training: ClassVar[bool] = True
 
@@ -129,21 +140,25 @@ class Predictor(TopK):
         self.bias_R = nn.Parameter(torch.empty(len(steps)))
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
+        """Draws both matrices, and sets the biases to 0."""
         super().reset(rng, depth)
         normal_(self.predict_RD, self.predict_RD.size(1) ** -0.5, rng)
         nn.init.zeros_(self.bias_R)
 
     @property
     def leaks(self) -> bool:
+        """False: it looks at later tokens in training only."""
         return False
 
     def serve_every_capacity(self) -> None:
+        """From now on every capacity is selected by threshold."""
         # what it predicts is then no choice at one capacity
         self.trained = [math.nan] * len(self.trained)
 
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
+        """As top_k in training, where it learns to predict that choice; else by prediction."""
         if not self.training or self.causal or ctx.cache is not None:
             return ScoreRouter.select(self, x_BTD, score_BT, at, ctx)
         chosen = self.best(score_BT, at, ctx)
@@ -151,13 +166,14 @@ class Predictor(TopK):
         return chosen
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
+        """True where a token is likely to be among the highest scores, [B, T]."""
         likely_BT = self.likely(x_BTD, at.row)
         if at.capacity == self.trained[at.row]:
             return likely_BT > 0
         return likely_BT >= self.threshold(at)
 
     def likely(self, x_BTD: Tensor, row: int) -> Tensor:
-        """The log-odds that a token is chosen; the stream does not learn from it."""
+        """The log-odds that a token is selected, [B, T], without gradients for the stream."""
         rows = slice(row, row + 1)
         return F.linear(x_BTD.detach(), self.predict_RD[rows], self.bias_R[rows]).squeeze(-1)
 
@@ -169,6 +185,7 @@ class Predictor(TopK):
         at: Step,
         ctx: Context,
     ) -> None:
+        """Adds the loss and the accuracy of the prediction of ``chosen`` to the trace."""
         index_BK, keep_BK, _ = chosen
         keep_BK = torch.ones_like(index_BK, dtype=torch.bool) if keep_BK is None else keep_BK
         target_BT = torch.zeros_like(score_BT, dtype=torch.bool).scatter(1, index_BK, keep_BK)
