@@ -146,10 +146,10 @@ def trial_seconds(storage: BaseStorage, trials: int) -> list[float]:
         for rung in range(1, RUNGS + 1):
             score = _score(rung, rng.random())
             values = (3.0 - rung / 2 + score.seconds, 1e9 * rng.random())
-            study.record_rung(trial, {"text": score, "skill": score}, values)
+            trial = study.record_rung(trial, {"text": score, "skill": score}, values)
             if rung == RUNGS:
                 study.finish(trial, "complete", values)
-            elif not study.is_promoted(trial, values):
+            elif not study.is_promoted(trial):
                 study.finish(trial, "pruned")
                 break
         taken.append(time.process_time() - started)

@@ -26,7 +26,6 @@ from archdsl.search.report.report import SearchReport, best, winning_trial
 from archdsl.search.rung_scheduler import RungScheduler
 from archdsl.search.space.feasibility import NothingFitsError
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import (
     ABLATIONS,
@@ -38,6 +37,7 @@ from archdsl.search.study.spending import (
     Spent,
 )
 from archdsl.search.study.study import Study
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy
 from archdsl.search.trials.scorers import Scorer, training_flops
 from archdsl.search.workers.pool import Pool, process_pool

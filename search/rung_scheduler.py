@@ -11,7 +11,8 @@ from statistics import fmean
 from archdsl.errors import ArchdslError
 from archdsl.search.space.objectives import others
 from archdsl.search.study.spending import Spending
-from archdsl.search.study.study import RunningTrial, Study
+from archdsl.search.study.study import Study
+from archdsl.search.study.trial import RunningTrial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, objective
 from archdsl.search.trials.scorers import Scorer
 from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
@@ -115,8 +116,8 @@ class RungScheduler:
             return
         self.failed_in_a_row = 0
         scores = {task: job.result() for task, job in trial_jobs.jobs.items()}
-        self.study.record_rung(trial_jobs.trial, scores, self._values(trial_jobs.trial, scores))
-        self._decide(pool, trial_jobs.trial)
+        values = self._values(trial_jobs.trial, scores)
+        self._decide(pool, self.study.record_rung(trial_jobs.trial, scores, values))
 
     def _decide(self, pool: Pool, trial: RunningTrial) -> None:
         """Finish the trial, or promote it to the next rung."""
@@ -127,7 +128,7 @@ class RungScheduler:
         elif len(trial.rungs) == self.scorer.rungs:
             self.study.finish(trial, "complete", values)
             self.said = f"trial {trial.number}: {values[0]:.3f}"
-        elif not self.study.is_promoted(trial, values):
+        elif not self.study.is_promoted(trial):
             self.study.finish(trial, "pruned")
             self.said = f"trial {trial.number}: {values[0]:.3f}, stopped early"
         elif self.spending.is_spent:

@@ -15,9 +15,10 @@ from archdsl.errors import ArchdslError
 from archdsl.files import read_json
 from archdsl.lang.budget import LIMITS
 from archdsl.search.report.report import best, front_trials, trial_row
-from archdsl.search.study.record import StudyRecord, Trial
+from archdsl.search.study.record import StudyRecord
 from archdsl.search.study.spending import SpendingSummary, spending_summary
 from archdsl.search.study.storage import database, exclusive, journal
+from archdsl.search.study.trial import Trial
 
 RUNS = Path("runs")
 

@@ -151,13 +151,13 @@ def _trials(bench: Bench, tree: Tree, scorer: Scorer) -> Iterator[Trained]:
             score = scorer.job(trial.spec, trial.params, bench.task, rung).run(lambda: None)
             cost += score.train_flops
             values = point(score)
-            study.record_rung(trial, {bench.task: score}, values)
+            trial = study.record_rung(trial, {bench.task: score}, values)
             if values is None:
                 study.finish(trial, "diverged")
                 break
             if rung + 1 == scorer.rungs:
                 study.finish(trial, "complete", values)
-            elif not study.is_promoted(trial, values):
+            elif not study.is_promoted(trial):
                 study.finish(trial, "pruned")
                 values = None
                 break

@@ -9,7 +9,7 @@ from typing import Any
 
 from archdsl.search.analysis.comparison import run_comparison
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.study.record import Trial
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
 from archdsl.search.workers.pool import Pool
 

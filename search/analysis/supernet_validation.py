@@ -10,7 +10,7 @@ from typing import Any
 from archdsl.search.analysis.proxy_validation import distinct_models, loss_of, retrain
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.stats.pareto import pareto_front
-from archdsl.search.study.record import Trial
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.workers.pool import Pool
 

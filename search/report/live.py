@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from archdsl.search.engine import SearchProgress, Watch
     from archdsl.search.report.report import SearchReport
     from archdsl.search.studies import ListedStudy
-    from archdsl.search.study.record import Trial
+    from archdsl.search.study.trial import Trial
 
 SECONDS_BETWEEN_LINES = 20.0
 

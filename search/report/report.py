@@ -23,9 +23,9 @@ from archdsl.search.report.html import write_page
 from archdsl.search.report.png import plot
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.stats.pareto import pareto_front
-from archdsl.search.study.record import UNTRAINED, Trial
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits, SpendingSummary
+from archdsl.search.study.trial import UNTRAINED, Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore
 
 
@@ -223,7 +223,7 @@ def trial_row(trial: Trial) -> dict[str, Any]:
         "kv_bytes_per_token": receipt.kv_bytes_per_token,
         "rungs": [_scores(rung) for rung in trial.rungs[:-1]]
         + [_scores(rung, curve=True) for rung in trial.rungs[-1:]],
-        "choices": trial.params,
+        "choices": trial.choices,
         "fingerprint": trial.fingerprint,
         "words": model_summary(trial.spec),
         "spec": trial.spec.to_yaml(),

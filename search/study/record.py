@@ -1,57 +1,33 @@
-"""What an Optuna storage holds of a study: who may not train can read it.
+"""What an Optuna storage holds of a study, for reading.
 
-A draw is one trial of Optuna's. A worker that dies leaves its trial behind; then another trial
-stands for the same draw and goes on from what is recorded. Of all trials of a draw only one counts.
+Each trial of the search has one or more trials of Optuna's, called attempts here. When a worker
+dies, its attempt stays behind; then another attempt at the same trial is added, which continues
+from the scores that were recorded. Of all attempts at a trial only one counts.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from archdsl.lang.source import parse
-from archdsl.lang.spec import ModelSpec, parse_spec
-from archdsl.search.study.sampler import no_experimental_warnings
+from archdsl.search.study.storage import in_memory_study, no_experimental_warnings
+from archdsl.search.study.trial import UNTRAINED, Scores, Trial
 from archdsl.search.trials.proxy import ProxyScore
 
-Scores = dict[str, ProxyScore]  # by task
-UNTRAINED = ("infeasible", "invalid", "reused")  # outcomes of draws that cost no training
-SETTINGS = "settings"  # attribute of a study
-EXHAUSTED = 3  # draws in a row that find nothing new: the space is used up
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A draw that was told. ``values``: by axis; None unless it climbed to the last rung."""
-
-    number: int
-    spec: ModelSpec
-    fingerprint: str
-    params: dict[str, Any]
-    outcome: str
-    values: dict[str, float] | None
-    rungs: list[Scores]
-    error: str = ""
-    same_as: int | None = None
-
-    @property
-    def value(self) -> float | None:
-        return self.values["loss"] if self.values else None
-
-    @cached_property
-    def point(self) -> tuple[float, ...]:
-        assert self.values is not None
-        return tuple(self.values.values())
+SETTINGS = "settings"  # the attribute of a study that holds its settings
+EXHAUSTED = 3  # after so many reused trials in a row, the space is taken to hold no new model
+LEAST_FOR_IMPORTANCE = 8  # complete trials
 
 
 class StudyRecord:
-    """A study of a storage, to be read. ``axes``: what should be low, the loss first."""
+    """A study of a storage, for reading. ``axes``: names of the objectives, the loss first.
+
+    Raises KeyError if the storage has no study of this name.
+    """
 
     def __init__(self, storage: BaseStorage, name: str, axes: tuple[str, ...]) -> None:
         self.storage, self.name, self.axes = storage, name, axes
@@ -60,84 +36,85 @@ class StudyRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the study."""
+        """The settings that the study was made with; empty if none were written."""
         return self.storage.get_study_user_attrs(self.id).get(SETTINGS, {})
 
-    def all_trials(self) -> list[FrozenTrial]:
+    def all_attempts(self) -> list[FrozenTrial]:
+        """All of Optuna's trials, in the order in which they were added."""
         return self.storage.get_all_trials(self.id, deepcopy=False)
 
     def attempts(self) -> dict[int, FrozenTrial]:
-        """For each draw the trial that counts."""
-        return counting_attempts(self.all_trials())
+        """For each trial of the search, by its number, the attempt that counts."""
+        return counting_attempts(self.all_attempts())
 
     def finished_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
-        """The last draw up to which all were told."""
-        finished = (number for number in range(len(attempts)) if not is_finished(attempts[number]))
-        return next(finished, len(attempts)) - 1
+        """The number of the last trial before the first unfinished one; -1 if there is none."""
+        unfinished = (
+            number for number in range(len(attempts)) if not is_finished(attempts[number])
+        )
+        return next(unfinished, len(attempts)) - 1
 
     def trained(self, before: int | None = None) -> int:
-        """How many draws (below ``before``) cost training, also those that still do."""
+        """How many trials, of those numbered below ``before``, are or were trained."""
         return sum(
-            trial.user_attrs.get("outcome") not in UNTRAINED
-            for number, trial in self.attempts().items()
+            attempt.user_attrs.get("outcome") not in UNTRAINED
+            for number, attempt in self.attempts().items()
             if before is None or number < before
         )
 
     @property
     def exhausted(self) -> bool:
-        """The last draws found nothing that was new."""
+        """Whether the last trials were all models that were known before."""
         attempts = self.attempts()
         last = [attempts[n].user_attrs.get("outcome") for n in sorted(attempts)[-EXHAUSTED:]]
         return len(last) == EXHAUSTED and all(outcome == "reused" for outcome in last)
 
     @property
     def unfinished(self) -> int:
-        """Draws that were not told, whoever trains them."""
-        return sum(not is_finished(trial) for trial in self.attempts().values())
+        """How many trials are not finished, whichever process trains them."""
+        return sum(not is_finished(attempt) for attempt in self.attempts().values())
 
     def finished(self) -> list[Trial]:
-        """Every draw that was told and had a spec, in order."""
-        for number, trial in self.attempts().items():
-            known = number in self._finished
-            if not known and is_finished(trial) and "spec" in trial.user_attrs:
-                self._finished[number] = self._as_trial(trial)
-        return [self._finished[number] for number in sorted(self._finished)]
+        """All finished trials that have a spec, by number."""
+        found = [
+            self._trial(number, attempt)
+            for number, attempt in sorted(self.attempts().items())
+            if is_finished(attempt)
+        ]
+        return [trial for trial in found if trial.spec_yaml]
 
-    def _as_trial(self, trial: FrozenTrial) -> Trial:
-        attrs = trial.user_attrs
-        whole = attrs["outcome"] == "complete"
-        return Trial(
-            number=attrs["draw"],
-            spec=spec_of(attrs),
-            fingerprint=attrs["fingerprint"],
-            params={name: _rounded(value) for name, value in trial.params.items()},
-            outcome=attrs["outcome"],
-            values=dict(zip(self.axes, trial.values, strict=True)) if whole else None,
-            rungs=rungs_of(attrs),
-            error=attrs.get("error", ""),
-            same_as=attrs.get("same_as"),
-        )
+    def _trial(self, number: int, attempt: FrozenTrial) -> Trial:
+        """The trial of an attempt that counts. A finished one is read once and kept."""
+        if number not in self._finished:
+            trial = trial_of(attempt, self.axes)
+            if not is_finished(attempt):
+                return trial
+            self._finished[number] = trial
+        return self._finished[number]
 
     def outcomes(self) -> dict[str, int]:
-        """How many draws ended how."""
+        """The number of finished trials of each outcome."""
         counts: dict[str, int] = {}
-        for trial in self.attempts().values():
-            if is_finished(trial):
-                outcome = trial.user_attrs["outcome"]
+        for attempt in self.attempts().values():
+            if is_finished(attempt):
+                outcome = attempt.user_attrs["outcome"]
                 counts[outcome] = counts.get(outcome, 0) + 1
         return counts
 
     def importance(self) -> dict[str, float]:
-        """How much of the difference between good and other draws each choice makes (PED-ANOVA)."""
-        whole = [t for t in self.attempts().values() if t.state == TrialState.COMPLETE]
-        if len(whole) < 8:
+        """The importance of each choice for the loss, as shares of 1, by the name of the choice.
+
+        PED-ANOVA (Watanabe et al. 2304.10255) over the complete trials; empty if they are few.
+        """
+        complete = [t for t in self.attempts().values() if t.state == TrialState.COMPLETE]
+        if len(complete) < LEAST_FOR_IMPORTANCE:
             return {}
-        study = optuna.create_study()
+        study = in_memory_study(objectives=1)
         study.add_trials(
             create_trial(value=t.values[0], params=t.params, distributions=t.distributions)
-            for t in whole
+            for t in complete
         )
-        common = set.intersection(*(set(trial.params) for trial in whole))
+        common = set.intersection(*(set(attempt.params) for attempt in complete))
         with no_experimental_warnings():
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return optuna.importance.get_param_importances(
@@ -145,42 +122,65 @@ class StudyRecord:
         )
 
 
-def counting_attempts(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """For each draw the trial that counts: the first that was told, else the first alive."""
+def counting_attempts(attempts: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """For each trial, by its number, the attempt that counts.
+
+    It is the first finished attempt, or else the first that is waiting or running, or else the
+    first interrupted one.
+    """
     found: dict[int, FrozenTrial] = {}
-    for trial in trials:
-        number = trial.user_attrs["draw"]
+    for attempt in attempts:
+        number = attempt.user_attrs["draw"]
         best = found.get(number)
-        if best is None or _precedence(trial) > _precedence(best):
-            found[number] = trial
+        if best is None or _precedence(attempt) > _precedence(best):
+            found[number] = attempt
     return found
 
 
-def is_finished(trial: FrozenTrial) -> bool:
-    """Not who wrote an outcome and was killed before telling it."""
-    failed = trial.user_attrs.get("outcome") == "failed"
-    return trial.state.is_finished() and (trial.state != TrialState.FAIL or failed)
+def is_finished(attempt: FrozenTrial) -> bool:
+    """Whether the attempt ended with an outcome.
+
+    An attempt that failed before Optuna was told its outcome is not finished, even if the outcome
+    was already written.
+    """
+    failed = attempt.user_attrs.get("outcome") == "failed"
+    return attempt.state.is_finished() and (attempt.state != TrialState.FAIL or failed)
 
 
-def is_interrupted(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and not is_finished(trial)
+def is_interrupted(attempt: FrozenTrial) -> bool:
+    """Whether the attempt ended without an outcome: its worker stopped or died."""
+    return attempt.state == TrialState.FAIL and not is_finished(attempt)
 
 
-def _rounded(value: Any) -> Any:
-    """Optuna's 0.6000000000000001 as 0.6."""
-    return float(f"{value:.12g}") if isinstance(value, float) else value
+def _precedence(attempt: FrozenTrial) -> int:
+    return 2 if is_finished(attempt) else 0 if is_interrupted(attempt) else 1
 
 
-def _precedence(trial: FrozenTrial) -> int:
-    return 2 if is_finished(trial) else 0 if is_interrupted(trial) else 1
+def trial_of(attempt: FrozenTrial, axes: tuple[str, ...]) -> Trial:
+    """The trial that an attempt records. ``axes``: names of the objectives.
+
+    The stored keys ``draw``, ``losses``, ``others`` and so on are those of the first release.
+    """
+    attrs = attempt.user_attrs
+    outcome = attrs.get("outcome", "")
+    if not is_finished(attempt) and outcome not in UNTRAINED:
+        outcome = ""  # it was written, but its worker died before telling Optuna
+    return Trial(
+        number=attrs["draw"],
+        params=attempt.params,
+        distributions=attempt.distributions,
+        constraints=attempt.constraints,
+        spec_yaml=attrs.get("spec", ""),
+        fingerprint=attrs["fingerprint"],
+        outcome=outcome,
+        rungs=tuple(_scores(rung) for rung in json.loads(attrs.get("rungs", "[]"))),
+        losses=tuple(attrs.get("losses", ())),
+        others=tuple(attrs.get("others", ())),
+        values=dict(zip(axes, attempt.values, strict=True)) if outcome == "complete" else None,
+        error=attrs.get("error", ""),
+        same_as=attrs.get("same_as"),
+    )
 
 
-def spec_of(attrs: dict[str, Any]) -> ModelSpec:
-    return parse_spec(parse(attrs["spec"], f"draw {attrs['draw']}"))
-
-
-def rungs_of(attrs: dict[str, Any]) -> list[Scores]:
-    return [
-        {task: ProxyScore.model_validate(score) for task, score in rung.items()}
-        for rung in json.loads(attrs.get("rungs", "[]"))
-    ]
+def _scores(rung: dict[str, Any]) -> Scores:
+    return {task: ProxyScore.model_validate(score) for task, score in rung.items()}

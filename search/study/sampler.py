@@ -1,21 +1,19 @@
-"""What is drawn next, and what goes on: pure functions of the seed and of earlier results.
+"""Which trial comes next, and which trials are promoted to the next rung.
 
-Optuna's samplers and pruners work here on studies in memory that hold nothing but the draws they
-are to know. So a search is the same however many workers share it, and whatever becomes of them.
+Both are pure functions of the seed and of earlier trials: Optuna's samplers and pruners work on
+studies in memory that hold only the trials they are given. Therefore a search proposes the same
+trials however many workers share it, and whichever of them die.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.errors import SpecError
@@ -26,52 +24,18 @@ from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import fill
 from archdsl.search.space.optuna_space import starting_points, suggest
 from archdsl.search.stats.pareto import Point, dominates
+from archdsl.search.study.storage import in_memory_study, no_experimental_warnings
+from archdsl.search.study.trial import Trial
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-MAX_TRIES = 20  # for a model that fits and is new, before a draw is given up
-STARTUP = 4  # draws to the last rung before any is stopped early
-MARGIN = 1.0  # standard deviations of what the rungs above bring, in favour of a model
-
-
-@contextmanager
-def no_experimental_warnings() -> Iterator[None]:
-    """Meanwhile Optuna does not warn of what it calls experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
-@dataclass(frozen=True)
-class EarlierTrial:
-    """An earlier draw, as a later one may know it."""
-
-    params: dict[str, Any]
-    distributions: dict[str, BaseDistribution]
-    constraints: dict[str, float] = field(default_factory=dict)
-    losses: tuple[float, ...] = ()  # the objective at each rung that was climbed
-    others: Point = ()  # the further axes
-    complete: bool = False  # to the last rung
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A point of the space. ``outcome``: why it is not trained; None where it is."""
-
-    number: int
-    params: dict[str, Any]
-    distributions: dict[str, BaseDistribution]
-    spec: ModelSpec | None = None
-    fingerprint: str = ""
-    constraints: dict[str, float] = field(default_factory=dict)
-    outcome: str | None = None
-    error: str = ""
-    same_as: int | None = None
+MAX_TRIES = 20  # to find a model that keeps to the budget and is new
+RANDOM_TRIALS = 8  # before TPE makes proposals
+STARTUP = 4  # complete trials before any trial is stopped early
+MARGIN = 1.0  # standard deviations of the expected gain that a trial is given in its favour
 
 
 @dataclass(frozen=True)
 class TrialSampler:
-    """The draws from a space; ``axes``: how many figures of a model should be low."""
+    """Proposes the trials of a search. ``axes``: the number of objectives, all minimized."""
 
     tree: Tree
     budget: Budget
@@ -80,15 +44,15 @@ class TrialSampler:
 
     @cached_property
     def starting_points(self) -> list[dict[str, Any]]:
-        """The pure models of the space, which are drawn first."""
+        """The points that are tried first: the default, and each pure model of the space."""
         return starting_points(self.tree)
 
-    def propose(
-        self, number: int, earlier: Sequence[EarlierTrial], known: Mapping[str, int]
-    ) -> Proposal:
-        """Draw ``number``, from what is known of earlier ones.
+    def propose(self, number: int, earlier: Sequence[Trial], known: Mapping[str, int]) -> Trial:
+        """The trial of this number: a starting point, or the proposal of TPE.
 
-        ``known``: models drawn before by fingerprint, also those that are still being trained.
+        TPE (Watanabe 2304.11127) learns from ``earlier``. ``known``: numbers of earlier trials by
+        the fingerprint of their model, also of those that are still trained. If ``MAX_TRIES``
+        proposals are over the budget or known, the last of them is the trial.
         """
         if number < len(self.starting_points):
             study = self._study([])
@@ -98,26 +62,28 @@ class TrialSampler:
         with no_experimental_warnings():
             study.sampler = optuna.samplers.TPESampler(
                 seed=self.seed * 1_000_003 + number,
-                n_startup_trials=8,
+                n_startup_trials=RANDOM_TRIALS,
                 multivariate=True,
                 group=True,
             )
-        found = self._try(number, study, known)
+        trial = self._try(number, study, known)
         for _ in range(1, MAX_TRIES):
-            if found.outcome is None:
+            if not trial.outcome:
                 break
-            found = self._try(number, study, known)
-        return found
+            trial = self._try(number, study, known)
+        return trial
 
-    def is_promoted(
-        self, losses: Sequence[float], others: Point, earlier: Sequence[EarlierTrial]
-    ) -> bool:
-        """Whether a draw with these losses so far climbs further."""
+    def is_promoted(self, losses: Sequence[float], others: Point, earlier: Sequence[Trial]) -> bool:
+        """Whether a trial is trained on the next rung.
+
+        ``losses``: the objective loss at each rung so far; ``others``: the further objectives. With
+        one objective a trial stops if its loss is above the median of ``earlier`` at this rung.
+        """
         if self.axes == 1:
             return not self._is_pruned(losses, earlier)
         return may_join_front(losses, others, earlier)
 
-    def _is_pruned(self, losses: Sequence[float], earlier: Sequence[EarlierTrial]) -> bool:
+    def _is_pruned(self, losses: Sequence[float], earlier: Sequence[Trial]) -> bool:
         study = self._study(earlier)
         pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=STARTUP)
         trial = study.ask()
@@ -125,87 +91,96 @@ class TrialSampler:
             trial.report(loss, step)
         return pruner.prune(study, study.trials[-1])
 
-    def _study(self, earlier: Sequence[EarlierTrial]) -> optuna.Study:
-        study = optuna.create_study(directions=["minimize"] * self.axes)
+    def _study(self, earlier: Sequence[Trial]) -> optuna.Study:
+        study = in_memory_study(self.axes)
         gains = expected_gains(earlier)
-        study.add_trials([self._as_trial(one, gains) for one in earlier])
+        study.add_trials([self._as_frozen_trial(trial, gains) for trial in earlier])
         return study
 
-    def _as_trial(
-        self, earlier: EarlierTrial, gains: Mapping[int, tuple[float, float]]
+    def _as_frozen_trial(
+        self, trial: Trial, gains: Mapping[int, tuple[float, float]]
     ) -> FrozenTrial:
+        """The trial as Optuna's samplers and pruners take it."""
         given: dict[str, Any] = {
-            "params": earlier.params,
-            "distributions": earlier.distributions,
-            "constraints": earlier.constraints,
+            "params": trial.params,
+            "distributions": trial.distributions,
+            "constraints": trial.constraints,
         }
         if self.axes == 1:
-            given["intermediate_values"] = dict(enumerate(earlier.losses, 1))
-        rungs_reached = len(earlier.losses)
-        if earlier.complete:
-            values = [earlier.losses[-1], *earlier.others]
-        elif self.axes > 1 and rungs_reached in gains:
-            # with several axes Optuna knows no stopped trials: what this one would have reached
-            values = [earlier.losses[-1] + gains[rungs_reached][0], *earlier.others]
+            given["intermediate_values"] = dict(enumerate(trial.losses, 1))
+        rungs = len(trial.losses)
+        if trial.complete:
+            values = [trial.losses[-1], *trial.others]
+        elif self.axes > 1 and rungs in gains:
+            # Optuna has no pruned trials with several objectives: take the loss that is expected
+            # at the last rung
+            values = [trial.losses[-1] + gains[rungs][0], *trial.others]
         else:
             return create_trial(state=TrialState.PRUNED, **given)
         return create_trial(values=values, **given)
 
-    def _try(self, number: int, study: optuna.Study, known: Mapping[str, int]) -> Proposal:
+    def _try(self, number: int, study: optuna.Study, known: Mapping[str, int]) -> Trial:
+        """One proposal of the study's sampler, checked; the study learns if it is not to be
+        trained."""
         ask = study.ask()
-        error: SpecError | None = None
+        found: ModelSpec | SpecError
         try:
             tree = fill(self.tree, lambda name, leaf: suggest(ask, name, leaf))
-            spec = fitted(tree, self.budget)
-        except SpecError as failure:  # nothing fits, or choices that do not go together
-            error = failure
-        point = (number, dict(ask.params), dict(ask.distributions))
-        if isinstance(error, NoFitError):
-            found = Proposal(*point, constraints={"fit": error.ratio}, outcome="infeasible")
-        elif error is not None:
-            found = Proposal(*point, outcome="invalid")
-        else:
-            found = self._check(Proposal(*point, spec, spec.fingerprint()), spec, known)
-        if error is not None:
-            found = replace(found, error=str(error))
-        for name, ratio in found.constraints.items():
+            found = fitted(tree, self.budget)
+        except SpecError as error:
+            found = error
+        trial = self._check(Trial(number, dict(ask.params), dict(ask.distributions)), found, known)
+        for name, ratio in trial.constraints.items():
             ask.set_constraint(name, ratio)
-        if found.outcome is not None:  # the next try learns from it
+        if trial.outcome:
             study.tell(ask, state=TrialState.PRUNED)
-        return found
+        return trial
 
-    def _check(self, found: Proposal, spec: ModelSpec, known: Mapping[str, int]) -> Proposal:
-        found = replace(found, constraints=excesses(spec, self.budget))
-        if largest_excess(spec, self.budget) > 0:
-            error = describe_excess(spec, self.budget)
-            return replace(found, outcome="infeasible", error=error)
-        if (same := known.get(found.fingerprint)) is not None:
-            return replace(found, outcome="reused", same_as=same)
-        return found
+    def _check(self, trial: Trial, found: ModelSpec | SpecError, known: Mapping[str, int]) -> Trial:
+        """The trial with its model, or with the reason why it is not to be trained."""
+        if isinstance(found, NoFitError):  # no size keeps to the budget
+            ratio = {"fit": found.ratio}
+            return replace(trial, constraints=ratio, outcome="infeasible", error=str(found))
+        if isinstance(found, SpecError):  # the choices do not go together
+            return replace(trial, outcome="invalid", error=str(found))
+        trial = replace(
+            trial,
+            spec_yaml=found.to_yaml(),
+            fingerprint=found.fingerprint(),
+            constraints=excesses(found, self.budget),
+        )
+        if largest_excess(found, self.budget) > 0:
+            return replace(trial, outcome="infeasible", error=describe_excess(found, self.budget))
+        if (same := known.get(trial.fingerprint)) is not None:
+            return replace(trial, outcome="reused", same_as=same)
+        return trial
 
 
-def expected_gains(earlier: Sequence[EarlierTrial]) -> dict[int, tuple[float, float]]:
-    """By rungs climbed, what the rungs above added to the loss: mean and standard deviation."""
-    whole = [one.losses for one in earlier if one.complete]
-    if len(whole) < STARTUP:
+def expected_gains(earlier: Sequence[Trial]) -> dict[int, tuple[float, float]]:
+    """What the remaining rungs add to the loss: mean and standard deviation, by rungs trained.
+
+    Over the complete trials; empty if they are fewer than ``STARTUP``.
+    """
+    complete = [trial.losses for trial in earlier if trial.complete]
+    if len(complete) < STARTUP:
         return {}
     changes = {
-        rung: [losses[-1] - losses[rung - 1] for losses in whole]
-        for rung in range(1, len(whole[0]))
+        rung: [losses[-1] - losses[rung - 1] for losses in complete]
+        for rung in range(1, len(complete[0]))
     }
     return {rung: (fmean(found), stdev(found)) for rung, found in changes.items()}
 
 
-def may_join_front(losses: Sequence[float], others: Point, earlier: Sequence[EarlierTrial]) -> bool:
-    """Whether a model could still join the front of those that climbed to the last rung.
+def may_join_front(losses: Sequence[float], others: Point, earlier: Sequence[Trial]) -> bool:
+    """Whether a trial can still reach the Pareto front of the complete trials.
 
-    It is granted what the rungs above brought others, and a standard deviation of that on top.
+    Its loss is expected to change as that of complete trials did on the remaining rungs, and
+    ``MARGIN`` standard deviations are granted to it.
     """
     gains = expected_gains(earlier)
     if len(losses) not in gains:
         return True
     mean, deviation = gains[len(losses)]
-    hoped = (losses[-1] + mean - MARGIN * deviation, *others)
-    return not any(
-        dominates((one.losses[-1], *one.others), hoped) for one in earlier if one.complete
-    )
+    expected = (losses[-1] + mean - MARGIN * deviation, *others)
+    complete = [trial for trial in earlier if trial.complete]
+    return not any(dominates((trial.losses[-1], *trial.others), expected) for trial in complete)

@@ -1,4 +1,4 @@
-"""The folder of a search: whose it is, and what decides what it holds."""
+"""The settings of a search, and the folder that is claimed for them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from archdsl.search.trials.proxy import Proxy
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a search finds, but for how much of it is done.
+    """Everything that decides what a search finds, except how long it runs.
 
-    ``axes``: what should be low. ``strategy``: how draws are scored. ``window``: see ``Study``.
+    ``axes``: names of the objectives, the loss first. ``strategy``: how trials are scored.
+    ``layouts``: the number of supernets of the strategy ``shared``. ``window``: see ``Study``.
     """
 
     tree: Tree
@@ -32,6 +33,7 @@ class Settings:
     seed: int = 0
 
     def as_json(self) -> dict[str, Any]:
+        """The settings as JSON values; they also identify the data by its fingerprint."""
         return {
             "space": self.tree.value,
             "budget": self.budget.model_dump(mode="json", exclude={"train_flops"}),
@@ -46,7 +48,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The space's name and a few digits that are others for other settings."""
+        """The name of the study: the space's name and the first digits of the settings' hash."""
         text = json.dumps(self.as_json(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         value = self.tree.value
@@ -55,7 +57,10 @@ class Settings:
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:
-    """Takes the folder for these settings, which are those it was made for if it exists."""
+    """Create the folder for these settings, or check that it was created for them.
+
+    Raises ArchdslError if it holds a search with other settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     made_by = json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)
@@ -64,5 +69,5 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     elif file.read_text() != made_by:
         raise ArchdslError(
             f"{folder} holds a search with other settings (see {file}); "
-            "choose another --out, or delete it"
+            "choose another --out, or delete the folder"
         )

@@ -1,7 +1,7 @@
-"""What a study has spent, all of its workers together, kept in its storage.
+"""What a study has spent: seconds and FLOPs of all processes that work on it, in its storage.
 
-Each process that works on a study keeps a record that nobody else writes: no lock is needed, and
-what it spent before it was killed stays counted.
+Each process writes only its own record, so no lock is needed, and what it spent stays counted if
+the process is killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Spent:
-    """Of children that trained and scored: their seconds, and floating-point operations."""
+    """What workers spent on training and scoring: seconds, floating-point operations, jobs."""
 
     seconds: float = 0.0
     train_flops: float = 0.0
@@ -54,7 +54,7 @@ def _values(spent: Spent) -> list[Any]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a study may spend at most; None: no limit. ``seconds`` of a clock on the wall."""
+    """What a study may spend at most; None means no limit. ``seconds`` are wall-clock time."""
 
     seconds: float | None = None
     train_flops: float | None = None
@@ -62,7 +62,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class SpendingSummary:
-    """The sums over all workers. ``wall``: seconds in which at least one of them ran."""
+    """The sums over all processes.
+
+    ``wall``: wall-clock seconds during which at least one process ran. ``by_phase``: by the part of
+    the search. ``workers``: how many processes have worked on the study.
+    """
 
     wall: float
     by_phase: dict[str, Spent] = field(default_factory=dict)
@@ -70,6 +74,7 @@ class SpendingSummary:
 
     @property
     def total(self) -> Spent:
+        """The sum over all phases."""
         return sum(self.by_phase.values(), Spent())
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +90,7 @@ class SpendingSummary:
 
 
 class Spending:
-    """This process's record in a study, and the sums over all."""
+    """What this process has spent on a study, and what all processes together have spent."""
 
     def __init__(self, storage: BaseStorage, study_id: int, limits: Limits) -> None:
         self.storage, self.study_id, self.limits = storage, study_id, limits
@@ -97,11 +102,14 @@ class Spending:
         self.finished_jobs: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
 
     def metered(self, pool: Pool, phase: str) -> Pool:
-        """The pool; what is done in it is charged to ``phase``."""
+        """A pool whose finished jobs are counted as spending of ``phase``."""
         return _MeteredPool(pool, phase, self.finished_jobs)
 
     def update(self) -> None:
-        """To be called often: a process that is killed loses what it did since it last was."""
+        """Count the jobs that have finished, and write the record every few seconds.
+
+        Call it often: what a process spent after the last call is lost if it is killed.
+        """
         charged = False
         while not self.finished_jobs.empty():
             charged |= self._charge(*self.finished_jobs.get())
@@ -109,7 +117,7 @@ class Spending:
             self.save()
 
     def _charge(self, phase: str, job: Future[Any]) -> bool:
-        """Only what was really done, not what was read back."""
+        """Count the job unless it failed, or its score was read from the result store."""
         if job.cancelled() or job.exception() is not None:
             return False
         score = job.result()
@@ -120,6 +128,7 @@ class Spending:
         return True
 
     def save(self) -> None:
+        """Write this process's record into the storage, and read those of the others."""
         self.recorded = time.time()
         self.storage.set_study_user_attr(self.study_id, self.key, self._record())
         self.others = self._read()
@@ -133,6 +142,7 @@ class Spending:
         return {k: v for k, v in attrs.items() if k.startswith("worker/") and k != self.key}
 
     def summary(self) -> SpendingSummary:
+        """The sums over all processes up to now."""
         records = [*self.others.values(), self._record()]
         phases: dict[str, Spent] = {}
         for record in records:
@@ -145,16 +155,19 @@ class Spending:
 
     @property
     def is_spent(self) -> bool:
+        """Whether a limit is reached."""
         return self.seconds_left <= 0 or self.flops_left <= 0
 
     @property
     def seconds_left(self) -> float:
+        """Wall-clock seconds until the limit; infinite without one."""
         if self.limits.seconds is None:
             return float("inf")
         return self.limits.seconds - self.summary().wall
 
     @property
     def flops_left(self) -> float:
+        """Training FLOPs until the limit; infinite without one."""
         if self.limits.train_flops is None:
             return float("inf")
         return self.limits.train_flops - self.summary().total.train_flops
@@ -177,14 +190,14 @@ class _MeteredPool:
 
 
 def spending_summary(storage: BaseStorage, study_id: int) -> SpendingSummary:
-    """What was spent, for one who spends nothing."""
+    """What a study has spent, for a process that does not work on it."""
     spending = Spending(storage, study_id, Limits())
     wall = covered_seconds([(r["from"], r["to"]) for r in spending.others.values()])
     return replace(spending.summary(), wall=wall, workers=len(spending.others))
 
 
 def covered_seconds(sessions: list[tuple[float, float]]) -> float:
-    """Seconds covered by at least one of them."""
+    """How many seconds at least one of the sessions covers. A session is its start and its end."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(sessions):
         total += max(0.0, stop - max(start, end))

@@ -4,87 +4,125 @@ from __future__ import annotations
 
 import fcntl
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from optuna.exceptions import StorageInternalError
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 
 from archdsl.errors import ArchdslError
-from archdsl.search.study.sampler import no_experimental_warnings
 
-HEARTBEAT_SECONDS = 30  # seconds; a worker that misses two is taken for dead
+HEARTBEAT_SECONDS = 30  # a trial is stale when two heartbeats in a row are missing
+CONNECTION_TRIES = 5  # until another worker has made the tables of a new database
 
 
 class StorageError(ArchdslError):
-    """A storage that cannot be opened, or is in use."""
+    """A storage cannot be opened, does not answer, or is used by another process."""
 
     exit_status = 2
 
 
+@contextmanager
+def no_experimental_warnings() -> Iterator[None]:
+    """Silence Optuna's warnings about its experimental features inside the block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+def create_study(storage: BaseStorage, name: str, objectives: int) -> None:
+    """Add a study in which all ``objectives`` are minimized to a storage.
+
+    Raises DuplicatedStudyError if the storage has a study of this name.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage.create_new_study([StudyDirection.MINIMIZE] * objectives, study_name=name)
+
+
+def in_memory_study(objectives: int) -> optuna.Study:
+    """A new study of Optuna's in which all ``objectives`` are minimized, and which is not kept."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(directions=["minimize"] * objectives)
+
+
 def journal(folder: Path) -> BaseStorage:
-    """For one process at a time; see ``exclusive``."""
+    """The storage in a file of the folder. Only one process at a time may use it: ``exclusive``."""
     return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder meanwhile, until this one ends, however it does."""
+    """Lock the folder against other processes inside the block, or until this process ends.
+
+    Raises StorageError if another process has locked it.
+    """
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(
-                f"another process is searching in {folder}; wait for it, choose another --out, or "
-                "share a database: --storage postgresql+psycopg://..."
+                f"another process is searching in {folder}; wait until it ends, choose another "
+                "--out, or share a database: --storage postgresql+psycopg://..."
             ) from None
         yield
 
 
 def database(url: str, heartbeat: int = HEARTBEAT_SECONDS) -> BaseStorage:
-    """A database by its SQLAlchemy URL, such as postgresql+psycopg://user@host/name."""
+    """Open a database by its SQLAlchemy URL, such as postgresql+psycopg://user@host/name.
+
+    ``heartbeat``: seconds between two heartbeats of a trial. Raises StorageError if the driver is
+    not installed or the database does not answer.
+    """
     import sqlalchemy
 
     with no_experimental_warnings():
         try:
-            # of several workers that make the tables at once, all but one fail the first time
-            for attempt in range(5):
-                try:
-                    return get_storage(_database(url, heartbeat))
-                except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
-                    if attempt == 4:
-                        raise
-                    time.sleep(0.2 * 2**attempt)
+            return _connected(url, heartbeat)
         except ImportError as error:
             raise StorageError(
-                f"--storage {_without_password(url)}: {error} (PostgreSQL's driver: "
+                f"--storage {_without_password(url)}: {error} (for PostgreSQL: "
                 "pip install 'archdsl[postgresql]')"
             ) from None
         except sqlalchemy.exc.SQLAlchemyError as error:
-            raise StorageError(_refused(url, error)) from None
-    raise AssertionError
+            raise StorageError(_message(url, error)) from None
+
+
+def _connected(url: str, heartbeat: int) -> BaseStorage:
+    """If several workers create the tables at the same time, all but one fail at first: retry."""
+    import sqlalchemy
+
+    for attempt in range(CONNECTION_TRIES - 1):
+        try:
+            return get_storage(_database(url, heartbeat))
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(0.2 * 2**attempt)
+    return get_storage(_database(url, heartbeat))
 
 
 @contextmanager
 def database_errors(url: str) -> Iterator[None]:
-    """Raises StorageError where the database answers no more."""
+    """Raise StorageError with advice if the database stops answering inside the block."""
     try:
         yield
     except StorageInternalError as error:
-        raise StorageError(f"{_refused(url, error.__cause__ or error)}; start it again") from None
+        reason = _message(url, error.__cause__ or error)
+        raise StorageError(f"{reason}; run the same command again to continue") from None
 
 
-def _refused(url: str, error: BaseException) -> str:
+def _message(url: str, error: BaseException) -> str:
     return f"--storage {_without_password(url)}: {str(error).strip().splitlines()[0]}"
 
 
 def _database(url: str, heartbeat: int) -> RDBStorage:
     return RDBStorage(
         url,
-        engine_kwargs={"pool_pre_ping": True},  # a database may be restarted meanwhile
+        engine_kwargs={"pool_pre_ping": True},  # the database may have been restarted
         heartbeat_interval=heartbeat,
         grace_period=2 * heartbeat,
     )
@@ -100,24 +138,31 @@ def _without_password(url: str) -> str:
 
 
 class HeartbeatThread:
-    """Says in a database, from a thread, which trials are still worked on."""
+    """A thread that records heartbeats in a database for the attempts that this process trains.
+
+    A journal needs no heartbeats, as only one process uses it: then there is no thread.
+    """
 
     def __init__(self, storage: BaseStorage) -> None:
-        # Optuna's heartbeats belong to study.optimize; asking and telling, we beat ourselves
+        # Optuna sends heartbeats only inside study.optimize, which the search does not use
         backend = getattr(storage, "_backend", storage)
         self.storage = backend if isinstance(backend, RDBStorage) else None
-        self.trials: set[int] = set()
+        self.attempts: set[int] = set()
         self.stop = Event()
         if self.storage is not None:
             Thread(target=self._run, daemon=True).start()
 
-    def record(self, trial_id: int) -> None:
-        """Before a worker takes the trial: should it die at once, the beat will be missed."""
+    def record(self, attempt_id: int) -> None:
+        """Record a heartbeat at once.
+
+        Call it before a worker takes the attempt: then the attempt becomes stale even if the worker
+        dies before its next heartbeat.
+        """
         if self.storage is not None:
-            self.storage.record_heartbeat(trial_id)
+            self.storage.record_heartbeat(attempt_id)
 
     def _run(self) -> None:
         assert self.storage is not None
         while not self.stop.wait(self.storage.get_heartbeat_interval()):
-            for trial_id in list(self.trials):
-                self.storage.record_heartbeat(trial_id)
+            for attempt_id in list(self.attempts):
+                self.storage.record_heartbeat(attempt_id)

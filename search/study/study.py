@@ -1,4 +1,4 @@
-"""Work on a study: taking draws, and telling what became of them, beside other processes."""
+"""Work on a study: take trials and record their results, beside other processes."""
 
 from __future__ import annotations
 
@@ -6,56 +6,34 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import fields, replace
 from typing import Any
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, fail_stale_trials
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from archdsl.lang.spec import ModelSpec
 from archdsl.search.study.record import (
     SETTINGS,
-    UNTRAINED,
-    Scores,
     StudyRecord,
     counting_attempts,
     is_interrupted,
-    rungs_of,
-    spec_of,
+    trial_of,
 )
-from archdsl.search.study.sampler import (
-    EarlierTrial,
-    Proposal,
-    TrialSampler,
-    no_experimental_warnings,
-)
-from archdsl.search.study.storage import HeartbeatThread
+from archdsl.search.study.sampler import TrialSampler
+from archdsl.search.study.storage import HeartbeatThread, create_study, no_experimental_warnings
+from archdsl.search.study.trial import UNTRAINED, RunningTrial, Scores, Trial
 
 SECONDS_BETWEEN_STALE_CHECKS = 1.0
 
 
-@dataclass
-class RunningTrial:
-    """A draw on its way up the rungs, in the hands of this process."""
-
-    number: int
-    spec: ModelSpec
-    fingerprint: str
-    params: dict[str, Any]
-    trial_id: int
-    earlier: list[EarlierTrial]
-    rungs: list[Scores] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-
 class Study(StudyRecord):
-    """One process's view of a study that others may work on, too.
+    """One process's view of a study, on which other processes may work as well.
 
-    ``window``: so many draws may be under way at once; a draw knows what became of all further
-    back, so that it does not depend on who was faster.
+    ``window``: how many trials may be unfinished at once. The proposal of a trial depends on all
+    trials that are at least ``window`` older, and on no newer ones; so it does not depend on which
+    worker was faster.
     """
 
     def __init__(
@@ -66,8 +44,8 @@ class Study(StudyRecord):
         axes: tuple[str, ...],
         window: int,
     ) -> None:
-        with suppress(DuplicatedStudyError):  # another worker was here before
-            storage.create_new_study([StudyDirection.MINIMIZE] * len(axes), study_name=name)
+        with suppress(DuplicatedStudyError):  # this or another worker created it before
+            create_study(storage, name, len(axes))
         super().__init__(storage, name, axes)
         self.sampler, self.window = sampler, window
         self.optuna = optuna.load_study(study_name=name, storage=storage)
@@ -75,68 +53,70 @@ class Study(StudyRecord):
         self.stale_checked_at = 0.0
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """Says in the storage what decides the study, for those who only read it."""
+        """Write the settings of the study into the storage, for processes that only read it."""
         if not self.settings:
             self.storage.set_study_user_attr(self.id, SETTINGS, settings)
             with no_experimental_warnings():
                 self.optuna.set_metric_names(list(self.axes))  # for optuna-dashboard
 
-    # taking
+    # taking trials
 
     def take(self, may_start: Callable[[int], bool]) -> RunningTrial | None:
-        """A draw to train, now in this process's hands; None where there is none at present.
+        """Take a trial for training; None if there is none at present.
 
-        Those that were left behind come first. ``may_start``: whether there may be a draw of this
-        number, none with it having been made.
+        Trials whose worker stopped or died come first, then new proposals. ``may_start``: whether
+        the trial of this number may be proposed.
         """
         self._fail_stale()
         while True:
-            trials = self.all_trials()
-            attempts = counting_attempts(trials)
-            self._fail_duplicates(trials, attempts)
+            every = self.all_attempts()
+            attempts = counting_attempts(every)
+            self._fail_duplicates(every, attempts)
             for number in sorted(attempts):
-                trial = attempts[number]
-                if is_interrupted(trial):
-                    self._enqueue(_retry(trial))
+                attempt = attempts[number]
+                if is_interrupted(attempt):
+                    self._enqueue(_retry(attempt))
                     break
-                if trial.state == TrialState.WAITING:
-                    if (taken := self._begin(trial, attempts)) is not None:
+                if attempt.state == TrialState.WAITING:
+                    if (taken := self._begin(attempt, attempts)) is not None:
                         return taken
                     break
             else:
                 number = len(attempts)
-                if self.finished_up_to(attempts) < number - self.window or not may_start(number):
+                window_is_full = self.finished_up_to(attempts) < number - self.window
+                if window_is_full or not may_start(number):
                     return None
                 self._enqueue(_as_frozen_trial(self._propose(number, attempts)))
 
     def _fail_stale(self) -> None:
-        """The trials of workers that no longer beat are lost."""
+        """Fail the attempts of workers whose heartbeats are missing."""
         if time.monotonic() - self.stale_checked_at > SECONDS_BETWEEN_STALE_CHECKS:
             with no_experimental_warnings():
                 fail_stale_trials(self.optuna)
             self.stale_checked_at = time.monotonic()
 
-    def _fail_duplicates(self, trials: list[FrozenTrial], attempts: dict[int, FrozenTrial]) -> None:
-        """Two workers that made the same draw at once: the first one counts."""
-        for trial in trials:
-            counts = attempts[trial.user_attrs["draw"]].number == trial.number
-            if trial.state == TrialState.WAITING and not counts:
-                self._unless_finished(
-                    self.storage.set_trial_user_attr, trial._trial_id, "double", True
-                )
-                self._set_state(trial._trial_id, TrialState.FAIL)
+    def _fail_duplicates(self, every: list[FrozenTrial], attempts: dict[int, FrozenTrial]) -> None:
+        """If two workers proposed the same trial at the same time, the first attempt counts."""
+        for attempt in every:
+            counts = attempts[attempt.user_attrs["draw"]].number == attempt.number
+            if attempt.state == TrialState.WAITING and not counts:
+                self._set_attr(attempt._trial_id, "double", True)
+                self._set_state(attempt._trial_id, TrialState.FAIL)
 
     def fail_running(self) -> None:
-        """Those that are running belong to a process that is no more: they are lost."""
-        for trial in self.all_trials():
-            if trial.state == TrialState.RUNNING:
-                self._set_state(trial._trial_id, TrialState.FAIL)
+        """Fail all running attempts, which an earlier process has left behind.
+
+        Only for a process that has the study for itself.
+        """
+        for attempt in self.all_attempts():
+            if attempt.state == TrialState.RUNNING:
+                self._set_state(attempt._trial_id, TrialState.FAIL)
 
     def release(self, trial: RunningTrial) -> None:
-        """Another may go on with it."""
-        self._set_state(trial.trial_id, TrialState.FAIL)
+        """Give the trial up unfinished; another process may continue it."""
+        self._set_state(trial.attempt_id, TrialState.FAIL)
 
-    def _propose(self, number: int, attempts: dict[int, FrozenTrial]) -> Proposal:
+    def _propose(self, number: int, attempts: dict[int, FrozenTrial]) -> Trial:
         known: dict[str, int] = {}
         for earlier in range(number):
             attrs = attempts[earlier].user_attrs
@@ -144,70 +124,66 @@ class Study(StudyRecord):
                 known.setdefault(attrs["fingerprint"], earlier)
         return self.sampler.propose(number, self._earlier_trials(number, attempts), known)
 
-    def _earlier_trials(self, number: int, attempts: dict[int, FrozenTrial]) -> list[EarlierTrial]:
-        return [self._earlier_trial(attempts, i) for i in range(max(0, number - self.window + 1))]
+    def _earlier_trials(self, number: int, attempts: dict[int, FrozenTrial]) -> list[Trial]:
+        """The trials that the proposal of trial ``number`` depends on; all are finished."""
+        return [self._observed(i, attempts) for i in range(max(0, number - self.window + 1))]
 
-    def _earlier_trial(self, attempts: dict[int, FrozenTrial], number: int) -> EarlierTrial:
-        trial = attempts[number]
-        attrs = attempts[trial.user_attrs.get("same_as", number)].user_attrs
-        return EarlierTrial(
-            trial.params,
-            trial.distributions,
-            trial.constraints,
-            tuple(attrs.get("losses", ())),
-            tuple(attrs.get("others", ())),
-            attrs.get("outcome") == "complete",
-        )
+    def _observed(self, number: int, attempts: dict[int, FrozenTrial]) -> Trial:
+        """The trial; with the results of the earlier one if it is the same model."""
+        trial = self._trial(number, attempts[number])
+        if trial.same_as is None:
+            return trial
+        same = self._trial(trial.same_as, attempts[trial.same_as])
+        return replace(trial, losses=same.losses, others=same.others, outcome=same.outcome)
 
-    def _begin(self, trial: FrozenTrial, attempts: dict[int, FrozenTrial]) -> RunningTrial | None:
-        """None where it was somebody else's, or needed no training."""
-        self.heartbeat.record(trial._trial_id)
+    def _begin(self, attempt: FrozenTrial, attempts: dict[int, FrozenTrial]) -> RunningTrial | None:
+        """Take the attempt; None if another process was faster or it needs no training."""
+        self.heartbeat.record(attempt._trial_id)
         try:
-            if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+            if not self.storage.set_trial_state_values(attempt._trial_id, TrialState.RUNNING):
                 return None
         except UpdateFinishedTrialError:
             return None
-        attrs = trial.user_attrs
-        if (outcome := attrs.get("outcome")) in UNTRAINED:
-            self._set_state(trial._trial_id, TrialState.PRUNED)
+        trial = trial_of(attempt, self.axes)
+        if trial.outcome:
+            self._set_state(attempt._trial_id, TrialState.PRUNED)
             return None
-        assert outcome is None
-        self.heartbeat.trials.add(trial._trial_id)
+        self.heartbeat.attempts.add(attempt._trial_id)
         return RunningTrial(
-            number=attrs["draw"],
-            spec=spec_of(attrs),
-            fingerprint=attrs["fingerprint"],
-            params=trial.params,
-            trial_id=trial._trial_id,
-            earlier=self._earlier_trials(attrs["draw"], attempts),
-            rungs=rungs_of(attrs),
-            losses=list(attrs.get("losses", ())),
+            **{field.name: getattr(trial, field.name) for field in fields(trial)},
+            attempt_id=attempt._trial_id,
+            earlier=tuple(self._earlier_trials(trial.number, attempts)),
         )
 
-    # telling
+    # recording results
 
     def record_rung(
         self, trial: RunningTrial, scores: Scores, values: tuple[float, ...] | None
-    ) -> None:
-        """Takes note of a rung; ``values``: the axes, None where training diverged."""
-        trial.rungs.append(scores)
+    ) -> RunningTrial:
+        """Record the scores of one more rung; returns the trial with them.
+
+        ``values``: the objectives in the order of ``axes``; None if the training diverged.
+        """
+        trial = replace(trial, rungs=(*trial.rungs, scores))
         dumped = [{k: s.model_dump(mode="json") for k, s in rung.items()} for rung in trial.rungs]
-        given: dict[str, Any] = {"rungs": json.dumps(dumped)}
-        if values is not None:
-            trial.losses.append(values[0])
-            given |= {"losses": trial.losses, "others": values[1:]}
-        self._set_attrs(trial, **given)
-        if values is not None and len(self.axes) == 1:  # for those who look at the storage
+        self._set_attr(trial.attempt_id, "rungs", json.dumps(dumped))
+        if values is None:
+            return trial
+        trial = replace(trial, losses=(*trial.losses, values[0]), others=values[1:])
+        self._set_attr(trial.attempt_id, "losses", list(trial.losses))
+        self._set_attr(trial.attempt_id, "others", list(trial.others))
+        if len(self.axes) == 1:  # for people who look at the storage
             self._unless_finished(
                 self.storage.set_trial_intermediate_value,
-                trial.trial_id,
+                trial.attempt_id,
                 len(trial.rungs),
                 values[0],
             )
+        return trial
 
-    def is_promoted(self, trial: RunningTrial, values: tuple[float, ...]) -> bool:
-        """Whether the draw climbs to the next rung."""
-        return self.sampler.is_promoted(trial.losses, values[1:], trial.earlier)
+    def is_promoted(self, trial: RunningTrial) -> bool:
+        """Whether the trial is trained on the next rung, after a rung with a finite loss."""
+        return self.sampler.is_promoted(trial.losses, trial.others, trial.earlier)
 
     def finish(
         self,
@@ -216,51 +192,57 @@ class Study(StudyRecord):
         values: tuple[float, ...] | None = None,
         error: str = "",
     ) -> None:
-        """The draw is done with: complete (with values), pruned, diverged or failed."""
-        self._set_attrs(trial, outcome=outcome, **({"error": error} if error else {}))
+        """End the trial. ``outcome``: complete (then with ``values``), pruned, diverged, failed."""
+        self._set_attr(trial.attempt_id, "outcome", outcome)
+        if error:
+            self._set_attr(trial.attempt_id, "error", error)
         state = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
-        self._set_state(trial.trial_id, state.get(outcome, TrialState.PRUNED), values)
+        self._set_state(trial.attempt_id, state.get(outcome, TrialState.PRUNED), values)
 
-    def _set_attrs(self, trial: RunningTrial, **attrs: Any) -> None:
-        for key, value in attrs.items():
-            self._unless_finished(self.storage.set_trial_user_attr, trial.trial_id, key, value)
+    def _set_attr(self, attempt_id: int, key: str, value: Any) -> None:
+        self._unless_finished(self.storage.set_trial_user_attr, attempt_id, key, value)
 
     def _set_state(
-        self, trial_id: int, state: TrialState, values: tuple[float, ...] | None = None
+        self, attempt_id: int, state: TrialState, values: tuple[float, ...] | None = None
     ) -> None:
-        self.heartbeat.trials.discard(trial_id)
-        self._unless_finished(self.storage.set_trial_state_values, trial_id, state, values)
+        self.heartbeat.attempts.discard(attempt_id)
+        self._unless_finished(self.storage.set_trial_state_values, attempt_id, state, values)
 
-    def _unless_finished(self, write: Callable[..., Any], *given: Any) -> None:
-        """Who was taken for dead and is not, has nothing to say: another does the same work."""
+    def _unless_finished(self, write: Callable[..., Any], attempt_id: int, *given: Any) -> None:
+        """Ignore writes to an attempt that has already been failed as stale.
+
+        Another worker repeats the same work.
+        """
         try:
-            write(*given)
+            write(attempt_id, *given)
         except UpdateFinishedTrialError:
-            self.heartbeat.trials.discard(given[0])
+            self.heartbeat.attempts.discard(attempt_id)
 
-    def _enqueue(self, trial: FrozenTrial) -> None:
-        self.storage.create_new_trial(self.id, template_trial=trial)
+    def _enqueue(self, attempt: FrozenTrial) -> None:
+        self.storage.create_new_trial(self.id, template_trial=attempt)
 
 
-def _as_frozen_trial(proposal: Proposal) -> FrozenTrial:
-    """Whole from the start, so that nobody can die between making a draw and writing it down."""
-    attrs: dict[str, Any] = {"draw": proposal.number, "fingerprint": proposal.fingerprint}
-    if proposal.spec is not None:
-        attrs["spec"] = proposal.spec.to_yaml()
-    for name in ("outcome", "error", "same_as"):
-        if (value := getattr(proposal, name)) not in (None, ""):
-            attrs[name] = value
+def _as_frozen_trial(trial: Trial) -> FrozenTrial:
+    """The proposal as a waiting attempt, complete in one write: no worker can die in between."""
+    attrs: dict[str, Any] = {"draw": trial.number, "fingerprint": trial.fingerprint}
+    optional = {
+        "spec": trial.spec_yaml,
+        "outcome": trial.outcome,
+        "error": trial.error,
+        "same_as": trial.same_as,
+    }
+    attrs |= {key: value for key, value in optional.items() if value not in (None, "")}
     return create_trial(
         state=TrialState.WAITING,
-        params=proposal.params,
-        distributions=proposal.distributions,
-        constraints=proposal.constraints,
+        params=trial.params,
+        distributions=trial.distributions,
+        constraints=trial.constraints,
         user_attrs=attrs,
     )
 
 
 def _retry(interrupted: FrozenTrial) -> FrozenTrial:
-    """The same draw with what was recorded of it, but for an outcome that was never told."""
+    """A waiting attempt with what the interrupted one recorded, except an unfinished outcome."""
     attrs = dict(interrupted.user_attrs)
     if attrs.get("outcome") not in UNTRAINED:
         attrs.pop("outcome", None)

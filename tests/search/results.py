@@ -16,9 +16,9 @@ from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetV
 from archdsl.search.report.report import SearchReport
 from archdsl.search.space.objectives import FLOPS, LOSS, others
 from archdsl.search.stats.paired import Correlation
-from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits, SpendingSummary, Spent
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, Task, objective
 from archdsl.search.trials.proxy_training import ProxyScore
 
@@ -139,14 +139,14 @@ def _trial(number: int, axes: tuple[str, ...], rng: random.Random) -> Trial:
     loss = objective(rungs[-1], PROXY) if outcome == "complete" else None
     return Trial(
         number=number,
-        spec=spec,
+        spec_yaml=spec.to_yaml(),
         fingerprint=spec.fingerprint(),
         params=choices,
         outcome=outcome,
         values=None
         if loss is None
         else dict(zip(axes, (loss, *others(axes, spec, spec, {})), strict=True)),
-        rungs=rungs,
+        rungs=tuple(rungs),
         error="out of memory" if outcome == "failed" else "",
     )
 

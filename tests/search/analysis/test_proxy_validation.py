@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from archdsl.search.analysis.proxy_validation import (
     wider,
 )
 from archdsl.search.stats.paired import Correlation, kendall_tau
-from archdsl.search.study.record import Trial
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import JobFailed
 
@@ -47,12 +48,12 @@ def finished(number: int, first: float, last: float | None, like: int | None = N
     losses = [first] if last is None else [first, last]
     return Trial(
         number=number,
-        spec=model(number),
+        spec_yaml=model(number).to_yaml(),
         fingerprint=str(number if like is None else like),
         params={},
         outcome="complete" if last is not None else "pruned",
         values=None if last is None else {"loss": last},
-        rungs=[{"skill": score(loss)} for loss in losses],
+        rungs=tuple({"skill": score(loss)} for loss in losses),
     )
 
 
@@ -86,7 +87,7 @@ def test_rungs_are_compared_over_those_that_reached_the_last() -> None:
     trials = [finished(i, first, 3.0 - i) for i, first in enumerate((1.0, 2.0, 3.0))]
     found = between_rungs([*trials, finished(3, 0.0, None)], PROXY)
     assert (found.tau, found.pairs) == (-1.0, 3)
-    one_rung = [Trial(**{**vars(t), "rungs": t.rungs[-1:]}) for t in trials]
+    one_rung = [replace(t, rungs=t.rungs[-1:]) for t in trials]
     assert between_rungs(one_rung, PROXY).tau is None  # it would agree with itself
 
 

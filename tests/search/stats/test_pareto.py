@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archdsl.search.stats.pareto import Point, dominates, hypervolume, pareto_front
-from archdsl.search.study.sampler import STARTUP, EarlierTrial, may_join_front
+from archdsl.search.study.sampler import STARTUP, may_join_front
+from archdsl.search.study.trial import Trial
 
 SIDE = 5
 
@@ -40,13 +41,18 @@ def test_a_front_is_what_nothing_dominates(points: list[Point]) -> None:
     assert len(pareto_front(points)) == len(chosen)
 
 
-def past(first: float, last: float, flops: float) -> EarlierTrial:
-    return EarlierTrial({}, {}, losses=(first, last), others=(flops,), complete=True)
+def complete(first: float, last: float, flops: float) -> Trial:
+    return Trial(0, {}, losses=(first, last), others=(flops,), outcome="complete")
 
 
 def test_a_model_goes_on_while_it_could_still_join_the_front() -> None:
     # the second rung takes off 1.0 on average, with a standard deviation of 0.1
-    known = [past(3.0, 1.9, 10), past(3.0, 2.1, 20), past(4.0, 2.9, 5), past(4.0, 3.1, 6)]
+    known = [
+        complete(3.0, 1.9, 10),
+        complete(3.0, 2.1, 20),
+        complete(4.0, 2.9, 5),
+        complete(4.0, 3.1, 6),
+    ]
     assert may_join_front((9.0,), (99.0,), known[: STARTUP - 1])  # nothing is known yet
     assert may_join_front((2.9,), (10.0,), known)  # better than the best
     assert may_join_front((9.0,), (4.0,), known)  # cheaper than the cheapest
@@ -58,5 +64,5 @@ def test_a_model_goes_on_while_it_could_still_join_the_front() -> None:
 
 @pytest.mark.parametrize("loss", [2.0, 2.5, 3.0])
 def test_without_costs_to_weigh_a_front_is_the_best(loss: float) -> None:
-    known = [past(3.0, 2.0, 0)] * STARTUP
+    known = [complete(3.0, 2.0, 0)] * STARTUP
     assert may_join_front((loss,), (0.0,), known) == (loss <= 3.0)

@@ -17,11 +17,11 @@ from optuna.trial import TrialState
 from archdsl.lang.load import read
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.search.rung_scheduler import RungScheduler, SearchFailedError
-from archdsl.search.study.record import Trial
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.spending import Limits, Spending
 from archdsl.search.study.storage import journal
 from archdsl.search.study.study import Study
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, Work
 
@@ -177,7 +177,7 @@ def turn(worker: RungScheduler, pool: Fragile, rng: random.Random) -> bool:
 
 def fail_trials_of(worker: RungScheduler, storage: BaseStorage) -> None:
     """What missing heartbeats do: the trials that the worker held are lost."""
-    for trial_id in worker.study.heartbeat.trials:
+    for trial_id in worker.study.heartbeat.attempts:
         storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
@@ -211,14 +211,16 @@ def test_what_a_dead_process_held_is_taken_first_with_what_is_known(
     assert trial is not None
     score = Pretended(trial.fingerprint, 0).run(lambda: None)
     study.record_rung(trial, {"skill": score}, (2.5,))
-    study._set_attrs(trial, outcome="complete")  # and here it is killed, before telling
+    study._set_attr(
+        trial.attempt_id, "outcome", "complete"
+    )  # and here it is killed, before telling
     again = study_of(space, journal(tmp_path), ("loss",), seed=0)
     assert again.finished() == []
     again.fail_running()
     taken = again.take(lambda number: True)
     assert taken is not None
     assert (taken.number, taken.fingerprint) == (trial.number, trial.fingerprint)
-    assert (taken.rungs, taken.losses) == ([{"skill": score}], [2.5])
+    assert (taken.rungs, taken.losses) == (({"skill": score},), (2.5,))
 
 
 def test_who_was_wrongly_taken_for_dead_changes_nothing(space: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from archdsl.search.analysis.supernet_validation import (
 from archdsl.search.space.enumerate import point_from, points
 from archdsl.search.space.optuna_space import starting_points
 from archdsl.search.stats.paired import kendall_tau
-from archdsl.search.study.record import Trial
+from archdsl.search.study.trial import Trial
 from archdsl.search.supernet.layouts import (
     LAYOUT,
     SupernetError,
@@ -343,7 +343,14 @@ def test_the_proof_is_of_models_spread_over_the_losses() -> None:
 
     def trial(number: int, loss: float, flops: float) -> Trial:
         values = {"loss": loss, "flops": flops}
-        return Trial(number, spec, str(number), {}, "complete", values, [])
+        return Trial(
+            number,
+            {},
+            spec_yaml=spec.to_yaml(),
+            fingerprint=str(number),
+            outcome="complete",
+            values=values,
+        )
 
     losses = [1.0, 1.1, 1.2, 3.0, 2.0, 2.9, 2.1]
     trials = [trial(i, loss, flops=3 - i if i < 3 else 9) for i, loss in enumerate(losses)]
