@@ -100,7 +100,7 @@ def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, fl
             for task in proxy.tasks.values():
                 small = proxy.shrink(load(name), task)
                 for rung in task.rungs:
-                    jobs = [Job(folder / store, small, task, 0, rung) for store in ("one", "two")]
+                    jobs = [task.job(folder / store, small, 0, rung) for store in ("one", "two")]
                     results = [pool.submit(Timed(job)).result() for job in jobs]
                     if _found(results[0][0]) != _found(results[1][0]):
                         raise NotEqual(f"not equal: scores of {name} after {rung} steps")

@@ -1,27 +1,24 @@
-"""What the server of `pool` does before children are forked from it: all that is slow at first.
+"""Imported by the server from which workers are forked, before the first of them is forked.
 
-Importing this has effects. No thread may be left behind, as threads do not survive a fork; so
-nothing is trained here: autograd starts threads.
+It runs what a job runs at first, because torch imports many of its modules only when a model or an
+optimizer is first made or used: about five seconds of CPU that otherwise each worker would need.
+Importing this module has effects. It must not leave a thread behind, as threads do not survive a
+fork; so it computes no gradients, because autograd starts threads.
 """
 
 from __future__ import annotations
 
 import gc
-from itertools import chain
 
-import numpy.ctypeslib  # noqa: F401  numpy itself imports it when it is first asked for
-import tokenizers  # noqa: F401  every text is read with one
 import torch
 
 from archdsl.lang.load import load
-from archdsl.lang.registry import families
 from archdsl.model.build import build
 from archdsl.search.trials.proxy import Proxy, default_tasks
 from archdsl.training.trainer import Trainer
 
 
-def _begin_like_a_job() -> None:
-    """Much of torch is imported when a model or an optimizer is first made, or first used."""
+def _run_like_a_job() -> None:
     task = default_tasks()["skill"]
     proxy = Proxy(dim=16, head_size=8, tasks={"skill": task})
     model = build(proxy.shrink(load("tiny"), task))
@@ -36,7 +33,5 @@ def _begin_like_a_job() -> None:
 
 
 torch.set_num_threads(1)
-for part in chain.from_iterable(kinds.values() for kinds in families().values()):
-    part.model_rebuild()  # or each child would, of the kinds that it meets first
-_begin_like_a_job()
-gc.freeze()  # or a collection in a child would touch, and so copy, the memory it shares
+_run_like_a_job()
+gc.freeze()  # otherwise each garbage collection of a worker would copy the memory it shares

@@ -73,7 +73,7 @@ def comparison_jobs(
     small = {t: compared_specs(proxy.shrink(winner, task)) for t, task in proxy.tasks.items()}
     names = [n for n in distinct(list(small.values())) if ablate or role_of(n) != "ablation"]
     return {
-        (name, t, seed): Job(store, small[t][name], task, seed, task.rungs[-1])
+        (name, t, seed): task.job(store, small[t][name], seed, task.rungs[-1])
         for seed in seeds
         for name in names
         for t, task in proxy.tasks.items()

@@ -112,7 +112,7 @@ def validation_jobs(
 ) -> dict[tuple[int, str], Job]:
     """Return the trainings of these trials in the proxy ``wide``, by trial number and task."""
     return {
-        (trial.number, name): Job(store, wide.shrink(trial.spec, task), task, seed, task.rungs[-1])
+        (trial.number, name): task.job(store, wide.shrink(trial.spec, task), seed, task.rungs[-1])
         for trial in trials
         for name, task in wide.tasks.items()
     }

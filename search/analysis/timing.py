@@ -147,7 +147,7 @@ def _probes(
         known.add(equal)
         for name, task in proxy.tasks.items():
             few, many = _steps(task)
-            yield index, name, Probe(Job(store, small[name], task, seed, few), few, many)
+            yield index, name, Probe(task.job(store, small[name], seed, few), few, many)
 
 
 def _steps(task: Task) -> tuple[int, int]:

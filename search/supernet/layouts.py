@@ -67,7 +67,8 @@ class SupernetScorer:
                 "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
             )
         steps = round(self.stretch * trained.rungs[-1])
-        return SupernetJob(self.store, small, trained, self.seed, steps, net=net)
+        data = trained.load()
+        return SupernetJob(self.store, small, trained, data, self.seed, steps, net=net)
 
 
 def supernet_space(

@@ -1,16 +1,16 @@
-"""The proxy: a model of the same structure, small enough to train in seconds, and its score.
+"""The proxy: a small model of the same structure that is trained in place of the full-size model.
 
-Results are files named after what was trained, so that equal models are trained once, and a search
-that is killed and run again loses at most the rung that was being climbed.
+The result store keeps scores in files named after what was trained. So equal models are trained
+once, and a search that is killed and run again loses at most the rungs that were in training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field
 
@@ -21,50 +21,51 @@ from archdsl.lang.spec import ModelSpec, Sizes, Strict
 from archdsl.model.build import build
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
 from archdsl.search.trials.result_store import StoredRun
+from archdsl.search.workers.worker import Heartbeat
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 
 __all__ = ["Job", "Proxy", "ProxyError", "ProxyScore", "Task", "default_tasks", "objective"]
 
 
-LOADED: dict[tuple[str | None, str], Data] = {}  # in this process, by name and tokenizer
-
-
 class ProxyError(ArchdslError):
-    """A proxy that was asked for in words that mean nothing."""
+    """The text of ``--proxy`` is not understood."""
 
     exit_status = 2
 
 
+@cache
+def _load(source: str | None, tokenizer: str) -> Data:
+    """Data is loaded once in a process: to identify a large text takes long."""
+    return load_data(source, tokenizer=tokenizer)
+
+
 class Task(Strict):
-    """One of the things a proxy is judged on, and how it is trained for it."""
+    """The data that a proxy is trained and scored on, and how it is trained."""
 
     data: str | None = Field(None, description="as --data; null: the embedded corpus")
     tokenizer: str = "bytes"
     context: int = Field(128, ge=2)
     batch_size: int = Field(16, ge=1)
-    rungs: tuple[int, ...] = Field(description="steps trained when the proxy is scored")
+    rungs: tuple[int, ...] = Field(description="training steps after which a proxy is scored")
     lr: float = 3e-3
     eval_tokens: int = 65_536
     weight: float = Field(1.0, ge=0, description="of its loss in the objective")
 
     def load(self) -> Data:
-        key = self.data, self.tokenizer
-        if key not in LOADED:
-            LOADED[key] = load_data(self.data, tokenizer=self.tokenizer)
-        return LOADED[key]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Its data crosses processes with it: to identify a large text takes long."""
-        return _with_data, (dict(self), self.load())
+        """The data; loaded once in a process. Raises DataError."""
+        return _load(self.data, self.tokenizer)
 
     def up_to(self, steps: int) -> Task:
-        """The same rungs in proportion, ending at ``steps``."""
+        """The task with its rungs scaled so that the last one is ``steps``."""
         rungs = tuple(max(1, steps * rung // self.rungs[-1]) for rung in self.rungs)
         return self.model_copy(update={"rungs": rungs})
 
     def config(self, seed: int) -> TrainConfig:
-        """A constant rate, so that a rung does not depend on how many are above it."""
+        """The training up to the last rung.
+
+        The learning rate is constant, so that a rung does not depend on how many follow it.
+        """
         return TrainConfig(
             steps=self.rungs[-1],
             context=self.context,
@@ -77,25 +78,26 @@ class Task(Strict):
             device="cpu",
         )
 
-
-def _with_data(fields: dict[str, Any], data: Data | None) -> Task:
-    task = Task(**fields)
-    if data is not None:  # its files are still there
-        LOADED[task.data, task.tokenizer] = data
-    return task
+    def job(self, store: Path, spec: ModelSpec, seed: int, steps: int) -> Job:
+        """The job that trains a spec of the proxy's size for ``steps``. Raises DataError."""
+        return Job(store, spec, self, self.load(), seed, steps)
 
 
 class Proxy(Strict):
-    """Sizes that a spec is brought down to, and the tasks that it is then trained on."""
+    """The sizes that a spec is reduced to, and the tasks that it is then trained on."""
 
-    dim: int | None = Field(32, ge=1, description="width; null: the spec stays as it is")
+    dim: int | None = Field(32, ge=1, description="width; null: the spec keeps its sizes")
     head_size: int = Field(16, ge=2)
-    repeat: int = Field(1, ge=1, description="copies of a stack's body, at most")
+    repeat: int = Field(1, ge=1, description="at most so many copies of a stack's body")
     tasks: dict[str, Task]
 
     @classmethod
     def parse(cls, text: str | None = None, data: str | None = None) -> Proxy:
-        """``none`` or ``dim=64,repeat=2,steps=1000``; ``data`` takes the place of both tasks."""
+        """The proxy that ``--proxy`` and ``--data`` describe.
+
+        ``text``: ``none`` or sizes such as ``dim=64,repeat=2,steps=1000``. ``data`` replaces the
+        data of both default tasks by one task. Raises ProxyError if the text is not understood.
+        """
         tasks = default_tasks()
         if data is not None:
             task = tasks["skill" if data.startswith("skill:") else "text"]
@@ -109,10 +111,11 @@ class Proxy(Strict):
 
     @property
     def rungs(self) -> int:
+        """The number of rungs that all tasks have."""
         return min(len(task.rungs) for task in self.tasks.values())
 
     def shrink(self, spec: ModelSpec, task: Task) -> ModelSpec:
-        """The spec as it is trained on a task; without ``dim`` the spec itself."""
+        """The spec at the size at which it is trained on a task; unchanged if ``dim`` is None."""
         if self.dim is None:
             return spec
         vocab_size = task.load().vocab_size
@@ -139,71 +142,79 @@ def default_tasks() -> dict[str, Task]:
             batch_size=32,
             rungs=(100, 300),
             eval_tokens=32_768,
-            weight=0.15,  # both noises alike: 0.013 nats of text are as sure as 0.088 of the skill
+            weight=0.15,  # between seeds, 0.013 nats of text vary as much as 0.088 of the skill
         ),
     }
 
 
 @dataclass(frozen=True)
 class Job:
-    """Train one proxy on one task up to a rung; plain data, so that it can cross processes.
+    """Train one proxy on one task up to a rung. Plain data, so that it can be sent to a worker.
 
-    ``store``: the folder in which equal jobs find each other's scores. ``accumulate``: parts that
-    each batch is cut into to save memory.
+    ``store``: the folder of the result store. ``data``: the task's data; a worker receives the
+    names of its files. ``accumulate``: the number of parts into which each batch is cut to save
+    memory.
     """
 
     store: Path
     spec: ModelSpec
     task: Task
+    data: Data | None
     seed: int
     steps: int
     accumulate: int = 1
 
     def smaller(self) -> Self | None:
-        """With half as many sequences at once."""
+        """The job with half as many sequences at once; None if a batch cannot be cut further."""
         halved = 2 * self.accumulate
         return None if self.task.batch_size % halved else replace(self, accumulate=halved)
 
     @property
     def config(self) -> TrainConfig:
+        """The training up to the steps of this job."""
         update = {"steps": self.steps, "accumulate": self.accumulate}
         return self.task.config(self.seed).model_copy(update=update)
 
+    def load(self) -> Data:
+        """The data of the task. Raises DataError."""
+        return self.data or self.task.load()  # a worker gets None if the token cache was deleted
+
     @property
     def stored_run(self) -> StoredRun:
-        """Where the score is; not a matter of how far to train, nor in how many parts."""
-        data, model = self.task.load(), self.spec.canonical()
+        """Where the score is stored; the same for all ``steps`` and ``accumulate``."""
+        data, model = self.load(), self.spec.canonical()
         identity = {
             "archdsl": __version__,
             "model": model.model_dump(mode="json"),
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
         }
-        return StoredRun(
-            self.store, identity, description={"name": self.spec.name, "data_name": data.name}
-        )
+        description = {"name": self.spec.name, "data_name": data.name}
+        return StoredRun(self.store, identity, description)
 
     def stored_score(self) -> ProxyScore | None:
-        """The score, if this was done before."""
+        """The score, if an equal job has stored it."""
         return read_score(self.stored_run.score(self.steps))
 
-    def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
-        """Climbs to the rung from where training stands; waits while another process does."""
+    def run(self, heartbeat: Heartbeat) -> ProxyScore:
+        """Train and score, starting from the state that the store has, if any.
+
+        Waits while another process trains the same model.
+        """
         stored_run = self.stored_run
         with stored_run.locked(heartbeat):
             if stored := read_score(stored_run.score(self.steps)):
                 return stored
-            # equal specs, equal bits and names
+            # equal specs get the same weights and the same names of modules
             model = build(self.spec.canonical(), seed=self.seed)
-            return ProxyTraining(
-                stored_run, Trainer(model, self.task.load(), self.config), heartbeat
-            ).score()
+            trainer = Trainer(model, self.load(), self.config)
+            return ProxyTraining(stored_run, trainer, heartbeat).score()
 
 
 def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:
-    """The weighted sum of the tasks' losses, in nats; None if one diverged.
+    """The weighted sum of the tasks' losses, in nats; None if one training diverged.
 
-    Weights are inverse to each task's noise between seeds: see docs/log.md.
+    The weights are inverse to how much each task's loss varies between seeds: see docs/log.md.
     """
     total = 0.0
     for name, task in proxy.tasks.items():

@@ -38,7 +38,7 @@ class SeparateTraining:
     def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job:
         trained = self.proxy.tasks[task]
         small = self.proxy.shrink(spec, trained)
-        return Job(self.store, small, trained, self.seed, trained.rungs[rung])
+        return trained.job(self.store, small, self.seed, trained.rungs[rung])
 
 
 def training_flops(proxy: Proxy, spec: ModelSpec) -> float:

@@ -1,14 +1,13 @@
-"""Work in child processes of one thread, where each piece can fail alone.
+"""A pool of worker processes of one thread each, in which each piece of work can fail alone.
 
-Children are forked from a server that has torch loaded, do one piece after the other until one
-fails, and end when their coordinator does.
+Workers are forked from a server process that has imported torch. Each does one piece of work after
+the other until one fails, and ends when the process that uses the pool ends.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -37,12 +36,14 @@ __all__ = [
 
 R = TypeVar("R")
 
-HEARTBEAT_INTERVAL = 1.0  # seconds, at least, unless patience is short
-STARTUP_SECONDS = 60.0  # seconds more for the first sign of life: the server may be loading torch
+HEARTBEAT_INTERVAL = 1.0  # seconds; shorter if the patience is short
+STARTUP_SECONDS = 60.0  # granted before the first heartbeat: the server may be importing torch
 WORK_PER_WORKER = 50  # done by one process, then a new one starts and leaked memory is freed
 
 
 class Pool(Protocol):
+    """Something that does pieces of work, up to ``workers`` of them at once."""
+
     @property
     def workers(self) -> int: ...
 
@@ -50,11 +51,12 @@ class Pool(Protocol):
 
 
 class InProcess:
-    """Does work at once, in this process: for tests, and where there is nothing to be risked."""
+    """A pool that does work at once, in this process. For tests."""
 
     workers = 1
 
     def submit(self, work: Work[R]) -> Future[R]:
+        """Do the work; the future holds its result or a JobFailed."""
         future: Future[R] = Future()
         try:
             future.set_result(_run_with_retry(work))
@@ -64,6 +66,7 @@ class InProcess:
 
 
 def _run_with_retry(work: Work[R]) -> R:
+    """Out of memory, the work is tried once more in a smaller form."""
     try:
         return work.run(lambda: None)
     except Exception as error:
@@ -77,10 +80,10 @@ def _run_with_retry(work: Work[R]) -> R:
 def process_pool(
     workers: int, memory: int | None = None, patience: float = 120.0
 ) -> Iterator[ProcessPool]:
-    """Does up to ``workers`` pieces of work at once; leaves when all are done.
+    """A pool of ``workers`` processes; at the end of the block it waits until all work is done.
 
-    ``memory``: bytes that each may allocate. ``patience``: seconds without a beat after which a
-    child is killed. On an exception all children are killed at once.
+    ``memory``: bytes that each worker may allocate. ``patience``: seconds without a heartbeat after
+    which a worker is killed. If the block raises an exception, all workers are killed at once.
     """
     pool = ProcessPool(workers, memory, patience)
     try:
@@ -92,15 +95,14 @@ def process_pool(
 
 
 def start_server() -> None:
-    """Starts what children are forked from, if it is not there.
+    """Start the server from which workers are forked, unless it is running.
 
-    It imports torch for seconds: who is about to import torch as well calls this before.
+    It imports torch, which takes seconds: call this before this process imports torch as well.
     """
-    # each child runs the main module again, and what that of the command line imports is much
-    loaded = [name for name in ("archdsl.cli",) if name in sys.modules]
-    multiprocessing.set_forkserver_preload(["archdsl.search.worker_preload", *loaded])
-    # Ctrl-C is the coordinator's to handle; the server itself ignores it only once all is imported
-    resource_tracker.ensure_running()  # which the next would do, and unblock it
+    multiprocessing.set_forkserver_preload(["archdsl.search.worker_preload"])
+    # Ctrl-C is handled by this process alone. The server ignores it only after its imports, so it
+    # starts with the signal blocked. The resource tracker would unblock the signal: it goes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -109,187 +111,208 @@ def start_server() -> None:
 
 
 @dataclass
-class _Order:
+class _Submission:
+    """A piece of work and its future. ``retried``: it failed once and now needs a new worker."""
+
     work: Work[Any]
     future: Future[Any]
-    begun: bool = False  # once before: now in a new child
-    smaller: bool = False  # than it was
+    retried: bool = False
+    made_smaller: bool = False
 
 
 @dataclass
-class _Child:
+class _Worker:
+    """A worker process. ``submission``: its work; None while it waits. ``taken``: how many it had.
+
+    ``last_heartbeat``: by the monotonic clock.
+    """
+
     process: ForkServerProcess
-    heard: float  # when it was last
-    order: _Order | None = None  # what it does; None: it waits
-    pieces: int = 0  # that it was given
+    last_heartbeat: float
+    submission: _Submission | None = None
+    taken: int = 0
+
+
+Pipe = connection.Connection  # its other end is in a worker
 
 
 class ProcessPool:
-    """A queue of work and the children that do it, all of them in the hands of one thread."""
+    """A queue of work and the processes that do it. One thread serves them all."""
 
     def __init__(self, workers: int, memory: int | None, patience: float) -> None:
         self.workers, self.memory, self.patience = workers, memory, patience
         self._context = multiprocessing.get_context("forkserver")
         start_server()
-        self._queue: deque[_Order] = deque()
-        self._children: dict[connection.Connection[Any, Any], _Child] = {}
-        self._bell, self._ring = self._context.Pipe(duplex=False)
-        self._until: Literal["called", "done", "now"] = "called"
+        self._queue: deque[_Submission] = deque()
+        self._workers: dict[Pipe[Any, Any], _Worker] = {}
+        self._wake_receiver, self._wake_sender = self._context.Pipe(duplex=False)
+        self._until: Literal["closed", "done", "now"] = "closed"
         self._thread = threading.Thread(target=self._serve, name="pool", daemon=True)
         self._thread.start()
 
     def submit(self, work: Work[R]) -> Future[R]:
+        """Queue the work; the future will hold its result or a JobFailed."""
         future: Future[R] = Future()
-        self._queue.append(_Order(work, future))
-        self._ring.send(None)
+        self._queue.append(_Submission(work, future))
+        self._wake_sender.send(None)
         return future
 
     def finish(self) -> None:
-        """Returns when all work is done."""
-        self._end("done")
+        """Wait until all work is done, then end the workers."""
+        self._close("done")
 
     def kill(self) -> None:
-        """Drops all work; the futures of what was not done are cancelled."""
-        self._end("now")
+        """Kill the workers; the futures of unfinished work are cancelled."""
+        self._close("now")
 
-    def _end(self, until: Literal["done", "now"]) -> None:
+    def _close(self, until: Literal["done", "now"]) -> None:
         self._until = until
-        self._ring.send(None)
+        self._wake_sender.send(None)
         self._thread.join()
-        self._bell.close()
-        self._ring.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
 
     @property
-    def _busy(self) -> list[tuple[connection.Connection[Any, Any], _Child, _Order]]:
-        return [(line, c, c.order) for line, c in self._children.items() if c.order]
+    def _busy(self) -> list[tuple[Pipe[Any, Any], _Worker, _Submission]]:
+        return [(p, w, w.submission) for p, w in self._workers.items() if w.submission]
+
+    @property
+    def _is_open(self) -> bool:
+        unfinished = bool(self._queue or self._busy)
+        return self._until == "closed" or (self._until == "done" and unfinished)
 
     def _serve(self) -> None:
         try:
-            while self._until == "called" or (
-                self._until == "done" and (self._queue or self._busy)
-            ):
+            while self._is_open:
                 while self._queue and len(self._busy) < self.workers:
-                    self._start(self._queue.popleft())
-                self._listen()
-                self._kill_the_silent()
+                    self._assign(self._queue.popleft())
+                self._receive()
+                self._kill_hung()
         finally:
-            for child in self._children.values():
-                child.process.kill()
-            for child in self._children.values():
-                child.process.join()
-                if child.order:
-                    child.order.future.set_exception(CancelledError())
-            for line in self._children:
-                line.close()
-            for order in self._queue:
-                order.future.cancel()
+            self._end_all()
 
-    def _start(self, order: _Order) -> None:
-        if not order.begun and not order.future.set_running_or_notify_cancel():
+    def _end_all(self) -> None:
+        for worker in self._workers.values():
+            worker.process.kill()
+        for pipe, worker in self._workers.items():
+            worker.process.join()
+            if worker.submission:
+                worker.submission.future.set_exception(CancelledError())
+            pipe.close()
+        for submission in self._queue:
+            submission.future.cancel()
+
+    def _assign(self, submission: _Submission) -> None:
+        """Send the work to a waiting worker, or to a new one."""
+        if not submission.retried and not submission.future.set_running_or_notify_cancel():
             return
         try:
-            work = ForkingPickler.dumps(order.work)
-            waiting = [line for line, child in self._children.items() if not child.order]
-            line = waiting[0] if waiting and not order.begun else self._fork()
-        except Exception as error:  # such as work that is no plain data
-            order.future.set_exception(failure(error))
+            work = ForkingPickler.dumps(submission.work)
+            waiting = [pipe for pipe, worker in self._workers.items() if not worker.submission]
+            pipe = waiting[0] if waiting and not submission.retried else self._start_worker()
+        except Exception as error:  # for example, the work cannot be pickled
+            submission.future.set_exception(failure(error))
             return
-        child = self._children[line]
-        child.order, child.pieces = order, child.pieces + 1
-        child.heard = max(child.heard, time.monotonic())
-        with suppress(OSError):  # it has just died: that is about to be heard
-            line.send_bytes(work)
+        worker = self._workers[pipe]
+        worker.submission, worker.taken = submission, worker.taken + 1
+        worker.last_heartbeat = max(worker.last_heartbeat, time.monotonic())
+        with suppress(OSError):  # the worker has just died, which `_receive` will notice
+            pipe.send_bytes(work)
 
-    def _fork(self) -> connection.Connection[Any, Any]:
-        """A child that waits, by what is said to it and heard of it."""
-        mine, its = self._context.Pipe()
-        apart = min(HEARTBEAT_INTERVAL, self.patience / 8)
+    def _start_worker(self) -> Pipe[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        interval = min(HEARTBEAT_INTERVAL, self.patience / 8)
         process = self._context.Process(
-            target=run_worker, args=(its, self.memory, apart), daemon=True
+            target=run_worker, args=(theirs, self.memory, interval), daemon=True
         )
         try:
             process.start()
         except BaseException:
-            mine.close()
+            ours.close()
             raise
         finally:
-            its.close()
-        self._children[mine] = _Child(process, time.monotonic() + STARTUP_SECONDS)
-        return mine
+            theirs.close()
+        self._workers[ours] = _Worker(process, time.monotonic() + STARTUP_SECONDS)
+        return ours
 
-    def _listen(self) -> None:
-        """Until somebody says something, or was silent for too long."""
-        silent_at = min((child.heard for _, child, _ in self._busy), default=None)
-        seconds = silent_at and max(0.0, silent_at + self.patience - time.monotonic())
-        for ready in connection.wait([self._bell, *self._children], seconds):
+    def _receive(self) -> None:
+        """Wait for messages until a worker may have hung, and handle them."""
+        oldest = min((worker.last_heartbeat for _, worker, _ in self._busy), default=None)
+        seconds = oldest and max(0.0, oldest + self.patience - time.monotonic())
+        for ready in connection.wait([self._wake_receiver, *self._workers], seconds):
             assert isinstance(ready, connection.Connection)
-            if ready is self._bell:
+            if ready is self._wake_receiver:
                 ready.recv()
             else:
-                self._hear(ready)
+                self._handle(ready)
 
-    def _hear(self, line: connection.Connection[Any, Any]) -> None:
-        child = self._children[line]
-        order = child.order
+    def _handle(self, pipe: Pipe[Any, Any]) -> None:
+        """A message is None (a heartbeat), a JobFailed, or a tuple of the result alone."""
+        worker = self._workers[pipe]
+        submission = worker.submission
         try:
-            said = line.recv()
-        except (EOFError, OSError):
-            self._take_leave(line)
-            if order:
-                self._failed(child, order, _exit_failure(child.process))
+            message = pipe.recv()
+        except (EOFError, OSError):  # the worker has died
+            self._end_worker(pipe)
+            if submission:
+                self._fail(worker, submission, _exit_failure(worker.process))
             return
-        if said is None or order is None:
-            child.heard = time.monotonic()
+        if message is None or submission is None:
+            worker.last_heartbeat = time.monotonic()
             return
-        child.order = None
-        if isinstance(said, JobFailed):
-            self._take_leave(line)
-            self._failed(child, order, said)
+        worker.submission = None
+        if isinstance(message, JobFailed):
+            self._end_worker(pipe)
+            self._fail(worker, submission, message)
         else:
-            if child.pieces == WORK_PER_WORKER:
-                self._take_leave(line)
-            order.future.set_result(said[0])
+            if worker.taken == WORK_PER_WORKER:
+                self._end_worker(pipe)
+            submission.future.set_result(message[0])
 
-    def _kill_the_silent(self) -> None:
+    def _kill_hung(self) -> None:
         now = time.monotonic()
-        for line, child, order in self._busy:
-            if now - child.heard >= self.patience:
-                child.process.kill()
-                self._take_leave(line)
-                why = f"no step was made for {self.patience:g} s, so it was ended"
-                self._failed(child, order, JobFailed("hang", why))
+        for pipe, worker, submission in self._busy:
+            if now - worker.last_heartbeat >= self.patience:
+                worker.process.kill()
+                self._end_worker(pipe)
+                reason = f"no training step in {self.patience:g} s, so the process was killed"
+                self._fail(worker, submission, JobFailed("hang", reason))
 
-    def _take_leave(self, line: connection.Connection[Any, Any]) -> None:
-        process = self._children.pop(line).process
-        line.close()
+    def _end_worker(self, pipe: Pipe[Any, Any]) -> None:
+        process = self._workers.pop(pipe).process
+        pipe.close()
         process.join(10)
-        process.kill()  # of those that are gone nothing is left to kill
+        process.kill()  # does nothing if it has ended
         process.join()
 
-    def _failed(self, child: _Child, order: _Order, failure: JobFailed) -> None:
+    def _fail(self, worker: _Worker, submission: _Submission, failure: JobFailed) -> None:
+        """Report the failure; out of memory, try once more in a new worker, or in smaller form."""
         again = None
         if failure.reason == "out of memory":
-            if child.pieces > 1:  # an earlier piece may have kept some
-                again = order.work
-            elif not order.smaller:
-                again = order.work.smaller()
+            if worker.taken > 1:  # earlier work may have kept some memory
+                again = submission.work
+            elif not submission.made_smaller:
+                again = submission.work.smaller()
         if again is None:
-            order.future.set_exception(failure)
-        else:
-            smaller = order.smaller or again is not order.work
-            self._queue.appendleft(_Order(again, order.future, begun=True, smaller=smaller))
+            submission.future.set_exception(failure)
+            return
+        smaller = submission.made_smaller or again is not submission.work
+        retry = _Submission(again, submission.future, retried=True, made_smaller=smaller)
+        self._queue.appendleft(retry)
 
 
 def _exit_failure(process: ForkServerProcess) -> JobFailed:
-    """Why a child ended that said nothing."""
+    """The failure of a worker that ended without a message."""
     code = process.exitcode or 0
     if code == -signal.SIGKILL:
-        return JobFailed("out of memory", "the process was killed, as is done for want of memory")
+        return JobFailed(
+            "out of memory", "the process was killed, as the system does when memory runs out"
+        )
     if code < 0:
         return JobFailed("crash", f"the process ended by signal {-code}: {signal.strsignal(-code)}")
     return JobFailed("crash", f"the process ended with exit status {code} and no result")
 
 
 def wait_for_any(jobs: Iterable[Future[Any]], seconds: float) -> None:
-    """Waits until another of the jobs is done, or the time is over."""
+    """Wait until one more of the jobs is done, or ``seconds`` are over."""
     wait([job for job in jobs if not job.done()], seconds, return_when=FIRST_COMPLETED)

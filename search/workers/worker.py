@@ -1,4 +1,4 @@
-"""What happens in a child process: its work, its signs of life, and its failures in words."""
+"""What happens in a worker process: its work, its heartbeats, and its failures."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 from archdsl.errors import ArchdslError
 
 R_co = TypeVar("R_co", covariant=True)
-Heartbeat = Callable[[], None]  # "I am alive"
+Heartbeat = Callable[[], None]  # work calls it to say that it has not hung
 Reason = Literal["out of memory", "crash", "hang", "error"]
 
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
 
 class Work(Protocol[R_co]):
-    """Something to be done in a child; plain data, so that it can cross processes."""
+    """Something to be done in a worker; plain data, so that it can be pickled."""
 
     def run(self, heartbeat: Heartbeat) -> R_co:
-        """Does it, and calls ``heartbeat`` often: who is silent for long is taken to hang."""
+        """Do the work. It must call ``heartbeat`` often, or it is killed because it seems hung."""
 
     def smaller(self) -> Self | None:
-        """The same in less memory; None where that cannot be."""
+        """The same work in less memory; None if that is not possible."""
 
 
 class JobFailed(ArchdslError):  # noqa: N818  it says what happened
-    """Work that came to no result; ``details`` is its traceback, where there is one."""
+    """Work ended without a result. ``details``: its traceback, or empty."""
 
     def __init__(self, reason: Reason, message: str, details: str = "") -> None:
         super().__init__(reason, message, details)
@@ -49,82 +49,87 @@ class JobFailed(ArchdslError):  # noqa: N818  it says what happened
 
 
 def failure(error: BaseException) -> JobFailed:
+    """The exception as a JobFailed, which can be pickled."""
     message = f"{type(error).__name__}: {error}"
-    # torch raises RuntimeErrors of many texts: those of its allocators, of CUDA, of C++
-    of_torch = isinstance(error, RuntimeError | OSError) and any(
+    # torch reports lack of memory as RuntimeErrors whose texts differ by allocator
+    from_torch = isinstance(error, RuntimeError | OSError) and any(
         text in str(error).lower() for text in (*NO_MEMORY, "out of memory")
     )
-    reason: Reason = "out of memory" if of_torch or isinstance(error, MemoryError) else "error"
+    reason: Reason = "out of memory" if from_torch or isinstance(error, MemoryError) else "error"
     return JobFailed(reason, message, "".join(traceback.format_exception(error)[-6:]))
 
 
 def run_worker(
-    line: connection.Connection[Any, Any], memory: int | None, seconds_apart: float
+    pipe: connection.Connection[Any, Any], memory: int | None, heartbeat_interval: float
 ) -> None:
-    """Does one piece of work after the other, as they come, until there will be no more.
+    """Do one piece of work after the other, as they come through ``pipe``, until it is closed.
 
-    Of each it sends None as a sign of life, no oftener than every ``seconds_apart``; at last a
-    tuple of the result alone, or a JobFailed.
+    During each, the worker sends None as a heartbeat, at most every ``heartbeat_interval`` seconds;
+    at its end it sends a tuple of the result alone, or a JobFailed. ``memory``: bytes that the work
+    may allocate.
     """
     import torch
 
-    for ending in (signal.SIGINT, signal.SIGTERM):  # the coordinator's to handle
+    for ending in (signal.SIGINT, signal.SIGTERM):  # the parent process handles them
         signal.signal(ending, signal.SIG_IGN)
-    threading.Thread(target=_end_with_coordinator, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    limit = _allowed(memory)  # what earlier pieces may have kept counts, too
-    with suppress(EOFError, ConnectionError):  # the coordinator needs no more, or is gone
+    limit = _data_limit(memory)  # set once: memory that earlier work leaked counts as well
+    with suppress(EOFError, ConnectionError):  # the pool is closed, or its process has died
         while True:
-            said = line.recv_bytes()
-            line.send_bytes(_outcome(said, limit, _HeartbeatSender(line, seconds_apart)))
-            del said
-            gc.collect()  # a model is a cycle, and may be large
-            _forget_peak()
+            work = pipe.recv_bytes()
+            pipe.send_bytes(_outcome(work, limit, _HeartbeatSender(pipe, heartbeat_interval)))
+            del work
+            gc.collect()  # models contain reference cycles, and may be large
+            _reset_peak_memory()
 
 
 class _HeartbeatSender:
-    """Signs of life, the first one at once."""
+    """Sends heartbeats, the first one at once."""
 
-    def __init__(self, line: connection.Connection[Any, Any], apart: float) -> None:
-        self.line, self.apart, self.heard = line, apart, -math.inf
+    def __init__(self, pipe: connection.Connection[Any, Any], interval: float) -> None:
+        self.pipe, self.interval, self.sent = pipe, interval, -math.inf
 
     def __call__(self) -> None:
-        if time.monotonic() - self.heard > self.apart:
+        if time.monotonic() - self.sent > self.interval:
             try:
-                self.line.send(None)
-            except ConnectionError:  # the coordinator is gone
+                self.pipe.send(None)
+            except ConnectionError:  # the process of the pool has died
                 os._exit(1)
-            self.heard = time.monotonic()
+            self.sent = time.monotonic()
 
 
-def _outcome(said: bytes, limit: int | None, heartbeat: Heartbeat) -> bytes:
+def _outcome(pickled: bytes, limit: int | None, heartbeat: Heartbeat) -> bytes:
     try:
         heartbeat()
-        work: Work[Any] = pickle.loads(said)
+        work: Work[Any] = pickle.loads(pickled)
         with _at_most(limit):
-            done = work.run(heartbeat)
-        return bytes(ForkingPickler.dumps((done,)))
-    except BaseException as error:  # whatever ends the work is said
+            result = work.run(heartbeat)
+        return bytes(ForkingPickler.dumps((result,)))
+    except BaseException as error:  # whatever ended the work is reported
         return bytes(ForkingPickler.dumps(failure(error)))
 
 
-def _forget_peak() -> None:
-    """The most memory that was held: of the next piece of work it is to be its own."""
-    with suppress(OSError):  # only Linux can
+def _reset_peak_memory() -> None:
+    """Reset the peak of resident memory, so that each piece of work reports its own."""
+    with suppress(OSError):  # only Linux has this file
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _allowed(memory: int | None) -> int | None:
-    """Bytes of data with ``memory`` more than there are, where the system can tell."""
-    held = Path("/proc/self/statm")
-    if memory is None or not held.exists():
+def _data_limit(memory: int | None) -> int | None:
+    """The size of the data segment with ``memory`` more bytes than now; None if unlimited.
+
+    Also None where the system does not tell its present size.
+    """
+    sizes = Path("/proc/self/statm")
+    if memory is None or not sizes.exists():
         return None
-    return memory + int(held.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    return memory + int(sizes.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def _at_most(limit: int | None) -> Iterator[None]:
-    """Meanwhile there can be no more than ``limit`` bytes of data."""
+    """Limit the data segment to ``limit`` bytes inside the block."""
     if limit is None:
         yield
         return
@@ -140,8 +145,8 @@ def _at_most(limit: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
-def _end_with_coordinator() -> None:
-    coordinator = multiprocessing.parent_process()
-    assert coordinator is not None
-    connection.wait([coordinator.sentinel])
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
     os._exit(1)

@@ -29,7 +29,7 @@ from archdsl.search.analysis.forecast import (
 from archdsl.search.analysis.timing import Probe, Speed, Timing, measure_timing, measured
 from archdsl.search.report.forecast_tables import shown
 from archdsl.search.space.feasibility import NothingFitsError, Survey, survey
-from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, JobFailed
 
 SKILL = "skill:p-hop,hops=1,length=8,alphabet=3"
@@ -146,7 +146,7 @@ def test_a_plan_trains_a_few_proxies_and_leaves_nothing_behind(
     flops = []
     for trained in found.timing.models:
         jobs = [
-            Job(tmp_path / "store", PROXY.shrink(trained, task), task, 0, task.rungs[-1])
+            task.job(tmp_path / "store", PROXY.shrink(trained, task), 0, task.rungs[-1])
             for task in PROXY.tasks.values()
         ]
         flops.append(sum(job.run(lambda: None).train_flops for job in jobs))

@@ -317,7 +317,9 @@ def test_a_net_is_trained_once_for_all_of_its_settings(tmp_path: Path) -> None:
 
     def score(folder: str, one: int) -> Any:
         spec = with_setting(net.spec, net.settings[one])
-        return SupernetJob(tmp_path / folder, spec, TASK, 0, 4, net=net).run(lambda: None)
+        return SupernetJob(tmp_path / folder, spec, TASK, TASK.load(), 0, 4, net=net).run(
+            lambda: None
+        )
 
     first, second, again = score("a", 2), score("a", 3), score("a", 2)
     forward = {one: forward_flops(with_setting(net.spec, one)) for one in net.settings}

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ def small(**changes: Any) -> ModelSpec:
 
 
 def job(store: Path, steps: int = 4, spec: ModelSpec | None = None, **task: Any) -> Job:
-    return Job(store, spec or small(), TASK.model_copy(update=task), 0, steps)
+    return TASK.model_copy(update=task).job(store, spec or small(), 0, steps)
 
 
 def run(job: Job) -> ProxyScore:
@@ -206,14 +207,31 @@ def test_a_curve_is_short_whole_and_can_be_gone_on_with(steps: int, stop: int) -
     ]
 
 
-def test_a_task_takes_its_data_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = TASK.model_copy(update={"data": None})
-    held = pickle.dumps(task)
-    data = proxy.LOADED.pop((None, "bytes"))
-    monkeypatch.setattr(proxy, "load_data", lambda *_, **__: pytest.fail("it was looked for"))
-    assert len(held) < 10_000
-    assert pickle.loads(held) == task
-    there = task.load()
-    assert there is not data
-    assert there.fingerprint == data.fingerprint
-    assert torch.equal(there.batch(3, 2, 9, 1).tokens_BT, data.batch(3, 2, 9, 1).tokens_BT)
+def test_a_job_takes_its_data_along_and_a_task_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = job(tmp_path, data=None)
+    held = pickle.dumps(sent)
+    assert len(held) < 20_000
+    monkeypatch.setattr(proxy, "_load", lambda *_: pytest.fail("the data was loaded again"))
+    assert pickle.loads(pickle.dumps(sent.task)) == sent.task
+    arrived = pickle.loads(held)
+    assert arrived.stored_run.folder == sent.stored_run.folder
+    assert sent.data is not None
+    batches = [one.load().batch(3, 2, 9, 1).tokens_BT for one in (sent, arrived)]
+    assert torch.equal(*batches)
+
+
+def test_a_job_whose_token_cache_was_deleted_loads_its_data_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARCHDSL_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night. " * 400)
+    sent = job(tmp_path, data=str(text))
+    held = pickle.dumps(sent)
+    shutil.rmtree(tmp_path / "cache")
+    arrived = pickle.loads(held)
+    proxy._load.cache_clear()
+    assert arrived.data is None
+    assert arrived.stored_run.folder == sent.stored_run.folder
