@@ -14,9 +14,9 @@ import archdsl
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget
 from archdsl.search.engine import RESERVED_SHARE, VALIDATION_RUNS, SearchEngine
-from archdsl.search.study.record import Trial
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.trials.scorers import training_flops
 from tests.search.study.test_sampler import SPACE
@@ -39,8 +39,15 @@ def trial(number: int = 0, loss: float = 2.0) -> Trial:
         train_flops=FLOPS / 2,
     )
     values = {"loss": loss, "flops": 1.0}
-    rungs = [{"a": found, "b": found}]
-    return Trial(number, TINY, str(number), {}, "complete", values, rungs)
+    return Trial(
+        number,
+        {},
+        spec_yaml=TINY.to_yaml(),
+        fingerprint=str(number),
+        outcome="complete",
+        values=values,
+        rungs=({"a": found, "b": found},),
+    )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from archdsl.search.report.report import (
     write_report,
 )
 from archdsl.search.stats.paired import kendall_tau
-from archdsl.search.study.record import Trial
+from archdsl.search.study.trial import Trial
 from tests.search.results import made_up_report
 
 TINY = archdsl.load("tiny")
@@ -28,7 +28,14 @@ def trial(number: int, loss: float | None, flops: float = 1.0) -> Trial:
     spec = TINY.patch("blocks.1.steps", number + 1)
     values = None if loss is None else {"loss": loss, "flops": flops}
     outcome = "pruned" if loss is None else "complete"
-    return Trial(number, spec, spec.fingerprint(), {}, outcome, values, [])
+    return Trial(
+        number,
+        {},
+        spec_yaml=spec.to_yaml(),
+        fingerprint=spec.fingerprint(),
+        outcome=outcome,
+        values=values,
+    )
 
 
 def validation(*own: tuple[int, float]) -> SupernetValidation:

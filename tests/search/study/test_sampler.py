@@ -12,12 +12,11 @@ from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget
 from archdsl.search.study.sampler import (
     STARTUP,
-    EarlierTrial,
-    Proposal,
     TrialSampler,
     expected_gains,
     may_join_front,
 )
+from archdsl.search.study.trial import Trial
 
 SPACE = """
 name: small
@@ -45,12 +44,12 @@ def sampler(space: str = SPACE, params: int = 60_000, axes: int = 1, seed: int =
     return TrialSampler(parse(space, "small.yaml"), Budget(params=params), axes, seed)
 
 
-def complete(*losses: float, others: tuple[float, ...] = (), **fields: Any) -> EarlierTrial:
-    given: dict[str, Any] = {"params": {}, "distributions": {}, "complete": True, **fields}
-    return EarlierTrial(losses=losses, others=others, **given)
+def complete(*losses: float, others: tuple[float, ...] = (), **fields: Any) -> Trial:
+    given: dict[str, Any] = {"params": {}, "outcome": "complete", **fields}
+    return Trial(0, losses=losses, others=others, **given)
 
 
-def as_earlier(proposal: Proposal, loss: float) -> EarlierTrial:
+def as_earlier(proposal: Trial, loss: float) -> Trial:
     return complete(loss, params=proposal.params, distributions=proposal.distributions)
 
 
@@ -89,26 +88,25 @@ def test_a_model_that_is_known_is_not_proposed_again_while_there_are_others() ->
     one = sampler()
     first = one.propose(5, [], {})
     other = one.propose(5, [], {first.fingerprint: 2})
-    assert other.outcome is None
+    assert other.outcome == ""
     assert other.fingerprint != first.fingerprint
 
 
 def test_a_starting_point_that_is_known_is_reused() -> None:
     first = sampler().propose(0, [], {})
     again = sampler().propose(0, [], {first.fingerprint: 7})
-    assert (first.outcome, first.same_as) == (None, None)
+    assert (first.outcome, first.same_as) == ("", None)
     assert (again.outcome, again.same_as) == ("reused", 7)
 
 
 def test_a_model_above_the_budget_by_a_little_is_infeasible() -> None:
     fixed = SPACE.replace("{fit: {multiple_of: 16, default: 32}}", "32")
     spec = sampler(fixed).propose(1, [], {}).spec
-    assert spec is not None
     limit = cost(spec).params - 1
     found = sampler(fixed, params=limit).propose(1, [], {})
     assert found.outcome == "infeasible"
     assert f"exceed the budget of {limit:,}" in found.error
-    assert sampler(fixed, params=limit + 1).propose(1, [], {}).outcome is None
+    assert sampler(fixed, params=limit + 1).propose(1, [], {}).outcome == ""
 
 
 def test_a_budget_that_no_size_fits_and_a_wrong_combination_are_told_apart() -> None:
@@ -134,7 +132,7 @@ def test_with_one_objective_the_better_half_is_promoted() -> None:
 
 def test_with_several_objectives_a_stopped_trial_has_its_expected_loss() -> None:
     known = [complete(3.0, 3.0 - gain, others=(5.0,)) for gain in (0.9, 1.0, 1.1, 1.0)]
-    stopped = EarlierTrial({}, {}, losses=(4.0,), others=(6.0,))
+    stopped = Trial(9, {}, losses=(4.0,), others=(6.0,))
     study = sampler(axes=2)._study([*known, stopped])
     assert study.trials[-1].values == pytest.approx([3.0, 6.0])
 
@@ -148,6 +146,6 @@ def test_gains_are_those_from_each_rung_to_the_last() -> None:
 
 def test_only_trials_of_the_last_rung_keep_others_off_the_front() -> None:
     known = [complete(3.0, 2.0, others=(10.0,))] * STARTUP
-    stopped = EarlierTrial({}, {}, losses=(0.1,), others=(1.0,))
+    stopped = Trial(9, {}, losses=(0.1,), others=(1.0,))
     assert may_join_front((2.9,), (10.0,), [*known, stopped])
     assert not may_join_front((3.1,), (10.0,), [*known, stopped])

@@ -13,7 +13,8 @@ from optuna.trial import TrialState, create_trial
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget
 from archdsl.search.study.sampler import TrialSampler
-from archdsl.search.study.study import RunningTrial, Study, _as_frozen_trial
+from archdsl.search.study.study import Study, _as_frozen_trial
+from archdsl.search.study.trial import RunningTrial
 from archdsl.search.trials.proxy import ProxyScore
 from tests.search.study.test_sampler import SPACE
 
@@ -73,13 +74,13 @@ def test_a_released_trial_is_continued(study: Study) -> None:
     study.release(trial)
     assert study.finished() == []
     again = take(study)
-    assert (again.number, again.losses, again.rungs) == (0, [2.5], [{"skill": SCORE}])
+    assert (again.number, again.losses, again.rungs) == (0, (2.5,), ({"skill": SCORE},))
 
 
 def test_a_reused_trial_counts_with_the_result_of_its_model(study: Study) -> None:
     complete(study, 1.5)
     add(study, outcome="reused", same_as=0)
-    earlier = study._earlier_trial(study.attempts(), 1)
+    earlier = study._observed(1, study.attempts())
     assert (earlier.losses, earlier.complete) == ((1.5,), True)
 
 
@@ -90,7 +91,7 @@ def test_of_two_equal_proposals_one_counts(study: Study) -> None:
     study.finish(trial, "complete", (1.0,))
     assert [found.value for found in study.finished()] == [1.0]
     assert study.unfinished == 0
-    assert all(found.state.is_finished() for found in study.all_trials())
+    assert all(found.state.is_finished() for found in study.all_attempts())
 
 
 def test_only_trained_trials_count_as_trained(study: Study) -> None:
