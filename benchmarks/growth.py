@@ -31,6 +31,7 @@ from benchmarks.peers import random_batch
 from benchmarks.steps import own_step, trainer
 
 BASE = {"context": 1024, "capacity": 0.5, "steps": 3, "layers": 4, "batch": 1}
+SMALL = {"context": 128, "steps": 2, "layers": 2}
 AXES: dict[str, tuple[float, ...]] = {
     "context": (256, 512, 1024, 2048, 4096, 8192),
     "capacity": (0.1, 0.25, 0.5, 0.75, 0.95),
@@ -73,7 +74,7 @@ def measure(point: Mapping[str, float], args: Namespace) -> dict[str, float]:
     """Measures one point; the units are those in MEASURES."""
     spec, rows, tokens = spec_at(point), int(point["batch"]), int(point["context"])
     batch = random_batch(spec, rows, tokens)
-    rounds = args.rounds or 3
+    rounds = args.rounds or (1 if args.small else 3)
     step = own_step(trainer(spec, batch, args.device), batch)
     found = {"step": interleaved({"": step}, rounds=rounds, device=args.device)[""].median}
     found["memory"] = measured(spec, rows, args.device, context=tokens) / 1e6
@@ -103,7 +104,7 @@ def grown(args: Namespace) -> dict[str, list[dict[str, Any]]]:
     for axis, values in AXES.items():
         found[axis] = []
         for value in values[:2] if args.small else values:
-            point = BASE | ({"context": 128} if args.small else {}) | {axis: value}
+            point = BASE | (SMALL if args.small else {}) | {axis: value}
             figures = measure(point, args)
             progress(f"{axis} {value:g}: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
             found[axis].append({"at": value, "measured": figures, "closed": closed(point)})

@@ -194,9 +194,9 @@ def kept(batch_size: int, context: int, device: str) -> dict[str, object]:
     }
 
 
-def recomputing_takes(batch_size: int, rounds: int, device: str) -> dict[str, object]:
+def recomputing_takes(batch_size: int, context: int, rounds: int, device: str) -> dict[str, object]:
     """Returns the time of a training step with recomputed layers relative to one without."""
-    spec = archdsl.load(BENCH / "llama-10m.yaml").model_copy(update={"context": 512})
+    spec = archdsl.load(BENCH / "llama-10m.yaml").model_copy(update={"context": context})
     contenders = {}
     for name, recomputed in (("stored", False), ("recomputed", True)):
         trainer = training(spec, batch_size, device, activation_checkpointing=recomputed)
@@ -209,10 +209,11 @@ def main() -> None:
     """Runs the benchmark."""
     args = arguments(__doc__)
     sizes = SIZES[:1] if args.small else SIZES
-    figures = estimates(["itt", "mor"] if args.small else SPECS, sizes, 2, args.device)
-    figures |= kept(1 if args.small else 4, 512, args.device)
-    rounds = args.rounds or (2 if args.small else 7)
-    figures |= recomputing_takes(1 if args.small else 2, rounds, args.device)
+    context = 64 if args.small else 512
+    figures = estimates(["itt"] if args.small else SPECS, sizes, 2, args.device)
+    figures |= kept(1 if args.small else 4, context, args.device)
+    rounds = args.rounds or (1 if args.small else 7)
+    figures |= recomputing_takes(1 if args.small else 2, context, rounds, args.device)
     record("memory", {"sizes": sizes, "batch_size": 2}, figures, args)
 
 

@@ -1,4 +1,4 @@
-"""The dial swept: figures that separate evaluations confirm, and differences between pairs."""
+"""Tests of dial sweeps: their figures agree with separate evaluations, differences are paired."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny(*overrides: str) -> LanguageModel:
     model = build(spec, dtype=torch.float64)
     for name, weight in model.named_parameters():
         if "phi" in name:
-            torch.nn.init.normal_(weight)  # or further steps change nothing
+            torch.nn.init.normal_(weight)  # otherwise further steps would have no effect
     return model.eval()
 
 
@@ -50,7 +50,7 @@ def points(model: LanguageModel, *settings: DialSetting) -> list[SweepPoint]:
 
 
 def window_losses(model: LanguageModel) -> tuple[Any, Any]:
-    """Summed loss and number of asked positions of each window, in numpy."""
+    """Compute the summed loss and the number of targets of each window with numpy."""
     losses, counts = [], []
     for batch in SKILL.held_out("validation", 32, 16, LIMIT):
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_executed_flops_are_the_closed_form_where_the_shares_are_known() -> None
 def test_shares_are_those_of_the_tokens_over_all_batches() -> None:
     model = tiny(f"{ROUTER}.capacity=[0.75, 0.5, 0.25]")
     shares, tokens = np.zeros(3), 0
-    for batch in SKILL.held_out("validation", 48, 16, LIMIT):  # the last batch is a smaller one
+    for batch in SKILL.held_out("validation", 48, 16, LIMIT):  # the last batch is smaller
         model(batch.tokens_BT)
         shares += np.array(list(model.router_shares().values())) * batch.tokens_BT.numel()
         tokens += batch.tokens_BT.numel()
@@ -151,7 +151,7 @@ def test_a_preset_holds_what_the_model_can_be_run_at() -> None:
     weights = tiny(f"{ROUTER}=null", "blocks.1.steps=6", "blocks.1.parameters=per_step")
     assert (
         ", ".join(map(str, preset_settings(weights))) == "@1, @2, @4"
-    )  # a step more has no weights
+    )  # further steps would have no weights
     two = tiny(
         "blocks.0={kind: loop, steps: 3, router: {kind: prefix}, body: {kind: feed_forward}}"
     )
@@ -165,7 +165,7 @@ def test_a_leaking_model_is_swept_both_ways() -> None:
     assert {point.routing for point in causal} == {"causal"}
     assert {point.routing for point in leaking} == {"leaking"}
     assert causal[1].loss != leaking[1].loss
-    assert causal[2].loss == leaking[2].loss  # each token: nothing to choose
+    assert causal[2].loss == leaking[2].loss  # all tokens are selected, whatever the routing
     assert leaking[0].difference == 0.0
     assert model.leaks
 
@@ -211,7 +211,7 @@ def test_a_meter_counts_tokens_but_no_padding_and_keys_of_tokens_before() -> Non
     assert decoded.tokens == 24
     assert decoded.flops == pytest.approx(22 * per_token[0] + 2 * per_token[1])
     model(tokens_BT)
-    assert decoded.tokens == 24  # no longer counted
+    assert decoded.tokens == 24  # outside the context nothing is counted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Evaluation: figures that an independent computation confirms, and no trace left behind.
+"""Tests of evaluation: an independent computation confirms the figures; nothing is changed.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -40,14 +40,14 @@ def text(tmp_path: Path) -> Data:
 
 
 def by_hand(model: LanguageModel, data: Data) -> tuple[list[float], list[int], int]:
-    """Loss and number of the asked positions of each window, and the right answers, in numpy."""
+    """Compute loss, number of targets and correct predictions of each window with numpy."""
     losses, counts, right = [], [], 0
     for batch in data.held_out("validation", 64, 16):
         logits_BTV = model(batch.tokens_BT).detach().numpy().astype(np.float64)
         for logits_TV, targets_T in zip(logits_BTV, batch.targets_BT.numpy(), strict=True):
             asked = [t for t in range(len(targets_T)) if targets_T[t] != IGNORE]
             if not asked:
-                continue  # such a window says nothing
+                continue  # a window without a target is left out
             log_p = [logits_TV[t] - np.log(np.exp(logits_TV[t]).sum()) for t in asked]
             losses.append(-sum(p[targets_T[t]] for p, t in zip(log_p, asked, strict=True)))
             counts.append(len(asked))
@@ -55,14 +55,14 @@ def by_hand(model: LanguageModel, data: Data) -> tuple[list[float], list[int], i
     return losses, counts, right
 
 
-@pytest.mark.parametrize("hops", [2, 7])  # with 7, some windows ask nothing
+@pytest.mark.parametrize("hops", [2, 7])  # with 7, some windows have no target
 def test_loss_accuracy_and_standard_error_are_those_of_a_float64_computation(hops: int) -> None:
     model, data = tiny(dtype=torch.float64), load_data(f"skill:p-hop,hops={hops},length=16")
     losses, counts, right = by_hand(model, data)
     found = evaluate(model, data)
     loss = sum(losses) / sum(counts)
     rest = np.array(losses) - loss * np.array(counts)
-    assert len(set(counts)) > 1  # windows of unequal weight, or the test would be too easy
+    assert len(set(counts)) > 1  # the windows must differ in their number of targets
     assert found.loss == pytest.approx(loss, rel=1e-12)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-12)
     assert found.tokens == sum(counts)
@@ -93,7 +93,7 @@ def test_a_limit_bounds_the_tokens_and_the_split_is_the_one_asked_for(text: Data
     model = tiny()
     assert evaluate(model, text, limit_tokens=100).tokens <= 100
     assert evaluate(model, text, split="test") != evaluate(model, text)
-    assert evaluate(model, text, limit_tokens=1).standard_error is None  # of a single window
+    assert evaluate(model, text, limit_tokens=1).standard_error is None  # there is a single window
 
 
 def test_a_leaking_router_is_marked_and_scored_causally_too() -> None:
@@ -110,7 +110,7 @@ def test_a_leaking_router_is_marked_and_scored_causally_too() -> None:
 
 
 class Noisy(nn.Module):
-    """Random numbers on the way, as of a router or of dropout; looks at the mode."""
+    """A block that adds random numbers, as a router or dropout could, and records the mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,12 +130,14 @@ def test_evaluating_leaves_mode_random_numbers_and_gradients_alone(training: boo
     first = evaluate(model, SKILL)
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert evaluate(model, SKILL) == first  # the same noise each time
+    assert evaluate(model, SKILL) == first  # the random numbers are the same each time
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training
     assert noise.modes == {False}
     assert all(parameter.grad is None for parameter in model.parameters())
-    model(torch.zeros(1, 16, dtype=torch.int64)).sum().backward()  # nothing of it was cached
+    model(
+        torch.zeros(1, 16, dtype=torch.int64)
+    ).sum().backward()  # fails if evaluation left tensors without gradients in a cache
 
 
 def test_the_mode_comes_back_after_an_error() -> None:

@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: what it says is what the model says.
+"""Tests of the model for lm-evaluation-harness: its answers are those of the model.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -31,7 +31,7 @@ from tests.examples import ARC_EASY, GSM8K, PIQA, SHIPPED, write_examples
 ROUTER = "blocks.1.router.kind"
 PAIRS = [
     ("The door is", " open"),
-    ("The door is ", "open"),  # the space belongs to what follows
+    ("The door is ", "open"),  # the space is tokenized with the continuation
     ("", "Nothing before"),
     ("naïve 😀 and then some more words, far longer than the others: ", "x"),
     ("A", " continuation that is much longer than what stands before it"),
@@ -44,7 +44,7 @@ def bpe() -> Tokenizer:
 
 
 def llama() -> Tokenizer:
-    """Texts begin with a token of their own."""
+    """Return a tokenizer that puts a special token in front of texts."""
     tokenizer = bpe()
     tokenizer.add_special_tokens(["<s>"])
     start = ("<s>", tokenizer.token_to_id("<s>"))
@@ -55,7 +55,7 @@ def llama() -> Tokenizer:
 def tiny(*overrides: str, vocab_size: int = 300, context: int = 64) -> LanguageModel:
     sizes = ["dim=16", f"context={context}", f"vocab_size={vocab_size}"]
     model = build(load("tiny", overrides=[*sizes, *overrides]), dtype=torch.float64)
-    torch.nn.init.normal_(model.head.weight)  # clear preferences, or answers are ties
+    torch.nn.init.normal_(model.head.weight)  # otherwise many answers would be ties
     return model.eval()
 
 
@@ -64,7 +64,7 @@ def asked(kind: str, *arguments: Any) -> list[Instance]:
 
 
 def log_p(model: LanguageModel, tokens: list[int]) -> Any:
-    """Of each token after the first, in numpy; and whether it is the likeliest."""
+    """Compute the log-probability of each token but the first, and whether it is the likeliest."""
     with torch.no_grad(), model.causal_routing():
         logits_TV = model(torch.tensor([tokens[:-1]]))[0].numpy()
     log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
@@ -75,7 +75,7 @@ def log_p(model: LanguageModel, tokens: list[int]) -> Any:
 def by_hand(
     model: LanguageModel, tokenizer: Tokenizer, pair: tuple[str, str]
 ) -> tuple[float, bool]:
-    """One pair alone, without padding."""
+    """Score one request alone, without padding."""
     before, after = pair
     text = before.rstrip()
     tokens = tokenizer.encode(before + after).ids
@@ -152,7 +152,7 @@ def test_greedy_answers_are_what_the_scores_call_greedy() -> None:
     end = end_of_document(adapter.text)
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = adapter.tok_encode(prompt)[8 - 64 :] or [end]
-        for _ in range(8):  # a whole pass for each token
+        for _ in range(8):  # one full forward pass per token
             with torch.no_grad(), model.causal_routing():
                 tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
         new = tokens[-8:]
@@ -194,7 +194,11 @@ def test_accuracies_are_those_of_the_likeliest_choices(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, text = tiny(f"{ROUTER}=top_k", context=128), byte_level()
-    names = ["arc_easy", "piqa", "lambada_openai"]  # the last one's error is bootstrapped aloud
+    names = [
+        "arc_easy",
+        "piqa",
+        "lambada_openai",
+    ]  # the last one prints while it computes its error by bootstrap
     found, whole = run_tasks(load_tasks(names, data_dir=folder), model, text)
     assert model.leaks  # as before
     assert capsys.readouterr().out == ""
@@ -240,7 +244,7 @@ def test_shots_are_the_same_in_every_run_and_a_limit_bounds_the_examples(folder:
 
 @pytest.mark.slow
 def test_the_harness_own_adapter_says_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")  # which that adapter needs
+    pytest.importorskip("accelerate")  # the harness's own model class needs it
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 

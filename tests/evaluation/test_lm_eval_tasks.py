@@ -1,4 +1,4 @@
-"""Tasks: their examples come from a folder, and what is missing is named."""
+"""Tests of loading tasks: examples from a folder, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_folder = lm_eval_tasks._manager
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all the tasks, those that are needed here."""
+    """Read only the few tasks that these tests need."""
     folders = [SHIPPED / name for name in ("arc", "piqa", "gsm8k", "humaneval")]
     few = TaskManager(include_defaults=False, include_path=folders)
     monkeypatch.setattr(lm_eval_tasks, "_manager", lambda names: few)
@@ -40,9 +40,18 @@ def test_tasks_and_tags_are_found_without_reading_all_of_them() -> None:
     assert len(few.all_tasks) < 1000
 
 
-@pytest.mark.slow
-def test_the_members_of_a_group_are_found(folder: Path) -> None:
-    assert "mmlu_abstract_algebra" in every_folder(["mmlu"]).task_index
+def test_all_folders_are_read_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The members of a group may be in any folder. Without options the harness reads them all."""
+    whole: list[bool] = []
+
+    def manager(**options: Any) -> TaskManager | None:
+        whole.append(not options)
+        return TaskManager(**options) if options else None
+
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", manager)
+    assert every_folder(["arc_easy"]) is not None
+    assert every_folder(["agieval"]) is None  # the manager of all folders
+    assert whole == [False, False, True]
 
 
 def test_a_tag_stands_for_its_tasks(folder: Path) -> None:
@@ -125,7 +134,7 @@ def test_without_a_folder_the_hub_is_asked_once_and_its_absence_is_said(
 
 
 def test_tasks_that_are_no_part_of_the_harness_are_not_run(folder: Path) -> None:
-    """Beside a task's YAML may lie code, which loading it would run."""
+    """Loading a task runs the code beside its YAML file, so other tasks are refused."""
     (folder / "utils.py").write_text("raise SystemExit")
     own = folder / "own.yaml"
     own.write_text("task: own\ndataset_path: json\ndoc_to_text: !function utils.f\n")

@@ -1,4 +1,4 @@
-"""Pieces: the text of tokens as they come is the text of all of them, and never broken."""
+"""Tests of streaming text: its parts add up to the decoded text, and characters stay whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_no_piece_is_half_a_character_and_together_they_are_the_text(
     assert "".join(found) == text
     if REPLACEMENT not in text:
         assert REPLACEMENT not in "".join(found)
-        assert found[-1] == ""  # nothing had to wait for the end
+        assert found[-1] == ""  # all characters are complete, so nothing is left for the end
 
 
 @given(st.lists(st.integers(0, 255) | st.sampled_from(list("é€😀a".encode())), max_size=40))
@@ -48,7 +48,10 @@ def test_a_character_comes_out_with_its_last_byte() -> None:
 
 
 def llama() -> Tokenizer:
-    """As SentencePiece models are written: a space begins a word, and the first one is dropped."""
+    """Return a tokenizer as SentencePiece models have it: words begin with a space.
+
+    The decoder drops the space at the beginning of a text.
+    """
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁the": 256, "▁cat": 257}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -63,7 +66,7 @@ def test_a_continuation_keeps_the_space_that_a_beginning_loses() -> None:
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """The text before the place where the first stop begins, of those that are complete first."""
+    """Return the text before the stop string that is completed first."""
     for end in range(len(text) + 1):
         begun = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if begun:

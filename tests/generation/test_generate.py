@@ -1,4 +1,4 @@
-"""Generation: with a cache as without, in a batch as alone, and figures that can be recomputed.
+"""Tests of generation: caches and batches change no token, and the figures can be recomputed.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -38,7 +38,7 @@ TINY = tiny()
 
 
 def without_cache(model: LanguageModel, prompt: Sequence[int], sampling: Sampling) -> list[int]:
-    """One whole pass for each token."""
+    """Generate with one full forward pass per token."""
     tokens, rng = list(prompt), torch.Generator().manual_seed(sampling.seed)
     for _ in range(min(sampling.max_tokens, model.spec.context - len(prompt))):
         with model.causal_routing(), torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_same_seed_writes_the_same_text_and_another_one_another() -> None:
 
 def test_steps_are_those_of_one_pass_over_the_whole_text() -> None:
     for row in archdsl.generate(TINY, PROMPTS):
-        tokens = (row.prompt + row.tokens)[:-1]  # nobody read the last
+        tokens = (row.prompt + row.tokens)[:-1]  # the model did not read the last token
         with torch.no_grad():
             TINY(torch.tensor([tokens]))
         assert TINY.trace.steps_BT is not None
@@ -136,7 +136,7 @@ def test_the_throughput_counts_what_was_read_and_how_much_was_thought() -> None:
     of_texts = sum(sum(row.steps[len(row.prompt) :]) for row in run.rows)
     assert run.prefill.thinking_steps == pytest.approx(of_prompts / prompts)
     assert run.decode.thinking_steps == pytest.approx(of_texts / run.decode.tokens)
-    # the two routed steps of this model together are its further steps
+    # All further steps of this model are its two routed steps.
     for throughput in (run.prefill, run.decode):
         assert set(throughput.router_shares) == {"blocks.1.0", "blocks.1.1"}
         assert sum(throughput.router_shares.values()) == pytest.approx(throughput.thinking_steps)
@@ -153,7 +153,7 @@ def test_the_dial_sets_how_much_is_thought() -> None:
 
 
 class Scripted:
-    """Makes a model say what it is told, one token after another."""
+    """Make a model generate the given tokens, one after the other."""
 
     def __init__(self, model: LanguageModel, *said: int) -> None:
         self.said = iter(said)
@@ -190,7 +190,9 @@ def test_a_text_that_stops_in_a_batch_leaves_the_others_alone() -> None:
     with torch.no_grad():
         model.head.weight[END] *= 3
     rows = archdsl.generate(model, [[i] for i in range(40)], tokenizer=BYTES)
-    assert {"end", "context"} <= {row.stopped for row in rows}  # or the test would be too easy
+    assert {"end", "context"} <= {
+        row.stopped for row in rows
+    }  # otherwise the test would prove little
     for row in rows[::8]:
         assert archdsl.generate(model, [row.prompt], tokenizer=BYTES) == [row]
 
@@ -272,7 +274,9 @@ def test_generating_leaves_no_trace_in_the_model() -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    model(torch.tensor([[1, 2, 3]])).sum().backward()  # nothing kept refuses gradients
+    model(
+        torch.tensor([[1, 2, 3]])
+    ).sum().backward()  # fails if an inference tensor was kept in the model
 
 
 @pytest.mark.parametrize(

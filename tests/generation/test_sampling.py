@@ -1,4 +1,4 @@
-"""The next token: which tokens can come next, how likely each is, and that seeds decide.
+"""Tests of sampling: the probability of each token, and reproducibility by seed.
 
 Shapes: B rows, V vocabulary.
 """
@@ -17,7 +17,7 @@ from archdsl.generation.sampling_config import Sampling
 
 Logits = list[float]
 
-# few different values, so that ties are common
+# Few different values, so that ties are common.
 LOGITS = st.lists(
     st.integers(-3, 3).map(float) | st.floats(-20, 20, width=32), min_size=1, max_size=9
 )
@@ -36,7 +36,7 @@ def shares(weights: Logits) -> Logits:
 
 
 def by_definition(logits: Logits, sampling: Sampling) -> Logits:
-    """Token by token: how many are likelier, and how likely they are together."""
+    """Compute the probabilities from the definition of top-k and top-p, token by token."""
     scaled = [logit / sampling.temperature for logit in logits]
     if sampling.top_k is not None:
         larger = [sum(other > one for other in scaled) for one in scaled]

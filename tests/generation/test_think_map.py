@@ -1,4 +1,4 @@
-"""Think maps: every token with its steps, safe to open, and readable without script or colour."""
+"""Tests of think maps: every token has its steps, and the page is safe and readable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALLOWED = TEXT | TABLE | {"html", "head", "meta", "title", "style", "body"}
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags, their attributes, and the boxes with their tokens."""
+    """Parse a page into its tags, their attributes, and the boxes with the tokens."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</sty
 def test_what_a_text_or_a_name_holds_is_never_markup(hostile: str) -> None:
     tokenizer = Tokenizer(
         models.WordLevel({hostile: 0}, hostile)
-    )  # in one token, or it is harmless
+    )  # the whole string must be one token
     row = Generation([0], [0], steps=[1])
     found = Page(think_map([row], tokenizer, name=hostile, setting=hostile))
     assert found.tags <= ALLOWED
@@ -135,7 +135,7 @@ def luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast ratio."""
+    """Return the contrast ratio as defined by WCAG 2.2."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 

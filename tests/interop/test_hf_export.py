@@ -419,53 +419,55 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-wanted = load_file(folder.with_suffix(".safetensors"))
-tokens, mask = wanted["tokens"], wanted["mask"]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model.save_pretrained(folder / "again")
-again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
-assert not {name.partition(".")[0] for name in sys.modules} & BLOCKED
-with torch.no_grad():
-    print(json.dumps({
-        "logits": (model(tokens).logits - wanted["logits"]).abs().max().item(),
-        "padded": (
-            model(tokens, attention_mask=mask).logits - wanted["padded"]
-        )[mask.bool()].abs().max().item(),
-        "again": (again(tokens).logits - model(tokens).logits).abs().max().item(),
-        "greedy": model.generate(tokens, max_new_tokens=10, eos_token_id=None).tolist(),
-        "text": tokenizer("some words").input_ids,
-        "files": sorted(path.name for path in (folder / "again").iterdir()),
-    }))
+for folder in map(Path, sys.argv[1:]):
+    wanted = load_file(folder.with_suffix(".safetensors"))
+    tokens, mask = wanted["tokens"], wanted["mask"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
+    assert not {name.partition(".")[0] for name in sys.modules} & BLOCKED
+    with torch.no_grad():
+        print(json.dumps({
+            "logits": (model(tokens).logits - wanted["logits"]).abs().max().item(),
+            "padded": (
+                model(tokens, attention_mask=mask).logits - wanted["padded"]
+            )[mask.bool()].abs().max().item(),
+            "again": (again(tokens).logits - model(tokens).logits).abs().max().item(),
+            "greedy": model.generate(tokens, max_new_tokens=10, eos_token_id=None).tolist(),
+            "text": tokenizer("some words").input_ids,
+            "files": sorted(path.name for path in (folder / "again").iterdir()),
+        }))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], LEAKING, RICH], ids=["causal", "leaking", "rich"])
-def test_the_folder_needs_torch_and_transformers_alone(
-    tmp_path: Path, text: Data, overrides: list[str]
-) -> None:
-    here = saved(tmp_path / "checkpoint", text, *overrides)
-    here.model.eval()
-    export(here, tmp_path / "exported")
+def test_the_folders_need_torch_and_transformers_alone(tmp_path: Path, text: Data) -> None:
+    """All folders are loaded in one process, which imports transformers once."""
+    models = {"causal": [], "leaking": LEAKING, "rich": RICH}
+    here = {name: saved(tmp_path / f"{name}-own", text, *models[name]) for name in models}
     mask = torch.ones_like(TOKENS)
     mask[0, :5] = mask[1, 9:] = 0
-    with torch.no_grad():
-        logits, padded = here.model(TOKENS), here.model(TOKENS, mask.bool())
-    wanted = {"tokens": TOKENS, "mask": mask, "logits": logits, "padded": padded}
-    save_file(wanted, tmp_path / "exported.safetensors")
+    for name, checkpoint in here.items():
+        export(checkpoint, tmp_path / name)
+        with torch.no_grad():
+            model = checkpoint.model.eval()
+            logits, padded = model(TOKENS), model(TOKENS, mask.bool())
+        wanted = {"tokens": TOKENS, "mask": mask, "logits": logits, "padded": padded}
+        save_file(wanted, tmp_path / f"{name}.safetensors")
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "exported")],
+        [sys.executable, "-I", "-c", ALONE, *(str(tmp_path / name) for name in here)],
         cwd=tmp_path,
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert max(found["logits"], found["padded"]) <= 1e-5
-    assert found["again"] == 0
-    assert found["greedy"] == greedy(here, TOKENS, 10).tolist()
-    assert found["text"] == list(b"some words")
-    assert "modeling_archdsl.py" in found["files"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    for line, (name, checkpoint) in zip(lines, here.items(), strict=True):
+        found = json.loads(line)
+        assert max(found["logits"], found["padded"]) <= 1e-5, name
+        assert found["again"] == 0, name
+        assert found["greedy"] == greedy(checkpoint, TOKENS, 10).tolist(), name
+        assert found["text"] == list(b"some words"), name
+        assert "modeling_archdsl.py" in found["files"], name

@@ -41,6 +41,7 @@ blocks:
           residual: {kind: {search: {choices: [overwrite, thinking], default: thinking}}}
           body: *layer
 """
+Connection = psycopg.Connection[tuple[Any, ...]]
 TRIALS = 14
 LONGEST = 600.0  # seconds, on a machine that does much else
 
@@ -58,6 +59,10 @@ def disturb(words: list[str], url: str, log: Path) -> None:
     # draws told; when all were, the winner meets its controls
     moments = [*sorted(rng.choices(range(TRIALS), k=6)), TRIALS, TRIALS]
     with log.open("wb") as output, ExitStack() as stack:
+        # One connection for all questions: each new one would start a process of the server.
+        connection = stack.enter_context(
+            psycopg.connect(url.replace("+psycopg", ""), autocommit=True)
+        )
 
         def start() -> subprocess.Popen[bytes]:
             worker = stack.enter_context(subprocess.Popen(words, stdout=output, stderr=output))
@@ -66,7 +71,7 @@ def disturb(words: list[str], url: str, log: Path) -> None:
 
         workers = [start() for _ in range(4)]
         for moment in moments:
-            wait_until_finished(url, moment, log)
+            wait_until_finished(connection, moment, log)
             time.sleep(rng.random())
             victim = rng.randrange(4)
             assert workers[victim].poll() is None, log.read_text()
@@ -75,22 +80,21 @@ def disturb(words: list[str], url: str, log: Path) -> None:
         assert [worker.wait(LONGEST) for worker in workers] == [0] * 4, log.read_text()
 
 
-def finished_trials(url: str) -> int:
-    """Draws of which the database knows the end; none while there are no tables."""
-    with psycopg.connect(url.replace("+psycopg", "")) as connection:
-        if connection.execute("SELECT to_regclass('trials')").fetchone() == (None,):
-            return 0
-        query = "SELECT count(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')"
-        found = connection.execute(query).fetchone()
+def finished_trials(connection: Connection) -> int:
+    """Return the number of finished trials in the database; 0 while it has no tables."""
+    if connection.execute("SELECT to_regclass('trials')").fetchone() == (None,):
+        return 0
+    query = "SELECT count(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')"
+    found = connection.execute(query).fetchone()
     assert found is not None
     return int(found[0])
 
 
-def wait_until_finished(url: str, count: int, log: Path) -> None:
+def wait_until_finished(connection: Connection, count: int, log: Path) -> None:
     deadline = time.monotonic() + LONGEST
-    while finished_trials(url) < count:
+    while finished_trials(connection) < count:
         assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 @contextmanager

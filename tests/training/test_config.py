@@ -1,4 +1,4 @@
-"""The learning rate of every step, and what a config refuses."""
+"""Tests of the learning-rate schedule, and of the checks of a training config."""
 
 from __future__ import annotations
 
