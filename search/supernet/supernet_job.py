@@ -11,6 +11,7 @@ from pathlib import Path
 from archdsl import __version__
 from archdsl.costs.receipt import sequence_cost
 from archdsl.files import write_text
+from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import meta_model
 from archdsl.model.language_model import LanguageModel
@@ -56,6 +57,7 @@ class SupernetJob(Job):
             "drawn": RANDOM_SETTINGS,
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"accumulate"}),
+            **plugin_digests(self.net.spec),
         }
         return StoredRun(
             self.store, identity, description={"name": self.net.spec.name, "data_name": data.name}

@@ -17,6 +17,7 @@ from pydantic import Field
 from archdsl import __version__
 from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
+from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec, Sizes, Strict
 from archdsl.model.build import build
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
@@ -188,6 +189,7 @@ class Job:
             "model": model.model_dump(mode="json"),
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
+            **plugin_digests(self.spec),
         }
         description = {"name": self.spec.name, "data_name": data.name}
         return StoredRun(self.store, identity, description)

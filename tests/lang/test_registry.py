@@ -14,7 +14,8 @@ import pytest
 
 import archdsl
 from archdsl.errors import SpecError
-from archdsl.lang import registry
+from archdsl.lang import plugin_sources, registry
+from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.registry import PluginError, kinds, load_plugin, plugin_modules
 from archdsl.model.checkpoint import load_checkpoint, save_checkpoint
 from tests.plugins import PLUGIN, SPEC, registry_of_its_own
@@ -153,3 +154,17 @@ def test_what_is_loaded_is_said_where_a_kind_is_unknown(install: Plugin, tmp_pat
     install("mine", PLUGIN.format(kind="nothing"), "my-blocks")
     with pytest.raises(SpecError, match=r"\(plugins loaded: mine\)"):
         archdsl.load(spec(tmp_path, "unheard_of"))
+
+
+def test_a_stored_result_belongs_to_the_source_of_its_blocks(
+    install: Plugin, tmp_path: Path
+) -> None:
+    install("mine", PLUGIN.format(kind="nothing"))
+    load_plugin("mine")
+    before = plugin_digests(archdsl.load(spec(tmp_path, "nothing")))
+    assert before.keys() == {"plugins"}
+    assert before["plugins"].keys() == {"mine"}
+    install("mine", PLUGIN.format(kind="nothing") + "# edited")
+    plugin_sources._digest.cache_clear()  # as in another process
+    assert plugin_digests(archdsl.load(spec(tmp_path, "nothing"))) != before
+    assert plugin_digests(archdsl.load("tiny")) == {}
