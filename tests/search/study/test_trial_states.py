@@ -77,6 +77,16 @@ def test_a_released_trial_is_continued(study: Study) -> None:
     assert (again.number, again.losses, again.rungs) == (0, (2.5,), ({"skill": SCORE},))
 
 
+def test_an_outcome_that_was_not_told_is_forgotten_when_the_trial_is_taken_again(
+    study: Study,
+) -> None:
+    trial = take(study)
+    study._set_attr(trial.attempt_id, "outcome", "complete")  # the worker dies before telling it
+    study.fail_running()
+    take(study)
+    assert "outcome" not in study.all_attempts()[-1].user_attrs
+
+
 def test_a_reused_trial_counts_with_the_result_of_its_model(study: Study) -> None:
     complete(study, 1.5)
     add(study, outcome="reused", same_as=0)
