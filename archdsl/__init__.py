@@ -1,6 +1,8 @@
-"""Language models that think with dynamic depth: written as data, costed, trained and searched.
+"""Language models that think with dynamic depth: write them as data, count their cost, train and
+search them.
 
-Verbs, imported when first used:
+The functions of this package are imported when they are first used. `help(archdsl.load)` describes
+one of them; ``archdsl.load`` is where most programs begin:
 
 >>> import archdsl
 >>> spec = archdsl.load("tiny")
@@ -15,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archdsl.checks.check import check
-    from archdsl.costs.receipt import cost
     from archdsl.data.loading import load_data
     from archdsl.evaluation.evaluate import evaluate
     from archdsl.generation.generate import generate
     from archdsl.lang.load import load
     from archdsl.model.build import build
+    from archdsl.reports.notebook import cost
     from archdsl.search.run import search
     from archdsl.training.run import train
 
 __version__ = "0.1.0"
 __all__ = ["build", "check", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
 
-_VERBS = {
+_FUNCTIONS = {
     "build": "archdsl.model.build",
     "check": "archdsl.checks.check",
-    "cost": "archdsl.costs.receipt",
+    "cost": "archdsl.reports.notebook",
     "evaluate": "archdsl.evaluation.evaluate",
     "generate": "archdsl.generation.generate",
     "load": "archdsl.lang.load",
@@ -40,10 +42,10 @@ _VERBS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return getattr(importlib.import_module(_VERBS[name]), name)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name == "search":
-        return importlib.import_module("archdsl.search")  # a module that can be called
+        return importlib.import_module("archdsl.search")  # this module is the function, too
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,7 @@
-"""Search over specs: Optuna asks, proxies answer, the budget holds, the controls stand beside."""
+"""Search over specs: sample trials, score small proxies of them, report the best under a budget.
+
+``archdsl.search(...)`` is the function `archdsl.search.run.search`, described below as ``search``.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inspect import Signature
+
     from archdsl.search.run import search
 
 __all__ = ["search"]
 
 
-class _CallableModule(ModuleType):
-    """``archdsl.search(...)`` is the verb, although importing this package takes that name."""
+class _Function(ModuleType):
+    """Lets ``archdsl.search`` be a function and a package: Python gives a package the name that the
+    function has in ``archdsl``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from archdsl.search.run import search
+        return self.search(*args, **kwargs)
 
-        return search(*args, **kwargs)
+    @property
+    def __signature__(self) -> Signature:
+        import inspect
+
+        return inspect.signature(self.search)
 
 
-sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__class__ = _Function
 
 
 def __getattr__(name: str) -> Any:
@@ -30,3 +40,7 @@ def __getattr__(name: str) -> Any:
 
         return search
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "search"]

@@ -1,19 +1,23 @@
-"""The search, and what it would cost: from a file and limits to a report."""
+"""The search, and what it would cost: from a space and limits to a report."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from optuna.storages import BaseStorage
 
+from archdsl.errors import Problem, SpecError
+from archdsl.lang.config import check_config
 from archdsl.lang.load import budget_of, read
+from archdsl.lang.source import Tree, read_file
 from archdsl.lang.spec import Budget
 from archdsl.search.analysis.forecast import SearchForecast, forecast_search
+from archdsl.search.config import SECONDS, SearchConfig
 from archdsl.search.engine import VALIDATION_RUNS, Machine, SearchEngine, Watch
 from archdsl.search.report.report import SearchReport, write_report
 from archdsl.search.space.feasibility import require_feasible
@@ -21,114 +25,214 @@ from archdsl.search.space.objectives import parse_axes
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.settings import Settings, claim_folder
 from archdsl.search.study.spending import Limits, Spending
-from archdsl.search.study.storage import (
-    HEARTBEAT_SECONDS,
-    database,
-    database_errors,
-    exclusive,
-    journal,
-)
+from archdsl.search.study.storage import database, database_errors, exclusive, journal
 from archdsl.search.study.study import Study
-from archdsl.search.supernet.layouts import LAYOUTS, supernet_space
-from archdsl.search.trials.proxy import Proxy, default_tasks
+from archdsl.search.supernet.layouts import supernet_space
+from archdsl.search.trials.proxy import Proxy
 from archdsl.search.trials.scorers import Scorer, SeparateTraining
 
-SECONDS = 540.0  # by default: with starting up, under ten minutes
+AS_TIME = -1.0  # `seconds` was not given
 
 
 def search(
-    space: str | os.PathLike[str] = "search",
+    space: str | os.PathLike[str] | Mapping[str, Any] = "search",
     *,
-    budget: Budget | None = None,
     overrides: Sequence[str] = (),
-    proxy: Proxy | None = None,
-    objective: str = "loss,flops",
-    strategy: Literal["separate", "shared"] = "separate",
-    layouts: int = LAYOUTS,
-    seconds: float | None = SECONDS,
+    budget: int | float | str | Budget | None = None,
+    budget_of: Literal["params", "non_embedding"] | None = None,
+    flops: int | float | str | None = None,
+    kv: int | float | str | None = None,
+    train_flops: int | float | str | None = None,
+    time: int | float | str | None = SECONDS,
     trials: int | None = None,
+    objective: str | Sequence[str] = "loss,flops",
+    strategy: Literal["separate", "shared"] = "separate",
+    layouts: int = 4,
+    proxy: Proxy | str | None = None,
+    data: str | None = None,
+    workers: int | None = None,
+    memory: int | float | str | None = None,
+    patience: int | float | str = 120.0,
     seed: int = 0,
     seeds: int = 3,
     window: int = 8,
-    machine: Machine | None = None,
-    out: Path | None = None,
-    store: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
+    store: str | os.PathLike[str] | None = None,
     storage: str | None = None,
-    heartbeat: int = HEARTBEAT_SECONDS,
+    heartbeat: int = 30,
+    config: SearchConfig | str | os.PathLike[str] | None = None,
+    machine: Machine | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+    seconds: float | None = AS_TIME,
+) -> SearchReport:
+    """Searches a space of specs for the best models under a budget, and writes a report.
+
+    Every model keeps to the budget; a small proxy of each is trained and scored. The keywords are
+    the options of ``archdsl search``, and take the words of the command line as well as numbers
+    and objects: ``archdsl.search(budget="162M", flops="0.8G", time="10m")``.
+
+    A script must call this below ``if __name__ == "__main__":``, because each worker process
+    imports the script. The same call continues after a crash. Ctrl-C ends the search and returns
+    a report of what was found so far.
+
+    Args:
+        space: A spec that leaves values open: a path, a shipped name, YAML text or a dict.
+        overrides: Values set in the space, such as ``"blocks.0.repeat=2"``.
+        budget: Most parameters of a model, or a `Budget` with several limits.
+        budget_of: What a number as ``budget`` counts: all parameters (default), or those outside
+            embedding and head.
+        flops: Most forward FLOPs per token of a model.
+        kv: Most bytes of KV cache per token of a model.
+        train_flops: Most FLOPs that all workers together spend on training.
+        time: Start no new training after this long, in seconds or as ``"10m"``; None: no limit.
+        trials: Train at most this many trials.
+        objective: ``"loss"``, or the front of loss and costs: ``"loss,flops,kv"``.
+        strategy: ``"separate"`` trains each trial alone; ``"shared"`` trains one supernet for all
+            steps and capacities of a layout and scores trials with its weights.
+        layouts: Number of supernets that ``"shared"`` trains.
+        proxy: Sizes of the proxy, such as ``"dim=32,steps=300"``; ``"none"``: the model itself.
+        data: Train on this data instead of the embedded corpus and a skill.
+        workers: Number of worker processes of one thread each; None: one a core.
+        memory: Most bytes that a worker may allocate.
+        patience: Fail a trial whose training makes no step for this long.
+        seed: Seed of the sampler and of the training of trials.
+        seeds: Number of further seeds with which the winner and its baselines are trained.
+        window: Number of trials that may be running at once.
+        out: Folder of the search; None: a folder below ``runs/`` named after the settings.
+        store: Folder of trained proxies, which searches may share; None: inside ``out``.
+        storage: URL of a database by which many machines search together.
+        heartbeat: Seconds between two heartbeats of a worker in the database.
+        config: A `SearchConfig`, or a YAML file with its fields, for what is not given here.
+        machine: Takes the place of ``workers``, ``memory`` and ``patience``.
+        watch: Called with the progress of the search after every event.
+        command: Is noted in the report.
+        seconds: An older name of ``time``.
+
+    Raises:
+        SpecError: The space or a value given here is wrong.
+        NothingFitsError: No model of the space keeps to the budget.
+        SearchFailedError: Too many trainings failed.
+        StorageError: The database or the folder cannot be used.
+    """
+    words = {name: value for name, value in locals().items() if name in SearchConfig.model_fields}
+    if seconds != AS_TIME:
+        words["time"] = seconds
+    for name, kind in OBJECTS.items():
+        if isinstance(words[name], kind):
+            del words[name]
+    return run_search(
+        _config(config, words),
+        space=space,
+        overrides=overrides,
+        budget=budget if isinstance(budget, Budget) else None,
+        proxy=proxy if isinstance(proxy, Proxy) else None,
+        machine=machine,
+        watch=watch,
+        command=command,
+    )
+
+
+OBJECTS: dict[str, type | tuple[type, ...]] = {
+    "space": (Mapping, os.PathLike),
+    "budget": Budget,
+    "proxy": Proxy,
+}
+
+
+def _config(
+    base: SearchConfig | str | os.PathLike[str] | None, words: dict[str, Any]
+) -> SearchConfig:
+    """The config of a file or object, in which the words that are not defaults take their place."""
+    tree = Tree({}, {})
+    if isinstance(base, SearchConfig):
+        tree = Tree(base.model_dump(exclude_unset=True), {})
+    elif base is not None:
+        tree = read_file(base, "a config")
+    fields = SearchConfig.model_fields
+    given = {name: value for name, value in words.items() if value != fields[name].default}
+    positions = {
+        path: at for path, at in tree.positions.items() if not path or path[0] not in given
+    }
+    return check_config(SearchConfig, Tree(tree.value | given, positions))
+
+
+def run_search(
+    config: SearchConfig,
+    *,
+    space: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    budget: Budget | None = None,
+    proxy: Proxy | None = None,
+    machine: Machine | None = None,
     watch: Watch | None = None,
     command: str = "",
 ) -> SearchReport:
-    """Searches a space of specs for the front of proxy loss and cost, under a budget.
+    """Runs the search of a config; objects that are given take the place of the config's words.
 
-    The budget is kept by the full-size models; ``budget.train_flops`` is for the whole search, as
-    are ``seconds``, controls included (None: no limit), and ``trials``, the draws that are
-    trained. ``objective``: ``loss``, or what it is weighed against, such as ``loss,flops,kv``.
-    ``strategy``: train each draw for itself, or one net for all steps and capacities of a layout,
-    of which there are ``layouts``.
-    ``seed`` draws and trains; the winner and its controls are trained with ``seeds`` further ones.
-    ``window``: draws that may be under way at once. ``out`` (default: runs/ and a name made of the
-    settings) holds everything and is gone on from if it exists; trained models lie in ``store``
-    (default: inside), which searches may share. ``storage``: the URL of a database by which
-    searches on many machines become one. A script calls this below ``if __name__ == "__main__":``,
-    as the children that train import it. On Ctrl-C what was found so far is returned. Raises
-    SpecError, NothingFitsError, SearchFailedError, StorageError. ``command``: noted in the report.
+    Raises SpecError, NothingFitsError, SearchFailedError or StorageError.
     """
-    tree = read(space, overrides)
-    limits = budget_of(tree, budget)
-    settings = Settings(
-        tree,
-        limits,
-        proxy or Proxy(tasks=default_tasks()),
-        axes=parse_axes(objective),
-        strategy=strategy,
-        layouts=layouts,
-        window=window,
-        seed=seed,
-    )
-    require_feasible(tree, limits)
-    folder = out or Path("runs") / settings.name
-    store = store or folder / "proxies"
-    scorer: Scorer = SeparateTraining(settings.proxy, store, seed)
-    if strategy == "shared":
-        tree, scorer = supernet_space(tree, settings.proxy, store, seed, layouts)
+    settings = _settings(config, read(space or config.space, overrides), budget, proxy)
+    require_feasible(settings.tree, settings.budget)
+    tree, folder = settings.tree, config.out or Path("runs") / settings.name
+    store = config.store or folder / "proxies"
+    scorer: Scorer = SeparateTraining(settings.proxy, store, config.seed)
+    if config.strategy == "shared":
+        tree, scorer = supernet_space(tree, settings.proxy, store, config.seed, config.layouts)
     claim_folder(folder, settings)
-    with opened(folder, storage, heartbeat) as (backend, mine):
-        sampler = TrialSampler(tree, limits, len(settings.axes), seed)
-        study = Study(backend, settings.name, sampler, settings.axes, window)
+    with opened(folder, config.storage, config.heartbeat) as (backend, mine):
+        sampler = TrialSampler(tree, settings.budget, len(settings.axes), config.seed)
+        study = Study(backend, settings.name, sampler, settings.axes, config.window)
         study.write_settings(settings.as_json())
         if mine:
             study.fail_running()
-        spending = Spending(backend, study.id, Limits(seconds, limits.train_flops))
+        limits = Limits(config.time, settings.budget.train_flops)
+        spending = Spending(backend, study.id, limits)
+        trials, seeds = config.trials, config.seeds
         engine = SearchEngine(
             folder, store, study, scorer, spending, settings, trials, seeds, watch
         )
-        return write_report(replace(engine.run(machine or Machine()), command=command))
+        report = engine.run(machine or _machine(config))
+        return write_report(replace(report, command=command))
 
 
-def planned(
-    space: str | os.PathLike[str] = "search",
-    *,
-    budget: Budget | None = None,
-    overrides: Sequence[str] = (),
-    proxy: Proxy | None = None,
-    seconds: float | None = SECONDS,
-    trials: int | None = None,
-    seed: int = 0,
-    seeds: int = 3,
-    machine: Machine | None = None,
-) -> SearchForecast:
-    """What ``search`` with these settings would do and cost; half a minute, nothing is kept."""
-    tree = read(space, overrides)
-    with (machine or Machine()).pool() as pool:
+def _settings(
+    config: SearchConfig, tree: Tree, budget: Budget | None, proxy: Proxy | None
+) -> Settings:
+    if proxy and config.data:
+        raise SpecError(Problem("data", "a Proxy object names the data of its tasks itself"))
+    return Settings(
+        tree,
+        budget_of(tree, budget.with_limits(config.limits) if budget else config.limits),
+        proxy or Proxy.parse(config.proxy, config.data),
+        axes=parse_axes(config.objective),
+        strategy=config.strategy,
+        layouts=config.layouts,
+        window=config.window,
+        seed=config.seed,
+    )
+
+
+def _machine(config: SearchConfig) -> Machine:
+    return Machine(config.workers or 0, config.memory, config.patience)
+
+
+def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchForecast:
+    """Forecasts what a search would do and cost; this takes about half a minute.
+
+    Nothing is kept. Raises SpecError or NothingFitsError.
+    """
+    tree = read(config.space, overrides)
+    with _machine(config).pool() as pool:
         return forecast_search(
             pool,
             tree,
-            budget_of(tree, budget),
-            proxy or Proxy(tasks=default_tasks()),
-            seconds=seconds,
-            trials=trials,
-            seed=seed,
-            seeds=seeds,
+            budget_of(tree, config.limits),
+            Proxy.parse(config.proxy, config.data),
+            seconds=config.time,
+            trials=config.trials,
+            seed=config.seed,
+            seeds=config.seeds,
             wider=VALIDATION_RUNS,
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 from archdsl.errors import ArchdslError
 from archdsl.files import read_json
 from archdsl.lang.budget import LIMITS
+from archdsl.reports.notebook import as_html
 from archdsl.search.report.report import best, front_trials, trial_row
 from archdsl.search.study.record import StudyRecord
 from archdsl.search.study.spending import SpendingSummary, spending_summary
@@ -40,6 +41,12 @@ class ListedStudy:
     def name(self) -> str:
         """The name of the study, as in its storage."""
         return self.record.name
+
+    def _repr_html_(self) -> str:
+        """Return what ``archdsl study show`` prints, for notebooks."""
+        from archdsl.search.report.live import standing
+
+        return as_html(standing(self))
 
     @property
     def spending(self) -> SpendingSummary:

@@ -7,37 +7,64 @@ from typing import Annotated
 
 import typer
 
-from archdsl.cli.options import INTERRUPTED, Json, Overrides, Source, Spec, print_json, print_parts
-from archdsl.cli.search import ProxySizes, Workers, begin, duration
+from archdsl.cli.options import (
+    INTERRUPTED,
+    Json,
+    Overrides,
+    Source,
+    Spec,
+    duration,
+    print_json,
+    print_parts,
+)
+from archdsl.cli.search import check_and_start_server
 
 
 def ablate(
     spec: Spec,
     overrides: Overrides = None,
-    proxy: ProxySizes = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES|none",
+            help="Sizes of the small model that is trained in place of each model, for example "
+            "dim=32,head_size=16,repeat=1,steps=300; none: train the model itself.",
+        ),
+    ] = None,
     source: Source = None,
-    seeds: Annotated[int, typer.Option(min=1, help="That each of them is trained with.")] = 3,
-    workers: Workers = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds with which each model is trained.")
+    ] = 3,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of worker processes of one thread each. Default: one a core."
+        ),
+    ] = None,
     time: Annotated[
         float | None,
-        typer.Option(parser=duration, metavar="TIME", help="Then no training is begun, as 30m."),
+        typer.Option(
+            parser=duration,
+            metavar="TIME",
+            help="Start no new training after this long, for example 30m. Default: no limit.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default: one below runs/.")
+        Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """See what each part of a model is worth.
+    """Measure what each part of a model contributes.
 
-    Trains the model, its controls (plain models of equal parameters and FLOPs, a plain loop, random
-    routing) and the model with each part taken out, with several seeds. The same command goes on;
-    Ctrl-C ends with what was found. Examples:
+    Trains the model, its baselines (plain models of equal parameters and of equal FLOPs, a plain
+    loop, random routing) and the model without each of its parts, with several seeds. The same
+    command continues after a crash. Ctrl-C ends it and reports what was found so far. Examples:
 
       archdsl ablate itt
 
       archdsl ablate my-spec.yaml --data skill:p-hop --seeds 5 --time 1h
     """
-    begin(spec, overrides)
+    check_and_start_server(spec, overrides)
     from archdsl.search.analysis.ablation import ablate
     from archdsl.search.report.tables import result, saying
     from archdsl.search.trials.proxy import Proxy

@@ -1,4 +1,4 @@
-"""The command that tries whether a model keeps what it promises: check."""
+"""The check command, which tests a model for leaks from later tokens."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def check(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="SPEC|CKPT", help="A YAML file, a shipped spec, or a checkpoint's folder."
+            metavar="SPEC|CHECKPOINT",
+            help="A YAML file, the name of a shipped spec, or the folder of a checkpoint.",
         ),
     ],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Prove on each block that no later token is seen, and that decoding is as one pass.
+    """Test that no block uses later tokens, and that decoding gives the outputs of one pass.
 
-    Tried in float64: changed later tokens, gradients, decoding token by token with the cache,
-    prefill in chunks, padding; also with the dial turned. A large spec is tried at reduced sizes
-    of the same structure, a checkpoint on its own weights. The status is 1 if anything leaks or
-    differs; the block and the step that it begins with are named. Examples:
+    In float64 it changes later tokens, takes gradients, decodes token by token with the KV cache,
+    prefills in chunks and adds padding, also with the compute dial turned. A large spec is tested
+    at reduced sizes of the same structure, a checkpoint with its own weights. The exit status is 1
+    if the model leaks or outputs differ; the first block and step that do are named. Examples:
 
       archdsl check itt --set "blocks.0.body.1.router.kind=prefix"
 
@@ -56,7 +57,7 @@ def check(
 
 
 def _table(report: Report) -> Table:
-    """The largest differences, as shares of the largest output."""
+    """The largest differences of each block, as shares of the largest output."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""The command that scores a checkpoint: on held-out text, along its dial, on tasks."""
+"""The eval command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from archdsl.cli.options import Json, Source, print_json, print_parts, shares, size
+from archdsl.cli.options import (
+    CheckpointFolder,
+    Json,
+    Source,
+    check_output,
+    print_json,
+    print_parts,
+    shares,
+    size,
+)
 from archdsl.cli.runs import data_of
 from archdsl.errors import ArchdslError
 
@@ -24,75 +33,103 @@ if TYPE_CHECKING:
 
     Answer = tuple[dict[str, Any], list[RenderableType]]  # for programs, for readers
 
-Split = Annotated[Literal["validation", "test"], typer.Option(help="Which held-out text.")]
+Split = Annotated[
+    Literal["validation", "test"], typer.Option(help="Which held-out part of the text to score.")
+]
 Tokens = Annotated[
-    int | None, typer.Option(parser=size, metavar="SIZE", help="Of the text; default: all.")
+    int | None,
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="Score this many tokens of the text, for example 64k. Default: all of them.",
+    ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option(parser=size, metavar="SIZE", help="Tokens at a time; default: the spec's."),
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="Tokens per sequence. Default: the context of the spec.",
+    ),
 ]
 Capacities = Annotated[
     list[float] | None,  # each of them a number or a list of numbers
     typer.Option(
         parser=shares,
         metavar="SHARE[,SHARE...]",
-        help="Turn the dial: share of the tokens that thinks, for all further steps or for each, "
-        "such as 0.9,0.9,0; may be repeated; default: as trained.",
+        help="Turn the compute dial: the share of the tokens that each further step processes, as "
+        "one number or one for each step, for example 0.9,0.9,0. May be repeated to score several "
+        "settings. Default: as trained.",
     ),
 ]
 Depths = Annotated[
     list[int] | None,
     typer.Option(
-        min=1, help="Turn the dial: steps of each loop; may be repeated; default: as trained."
+        min=1,
+        help="Turn the compute dial: the number of steps of each loop. May be repeated to score "
+        "several settings. Default: as trained.",
     ),
 ]
 Sweep = Annotated[
     bool,
     typer.Option(
         "--sweep",
-        help="Compare settings of the dial with the trained one: each --capacity with each "
-        "--steps; without these, the ITT paper's (three capacities, stretched over the routed "
-        "steps there are) and no thinking; without routers, fewer and more steps.",
+        help="Compare settings of the compute dial with the trained one: each --capacity with each "
+        "--steps. If neither is given: the three capacities of the ITT paper, stretched over the "
+        "routed steps of the model, and no thinking; for a model without routers, fewer and more "
+        "steps.",
     ),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.png", help="Of --sweep: loss against executed FLOPs."),
+    typer.Option(
+        metavar="FILE.png", help="With --sweep: plot the loss against the executed FLOPs."
+    ),
 ]
 Tasks = Annotated[
     str | None,
     typer.Option(
         metavar="NAME[,NAME...]",
-        help="Score tasks of lm-evaluation-harness instead, such as arc_easy,piqa.",
+        help="Score tasks of lm-evaluation-harness instead of held-out text, for example "
+        "arc_easy,piqa.",
     ),
 ]
 DataDir = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Of --tasks: their examples, as FOLDER/TASK/SPLIT.jsonl; default: the Hub's.",
+        help="With --tasks: read the examples from FOLDER/TASK/SPLIT.jsonl. Default: download them "
+        "from the Hugging Face Hub.",
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="Of --tasks: examples of each; default: all.")
+    int | None,
+    typer.Option(min=1, help="With --tasks: number of examples of each task. Default: all."),
 ]
 Shots = Annotated[
-    int | None, typer.Option(min=0, help="Of --tasks: solved examples before each question.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --tasks: number of solved examples before each question. Default: the task's.",
+    ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Of --tasks: all questions and answers, as JSON."),
+    typer.Option(
+        metavar="FILE", help="With --tasks: write all questions and answers to this JSON file."
+    ),
 ]
 
 
 def eval_(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
+    checkpoint: CheckpointFolder,
     source: Source = None,
     split: Split = "validation",
     tokens: Tokens = None,
     context: Window = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of sequences scored at once.")
+    ] = 16,
     capacity: Capacities = None,
     steps: Depths = None,
     sweep: Sweep = False,
@@ -104,11 +141,11 @@ def eval_(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Score a checkpoint: on held-out text, along its compute dial, or on tasks.
+    """Score a checkpoint on held-out text, at several settings of its compute dial, or on tasks.
 
-    Loss, perplexity and bits per byte; without --data, on the data that it was trained on. A
-    router that sees later tokens is scored both ways, with that sight and causally; on tasks
-    causally only. Examples:
+    On text it prints loss, perplexity and bits per byte; without --data, on the data that the
+    checkpoint was trained on. A model whose router sees later tokens is scored on text with that
+    sight and also causally; on tasks only causally. Examples:
 
       archdsl eval runs/tiny/final --split test
 
@@ -120,9 +157,9 @@ def eval_(
     """
     text = {"--data": source, "--tokens": tokens, "--context": context}
     asked = {"--data-dir": data_dir, "--limit": limit, "--num-fewshot": num_fewshot, "--out": out}
-    _belong(text, "held-out text, not to --tasks", tasks is None)
-    _belong(asked, "--tasks", tasks is not None)
-    _belong({"--plot": plot}, "--sweep on held-out text", sweep and tasks is None)
+    _refuse_unless(tasks is None, text, "cannot be used with --tasks")
+    _refuse_unless(tasks is not None, asked, "needs --tasks")
+    _refuse_unless(sweep and tasks is None, {"--plot": plot}, "needs --sweep, without --tasks")
     _check_files(out, plot)
     found = _load(checkpoint)
     settings = _settings(found, capacity, steps, sweep)
@@ -152,17 +189,16 @@ def eval_(
         print_parts(*shown)
 
 
-def _belong(given: Mapping[str, object], to: str, wanted: bool) -> None:
+def _refuse_unless(allowed: bool, given: Mapping[str, object], reason: str) -> None:
     for option, value in given.items():
-        if value is not None and not wanted:
-            raise ArchdslError(f"{option} belongs to {to}")
+        if value is not None and not allowed:
+            raise ArchdslError(f"{option} {reason}")
 
 
 def _check_files(out: Path | None, plot: Path | None) -> None:
-    """Finds what cannot be written before the time is spent."""
+    """Raises ArchdslError for what cannot be written, before time is spent."""
     for path in filter(None, (out, plot)):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ArchdslError(f"{path} cannot be written: its folder must exist, and it be a file")
+        check_output(path)
     if plot and find_spec("matplotlib") is None:
         raise ArchdslError("--plot needs matplotlib: pip install 'archdsl[plots]'")
 
@@ -181,7 +217,10 @@ def _settings(
     steps: Sequence[int] | None,
     sweep: bool,
 ) -> list[DialSetting]:
-    """Those asked for, after the trained one if they are to be compared. Raises DialError."""
+    """The settings asked for; the trained one stands first if they are compared.
+
+    Raises DialError for a setting that the model does not have.
+    """
     from archdsl.evaluation.dial_sweep import (
         AS_TRAINED,
         DialSetting,
@@ -203,7 +242,7 @@ def _settings(
 
 
 def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, Any]) -> Answer:
-    """Held-out text at one setting."""
+    """Scores held-out text at one setting of the compute dial."""
     from archdsl.evaluation.dial_sweep import dialled
     from archdsl.evaluation.evaluate import evaluate
     from archdsl.model.compute_meter import metered
@@ -235,7 +274,7 @@ def _along(
     windows: dict[str, Any],
     picture: Path | None,
 ) -> Answer:
-    """Held-out text at many settings."""
+    """Scores held-out text at several settings of the compute dial."""
     from archdsl.evaluation.dial_sweep import plot, sweep
     from archdsl.reports import tables
 
@@ -256,7 +295,7 @@ def _on_tasks(
     extent: dict[str, Any],
     out: Path | None,
 ) -> Answer:
-    """Tasks of lm-evaluation-harness at each setting."""
+    """Scores tasks of lm-evaluation-harness at each setting of the compute dial."""
     try:
         from archdsl.evaluation.lm_eval_model import run_tasks, write_harness_results
         from archdsl.evaluation.lm_eval_tasks import load_tasks
@@ -288,6 +327,7 @@ def _tokenizer(found: Checkpoint) -> Tokenizer:
 
     if found.tokenizer is None:
         raise ArchdslError(
-            f"{found.path} has no tokenizer, as its data is no text: no task fits it"
+            f"{found.path} has no tokenizer because it was not trained on text: "
+            "it cannot be scored on tasks"
         )
     return read_tokenizer(found.tokenizer)

@@ -1,4 +1,4 @@
-"""The command that writes text: generate."""
+"""The generate command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archdsl.cli.options import Capacity, Json, Steps, print_json, with_options_of
+from archdsl.cli.options import (
+    Capacity,
+    CheckpointFolder,
+    Json,
+    Steps,
+    check_output,
+    config_from,
+    print_json,
+)
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
@@ -22,55 +30,69 @@ if TYPE_CHECKING:
     from archdsl.generation.sampling_config import Sampling
     from archdsl.model.checkpoint import Checkpoint
 
-# a text may hold what would steer a terminal
-SHOWN = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
-SHOWN |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+# control characters of a text could change the terminal: visible ones are printed instead
+VISIBLE = {n: 0x2400 + n for n in range(32) if chr(n) not in "\n\t"}
+VISIBLE |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
-MOST_NAMED = 4  # routed steps; of more, --json tells each
+MOST_NAMED = 4  # routed steps whose shares are printed one by one
 
 
-def _sampling() -> type[Sampling]:
+def config_class() -> type[Sampling]:
     from archdsl.generation.sampling_config import Sampling
 
     return Sampling
 
 
-@with_options_of(_sampling, "sampling")
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
-    sampling: Sampling,
+    ctx: typer.Context,
+    checkpoint: CheckpointFolder,
     prompt: Annotated[
-        str, typer.Argument(help="Text to go on from; - reads stdin; default: a new document.")
+        str,
+        typer.Argument(
+            help="The text to continue. - reads it from stdin. Default: begin a new document.",
+            show_default=False,
+        ),
     ] = "",
     file: Annotated[
         Path | None,
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="Many prompts: one per line, or a .jsonl with a key prompt; prints JSON lines.",
+            help="Continue many prompts: one per line of a text file, or the key `prompt` of each "
+            "line of a .jsonl file. Prints one JSON object per line.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Of --prompts: write the JSON lines here.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --prompts: write the JSON lines to this file, not to stdout."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of --prompts: how many at a time.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="With --prompts: number of prompts continued at once.")
+    ] = 8,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Stop before this; may be repeated."),
+        typer.Option(
+            metavar="TEXT",
+            help="Stop where this text would begin, and do not print it. May be repeated.",
+        ),
     ] = None,
     capacity: Capacity = None,
     steps: Steps = None,
     map_file: Annotated[
         Path | None,
         typer.Option(
-            "--think-map", metavar="FILE", help="An HTML page: tokens coloured by thinking steps."
+            "--think-map",
+            metavar="FILE",
+            help="Write an HTML page that colours each token by its number of thinking steps.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, and say how fast it went and how much was thought.
+    """Continue a text with a trained model.
 
-    The text goes to stdout while it is made, the figures to stderr. Examples:
+    The text goes to stdout while it is generated; speed and compute go to stderr. Examples:
 
       archdsl generate runs/tiny/final "My fellow citizens" --temperature 0
 
@@ -78,6 +100,7 @@ def generate(
 
       archdsl generate runs/tiny/final --prompts prompts.txt --out texts.jsonl
     """
+    sampling = config_from(ctx, config_class())
     _check(prompt, file, out, map_file, as_json)
     from archdsl.generation.prompts import read_prompts
 
@@ -95,13 +118,13 @@ def generate(
         batch_size=batch_size,
     )
     if file is None:
-        _stream(done[0], prompts[0], as_json)
+        _print_stream(done[0], prompts[0], as_json)
     else:
-        _all(done, prompts, out)
+        _print_lines(done, prompts, out)
     if as_json:
         print_json(({} if file else _facts(done[0].rows[0])) | _speed_figures(done))
     else:
-        print("\n".join(_said(done)), file=sys.stderr)
+        print("\n".join(_lines(done)), file=sys.stderr)
     if map_file:
         rows = [row for run in done for row in run.rows]
         from archdsl.generation.think_map import think_map
@@ -113,37 +136,39 @@ def generate(
 def _check(
     prompt: str, file: Path | None, out: Path | None, map_file: Path | None, as_json: bool
 ) -> None:
-    """Finds what cannot work before the time is spent."""
+    """Raises ArchdslError for options that do not go together, before time is spent."""
     if file and prompt:
-        raise ArchdslError("a prompt and --prompts were given; keep one of them")
+        raise ArchdslError("a prompt and --prompts are given: give only one of them")
     if out and not file:
-        raise ArchdslError("--out takes the texts of --prompts; a single text goes to stdout")
+        raise ArchdslError("--out needs --prompts: a single text goes to stdout")
     if file and as_json and not out:
-        raise ArchdslError("--prompts prints JSON lines already; --json needs --out beside it")
+        raise ArchdslError(
+            "--prompts prints JSON lines to stdout already: --json also needs --out FILE"
+        )
     for path in (out, map_file):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ArchdslError(f"{path} cannot be written: its folder must exist, and it be a file")
+        if path:
+            check_output(path)
 
 
 def _from_stdin() -> str:
-    """All of it, without the newline that ends it, as a shell's $(...) would be."""
+    """All of stdin without its last newline, as a shell's $(...) would give it."""
     from archdsl.generation.prompts import decoded
 
     return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
 
 
-def _stream(run: GenerationRun, prompt: str, quiet: bool) -> None:
+def _print_stream(run: GenerationRun, prompt: str, quiet: bool) -> None:
     if not quiet and sys.stdout.isatty():
-        print(prompt.translate(SHOWN), end="")
+        print(prompt.translate(VISIBLE), end="")
     for piece in run:
         if not quiet:
-            text = piece.text.translate(SHOWN) if sys.stdout.isatty() else piece.text
+            text = piece.text.translate(VISIBLE) if sys.stdout.isatty() else piece.text
             print(text, end="", flush=True)
     if not quiet:
         print()
 
 
-def _all(runs: Sequence[GenerationRun], prompts: Sequence[str], out: Path | None) -> None:
+def _print_lines(runs: Sequence[GenerationRun], prompts: Sequence[str], out: Path | None) -> None:
     lines = []
     remaining = iter(prompts)
     with _bar() as bar:
@@ -187,7 +212,9 @@ def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
 
     found = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     if found.tokenizer is None:
-        raise ArchdslError(f"{path} has no tokenizer, as its data is no text: it cannot write any")
+        raise ArchdslError(
+            f"{path} has no tokenizer because it was not trained on text: it cannot write text"
+        )
     found.model.for_decoding()
     return found, read_tokenizer(found.tokenizer)
 
@@ -214,8 +241,8 @@ def _summed(runs: Sequence[GenerationRun]) -> dict[str, Throughput]:
     return paces
 
 
-def _said(runs: Sequence[GenerationRun]) -> Iterator[str]:
-    """The figures in words, a line each."""
+def _lines(runs: Sequence[GenerationRun]) -> Iterator[str]:
+    """The figures for a reader, one line each."""
     paces, rows = _summed(runs), [row for run in runs for row in run.rows]
     yield f"prompt: {paces['prefill'].tokens:,} tokens{_speed(paces['prefill'])}"
     yield f"text: {sum(len(row.tokens) for row in rows):,} tokens{_speed(paces['decode'])}"

@@ -1,4 +1,4 @@
-"""Commands that exchange models with other libraries: import, export."""
+"""The commands that exchange models with other libraries: import, export."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archdsl.cli.options import Json, print_json, print_parts, size
+from archdsl.cli.options import (
+    CheckpointFolder,
+    Force,
+    Json,
+    print_json,
+    print_parts,
+    refuse_to_replace,
+    size,
+)
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
     from archdsl.interop.import_weights import ImportedModel
 
-NEEDS_TRANSFORMERS = "this needs transformers: pip install 'archdsl[transformers]'"
+NEEDS_TRANSFORMERS = "exporting needs transformers: pip install 'archdsl[transformers]'"
 
 
 def import_(
@@ -25,27 +33,31 @@ def import_(
             help="A folder with config.json, safetensors and tokenizer.json, or a .gguf file.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")],
     name: Annotated[
-        str | None, typer.Option(help="Of the spec; default: that of the folder or file.")
+        str | None,
+        typer.Option(help="Name of the spec. Default: the name of the folder or file."),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(parser=size, metavar="SIZE", help="Shorter than the model's own."),
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="Context of the spec, for example 4k. Default, and most: the model's own.",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint in --out.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Turn pretrained LLaMA-family weights into a checkpoint and its spec.
+    """Convert pretrained weights of the LLaMA family into a checkpoint with its spec.
 
-    Its logits are those that transformers computes in float32. Examples:
+    The logits of the checkpoint equal those that transformers computes in float32. Examples:
 
       archdsl import Llama-3.2-1B --out runs/llama --context 4k
 
       archdsl import SmolLM2-135M.gguf --out runs/smol
     """
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
+    refuse_to_replace(out, force)
     from archdsl.interop.import_weights import import_pretrained
     from archdsl.reports.tables import TwoColumns
 
@@ -76,14 +88,14 @@ def _imported(imported: ImportedModel) -> dict[str, Any]:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that train or build has written.")],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    checkpoint: CheckpointFolder,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the export to.")],
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as a folder for transformers.
+    """Write a checkpoint as a folder that transformers loads without archdsl.
 
-    It needs archdsl no more: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
-    After `import archdsl.interop.hf_model` it loads without code of its own. Example:
+    Load it with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). After `import
+    archdsl.interop.hf_model` it also loads without trust_remote_code. Example:
 
       archdsl export runs/tiny/final exported
     """
@@ -108,6 +120,6 @@ def export(
     else:
         print(f"exported to {done.path}: {done.bytes:,} bytes")
         print(
-            f"loaded by its own code, its logits differ from the checkpoint's by at most "
-            f"{done.difference:.2g} ({done.tokens:,} random tokens)"
+            f"the exported model's logits differ from the checkpoint's by at most "
+            f"{done.difference:.2g} (on {done.tokens:,} random tokens)"
         )

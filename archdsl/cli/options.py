@@ -1,32 +1,34 @@
-"""What commands share: options, options made from the fields of a config, printing."""
+"""What the commands share: options, options made from the fields of a config, printing."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.main import get_command
 
-from archdsl.errors import Problem, SpecError
+from archdsl.errors import ArchdslError, Position, Problem, SpecError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
     from rich.console import RenderableType
 
-    from archdsl.lang.spec import Budget
+    from archdsl.lang.spec import Budget, Strict
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # no rich markup: help and errors are the same in a terminal, in a pipe and in a log
 PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
 
-Config = TypeVar("Config", bound="BaseModel")
-Command = Callable[..., None]
+Config = TypeVar("Config", bound="Strict")
 
 
 def size(text: str) -> int:
@@ -51,141 +53,225 @@ def shares(text: str) -> float | list[float]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def duration(text: str) -> float:
+    """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds."""
+    from archdsl.search.config import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Spec = Annotated[
-    str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec such as itt.")
+    str,
+    typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec such as itt."),
+]
+CheckpointFolder = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint, as `train` or `build --out` writes it.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change one place; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set one value of the spec, for example blocks.0.repeat=2. May be repeated.",
+    ),
 ]
 Params = Annotated[
     int | None,
-    typer.Option("--budget", parser=size, metavar="SIZE", help="Most parameters, such as 162M."),
+    typer.Option(
+        "--budget",
+        parser=size,
+        metavar="SIZE",
+        help="Most parameters of the model, for example 162M.",
+    ),
 ]
 BudgetOf = Annotated[
     Literal["params", "non_embedding"] | None,
-    typer.Option(help="What --budget counts: all, or without embedding and head; default: params."),
-]
-Flops = Annotated[
-    int | None,
-    typer.Option(parser=size, metavar="SIZE", help="Most forward FLOPs per token, such as 0.8G."),
-]
-KV = Annotated[
-    int | None,
     typer.Option(
-        "--kv", parser=size, metavar="SIZE", help="Most bytes of KV cache per token, such as 64KiB."
+        help="What --budget counts: all parameters, or those outside embedding and head. "
+        "Default: params."
     ),
 ]
-TrainFlops = Annotated[
+Flops = Annotated[
     int | None,
     typer.Option(
         parser=size,
         metavar="SIZE",
-        help="Most FLOPs spent on training, by all workers together, such as 1e15 or 1P.",
+        help="Most forward FLOPs per token of the model, for example 0.8G.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="The same facts as JSON, and nothing else.")]
+KV = Annotated[
+    int | None,
+    typer.Option(
+        "--kv",
+        parser=size,
+        metavar="SIZE",
+        help="Most bytes of KV cache per token of the model, for example 64KiB.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, and nothing else to stdout.")
+]
 Source = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="SOURCE",
-        help="A text, JSONL or parquet file or folder, hf:DATASET/CONFIG or skill:NAME; "
-        "default: the embedded corpus.",
+        help="A text, JSONL or parquet file or folder, hf:DATASET/CONFIG or skill:NAME. "
+        "Default: the embedded corpus.",
     ),
 ]
 Tokenizer = Annotated[
     str | None,
     typer.Option(
         metavar="CHOICE",
-        help="bytes, bpe:SIZE or a tokenizer.json; default: what fills the vocabulary.",
+        help="bytes, bpe:SIZE or the path of a tokenizer.json. Default: bpe with as many tokens as "
+        "the vocabulary of the spec holds, or bytes for a small vocabulary.",
     ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the checkpoint that is in --out, if there is one.")
 ]
 Capacity = Annotated[
     float | None,  # or a list of them: an option of that type would take several values
     typer.Option(
         parser=shares,
         metavar="SHARE[,SHARE...]",
-        help="Turn the dial: share of the tokens that thinks, for all further steps or for each, "
-        "such as 0.9,0.9,0; default: as trained.",
+        help="Turn the compute dial: the share of the tokens that each further step processes, as "
+        "one number or one for each step, for example 0.9,0.9,0. Default: as trained.",
     ),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="Turn the dial: steps of each loop; default: as trained."),
+    typer.Option(
+        min=1, help="Turn the compute dial: the number of steps of each loop. Default: as trained."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.yaml",
+        help="Read settings from a YAML file, whose keys are the long names of the options below "
+        "with _ in place of -. Options given here replace them.",
+    ),
 ]
 
 
-def budget(
-    params: int | None,
-    flops: int | None,
-    kv: int | None = None,
-    of: Literal["params", "non_embedding"] | None = None,
-    train_flops: int | None = None,
-) -> Budget | None:
-    """What stands on the command line takes the place of what stands in the file, limit by limit.
-
-    ``of`` says what ``params`` counts; a size without embedding and head also lifts the file's
-    limit on all parameters.
-    """
-    from archdsl.lang.spec import Budget
+def budget(params: int | None, flops: int | None, kv: int | None, of: Any = None) -> Budget | None:
+    """The limits given on the command line, which replace those of the file one by one."""
+    from archdsl.lang.config import budget_of_limits
 
     if of and params is None:
         raise typer.BadParameter("--budget-of says what --budget counts: give --budget too")
-    sizes = {"params": params}
-    if of == "non_embedding":
-        sizes = {"params": None, "non_embedding": params}
-    others = {"flops": flops, "kv": kv, "train_flops": train_flops}
-    given = (sizes if params else {}) | {name: size for name, size in others.items() if size}
-    return Budget(**given) if given else None
+    return budget_of_limits(params, flops, kv, of)
 
 
-def with_options_of(
-    config: Callable[[], type[BaseModel]], parameter: str
-) -> Callable[[Command], Command]:
-    """Gives a command an option for each field of a config and hands that over as ``parameter``.
+def refuse_to_replace(folder: Path, force: bool) -> None:
+    """Raises ArchdslError if the folder holds something and ``force`` is not given."""
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise ArchdslError(f"{folder} is not empty; --force replaces the checkpoint in it")
 
-    Values are YAML: ``--lr 1e-3``, ``--clip null``, ``--betas '[0.9, 0.99]'``. ``config`` is called
-    when the options are asked for, as importing pydantic takes longer than all else in a help.
+
+def check_output(path: Path) -> None:
+    """Raises ArchdslError if no file can be written there, before time is spent on its content."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ArchdslError(
+            f"{path} cannot be written: it must name a file, and the folder of the file must exist"
+        )
+
+
+class TextOption(TyperOption):
+    """An option whose value stays as it was given.
+
+    To convert a value, typer imports pydantic, which takes longer than a help needs in all.
     """
-    return lambda command: _WithOptions(command, config, parameter)
+
+    def process_value(self, ctx: Any, value: Any) -> Any:
+        return self.callback(ctx, self, value) if self.callback else value
 
 
-class _WithOptions:
-    def __init__(
-        self, command: Command, config: Callable[[], type[BaseModel]], parameter: str
-    ) -> None:
-        self.command, self.config, self.parameter = command, config, parameter
-        self.__name__, self.__doc__ = command.__name__, command.__doc__
-        self.__annotations__ = {}
+def as_given(options: list[Any]) -> list[Any]:
+    """The options, which no longer convert their values."""
+    for option in options:
+        option.__class__ = TextOption
+    return options
+
+
+class CommandGroup(TyperGroup):
+    """Commands below a name; the options of the group itself are flags and words."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return as_given(super().get_params(ctx))
+
+
+class Command(TyperCommand):
+    """A command that also takes ``--plugin``, which is an option of ``archdsl`` itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # completion asks for the options and not for their values
+            ctx.params = dict.fromkeys(param.name for param in self.get_params(ctx))
+            return []
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        shared = [p for p in ctx.find_root().command.params if p.name == "plugin"]
+        the_help = super().get_params(ctx)[len(self.params) :]
+        return [*self.params, *as_given([*shared, *the_help])]
+
+
+class ConfigCommand(Command):
+    """A command with an option for each field of a config, which `config_from` then reads.
+
+    The options are made when they are asked for: a config needs pydantic, whose import takes
+    longer than all else that the other commands' help needs. A field that the command itself
+    declares as an argument is not made an option.
+    """
+
+    config: Callable[[], type[Strict]]
 
     @cached_property
-    def __signature__(self) -> inspect.Signature:
-        config = self.config()
-        known = {config.__name__: config}  # its module imports it for type checking alone
-        own = inspect.signature(self.command, locals=known, eval_str=True).parameters.values()
-        kept = [p for p in own if p.name != self.parameter]
-        options = [_option(name, field) for name, field in config.model_fields.items()]
-        return inspect.Signature([*kept, *options])
+    def options(self) -> list[Any]:
+        own = {param.name for param in self.params}
+        fields = {n: field for n, field in self.config().model_fields.items() if n not in own}
 
-    def __call__(self, **given: Any) -> None:
-        config = self.config()
-        texts = {name: given.pop(name) for name in config.model_fields}
-        self.command(**given, **{self.parameter: _read(config, texts)})
+        def carrier(**_: Any) -> None: ...
+
+        carrier.__annotations__ = {}
+        carrier.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_option(name, field) for name, field in fields.items()]
+        )
+        alone = typer.Typer(add_completion=False, **PLAIN)
+        alone.command()(carrier)
+        return list(get_command(alone).params)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        own = super().get_params(ctx)
+        return [*own[: len(self.params)], *self.options, *own[len(self.params) :]]
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = {option.name: ctx.params.pop(option.name) for option in self.options}
+        return super().invoke(ctx)
+
+
+def with_options_of(config: Callable[[], type[Strict]]) -> type[ConfigCommand]:
+    return type("ConfigCommand", (ConfigCommand,), {"config": staticmethod(config)})
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     from archdsl.lang.source import dump_inline
 
     is_flag = field.annotation is bool
-    words = [field.description or name.replace("_", " ")]
-    if not is_flag and "default:" not in words[0]:
-        words.append(f"default: {dump_inline(field.get_default())}")
-    help_text = "; ".join(words)
+    words = field.description or name.replace("_", " ")
+    if not is_flag and "default:" not in words and field.default is not None:
+        words += f"; default: {dump_inline(field.default)}"
+    words = words.replace("; default:", ". Default:")
     option = typer.Option(
         _flag(name),
         metavar=None if is_flag else _metavar(field),
-        help=f"{help_text[0].upper()}{help_text[1:]}.",
+        help=f"{words[0].upper()}{words[1:]}.",
         show_default=False,
     )
     return inspect.Parameter(
@@ -197,48 +283,75 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _metavar(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
-    return "VALUE"
+    kind = _kind(field)
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return "PATH" if kind is Path else "VALUE"
 
 
-def _read(config: type[Config], texts: Mapping[str, str | bool | None]) -> Config:
-    """The config that the options ask for; raises SpecError with all that is wrong."""
-    from pydantic import ValidationError
-
-    from archdsl.lang.messages import explain
-
-    given: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for name, text in texts.items():
-        try:
-            given |= {} if text is None else {name: _value(text)}
-        except SpecError as error:
-            problems += [Problem(_flag(name), problem.message) for problem in error.problems]
-    try:
-        whole = config.model_validate(given)
-    except ValidationError as error:
-        problems += [
-            Problem(_flag(str(loc[0])) if loc else "", message)
-            for loc, message in explain(error, config.model_fields)
-        ]
-    if problems:
-        raise SpecError(problems)
-    return whole
-
-
-def _value(text: str | bool) -> Any:
-    from archdsl.lang.source import parse
-
-    return parse(text, "").value if isinstance(text, str) else text
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field without None and without what validates it."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def config_from(
+    ctx: typer.Context, kind: type[Config], file: Path | None = None, **arguments: Any
+) -> Config:
+    """The config of a `ConfigCommand`: what its options say, then what the file says.
+
+    ``arguments`` are values of fields that the command declared itself; None stands for one that
+    was not given. Option values are YAML: ``--lr 1e-3``, ``--clip null``.
+    Raises SpecError with everything that is wrong, each with its option or its place in the file.
+    """
+    from archdsl.lang import source
+    from archdsl.lang.config import check_config
+
+    tree = source.read_file(file, "a config") if file else source.Tree({}, {})
+    problems: list[Problem] = []
+    for name, text in (arguments | ctx.obj).items():
+        if text is None:
+            continue
+        flag = Position(_flag(name), 0, 0)
+        try:
+            value = _value(text, kind.model_fields[name])
+        except SpecError as error:
+            problems += [Problem("", found.message, flag) for found in error.problems]
+        else:
+            tree = source.put(tree, (name,), source.at_position(value, flag))
+    try:
+        config = check_config(kind, tree)
+    except SpecError as error:
+        problems += [_without_path(problem) for problem in error.problems]
+    if problems:
+        raise SpecError(problems)
+    return config
+
+
+def _value(text: Any, field: FieldInfo) -> Any:
+    """The value that an option gives a field. Raises SpecError for a text that is no YAML."""
+    from archdsl.lang.source import parse
+
+    kind = _kind(field)
+    is_word = kind in (str, Path) or get_origin(kind) is Literal
+    return parse(text, "").value if isinstance(text, str) and not is_word else text
+
+
+def _without_path(problem: Problem) -> Problem:
+    """A problem with an option, whose name says already which field is meant."""
+    if problem.position and problem.position.file.startswith("--"):
+        return Problem("", problem.message, problem.position)
+    return problem
+
+
 def print_parts(*parts: RenderableType) -> None:
-    """To stdout: styled in a terminal, plain in a pipe and where NO_COLOR is set."""
+    """Prints to stdout: styled in a terminal, plain in a pipe and where NO_COLOR is set."""
     from rich.console import Console
 
     plain = bool(os.environ.get("NO_COLOR"))

@@ -1,4 +1,4 @@
-"""The command that grafts thinking steps onto a trained model."""
+"""The retrofit command, which adds thinking steps to a trained model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archdsl.cli.options import Json, Overrides, print_json
-from archdsl.errors import ArchdslError
+from archdsl.cli.options import (
+    CheckpointFolder,
+    Force,
+    Json,
+    Overrides,
+    print_json,
+    refuse_to_replace,
+)
 
 if TYPE_CHECKING:
     from archdsl.interop.retrofit import Retrofit
@@ -17,26 +23,28 @@ if TYPE_CHECKING:
 
 
 def retrofit(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder of a trained model.")],
+    checkpoint: CheckpointFolder,
     overlay: Annotated[
-        str, typer.Argument(metavar="OVERLAY", help="A YAML file, or the shipped itt-overlay.")
+        str,
+        typer.Argument(
+            metavar="OVERLAY", help="A YAML file that says what to add, or the shipped itt-overlay."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the grown checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the new checkpoint to.")],
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Of the new routers.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint in --out.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights of new routers.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Graft thinking steps onto layers of a trained model, whose logits stay what they were.
+    """Add thinking steps to layers of a trained model without changing its logits.
 
-    `train --only new` then trains the new parts alone. Examples:
+    Afterwards `archdsl train FOLDER --only new` trains the new parameters alone. Examples:
 
       archdsl retrofit runs/plain/final itt-overlay --out runs/grafted
 
       archdsl retrofit runs/plain/final itt-overlay --set "layers=[2]" --out runs/grafted
     """
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
+    refuse_to_replace(out, force)
     from archdsl.interop.retrofit import parse_overlay, retrofit
     from archdsl.lang import source
     from archdsl.model.checkpoint import load_checkpoint, save_checkpoint
@@ -71,8 +79,8 @@ def _in_words(facts: dict[str, Any]) -> str:
     parameters, flops = facts["parameters"], facts["flops_per_token"]
     return (
         f"{facts['model']}: thinking steps on layers {', '.join(map(str, facts['layers']))}\n"
-        f"parameters  {parameters['before']:,} as they were, {parameters['new']:,} new\n"
+        f"parameters  {parameters['before']:,} unchanged, {parameters['new']:,} new\n"
         f"forward     {flops['before'] / 1e6:,.1f}M FLOPs/token before, "
         f"{flops['after'] / 1e6:,.1f}M now at the routers' capacities\n"
-        f"logits      differ by {facts['logits_differ_by']:.1e} of the largest"
+        f"logits      differ by at most {facts['logits_differ_by']:.1e} of the largest logit"
     )

@@ -1,22 +1,22 @@
-"""The command that trains: train."""
+"""The train command, and how commands find a checkpoint and its data."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from archdsl.cli.options import (
+    ConfigFile,
     Json,
     Overrides,
     Source,
-    Spec,
     Tokenizer,
+    config_from,
     print_json,
     print_parts,
-    with_options_of,
 )
 from archdsl.errors import ArchdslError
 
@@ -25,36 +25,48 @@ if TYPE_CHECKING:
     from archdsl.lang.spec import ModelSpec
     from archdsl.model.checkpoint import Checkpoint
     from archdsl.training.config import TrainConfig
+    from archdsl.training.run import TrainResult
 
 
-def _config() -> type[TrainConfig]:
+def config_class() -> type[TrainConfig]:
     from archdsl.training.config import TrainConfig
 
     return TrainConfig
 
 
-@with_options_of(_config, "config")
 def train(
-    spec: Spec,
-    config: TrainConfig,
+    ctx: typer.Context,
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC|CHECKPOINT",
+            help="A YAML file, the name of a shipped spec such as itt, or the folder of a "
+            "checkpoint to train further.",
+        ),
+    ],
     overrides: Overrides = None,
     source: Source = None,
     tokenizer: Tokenizer = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default: runs/ and the spec's name.")
+        Path | None,
+        typer.Option(help="Folder of the run. Default: runs/ and the name of the spec."),
     ] = None,
+    config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
-    """Train a spec, or a checkpoint further; the same command goes on after a crash or Ctrl-C.
+    """Train a model from a spec, or train a checkpoint further.
 
-    In place of SPEC may stand a checkpoint's folder. Examples:
+    The same command continues after a crash or Ctrl-C from the last checkpoint. Examples:
 
       archdsl train tiny --steps 300
 
       archdsl train tiny --data skill:p-hop --context 64 --lr 2e-3
 
+      archdsl train tiny --config training.yaml --out runs/mine
+
       archdsl train runs/grafted --only new --out runs/thinking
     """
+    config = config_from(ctx, config_class(), config_file)
     from archdsl.lang.load import load
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
@@ -69,20 +81,21 @@ def train(
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
     result = train(start or model, data, config, folder, progress=True)
     if result.resumed_from == result.steps:
-        print("it was trained already, nothing was left to do", file=sys.stderr)
+        print("the run was complete already: no step was trained", file=sys.stderr)
     if as_json:
-        found = result.validation.model_dump(mode="json")
-        print_json(
-            {
-                "checkpoint": str(folder / "final"),
-                "steps": result.steps,
-                "resumed_from": result.resumed_from,
-                "validation": found,
-            }
-        )
+        print_json(_facts(result, folder))
     else:
         print_parts(tables.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
+
+
+def _facts(result: TrainResult, folder: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": str(folder / "final"),
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "validation": result.validation.model_dump(mode="json"),
+    }
 
 
 def _in_float32_on_cpu(config: TrainConfig) -> bool:
@@ -95,7 +108,10 @@ def _in_float32_on_cpu(config: TrainConfig) -> bool:
 def checkpoint_at(
     spec: str, overrides: list[str] | None, tokenizer: str | None = None
 ) -> Checkpoint | None:
-    """The checkpoint, if that is what stands in the place of a spec."""
+    """The checkpoint in a folder; None if ``spec`` is no such folder.
+
+    Raises ArchdslError if options are given that cannot change a checkpoint.
+    """
     from archdsl.model.checkpoint import PROVENANCE, load_checkpoint
 
     if not (Path(spec) / PROVENANCE).is_file():
@@ -103,20 +119,20 @@ def checkpoint_at(
     for option, given in (("--set", overrides), ("--tokenizer", tokenizer)):
         if given:
             raise ArchdslError(
-                f"{spec} is a checkpoint, which {option} cannot change: leave it out"
+                f"{spec} is a checkpoint, which {option} cannot change: leave {option} out"
             )
     return load_checkpoint(Path(spec))
 
 
 def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
-    """What a checkpoint was trained on, or another source, in its tokens."""
+    """The data of ``source``, else that which the checkpoint was trained on, in its tokens."""
     trained_on = checkpoint.provenance.get("data", {}).get("name")
     tokenizer = str(checkpoint.tokenizer) if checkpoint.tokenizer else None
     return data_for(checkpoint.spec, source or trained_on, tokenizer)
 
 
 def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data:
-    """The data, in tokens that the vocabulary has room for."""
+    """The data, in tokens that fit into the vocabulary. Raises ArchdslError if they do not fit."""
     from archdsl.data.loading import load_data
 
     choice = tokenizer or _filling(spec.vocab_size)
@@ -126,15 +142,15 @@ def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data
         if data.chance is None and spec.vocab_size >= BYTES:
             fixes.append(f"--tokenizer {_filling(spec.vocab_size)}")
         raise ArchdslError(
-            f"{data.name} has {data.vocab_size:,} different tokens and {spec.name} only a "
-            f"vocab_size of {spec.vocab_size:,}: {' or '.join(fixes)}"
+            f"{data.name} has {data.vocab_size:,} different tokens, but {spec.name} has only a "
+            f"vocab_size of {spec.vocab_size:,}. Use {' or '.join(fixes)}"
         )
     return data
 
 
-BYTES = 257  # and the end of a document
+BYTES = 257  # tokens of the tokenizer `bytes`: 256, and one that ends a document
 
 
 def _filling(vocab_size: int) -> str:
-    """The tokenizer that makes the most of a vocabulary."""
+    """The choice of tokenizer that uses as much of a vocabulary as possible."""
     return f"bpe:{vocab_size}" if vocab_size >= 2 * BYTES else "bytes"

@@ -1,4 +1,4 @@
-"""Commands on specs: build, diff, blocks, schema."""
+"""The commands on specs: build, diff, blocks, schema."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from archdsl.cli.options import (
     KV,
     BudgetOf,
     Flops,
+    Force,
     Json,
     Overrides,
     Params,
@@ -21,6 +22,7 @@ from archdsl.cli.options import (
     budget,
     print_json,
     print_parts,
+    refuse_to_replace,
     size,
 )
 from archdsl.errors import ArchdslError
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class OverBudgetError(ArchdslError):
-    """A model that costs more than its budget."""
+    """A model costs more than its budget allows."""
 
 
 def build(
@@ -41,24 +43,33 @@ def build(
     flops: Flops = None,
     kv: KV = None,
     convention: Annotated[
-        Literal["node", "paper"], typer.Option(help="How FLOPs and parameters are counted.")
+        Literal["node", "paper"],
+        typer.Option(
+            help="How FLOPs are counted. node: exactly, node by node; paper: as Chen et al. "
+            "(2502.13842, Table 2) count them."
+        ),
     ] = "node",
     tokens: Annotated[
         int | None,
-        typer.Option(parser=size, metavar="SIZE", help="Count at this length, not the context."),
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="Count at this sequence length, for example 4k. Default: the context of the spec.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write an initialised checkpoint to this folder.")
+        Path | None,
+        typer.Option(help="Write a checkpoint with initial weights to this folder."),
     ] = None,
     tokenizer: Tokenizer = None,
-    seed: Annotated[int, typer.Option(help="Of the initial values.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint in --out.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Check a spec and show what it costs, node by node.
+    """Check a spec and print its receipt: parameters, FLOPs and memory, node by node.
 
-    Limits given here stand beside those of the file, or in their place where both set the same
-    one. Exit status 1: over its budget. Examples:
+    A limit given here replaces the same limit of the file; the file's other limits stay. The exit
+    status is 1 if the model is over its budget. Examples:
 
       archdsl build itt --set blocks.0.body.1.router.kind=prefix
 
@@ -66,9 +77,9 @@ def build(
     """
     from archdsl.lang.budget import describe_excess, largest_excess
     from archdsl.lang.load import load
+    from archdsl.reports import tables
 
     model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
-    from archdsl.reports import tables  # a mistaken spec needs no tables
 
     counted = model.model_copy(update={"context": tokens}) if tokens else model
     if as_json:
@@ -85,17 +96,16 @@ def build(
 
 
 def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force: bool) -> None:
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ArchdslError(f"{out} is not empty; --force replaces a checkpoint")
+    refuse_to_replace(out, force)
     from archdsl.cli.runs import BYTES, data_for
     from archdsl.model.build import build as build_model
     from archdsl.model.checkpoint import save_checkpoint
 
-    has_room = model.vocab_size >= BYTES  # a model of a skill's few tokens has no tokenizer
+    is_for_text = model.vocab_size >= BYTES  # a skill has few tokens, and no tokenizer
     save_checkpoint(
         out,
         build_model(model, seed=seed),
-        tokenizer_from=data_for(model, None, tokenizer) if tokenizer or has_room else None,
+        tokenizer_from=data_for(model, None, tokenizer) if tokenizer or is_for_text else None,
         provenance={"seed": seed, "step": 0},
     )
 
@@ -106,9 +116,9 @@ def diff(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Show what differs between two specs.
+    """Print the differences between two specs: their values, their totals, the cost of each node.
 
-    Their values, their totals, and the cost of each node. --set changes the second. Examples:
+    --set changes the second spec. Examples:
 
       archdsl diff loop itt
 
@@ -125,12 +135,14 @@ def diff(
 
 
 def blocks(
-    kind: Annotated[str | None, typer.Argument(help="One kind, such as loop.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="A kind of block or part, for example loop.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List what a spec can be made of, or show one kind.
+    """List the kinds of blocks and parts that a spec can use, or describe one of them.
 
-    Of one kind, its fields with their defaults, and an example. Example:
+    The description of one kind has its fields, their defaults and an example. Example:
 
       archdsl blocks loop
     """
@@ -145,7 +157,7 @@ def blocks(
 
 
 def schema() -> None:
-    """Print the JSON schema of spec files, for editors.
+    """Print the JSON schema of spec files, with which editors check and complete them.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Commands on the studies that there are."""
+"""The commands on studies, which are what searches have stored."""
 
 from __future__ import annotations
 
@@ -7,30 +7,53 @@ from typing import Annotated, Literal
 
 import typer
 
-from archdsl.cli.options import KV, PLAIN, Flops, Json, Params, print_json, print_parts
-from archdsl.cli.search import Storage
+from archdsl.cli.options import (
+    KV,
+    PLAIN,
+    Command,
+    CommandGroup,
+    Flops,
+    Json,
+    Params,
+    print_json,
+    print_parts,
+)
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
-    help="List, show and take along what searches have found.",
+    help="List, show, export and delete studies, which are the results of searches.",
     **PLAIN,
 )
 
 Name = Annotated[
-    str, typer.Argument(metavar="STUDY", help="A folder, or a name as `archdsl study ls` has it.")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="The folder of a study, or its name, or the beginning of its name, as "
+        "`archdsl study ls` prints it.",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Look in this database instead of in folders, for example "
+        "postgresql+psycopg://user@host/name.",
+    ),
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Where the folders of studies are.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that holds the folders of studies.")
+    ] = Path("runs"),
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """List studies: how many draws ended how, the best, what was spent.
+    """List studies, with the number of trials by outcome, the best trial and what was spent.
 
     Examples:
 
@@ -48,11 +71,13 @@ def ls(
         print_parts(listing(found) if found else f"no studies in {storage or folder}")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(name: Name, storage: Storage = None, as_json: Json = False) -> None:
-    """Show where a study stands, also while others search: its front, and what was spent.
+    """Show the state of a study: its Pareto front and what was spent.
 
-    Example: archdsl study show search-1a2b3c4d
+    The study may still be running. Example:
+
+      archdsl study show search-1a2b3c4d
     """
     from archdsl.search.report.live import standing
     from archdsl.search.studies import study
@@ -64,7 +89,7 @@ def show(name: Name, storage: Storage = None, as_json: Json = False) -> None:
         print_parts(standing(found))
 
 
-@app.command()
+@app.command(cls=Command)
 def best(
     name: Name,
     params: Params = None,
@@ -72,9 +97,11 @@ def best(
     kv: KV = None,
     storage: Storage = None,
 ) -> None:
-    """Print the spec of lowest loss, of those that keep to the limits, if any are given.
+    """Print the spec of the trial with the lowest loss among those that keep to the limits.
 
-    Example: archdsl study best search-1a2b3c4d --flops 0.5G > best.yaml
+    Example:
+
+      archdsl study best search-1a2b3c4d --flops 0.5G > best.yaml
     """
     from archdsl.search.studies import best_within, study
 
@@ -82,18 +109,25 @@ def best(
     print(best_within(study(name, storage).record.finished(), limits).spec.to_yaml(), end="")
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     name: Name,
     form: Annotated[
-        Literal["csv", "jsonl"], typer.Option("--as", help="A column for each choice, or all.")
+        Literal["csv", "jsonl"],
+        typer.Option(
+            "--as",
+            help="csv: one column for each choice and score; jsonl: one JSON object for each "
+            "trial, with everything that is known of it.",
+        ),
     ] = "csv",
-    out: Annotated[Path | None, typer.Option(help="File to write; default: print it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: stdout.")] = None,
     storage: Storage = None,
 ) -> None:
-    """Write every draw with its choices, costs, scores and spec.
+    """Write all trials of a study with their choices, costs, scores and specs.
 
-    Example: archdsl study export search-1a2b3c4d --out draws.csv
+    Example:
+
+      archdsl study export search-1a2b3c4d --out trials.csv
     """
     from archdsl.files import write_text
     from archdsl.search.studies import export, study
@@ -105,20 +139,24 @@ def export(
         write_text(out, text)
 
 
-@app.command()
+@app.command(cls=Command)
 def rm(
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Delete without asking for confirmation.")
+    ] = False,
     storage: Storage = None,
 ) -> None:
-    """Delete a study: its folder with all that it trained, or its record in the database.
+    """Delete a study: its folder with everything in it, or its record in the database.
 
-    Example: archdsl study rm runs/search-1a2b3c4d
+    Example:
+
+      archdsl study rm runs/search-1a2b3c4d
     """
     from archdsl.search.studies import remove, study
 
     found = study(name, storage)
-    draws = sum(found.record.outcomes().values())
+    trials = sum(found.record.outcomes().values())
     if not yes:
-        typer.confirm(f"Delete {found.folder or found.name} with its {draws} draws?", abort=True)
+        typer.confirm(f"Delete {found.folder or found.name} with its {trials} trials?", abort=True)
     remove(found)

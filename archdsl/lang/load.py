@@ -1,18 +1,24 @@
-"""YAML to spec: read, override, take the defaults of what is searched, solve what is to fit."""
+"""Reads a spec: applies overrides, fills in defaults, and finds the size that fits a budget."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from archdsl.errors import Problem, SpecError
 from archdsl.lang import source, template
 from archdsl.lang.budget import describe_excess, excesses, largest_excess
 from archdsl.lang.spec import Budget, ModelSpec, parse_spec
 
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
 
 class NoFitError(SpecError):
-    """Even the ``least`` size breaks the budget, by ``ratio`` of it."""
+    """Even the smallest size of a ``fit`` value exceeds the budget.
+
+    ``least``: the spec of the smallest size. ``ratio``: by how much of the limit it exceeds it.
+    """
 
     def __init__(self, problem: Problem, least: ModelSpec, ratio: float) -> None:
         super().__init__(problem)
@@ -20,55 +26,67 @@ class NoFitError(SpecError):
 
 
 def load(
-    path: str | os.PathLike[str],
+    spec: Source,
     *,
     overrides: Sequence[str] = (),
     budget: Budget | None = None,
 ) -> ModelSpec:
-    """The spec in a file, or a shipped one by name; search leaves take their defaults.
+    """Reads a spec. Values that a search would choose take their defaults.
 
-    ``overrides``: assignments such as ``blocks.0.repeat=2``. ``budget``: takes the place of the
-    file's, limit by limit; a ``fit`` leaf is solved for both. Raises SpecError with every problem
-    and its place.
+    Args:
+        spec: The path of a YAML file, the name of a shipped spec such as ``"itt"``, a YAML text,
+            or a dict.
+        overrides: Values to set in it, such as ``"blocks.0.repeat=2"``.
+        budget: Limits that replace the same limits of the spec. A ``fit`` value becomes the
+            largest size that keeps to all limits.
+
+    Raises:
+        SpecError: The spec is wrong; the error has every problem and its place in the file.
 
     >>> import archdsl
     >>> archdsl.load("itt", overrides=["context=2048"]).context
     2048
+    >>> archdsl.load({"extends": "itt", "context": 512}).context
+    512
     """
-    tree = template.fill(read(path, overrides), template.defaults)
+    tree = template.fill(read(spec, overrides), template.defaults)
     return fitted(tree, budget)
 
 
-def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> source.Tree:
-    """The tree in a file, inheritance and overrides applied, search leaves in place."""
-    tree = source.override(source.read(source.resolve(path)), overrides)
+def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
+    """Returns the tree of a spec with inheritance and overrides applied.
+
+    Values that are searched or fitted stay as they are written. Raises SpecError.
+    """
+    tree = source.override(source.read(spec), overrides)
     if "loop" in tree.value and "blocks" not in tree.value:
         message = (
-            "is an overlay for a trained model, no model of its own: "
-            f"archdsl retrofit CHECKPOINT {path} --out FOLDER"
+            "is an overlay, which changes a trained model, and not a model. Use it with "
+            f"archdsl retrofit CHECKPOINT {spec if isinstance(spec, str) else 'OVERLAY'} "
+            "--out FOLDER"
         )
         raise SpecError(Problem("", message, tree.position(())))
     return tree
 
 
 def budget_of(tree: source.Tree, given: Budget | None = None) -> Budget:
-    """The limits of a space: the file's, limit by limit replaced by what is given."""
+    """Returns the limits of a search space, in which those given replace the file's one by one."""
     tree = template.fill(tree, template.defaults)
     spec, _ = _at_default(tree)
     return (spec.budget or Budget()).with_limits(given)
 
 
 def _at_default(tree: source.Tree) -> tuple[ModelSpec, tuple[source.Path, template.Fit] | None]:
-    """The spec with the default of its ``fit`` leaf, and that leaf."""
+    """Returns the spec with the default of its ``fit`` value, and the place of that value."""
     found = template.find_fit(tree)
     return parse_spec(template.replace(tree, found[0], found[1].default) if found else tree), found
 
 
 def fitted(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:
-    """A tree without search leaves as a spec, its ``fit`` leaf solved for the budget.
+    """Returns the spec of a tree without searched values; a ``fit`` value is solved for.
 
-    ``budget`` takes the place of the file's limit by limit. Where no limit is one of the model,
-    the size stays at its default.
+    The limits of ``budget`` replace those of the file one by one. If there is no limit on the
+    model, the size is the default. Raises SpecError, or NoFitError if no size fits.
     """
     spec, found = _at_default(tree)
     if budget:
@@ -92,14 +110,14 @@ def _solved(
     at: Callable[[int], ModelSpec],
     budget: Budget,
 ) -> ModelSpec:
-    """The spec of the largest size that keeps to every limit; raises NoFitError."""
+    """Returns the spec of the largest size that keeps to every limit. Raises NoFitError."""
     sizes = range(-(-fit.low // fit.multiple_of) * fit.multiple_of, fit.high + 1, fit.multiple_of)
     best, broken = _largest(sizes, lambda size: _broken(at(size), budget))
     if not broken:
         whole = parse_spec(template.replace(tree, path, best))
         return whole.model_copy(update={"budget": budget})
     least = at(sizes[0])
-    message = f"no size fits: {sizes[0]} is the least and {describe_excess(least, budget)}"
+    message = f"no size fits: {sizes[0]} is the smallest, and {describe_excess(least, budget)}"
     where = ".".join(map(str, path))
     raise NoFitError(
         Problem(where, message, tree.position(path)), least, largest_excess(least, budget)
@@ -107,15 +125,15 @@ def _solved(
 
 
 def _with_dim(tree: source.Tree, path: source.Path, spec: ModelSpec) -> Callable[[int], ModelSpec]:
-    """The width enters no part's own data: costing another one needs no validation."""
+    """Returns a function of the width. No part stores the width, so nothing is validated again."""
     return lambda size: spec.model_copy(update={"dim": size})
 
 
 def _largest(sizes: range, broken: Callable[[int], set[str]]) -> tuple[int, set[str]]:
-    """The largest size that breaks no limit which the least keeps, and those that it breaks.
+    """Returns the largest size that breaks only limits that the smallest breaks too, and these.
 
-    Each cost rises with size, or falls: with the context, the cache of a window per token. So no
-    size keeps a limit that both the least and the one that is returned break.
+    Every cost either rises with the size or falls with it, as the KV cache of a window does per
+    token of context. So no size keeps a limit that both the smallest and the returned size break.
     """
     at_least = at_low = broken(sizes[0])
     low, high = 0, len(sizes)
@@ -130,4 +148,5 @@ def _largest(sizes: range, broken: Callable[[int], set[str]]) -> tuple[int, set[
 
 
 def _broken(spec: ModelSpec, budget: Budget) -> set[str]:
+    """Returns the names of the limits that the spec exceeds."""
     return {name for name, ratio in excesses(spec, budget).items() if ratio > 0}

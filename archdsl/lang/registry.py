@@ -17,7 +17,6 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from archdsl.errors import ArchdslError
@@ -104,6 +103,8 @@ def how_to_load() -> str:
 
 def _plugins() -> Iterator[tuple[str, str, str]]:
     """For each plugin its module, what to call it and what to do if it is broken."""
+    from importlib import metadata  # slow to import, and no help needs it
+
     for entry in sorted(metadata.entry_points(group=GROUP)):
         name = entry.dist.name if entry.dist else entry.name
         version = f" {entry.dist.version}" if entry.dist else ""

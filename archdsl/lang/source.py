@@ -43,6 +43,7 @@ __all__ = [
     "parse_size",
     "put",
     "read",
+    "read_file",
     "resolve",
     "shipped_specs",
 ]
@@ -52,6 +53,7 @@ MAX_LEVELS = 16
 MAX_NAME = 300
 MISSING = "no such file"
 OVERLAY = "-overlay"  # the end of the name of a file that changes a trained model
+TEXT = re.compile(r"\n|:\s")  # every YAML text of a spec has one, and hardly any file name
 OPEN_VALUES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
 INDEX = re.compile("0|[1-9][0-9]{0,5}")
@@ -115,22 +117,56 @@ def _fail(path: pathlib.Path, message: str) -> SpecError:
     return SpecError(Problem("", message, Position(str(path)[:MAX_NAME], 0, 0)))
 
 
-def read(path: str | os.PathLike[str]) -> Tree:
-    """Reads a file or a shipped spec into a tree, with ``extends`` and ``set`` applied.
+def read(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Tree:
+    """Reads a spec into a tree, with ``extends`` and ``set`` applied.
 
-    Raises SpecError if the file or one that it extends cannot be read or is not valid YAML.
+    ``spec`` is the path of a file, the name of a shipped spec, a YAML text or a mapping. A string
+    with a line break, or with a colon and a space, is a text unless a file has that name. What a
+    text or a mapping extends is looked for in the working directory. Raises SpecError.
     """
-    return _read(resolve(path), ())
+    if isinstance(spec, Mapping):
+        return _whole(from_value(spec, "the given mapping"), pathlib.Path(), ())
+    if isinstance(spec, str) and _is_text(spec):
+        return _whole(_mapping(parse(spec, "<text>"), "a spec"), pathlib.Path(), ())
+    return _read(resolve(spec), ())
+
+
+def read_file(path: str | os.PathLike[str], what: str) -> Tree:
+    """Reads the mapping in a YAML file; ``extends`` is not followed. Raises SpecError.
+
+    ``what`` the file is, such as "a spec", is named in the error of a file that holds no mapping.
+    """
+    file = pathlib.Path(path)
+    if reason := _unreadable(file):
+        raise _fail(file, reason)
+    return _mapping(parse(_text(file), str(file)), what)
+
+
+def _is_text(spec: str) -> bool:
+    return bool(TEXT.search(spec)) and _unreadable(pathlib.Path(spec)) is not None
+
+
+def _mapping(tree: Tree, what: str) -> Tree:
+    if not isinstance(tree.value, dict):
+        message = f"{what} is a mapping of keys to values, got {describe(tree.value)}"
+        raise SpecError(Problem("", message, tree.position(())))
+    return tree
 
 
 def _read(file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> Tree:
-    tree = parse(_text(file), str(file))
-    if not isinstance(tree.value, dict):
-        message = f"a spec is a mapping of keys to values, got {describe(tree.value)}"
-        raise SpecError(Problem("", message, tree.position(())))
+    tree = _mapping(parse(_text(file), str(file)), "a spec")
+    return _whole(tree, file.parent, (*below, file))
+
+
+def _whole(tree: Tree, folder: pathlib.Path, files: tuple[pathlib.Path, ...]) -> Tree:
+    """Returns the tree with ``extends`` and ``set`` applied.
+
+    ``folder``: where the extended file is looked for. ``files``: those read so far, the one that
+    holds this tree last.
+    """
     own = _without(tree, "extends", "set")
     if "extends" in tree.value:
-        own = merge(_read(_base(tree, file, below), (*below, file)), own)
+        own = merge(_read(_base(tree, folder, files), files), own)
     if "set" in tree.value:
         own = _apply(own, _entries(tree))
     return own
@@ -158,8 +194,8 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pathlib.Path:
-    """Returns the file that ``file`` extends. ``below``: the files that extend ``file``."""
+def _base(tree: Tree, folder: pathlib.Path, files: tuple[pathlib.Path, ...]) -> pathlib.Path:
+    """Returns the file that a tree extends. ``files``: those read so far, the tree's own last."""
 
     def fail(message: str) -> SpecError:
         return SpecError(Problem("extends", message, tree.position(("extends",))))
@@ -168,13 +204,13 @@ def _base(tree: Tree, file: pathlib.Path, below: tuple[pathlib.Path, ...]) -> pa
     if not isinstance(name, str):
         raise fail(f"must be the name of one spec file, got {describe(name)}")
     try:
-        base = _find(file.parent / name, pathlib.Path(name))
+        base = _find(folder / name, pathlib.Path(name))
     except SpecError as error:
         raise fail(f"{name}: {error.problems[0].message}") from None
-    if any(base.samefile(other) for other in (*below, file)):
-        chain = " -> ".join(str(other) for other in (*below, file, base))
+    if any(base.samefile(other) for other in files):
+        chain = " -> ".join(str(other) for other in (*files, base))
         raise fail(f"is circular: {chain}")
-    if len(below) == MAX_LEVELS:
+    if len(files) > MAX_LEVELS:
         raise fail(f"is nested more than {MAX_LEVELS} files deep")
     return base
 

@@ -6,6 +6,7 @@ This module needs no torch and does not know which blocks exist.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
@@ -355,6 +356,10 @@ class ModelSpec(Strict):
         """Returns YAML text that is read back as an equal spec. Values at their default are left
         out."""
         return source.dump(to_tree(self))
+
+    def _repr_html_(self) -> str:
+        """Returns the YAML text as an HTML element, for notebooks."""
+        return f"<pre>{html.escape(self.to_yaml())}</pre>"
 
     def patch(self, path: str, value: Any) -> ModelSpec:
         """Returns a copy with the value at a dotted path replaced.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from archdsl.blocks.dial import plan
+from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Context
 from archdsl.nn.gather import put, take

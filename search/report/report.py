@@ -13,6 +13,7 @@ import archdsl
 from archdsl.costs.receipt import cost
 from archdsl.files import write_text
 from archdsl.lang.spec import ModelSpec
+from archdsl.reports.notebook import as_html
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.search.analysis import comparison
 from archdsl.search.analysis.comparison import ComparisonEntry
@@ -51,6 +52,12 @@ class SearchReport:
     def proxy(self) -> Proxy:
         """The proxy that the trials were trained with."""
         return self.settings.proxy
+
+    def _repr_html_(self) -> str:
+        """Return what the command line prints at the end of a search, for notebooks."""
+        from archdsl.search.report.live import result
+
+        return as_html(result(self))
 
     @cached_property
     def best(self) -> list[Trial]:

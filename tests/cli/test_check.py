@@ -75,7 +75,7 @@ def test_a_checkpoint_is_tried_on_its_own_weights(small: Cli) -> None:
     assert found.out.startswith("small: in float64, its own weights, width 16, 8 tokens, 3 draws")
     refused = small("check", "made", *CAUSAL)
     assert (refused.status, refused.out) == (1, "")
-    assert refused.err == "made is a checkpoint, which --set cannot change: leave it out\n"
+    assert refused.err == "made is a checkpoint, which --set cannot change: leave --set out\n"
 
 
 @pytest.mark.parametrize(

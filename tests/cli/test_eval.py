@@ -92,10 +92,10 @@ def test_tasks_are_scored_at_each_setting(cli: Cli, made: str, folder: Path) -> 
     [
         (["--capacity", "1.5"], 2, "blocks.1: a capacity is between 0 and 1, got 1.5"),
         (["--capacity", "0.1,0.2,0.3", "--sweep"], 2, "blocks.1: 2 passes are routed"),
-        (["--limit", "3"], 1, "--limit belongs to --tasks"),
-        (["--plot", "a.png"], 1, "--plot belongs to --sweep on held-out text"),
+        (["--limit", "3"], 1, "--limit needs --tasks"),
+        (["--plot", "a.png"], 1, "--plot needs --sweep"),
         (["--sweep", "--plot", "no/a.png"], 1, "no/a.png cannot be written"),
-        (["--tasks", "arc_easy", "--tokens", "1k"], 1, "--tokens belongs to held-out text"),
+        (["--tasks", "arc_easy", "--tokens", "1k"], 1, "--tokens cannot be used with --tasks"),
         (["--tasks", ",", "--data-dir", "."], 1, "no task was given"),
         (
             ["--tasks", "arc_easy", "--data-dir", "."],

@@ -150,9 +150,9 @@ def test_a_think_map_is_written_beside_the_text(made: Cli) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["Hi", "--prompts", "p.txt"], "a prompt and --prompts were given"),
-        (["Hi", "--out", "texts.jsonl"], "--out takes the texts of --prompts"),
-        (["--prompts", "p.txt", "--json"], "--json needs --out beside it"),
+        (["Hi", "--prompts", "p.txt"], "a prompt and --prompts are given"),
+        (["Hi", "--out", "texts.jsonl"], "--out needs --prompts"),
+        (["--prompts", "p.txt", "--json"], "--json also needs --out FILE"),
         (["Hi", "--think-map", "no/folder.html"], "no/folder.html cannot be written"),
         (["Hi", "--stop", ""], "stop strings need a tokenizer, and none of them may be empty"),
         (["Hi", "--temperature", "-1"], "--temperature: must be at least 0, got -1"),
@@ -173,7 +173,10 @@ def test_a_model_of_a_skill_cannot_write(cli: Cli) -> None:
     cli(*train, "--steps", "1", "--out", "run")
     found = cli("generate", "run/final", "Hi")
     assert (found.status, found.out) == (1, "")
-    assert found.err == "run/final has no tokenizer, as its data is no text: it cannot write any\n"
+    assert (
+        found.err
+        == "run/final has no tokenizer because it was not trained on text: it cannot write text\n"
+    )
 
 
 class Terminal(io.StringIO):

@@ -39,7 +39,10 @@ def test_json_has_the_same_facts(cli: Cli, source: Path) -> None:
 def test_what_is_there_is_replaced_only_when_told(cli: Cli, source: Path) -> None:
     assert cli("import", source, "--out", "made").status == 0
     again = cli("import", source, "--out", "made", "--context", "9")
-    assert (again.status, again.err) == (1, "made is not empty; --force replaces a checkpoint\n")
+    assert (again.status, again.err) == (
+        1,
+        "made is not empty; --force replaces the checkpoint in it\n",
+    )
     assert cli("import", source, "--out", "made", "--context", "9", "--force").status == 0
     assert "context: 9" in Path("made/spec.yaml").read_text()
 

@@ -20,7 +20,7 @@ def test_trains_goes_on_and_evaluates(cli: Cli) -> None:
     assert trained.json["checkpoint"] == "run/final"
     again = cli(*train, "--steps", "2", "--out", "run", "--json")
     assert again.json["validation"] == trained.json["validation"]
-    assert "trained already" in again.err
+    assert "the run was complete already" in again.err
     assert cli(*train, "--steps", "3", "--out", "run").status == 2
 
     # the data is that of the training unless said otherwise
@@ -50,7 +50,7 @@ def test_a_run_is_not_a_checkpoint_but_knows_where_one_is(cli: Cli) -> None:
 def test_a_vocabulary_too_small_for_the_data_is_told_the_fix(cli: Cli) -> None:
     found = cli("train", "tiny", "--set", "vocab_size=2", "--data", SKILL)
     assert found.status == 1
-    assert re.search(r"and tiny only a vocab_size of 2: --set vocab_size=\d+\n", found.err)
+    assert re.search(r"but tiny has only a vocab_size of 2. Use --set vocab_size=\d+\n", found.err)
     wanted = re.findall(r"--set (vocab_size=\d+)", found.err)[0]
     fixed = ["--set", wanted, "--data", SKILL, "--context", "8", "--steps", "1"]
     assert cli("train", "tiny", *fixed).status == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import subprocess
@@ -13,75 +12,92 @@ from typing import Any
 import pytest
 
 from archdsl.lang.spec import Budget
-from archdsl.search.engine import Machine
-from archdsl.search.run import search
-from archdsl.search.trials.proxy import Proxy
+from archdsl.search.config import SearchConfig
 from tests.cli.command import SKILL, Cli
 from tests.search.test_search import SPACE
 
 
-def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
-    """What the command asks of the search."""
-    seen: dict[str, Any] = {}
+def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, *options: str) -> SearchConfig:
+    """The config that the command runs a search with."""
+    seen: list[SearchConfig] = []
 
-    def note(space: str, **options: Any) -> None:
-        seen.update(options, space=space)
+    def note(config: SearchConfig, **_: Any) -> None:
+        seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archdsl.search.run.search", note)
-    monkeypatch.setattr(
-        "archdsl.search.workers.pool.start_server", lambda: None
-    )  # nothing is trained
+    monkeypatch.setattr("archdsl.search.run.run_search", note)
+    # nothing is trained
+    monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
     assert cli("search", *options).status == 130
-    return seen
+    return seen[0]
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)]
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("null", None)]
 )
 def test_a_time_has_a_unit(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int | None
 ) -> None:
-    assert asked(cli, monkeypatch, "--time", text)["seconds"] == seconds
+    assert asked(cli, monkeypatch, "--time", text).time == seconds
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "3x", "m", "1e999", "ten minutes"])
 def test_a_time_without_sense_is_refused(cli: Cli, text: str) -> None:
     found = cli("search", "--time", text)
     assert (found.status, found.out) == (2, "")
-    assert "--time" in found.err
+    assert found.err.startswith("--time: ")
 
 
-def test_a_search_takes_its_own_defaults(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
-    seen = asked(cli, monkeypatch)
-    assert seen.pop("watch") is not None
-    assert seen.pop("command").startswith("archdsl")
-    assert seen.pop("proxy") == Proxy.parse(None, None)
-    assert seen.pop("machine") == Machine()
-    assert seen == {name: defaults[name] for name in seen}
+def test_a_search_without_options_has_the_defaults(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked(cli, monkeypatch) == SearchConfig()
 
 
 def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [
-        "mine.yaml",
-        "--budget",
-        "20M",
-        "--flops",
-        "0.1G",
-        "--proxy",
-        "dim=48",
-        "--data",
-        SKILL,
-    ]
     Path("mine.yaml").write_text("extends: search.yaml\n")
-    seen = asked(cli, monkeypatch, *options, "--trials", "3", "--out", "there")
-    assert seen["space"] == "mine.yaml"
-    assert seen["budget"] == Budget(params=20_000_000, flops=100_000_000)
-    assert (seen["trials"], seen["out"]) == (3, Path("there"))
-    assert seen["proxy"].dim == 48
-    assert seen["proxy"].tasks["data"].data == SKILL
-    assert asked(cli, monkeypatch, "--proxy", "none")["proxy"].dim is None
+    options = ["--budget", "20M", "--budget-of", "non_embedding", "--flops", "0.1G"]
+    options += ["--proxy", "dim=48", "--data", SKILL, "--trials", "3", "--out", "there"]
+    seen = asked(cli, monkeypatch, "mine.yaml", *options)
+    limits = Budget(params=None, non_embedding=20_000_000, flops=100_000_000)
+    assert (seen.space, seen.limits) == ("mine.yaml", limits)
+    assert (seen.trials, seen.out) == (3, Path("there"))
+    assert (seen.proxy, seen.data) == ("dim=48", SKILL)
+
+
+def test_options_replace_the_settings_of_a_file(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.yaml").write_text("extends: search.yaml\n")
+    Path("search.yaml").write_text(
+        "space: mine.yaml\nbudget: 20M\ntime: 30m\nobjective: [loss, kv]\nseeds: 2\n"
+    )
+    seen = asked(cli, monkeypatch, "--config", "search.yaml", "--seeds", "5")
+    assert (seen.space, seen.budget, seen.time) == ("mine.yaml", 20_000_000, 1800)
+    assert (seen.objective, seen.seeds) == ("loss,kv", 5)
+
+
+def test_a_wrong_file_is_told_its_lines_together_with_wrong_options(cli: Cli) -> None:
+    Path("search.yaml").write_text("budget: 20Q\nseed: 0\ntimes: 9m\n")
+    found = cli("search", "--config", "search.yaml", "--layouts", "0")
+    assert (found.status, found.out) == (2, "")
+    places = [line.partition(" ")[0] for line in found.err.splitlines()]
+    assert places == ["--layouts:", "search.yaml:1:9:", "search.yaml:3:8:"]
+    assert "budget: must be a whole number, also written as 162M" in found.err
+    assert "(did you mean 'time'?)" in found.err
+    Path("search.yaml").write_text("[1]\n")
+    assert "a config is a mapping" in cli("search", "--config", "search.yaml").err
+    assert "no such file" in cli("search", "--config", "none.yaml").err
+
+
+def test_what_a_budget_counts_needs_a_budget(cli: Cli) -> None:
+    found = cli("search", "--budget-of", "params")
+    assert (found.status, found.out) == (2, "")
+    assert "no budget is given" in found.err
+
+
+def test_a_forecast_is_of_separate_training(cli: Cli) -> None:
+    found = cli("search", "--plan", "--strategy", "shared")
+    assert (found.status, found.out) == (1, "")
+    assert "--plan can forecast the strategy separate only" in found.err
 
 
 @pytest.mark.slow

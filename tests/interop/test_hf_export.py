@@ -396,7 +396,7 @@ def test_without_transformers_the_command_says_what_to_install(
     monkeypatch.delitem(sys.modules, "archdsl.interop.hf_export")
     done = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "exported")])
     assert done.exit_code == 1
-    assert done.stderr == "this needs transformers: pip install 'archdsl[transformers]'\n"
+    assert done.stderr == "exporting needs transformers: pip install 'archdsl[transformers]'\n"
 
 
 ALONE = """

@@ -66,7 +66,7 @@ def test_the_solved_size_is_the_largest_that_meets_every_limit(
         assert found == at(name, fits[-1]).model_copy(update={"budget": found.budget})
         assert found.budget == budget_of(tree, budget)
     else:
-        with pytest.raises(NoFitError, match="no size fits: 4 is the least and its ") as error:
+        with pytest.raises(NoFitError, match="no size fits: 4 is the smallest, and its ") as error:
             fitted(tree, budget)
         assert error.value.ratio == largest_excess(at(name, 4), budget) > 0
 

@@ -1,0 +1,47 @@
+"""Settings as data: a YAML file, values given in code, or both, checked by a pydantic model."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from archdsl.errors import Problem, SpecError
+from archdsl.lang import source
+from archdsl.lang.spec import Budget, Strict
+
+Config = TypeVar("Config", bound=Strict)
+
+
+def check_config(kind: type[Config], tree: source.Tree) -> Config:
+    """The config in a tree; raises SpecError with every problem and its position in the tree."""
+    try:
+        return kind.model_validate(tree.value)
+    except ValidationError as error:
+        raise SpecError(
+            Problem(source.dotted(e["loc"]), e["msg"], tree.position(e["loc"]))
+            for e in error.errors(include_url=False, include_context=False)
+        ) from None
+
+
+def budget_of_limits(
+    budget: int | None = None,
+    flops: int | None = None,
+    kv: int | None = None,
+    budget_of: Literal["params", "non_embedding"] | None = None,
+    train_flops: int | None = None,
+) -> Budget | None:
+    """The limits that are given as a budget; None if there are none.
+
+    It holds only what is given, so that the other limits of a file stay. ``budget_of`` says what
+    ``budget`` counts; a limit on the parameters outside embedding and head also lifts a file's
+    limit on all parameters. Raises ValueError if ``budget_of`` is given without ``budget``.
+    """
+    if budget_of and budget is None:
+        raise ValueError("budget_of says what the budget counts, but no budget is given")
+    given: dict[str, int | None] = {"params": budget} if budget else {}
+    if budget_of == "non_embedding":
+        given = {"params": None, "non_embedding": budget}
+    others = {"flops": flops, "kv": kv, "train_flops": train_flops}
+    given |= {name: limit for name, limit in others.items() if limit}
+    return Budget(**given) if given else None
