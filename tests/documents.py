@@ -77,6 +77,12 @@ class Block:
     def replaced(self) -> list[tuple[str, str]]:
         return re.findall(r'"([^"]+)" is "([^"]*)"', self.mark)
 
+    def for_test(self, text: str) -> str:
+        """The text with what the mark replaces; ``\\n`` in a mark is a new line."""
+        for old, new in self.replaced:
+            text = text.replace(old, new.replace("\\n", "\n"))
+        return text
+
 
 def blocks(page: str) -> list[Block]:
     found = []
@@ -100,7 +106,7 @@ class Page:
             assert old in block.text, f"the mark replaces {old!r}, which the block does not hold"
         if block.title:
             Path(block.title).parent.mkdir(parents=True, exist_ok=True)
-            Path(block.title).write_text(block.text)
+            Path(block.title).write_text(block.for_test(block.text))
         if block.language == "python":
             self.python(block)
         elif block.language == "console":
@@ -123,9 +129,8 @@ class Page:
         self.parse(command)
         if block.mark.startswith("only parsed"):
             return
-        for old, new in block.replaced:
-            command = command.replace(old, new)
-        printed = "".join(self.run(part.strip(), block.status) for part in command.split("&&"))
+        parts = block.for_test(command).split("&&")
+        printed = "".join(self.run(part.strip(), block.status) for part in parts)
         if block.mark == "exact output":
             assert printed == block.output
 
