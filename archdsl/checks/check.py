@@ -127,7 +127,7 @@ class Report(Strict):
 Key = tuple[str, Kind]  # place in the spec, and check
 
 
-class Trial(NamedTuple):
+class DrawResult(NamedTuple):
     """The results for one set of random inputs.
 
     ``gaps``: by place and check. ``origins``: the places where the failing checks originate, with
@@ -158,14 +158,14 @@ def check(subject: ModelSpec | LanguageModel, *, seeds: int = 3) -> Report:
         spec = _reduced(subject)
         model = meta_model(spec)
         plans = _plans(spec, seeds)
-        trials = [_on_random_weights(spec, plan) for plan in plans]
+        results = [_on_random_weights(spec, plan) for plan in plans]
         weights = "random weights"
     else:
         model = _in_float64(subject)
         plans = _plans(model.spec, seeds)
-        trials = [tried(model, plan) for plan in plans]
+        results = [tried(model, plan) for plan in plans]
         weights = "its own weights"
-    return _report(model, _setup(subject, plans, weights), trials)
+    return _report(model, _setup(subject, plans, weights), results)
 
 
 def _reduced(spec: ModelSpec) -> ModelSpec:
@@ -188,14 +188,14 @@ def _plans(spec: ModelSpec, seeds: int) -> list[Plan]:
     return [Plan(tokens, min(tokens - 1, rows), seed) for seed in range(seeds)]
 
 
-def _on_random_weights(spec: ModelSpec, plan: Plan) -> Trial:
+def _on_random_weights(spec: ModelSpec, plan: Plan) -> DrawResult:
     for share in SHRINK:
         model = build(spec, seed=plan.seed, dtype=torch.float64).eval().requires_grad_(False)
         _scatter(model, plan.rng(1), share)
-        trial = tried(model, plan)
-        if not trial.overflows:
+        result = tried(model, plan)
+        if not result.overflows:
             break
-    return trial
+    return result
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def _in_float64(model: LanguageModel) -> LanguageModel:
     return twin
 
 
-def tried(model: LanguageModel, plan: Plan) -> Trial:
+def tried(model: LanguageModel, plan: Plan) -> DrawResult:
     """Runs every check on the model and on each of its blocks alone, as ``plan`` says."""
     whole = Subject(WHOLE, model)
     subjects = [whole, *(Subject(one.path, model, one.block) for one in places(model))]
@@ -233,7 +233,7 @@ def tried(model: LanguageModel, plan: Plan) -> Trial:
         for place, step in origins_of(failing, kind, plan):
             origins[place, kind] = earlier(step, origins.get((place, kind)))
     leaking_pass = as_trained(whole, plan) if model.leaks else None
-    return Trial(gaps | _dialled(model, plan), origins, leaking_pass)
+    return DrawResult(gaps | _dialled(model, plan), origins, leaking_pass)
 
 
 def _dialled(model: LanguageModel, plan: Plan) -> dict[Key, Gap]:
@@ -261,14 +261,14 @@ def _setup(subject: ModelSpec | LanguageModel, plans: list[Plan], weights: str) 
     )
 
 
-def _report(model: LanguageModel, setup: str, trials: list[Trial]) -> Report:
-    gaps = {key: worst([trial.gaps[key] for trial in trials]) for key in trials[0].gaps}
+def _report(model: LanguageModel, setup: str, results: list[DrawResult]) -> Report:
+    gaps = {key: worst([result.gaps[key] for result in results]) for key in results[0].gaps}
     origins: dict[Key, int | None] = {}
-    for trial in trials:
-        for key, step in trial.origins.items():
+    for result in results:
+        for key, step in result.origins.items():
             origins[key] = earlier(step, origins.get(key))
     at = {place.path: place for place in places(model)}
-    apart = [trial.leaking_pass for trial in trials if trial.leaking_pass]
+    apart = [result.leaking_pass for result in results if result.leaking_pass]
     leaking_pass = _finite(worst(apart).difference) if apart else None
     return Report(
         name=model.spec.name,

@@ -58,7 +58,7 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """The tokens that a router selected: distinct, and in the order of the sequence.
 
     ``index_BK``: their places in the chunk. Rows with fewer than K selected tokens are filled up
@@ -98,7 +98,7 @@ class Router(Primitive):
         self.salt = 0
         self.causal = False
 
-    def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Choice:
+    def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:
         """Selects the tokens of the pass ``at``, only among ``active_BT`` [B, T] if it is given."""
         raise NotImplementedError
 

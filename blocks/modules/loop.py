@@ -16,7 +16,7 @@ from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Context
 from archdsl.nn.gather import put, take
-from archdsl.nn.loop import Choice, Loop, Pass, Step
+from archdsl.nn.loop import Loop, Pass, Selection, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
@@ -96,7 +96,7 @@ class BodyLoop(Loop):
         return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
 
     def _routed(
-        self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Choice
+        self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Selection
     ) -> Tensor:
         scale, index_BK = self._scale(one), chosen.index_BK
         rest_BTD = self.spec.residual.rest(x_BTD, scale)
@@ -122,7 +122,7 @@ class BodyLoop(Loop):
         body = self.bodies[one.like if len(self.bodies) > 1 else 0]
         return body(self.encoding.before(x, one.like), ctx)
 
-    def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Choice | None) -> Choice:
+    def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Selection | None) -> Selection:
         assert self.router is not None
         assert self.spec.router is not None
         active_BT = before.mask(x_BTD.size(1)) if self.spec.router.nested and before else None

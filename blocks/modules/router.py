@@ -17,7 +17,7 @@ from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Count, Kept, Memory, Stream, column
-from archdsl.nn.loop import Choice, Router, Step
+from archdsl.nn.loop import Router, Selection, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
@@ -34,7 +34,7 @@ class ScoreRouter(Router):
         """The weight of a selected token from its score, [B, K]."""
         raise NotImplementedError
 
-    def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Choice:
+    def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:
         """The tokens of a step; only among ``active_BT``, if given."""
         score_BT = self.scores(x_BTD, at.row, ctx)
         ranked_BT = without_noise(score_BT.detach())
@@ -43,9 +43,9 @@ class ScoreRouter(Router):
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
-            return Choice(index_BK, score_BT[:, :0], keep_BK, stream)
+            return Selection(index_BK, score_BT[:, :0], keep_BK, stream)
         gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
-        return Choice(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
+        return Selection(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
 
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context

@@ -16,7 +16,7 @@ from archdsl.blocks.loop import LoopSpec
 from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec
 from archdsl.nn.block import Context
-from archdsl.nn.loop import Choice, Loop
+from archdsl.nn.loop import Loop, Selection
 from tests import naive
 
 D = 6
@@ -164,7 +164,7 @@ def test_nested_choices_are_subsets_of_the_ones_before() -> None:
     assert module.router is not None
     masks: list[torch.Tensor] = []
 
-    def note(_: Any, __: Any, choice: Choice) -> None:
+    def note(_: Any, __: Any, choice: Selection) -> None:
         masks.append(choice.mask(13))
 
     module.router.register_forward_hook(note)
