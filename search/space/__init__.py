@@ -1,1 +1,1 @@
-"""What may be drawn: the search space, what of it can fit the budget, and the objectives."""
+"""The search space, the part of it that fits the budget, and the objectives of a search."""

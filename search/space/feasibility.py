@@ -1,4 +1,4 @@
-"""Whether a space holds models that keep to the budget, before anything is trained."""
+"""Check before any training whether a search space contains models that fit the budget."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from archdsl.lang.template import Choice, Distribution, defaults, fill, find
 from archdsl.search.space.enumerate import Point, point_from, points, space_size
 from archdsl.search.space.optuna_space import starting_points
 
-WHOLE = 256  # points of a space that is tried whole
-SAMPLE = 64  # points tried of one that is larger, before it is refused
+WHOLE = 256  # a space with at most this many points is tried completely
+SAMPLE = 64  # the number of random points that are tried of a larger space
 
 
 class NothingFitsError(ArchdslError):
-    """No model of the space keeps to the budget, or none could be trained."""
+    """No model of the space fits the budget, or no model could be trained."""
 
 
 @dataclass(frozen=True)
 class TriedPoint:
     """A point of the space and its model.
 
-    ``spec``: where no size fits, that of the least; None where the choices do not go together.
-    ``misses``: the limits that it breaks. ``error``: in words, what is wrong.
+    ``spec``: the model. If no size fits the budget, it is the model of the smallest size. It is
+    None if the choices of the point cannot be combined. ``misses``: the limits that the model
+    exceeds, by name. ``error``: a message that says what is wrong.
     """
 
     point: Point
@@ -40,11 +41,15 @@ class TriedPoint:
 
     @property
     def fits(self) -> bool:
+        """Whether the point has a model and the model is within all limits."""
         return self.spec is not None and not self.misses
 
     @property
     def miss(self) -> float:
-        """By what shares of its limits it breaks them, in all."""
+        """The sum of the relative excesses over all exceeded limits; infinite without a model.
+
+        For example, 0.1 means that the model exceeds one limit by 10 percent of that limit.
+        """
         if self.spec is None:
             return math.inf
         return sum(found.ratio for found in self.misses.values())
@@ -52,11 +57,13 @@ class TriedPoint:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a space from the points that were tried.
+    """What is known about a space from the points that were tried.
 
-    ``size``: points of the space; None where it is continuous. ``invalid``: points whose choices
-    do not go together. ``models``: of those that fit, each once. ``closest``: where none fits, the
-    point that comes closest, in words.
+    ``size``: the number of points of the space; None if it is continuous. ``tried``: the number of
+    points that were tried. ``feasible``: how many of them fit the budget. ``invalid``: how many of
+    them have choices that cannot be combined. ``models``: the different models that fit.
+    ``closest``: a description of the point with the least excess; empty if a point fits.
+    ``miss``: the excess of that point, as in ``TriedPoint.miss``.
     """
 
     size: int | None
@@ -69,15 +76,17 @@ class Survey:
 
     @property
     def whole(self) -> bool:
+        """Whether all points of the space were tried."""
         return self.tried == self.size
 
     @property
     def distinct(self) -> int:
+        """The number of different models that fit the budget."""
         return len(self.models)
 
     @property
     def share(self) -> float:
-        """Of the points tried, those that fit."""
+        """The fraction of the tried points that fit the budget, from 0 to 1."""
         return self.feasible / self.tried
 
 
@@ -86,7 +95,7 @@ def _filled(tree: Tree, point: Point) -> Tree:
 
 
 def try_point(tree: Tree, point: Point, budget: Budget) -> TriedPoint:
-    """The model of a point, and how it keeps to the budget."""
+    """Build the spec of a point and compare it with the budget; an invalid point has no spec."""
     try:
         spec = fitted(_filled(tree, point), budget)
     except NoFitError as error:
@@ -102,7 +111,7 @@ def try_point(tree: Tree, point: Point, budget: Budget) -> TriedPoint:
 
 
 def survey(tree: Tree, budget: Budget, limit: int = WHOLE, seed: int = 0) -> Survey:
-    """What fits, of all points of the space or of ``limit`` of them."""
+    """Find out which points fit, among all points of the space or a sample of ``limit`` points."""
     found = [try_point(tree, point, budget) for point in points(tree, limit, seed)]
     fitting = [one.spec for one in found if one.fits and one.spec]
     closest = min(found, key=lambda one: one.miss)
@@ -118,10 +127,11 @@ def survey(tree: Tree, budget: Budget, limit: int = WHOLE, seed: int = 0) -> Sur
 
 
 def require_feasible(tree: Tree, budget: Budget) -> ModelSpec:
-    """The first model that is found to fit, at best that of the defaults.
+    """Return the first model that is found to fit the budget. The defaults are tried first.
 
-    A space of many points is also searched downhill from the point that comes closest. Raises
-    NothingFitsError if none fits, and SpecError for a mistake in the space.
+    If a space is too large to be tried completely, a local search also starts at the tried point
+    with the least excess. Raises NothingFitsError if no tried model fits. Raises SpecError if the
+    space contains a mistake.
     """
     missed: list[TriedPoint] = []
     for one in _candidates(tree, budget):
@@ -144,11 +154,14 @@ def require_feasible(tree: Tree, budget: Budget) -> ModelSpec:
 
 
 def _candidates(tree: Tree, budget: Budget) -> Iterator[TriedPoint]:
-    """The pure models, all of which are to be right: a mistake shows in them. Then other points."""
+    """Yield the starting points, and then all points of the space or a random sample.
+
+    Raises SpecError if a starting point is invalid, because this shows a mistake in the space.
+    """
     pure = [try_point(tree, point, budget) for point in starting_points(tree)]
     for one in pure:
         if one.spec is None:
-            fitted(_filled(tree, one.point), budget)  # raises what is wrong, with its place
+            fitted(_filled(tree, one.point), budget)  # raises the error, with its position
     yield from pure
     count = space_size(tree)
     limit = WHOLE if count is not None and count <= WHOLE else SAMPLE
@@ -157,7 +170,10 @@ def _candidates(tree: Tree, budget: Budget) -> Iterator[TriedPoint]:
 
 
 def _downhill(tree: Tree, closest: TriedPoint, budget: Budget) -> TriedPoint:
-    """Improves one search value after the other, until a point is feasible or nothing helps."""
+    """Change one search value after another to reduce the excess (coordinate descent).
+
+    Return the first point that fits, or the last point if no further change reduces the excess.
+    """
     distributions = find(tree)
     while True:
         before = closest.miss
@@ -171,8 +187,8 @@ def _downhill(tree: Tree, closest: TriedPoint, budget: Budget) -> TriedPoint:
 
 
 def _neighbours(tree: Tree, point: Point, name: str, distribution: Distribution) -> Iterable[Point]:
-    """The point with other values of one search value: each choice, or both ends of the range."""
-    if name not in point:  # another choice took it out of reach
+    """Yield the point with each other choice of a search value, or with both ends of its range."""
+    if name not in point:  # the present choices do not use this search value
         return
     for value in (
         distribution.choices
@@ -188,7 +204,7 @@ def _or_default(point: Point, name: str, distribution: Distribution) -> Any:
 
 
 def _describe_point(tree: Tree, point: Point) -> str:
-    """A point by what differs from the defaults."""
+    """Describe a point by the values that differ from the defaults."""
     usual = point_from(tree, defaults)
     others = [f"{n}={dump_inline(v)}" for n, v in point.items() if n not in usual or usual[n] != v]
     return f"with {', '.join(others)}" if others else "with every default"

@@ -1,4 +1,4 @@
-"""A model in a few words, for a line of a table."""
+"""Describe a model in a few words, for one row of a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from archdsl.lang.spec import BlockSpec, ModelSpec
 
 
 def model_summary(spec: ModelSpec) -> str:
-    """The blocks in a line: ``4x(layer + layer x4 prefix .7 thinking scale)``."""
+    """Return the blocks of a model in one line.
+
+    For example: ``4x(layer + layer x4 prefix .7 thinking scale)``.
+    """
     return _series(spec.blocks)
 
 
@@ -20,7 +23,7 @@ def _series(blocks: Iterable[BlockSpec]) -> str:
 
 
 def _groups(blocks: Iterable[BlockSpec]) -> list[tuple[str, int]]:
-    """Equal neighbours as one, with their number."""
+    """Return each group of equal adjacent blocks as its text and the number of blocks."""
     counted = [_counted(block) for block in blocks]
     return [
         (text, sum(count for _, count in same))
@@ -45,7 +48,11 @@ def _times(text: str, count: int) -> str:
 
 
 def block_summary(block: BlockSpec) -> str:
-    """``layer x4 prefix .7/.5 thinking``."""
+    """Return one block in a few words.
+
+    For example, ``layer x4 prefix .7/.5 thinking`` is a loop of 4 steps over a layer, with a
+    ``prefix`` router of the capacities 0.7 and 0.5 and the residual ``thinking``.
+    """
     if block.built_in_place:
         return block_summary(getattr(block, block.built_in_place))
     if isinstance(block, LoopSpec):

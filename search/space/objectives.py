@@ -1,4 +1,4 @@
-"""What a search wants to be low: the loss, and what the full-size model costs."""
+"""The objectives that a search minimizes: the loss, and costs of the full-size model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from archdsl.nn.loop import Loop
 LOSS = "loss"
 FLOPS = "flops"
 
-# figures of a model whose routers selected what they really did
+# Each cost has a function of the spec and a description. The capacities in the spec are the
+# fractions of tokens that the routers were measured to select.
 COSTS: dict[str, tuple[Callable[[ModelSpec], float], str]] = {
     FLOPS: (lambda spec: cost(spec).expected, "forward FLOPs per token, as executed"),
     "params": (lambda spec: cost(spec).params, "parameters"),
@@ -26,13 +27,16 @@ COSTS: dict[str, tuple[Callable[[ModelSpec], float], str]] = {
 
 
 class AxisError(ArchdslError):
-    """An axis that there is not."""
+    """The text of ``--objective`` is not understood."""
 
     exit_status = 2
 
 
 def parse_axes(text: str) -> tuple[str, ...]:
-    """``loss``, ``loss,flops`` or ``loss,flops,kv``."""
+    """Return the names of the objectives in a text such as ``loss`` or ``loss,flops,kv``.
+
+    Raises AxisError if the loss is not the first name, or if a name is unknown or occurs twice.
+    """
     axes = tuple(part.strip() for part in text.split(","))
     wrong = [axis for axis in axes[1:] if axis not in COSTS]
     if axes[0] != LOSS or wrong or len(set(axes)) < len(axes):
@@ -46,20 +50,23 @@ def parse_axes(text: str) -> tuple[str, ...]:
 def others(
     axes: Sequence[str], full: ModelSpec, small: ModelSpec, shares: Mapping[str, float]
 ) -> tuple[float, ...]:
-    """The axes after the loss, of a full-size model whose proxy's routers selected ``shares``."""
+    """Return the costs of a full-size model on all axes after the loss.
+
+    ``small``, ``shares``: the proxy and its measured fractions of tokens, see ``executed``.
+    """
     found = executed(full, small, shares)
     return tuple(float(COSTS[axis][0](found)) for axis in axes[1:])
 
 
 def executed(full: ModelSpec, small: ModelSpec, shares: Mapping[str, float]) -> ModelSpec:
-    """The full-size model with the capacities that the routers of its proxy were measured to take.
+    """Return the full-size spec with the capacities that were measured on its proxy.
 
-    ``small``: the proxy, of the same structure. ``shares``: by loop and step, as the function
-    ``LanguageModel.router_shares`` of the canonical proxy returns them. Where the proxy has several
-    copies of a loop, the loop takes the mean of their shares.
+    ``small``: the proxy's spec, which has the same structure. ``shares``: the fraction of tokens
+    that each router selected, by loop and step, as ``LanguageModel.router_shares`` of the canonical
+    proxy returns it. If the proxy has several copies of a loop, their fractions are averaged.
     """
     model, canonical = meta_model(small), meta_model(small.canonical())
-    # the canonical proxy has the same routed loops in the same order, under other names
+    # the canonical proxy has the same routed loops in the same order, but with other names
     pairs = zip(_routed(canonical), _routed(model), strict=True)
     names = {one: other for loops in pairs for one, other in zip(*map(_steps, loops), strict=True)}
     measured = {names[name]: share for name, share in shares.items()}

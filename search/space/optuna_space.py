@@ -1,4 +1,4 @@
-"""Search values as parameters of Optuna, and the points that a search starts with."""
+"""Convert search values to Optuna parameters, and list the points that a search starts with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
-    """Asks Optuna for the value of one search value and returns it."""
+    """Ask Optuna to choose one search value, and return the chosen value."""
     if isinstance(distribution, Choice):
         return trial.suggest_categorical(name, list(distribution.choices))
     if distribution.is_whole:
@@ -25,15 +25,17 @@ def suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
 
 
 def _on_grid(distribution: Range, value: float) -> float:
-    """Optuna's 0.6000000000000001 as the grid's 0.6."""
+    """Remove rounding errors: Optuna's 0.6000000000000001 becomes 0.6 if the range has a step."""
     if distribution.step is None:
         return value
     return float(distribution.grid(round((value - distribution.low) / distribution.step)))
 
 
 def starting_points(tree: Tree) -> list[dict[str, Any]]:
-    """The default point, and for each label of a choice of subtrees the point that takes it
-    wherever it can be taken, all else at its default: the pure models of a mixed space.
+    """Return the default point, and one further point for each label of a choice of subtrees.
+
+    The point of a label chooses that label in all places where it is available, and the defaults
+    elsewhere. Equal points are returned once.
     """
     labels: dict[str, None] = {}
     for distribution in find(tree).values():

@@ -1,1 +1,1 @@
-"""Statistics without any knowledge of models: paired differences and Pareto fronts."""
+"""Statistics that are independent of models: paired differences and Pareto fronts."""

@@ -1,4 +1,4 @@
-"""Is one list of losses lower than another? Paired by seed, with an interval."""
+"""Compare two lists of losses that are paired by seed, and rankings of the same models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Conclusion = Literal["lower", "higher", "cannot tell"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of control - winner in nats, and the half-width of its 95% t-interval."""
+    """The mean loss of the baseline minus that of the winner, over several seeds.
+
+    ``mean``: in nats; infinite if a training diverged. ``half_width``: half the width of its 95%
+    t-interval, in nats; infinite with one pair. ``pairs``: the number of seeds.
+    """
 
     mean: float
     half_width: float
@@ -26,7 +30,10 @@ class Difference:
 
     @property
     def conclusion(self) -> Conclusion:
-        """What the winner's loss is, beside the control's."""
+        """Whether the winner's loss is lower or higher than the baseline's.
+
+        It is "cannot tell" if the 95% interval contains zero.
+        """
         if abs(self.mean) <= self.half_width:
             return "cannot tell"
         return "lower" if self.mean > 0 else "higher"
@@ -39,10 +46,13 @@ class Difference:
 
 
 def paired(baseline: Sequence[float], winner: Sequence[float]) -> Difference:
-    """``baseline`` - ``winner``, seed by seed."""
+    """Return the difference ``baseline`` - ``winner`` of losses in nats, paired by seed.
+
+    Raises ValueError if the lists have different lengths or are empty.
+    """
     gaps = [c - w for c, w in zip(baseline, winner, strict=True)]
     n = len(gaps)
-    if not all(math.isfinite(gap) for gap in gaps):  # a run diverged
+    if not all(math.isfinite(gap) for gap in gaps):  # a training diverged
         return Difference(math.inf, math.inf, n)
     if n < 2:
         return Difference(fmean(gaps), math.inf, n)
@@ -52,7 +62,10 @@ def paired(baseline: Sequence[float], winner: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Kendall's tau-a over ``pairs`` pairs, and its 95% interval; None below three pairs."""
+    """Kendall's tau-a of two scores of the same models, with the limits of its 95% interval.
+
+    ``pairs``: the number of models. If it is below three, the other values are None.
+    """
 
     tau: float | None
     low: float | None
@@ -61,7 +74,7 @@ class Correlation:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves no room for rankings that have nothing in common."""
+        """Whether the whole 95% interval is above zero, the value for unrelated rankings."""
         return self.low is not None and self.low > 0
 
     def __str__(self) -> str:
@@ -74,10 +87,12 @@ RESAMPLES = 2000
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Correlation:
-    """Rank correlation between two scores of the same trials: tau-a, a tie counting as neither.
+    """Return the rank correlation between two scores of the same models: Kendall's tau-a.
 
-    The interval is the bootstrap's: percentiles over resamples of the trials. The same trial drawn
-    twice is a tie, which draws resamples towards zero; the interval is widened to hold tau itself.
+    A tie counts neither as agreement nor as disagreement. The interval holds the 2.5% and 97.5%
+    percentiles of tau over bootstrap samples of the models. A model that occurs twice in a sample
+    is a tie with itself, which moves tau towards zero. Therefore the interval is extended, if
+    necessary, to contain the tau of the original list.
     """
     n = len(pairs)
     if n < 3:

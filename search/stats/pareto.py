@@ -1,6 +1,6 @@
-"""Fronts of points of which every coordinate should be low: dominance and hypervolume.
+"""Pareto fronts of points whose coordinates are all minimized: dominance and hypervolume.
 
-Shapes: N points, A axes.
+Shapes: N is the number of points, and A is the number of axes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ Point = tuple[float, ...]
 
 
 def dominates(one: Point, other: Point) -> bool:
-    """Nowhere worse, and not the same."""
+    """Whether ``one`` is at most ``other`` in every coordinate, and the points are not equal."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other dominates, by the first axis; of equal ones the first."""
+    """Return the indices of the points that no other point dominates, sorted by the first axis.
+
+    If several points are equal, only the first of them is returned.
+    """
     kept = [
         i
         for i, point in enumerate(points)
@@ -27,9 +30,11 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """The volume that the points dominate below ``reference``; higher is better.
+    """Return the volume between the points and ``reference``; a higher volume is better.
 
-    Slices along the last axis (Knowles 2002): O(N^A), for fronts of tens of points.
+    Points that are not below ``reference`` in every coordinate are ignored. The algorithm cuts the
+    volume into slices along the last axis (Knowles 2002). It takes O(N^A) time, so it is meant for
+    fronts of tens of points.
     """
     below = [p for p in points if all(a < r for a, r in zip(p, reference, strict=True))]
     if len(reference) == 1:

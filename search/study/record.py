@@ -1,8 +1,8 @@
-"""What an Optuna storage holds of a study, for reading.
+"""Read a study from an Optuna storage.
 
-Each trial of the search has one or more trials of Optuna's, called attempts here. When a worker
-dies, its attempt stays behind; then another attempt at the same trial is added, which continues
-from the scores that were recorded. Of all attempts at a trial only one counts.
+Each trial of the search has one or more trials in Optuna, which are called attempts here. When a
+worker dies, its attempt remains in the storage. Then another attempt at the same trial is added,
+which continues from the recorded scores. Of all attempts at a trial, only one counts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from archdsl.search.trials.proxy import ProxyScore
 
 SETTINGS = "settings"  # the attribute of a study that holds its settings
 EXHAUSTED = 3  # after so many reused trials in a row, the space is taken to hold no new model
-LEAST_FOR_IMPORTANCE = 8  # complete trials
+LEAST_FOR_IMPORTANCE = 8  # the least number of complete trials
 
 
 class StudyRecord:
-    """A study of a storage, for reading. ``axes``: names of the objectives, the loss first.
+    """Reads a study from a storage. ``axes``: the names of the objectives, the loss first.
 
     Raises KeyError if the storage has no study of this name.
     """
@@ -40,22 +40,28 @@ class StudyRecord:
         return self.storage.get_study_user_attrs(self.id).get(SETTINGS, {})
 
     def all_attempts(self) -> list[FrozenTrial]:
-        """All of Optuna's trials, in the order in which they were added."""
+        """Return all attempts, in the order in which they were added."""
         return self.storage.get_all_trials(self.id, deepcopy=False)
 
     def attempts(self) -> dict[int, FrozenTrial]:
-        """For each trial of the search, by its number, the attempt that counts."""
+        """Return the attempt that counts for each trial of the search, by its number."""
         return counting_attempts(self.all_attempts())
 
     def finished_up_to(self, attempts: dict[int, FrozenTrial]) -> int:
-        """The number of the last trial before the first unfinished one; -1 if there is none."""
+        """Return the number of the last trial before the first unfinished one.
+
+        The result is -1 if there is no such trial.
+        """
         unfinished = (
             number for number in range(len(attempts)) if not is_finished(attempts[number])
         )
         return next(unfinished, len(attempts)) - 1
 
     def trained(self, before: int | None = None) -> int:
-        """How many trials, of those numbered below ``before``, are or were trained."""
+        """Return how many trials were or are trained, among those with a number below ``before``.
+
+        All trials are counted if ``before`` is None.
+        """
         return sum(
             attempt.user_attrs.get("outcome") not in UNTRAINED
             for number, attempt in self.attempts().items()
@@ -64,18 +70,18 @@ class StudyRecord:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last trials were all models that were known before."""
+        """Whether the last trials all reused models that had already been scored."""
         attempts = self.attempts()
         last = [attempts[n].user_attrs.get("outcome") for n in sorted(attempts)[-EXHAUSTED:]]
         return len(last) == EXHAUSTED and all(outcome == "reused" for outcome in last)
 
     @property
     def unfinished(self) -> int:
-        """How many trials are not finished, whichever process trains them."""
+        """The number of trials that are not finished, over all processes."""
         return sum(not is_finished(attempt) for attempt in self.attempts().values())
 
     def finished(self) -> list[Trial]:
-        """All finished trials that have a spec, by number."""
+        """Return all finished trials that have a spec, sorted by number."""
         found = [
             self._trial(number, attempt)
             for number, attempt in sorted(self.attempts().items())
@@ -84,7 +90,7 @@ class StudyRecord:
         return [trial for trial in found if trial.spec_yaml]
 
     def _trial(self, number: int, attempt: FrozenTrial) -> Trial:
-        """The trial of an attempt that counts. A finished one is read once and kept."""
+        """Return the trial of an attempt that counts. A finished trial is read once and kept."""
         if number not in self._finished:
             trial = trial_of(attempt, self.axes)
             if not is_finished(attempt):
@@ -93,7 +99,7 @@ class StudyRecord:
         return self._finished[number]
 
     def outcomes(self) -> dict[str, int]:
-        """The number of finished trials of each outcome."""
+        """Return the number of finished trials for each outcome."""
         counts: dict[str, int] = {}
         for attempt in self.attempts().values():
             if is_finished(attempt):
@@ -102,9 +108,11 @@ class StudyRecord:
         return counts
 
     def importance(self) -> dict[str, float]:
-        """The importance of each choice for the loss, as shares of 1, by the name of the choice.
+        """Return the importance of each search value for the loss, by name; the sum is 1.
 
-        PED-ANOVA (Watanabe et al. 2304.10255) over the complete trials; empty if they are few.
+        It is computed by PED-ANOVA (Watanabe et al. 2304.10255) from the complete trials. The
+        result is empty if there are fewer than LEAST_FOR_IMPORTANCE of them. It includes only the
+        search values that occur in all complete trials.
         """
         complete = [t for t in self.attempts().values() if t.state == TrialState.COMPLETE]
         if len(complete) < LEAST_FOR_IMPORTANCE:
@@ -123,7 +131,7 @@ class StudyRecord:
 
 
 def counting_attempts(attempts: list[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """For each trial, by its number, the attempt that counts.
+    """Return the attempt that counts for each trial, by its number.
 
     It is the first finished attempt, or else the first that is waiting or running, or else the
     first interrupted one.
@@ -157,14 +165,14 @@ def _precedence(attempt: FrozenTrial) -> int:
 
 
 def trial_of(attempt: FrozenTrial, axes: tuple[str, ...]) -> Trial:
-    """The trial that an attempt records. ``axes``: names of the objectives.
+    """Return the trial that an attempt records. ``axes``: the names of the objectives.
 
     The stored keys ``draw``, ``losses``, ``others`` and so on are those of the first release.
     """
     attrs = attempt.user_attrs
     outcome = attrs.get("outcome", "")
     if not is_finished(attempt) and outcome not in UNTRAINED:
-        outcome = ""  # it was written, but its worker died before telling Optuna
+        outcome = ""  # the worker wrote it, but died before it told Optuna
     return Trial(
         number=attrs["draw"],
         params=attempt.params,

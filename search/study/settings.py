@@ -1,4 +1,4 @@
-"""The settings of a search, and the folder that is claimed for them."""
+"""The settings of a search, and the check that a folder belongs to these settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from archdsl.search.trials.proxy import Proxy
 class Settings:
     """Everything that decides what a search finds, except how long it runs.
 
-    ``axes``: names of the objectives, the loss first. ``strategy``: how trials are scored.
+    ``axes``: the names of the objectives, the loss first. ``strategy``: how trials are scored.
     ``layouts``: the number of supernets of the strategy ``shared``. ``window``: see ``Study``.
     """
 
@@ -33,7 +33,10 @@ class Settings:
     seed: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as JSON values; they also identify the data by its fingerprint."""
+        """Return the settings as JSON values, which also contain the fingerprint of the data.
+
+        Raises DataError if the data of a task cannot be loaded.
+        """
         return {
             "space": self.tree.value,
             "budget": self.budget.model_dump(mode="json", exclude={"train_flops"}),

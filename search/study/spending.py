@@ -1,7 +1,7 @@
-"""What a study has spent: seconds and FLOPs of all processes that work on it, in its storage.
+"""The spending of a study: the seconds and FLOPs of all processes that work on it.
 
-Each process writes only its own record, so no lock is needed, and what it spent stays counted if
-the process is killed.
+Each process writes only its own record into the storage of the study. So no lock is needed, and the
+spending of a process stays counted if the process is killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage
 from archdsl.search.trials.proxy import ProxyScore
 from archdsl.search.workers.pool import Pool, Work
 
-# the phases of a search, by which its spending is recorded
+# the phases of a search; the spending is recorded separately for each of them
 SEARCH = "search"
 BASELINES = "baselines"
 ABLATIONS = "ablations"
@@ -30,14 +30,18 @@ FORMER_NAMES = {
     "controls": BASELINES,
     "trust": PROXY_VALIDATION,
     "proof": SUPERNET_VALIDATION,
-}  # in records of earlier versions
+}  # names of the phases in records of earlier versions
 SECONDS_BETWEEN_RECORDS = 5.0
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What workers spent on training and scoring: seconds, floating-point operations, jobs."""
+    """What workers spent on training and scoring.
+
+    ``seconds``: the sum over all workers. ``train_flops``, ``eval_flops``: floating-point
+    operations of training and of scoring. ``jobs``: the number of jobs.
+    """
 
     seconds: float = 0.0
     train_flops: float = 0.0
@@ -54,7 +58,7 @@ def _values(spent: Spent) -> list[Any]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a study may spend at most; None means no limit. ``seconds`` are wall-clock time."""
+    """The most that a study may spend; None means no limit. ``seconds`` are wall-clock time."""
 
     seconds: float | None = None
     train_flops: float | None = None
@@ -62,10 +66,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class SpendingSummary:
-    """The sums over all processes.
+    """The spending of all processes together.
 
-    ``wall``: wall-clock seconds during which at least one process ran. ``by_phase``: by the part of
-    the search. ``workers``: how many processes have worked on the study.
+    ``wall``: the wall-clock seconds during which at least one process ran. ``by_phase``: the
+    spending in each phase of the search. ``workers``: the number of processes that have worked on
+    the study.
     """
 
     wall: float
@@ -78,6 +83,7 @@ class SpendingSummary:
         return sum(self.by_phase.values(), Spent())
 
     def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values. Times are in seconds, rounded to 0.1 seconds."""
         total = self.total
         return {
             "wall_seconds": round(self.wall, 1),
@@ -102,13 +108,13 @@ class Spending:
         self.finished_jobs: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
 
     def metered(self, pool: Pool, phase: str) -> Pool:
-        """A pool whose finished jobs are counted as spending of ``phase``."""
+        """Return a pool whose finished jobs are counted as spending of ``phase``."""
         return _MeteredPool(pool, phase, self.finished_jobs)
 
     def update(self) -> None:
         """Count the jobs that have finished, and write the record every few seconds.
 
-        Call it often: what a process spent after the last call is lost if it is killed.
+        Call it often: if the process is killed, its spending after the last call is not counted.
         """
         charged = False
         while not self.finished_jobs.empty():
@@ -117,7 +123,7 @@ class Spending:
             self.save()
 
     def _charge(self, phase: str, job: Future[Any]) -> bool:
-        """Count the job unless it failed, or its score was read from the result store."""
+        """Count the job and return True, unless it failed or its score was reused."""
         if job.cancelled() or job.exception() is not None:
             return False
         score = job.result()
@@ -128,7 +134,7 @@ class Spending:
         return True
 
     def save(self) -> None:
-        """Write this process's record into the storage, and read those of the others."""
+        """Write the record of this process into the storage, and read those of other processes."""
         self.recorded = time.time()
         self.storage.set_study_user_attr(self.study_id, self.key, self._record())
         self.others = self._read()
@@ -142,7 +148,7 @@ class Spending:
         return {k: v for k, v in attrs.items() if k.startswith("worker/") and k != self.key}
 
     def summary(self) -> SpendingSummary:
-        """The sums over all processes up to now."""
+        """Return the spending of all processes up to now."""
         records = [*self.others.values(), self._record()]
         phases: dict[str, Spent] = {}
         for record in records:
@@ -160,14 +166,14 @@ class Spending:
 
     @property
     def seconds_left(self) -> float:
-        """Wall-clock seconds until the limit; infinite without one."""
+        """The wall-clock seconds until the limit; infinite without a limit."""
         if self.limits.seconds is None:
             return float("inf")
         return self.limits.seconds - self.summary().wall
 
     @property
     def flops_left(self) -> float:
-        """Training FLOPs until the limit; infinite without one."""
+        """The training FLOPs until the limit; infinite without a limit."""
         if self.limits.train_flops is None:
             return float("inf")
         return self.limits.train_flops - self.summary().total.train_flops
@@ -181,23 +187,28 @@ class _MeteredPool:
 
     @property
     def workers(self) -> int:
+        """The number of workers of the pool."""
         return self.pool.workers
 
     def submit(self, work: Work[R]) -> Future[R]:
+        """Submit the work to the pool, and count it when it has finished."""
         future = self.pool.submit(work)
         future.add_done_callback(lambda job: self.finished_jobs.put((self.phase, job)))
         return future
 
 
 def spending_summary(storage: BaseStorage, study_id: int) -> SpendingSummary:
-    """What a study has spent, for a process that does not work on it."""
+    """Return the spending of a study, from a process that does not work on it."""
     spending = Spending(storage, study_id, Limits())
     wall = covered_seconds([(r["from"], r["to"]) for r in spending.others.values()])
     return replace(spending.summary(), wall=wall, workers=len(spending.others))
 
 
 def covered_seconds(sessions: list[tuple[float, float]]) -> float:
-    """How many seconds at least one of the sessions covers. A session is its start and its end."""
+    """Return the seconds that at least one session covers.
+
+    A session is a pair of its start and its end, in seconds since the epoch.
+    """
     total, end = 0.0, float("-inf")
     for start, stop in sorted(sessions):
         total += max(0.0, stop - max(start, end))

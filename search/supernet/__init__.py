@@ -1,1 +1,1 @@
-"""One training that serves all depths and capacities of a layout (``--strategy shared``)."""
+"""Supernets: one training serves all depths and capacities of a layout (``--strategy shared``)."""

@@ -1,7 +1,7 @@
-"""One training for all depths: a space cut down to a few layouts, each served by one super-net.
+"""Restrict a search space to a few layouts, and train one supernet for each of them.
 
 A *layout* fixes all search values except the dial values, which are the steps of loops and the
-capacities of their routers. What is drawn then is a setting of a net that has been trained already.
+capacities of their routers. Each trial is then a setting of a supernet that is trained only once.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from archdsl.search.supernet.supernet import Supernet
 from archdsl.search.supernet.supernet_job import SupernetJob
 from archdsl.search.trials.proxy import Proxy
 
-LAYOUT = "layout"  # the search value that replaces all that are not dial values
+LAYOUT = "layout"  # the name of the search value that chooses a layout
 LAYOUTS = 4
-SAMPLE = 64  # settings that a net is trained at, besides the largest and the smallest
-MISSES = 20  # draws for each layout that may be known already or make no spec
+SAMPLE = 64  # settings that a supernet is trained at, besides the largest and the smallest
+MISSES = 20  # random points for each layout; some repeat a layout or are invalid
 
 
 class SupernetError(ArchdslError):
-    """A space that super-nets cannot serve."""
+    """The models of a space cannot share the weights of supernets."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class SupernetScorer:
-    """The scorer of a restricted space: each draw is a setting of its layout's net.
+    """The scorer of a restricted space. It scores each trial with the supernet of its layout.
 
-    ``nets``: by label of the layout, of full size. ``stretch``: steps of a net, as a multiple of
-    those of a model that is trained alone.
+    ``store``: the folder of the result store. ``nets``: the full-size supernets, by the label of
+    the layout. ``stretch``: the training steps of a supernet, as a multiple of the steps of a model
+    that is trained alone.
     """
 
     proxy: Proxy
@@ -53,10 +54,16 @@ class SupernetScorer:
 
     @property
     def rungs(self) -> int:
-        """A net serves nobody before it has been trained."""
+        """Always 1, because a supernet must be fully trained before a setting is scored."""
         return 1
 
     def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> SupernetJob:
+        """Return the job that scores a full-size spec on a task.
+
+        ``params``: the search values of the trial; they name its layout. Raises SupernetError if
+        the proxies of the layout have different shapes. Raises DataError if the data of the task
+        cannot be loaded.
+        """
         net, trained = self.nets[params[LAYOUT]], self.proxy.tasks[task]
         net = Supernet(self.proxy.shrink(net.spec, trained), net.settings)
         small = self.proxy.shrink(spec, trained)
@@ -74,7 +81,10 @@ class SupernetScorer:
 def supernet_space(
     tree: Tree, proxy: Proxy, store: Folder, seed: int, count: int = LAYOUTS
 ) -> tuple[Tree, SupernetScorer]:
-    """The space that is searched in the place of ``tree``, and what scores its draws."""
+    """Return the restricted space that is searched instead of ``tree``, and its scorer.
+
+    ``store``: the folder of the result store. ``count``: the largest number of layouts.
+    """
     space = restrict(tree, layouts(tree, count, seed))
     nets = {
         label: supernet(fill_some(space, {LAYOUT: label}), seed)
@@ -84,7 +94,7 @@ def supernet_space(
 
 
 def dial_leaves(tree: Tree) -> frozenset[str]:
-    """The search values that only set the steps of loops or the capacity of their routers."""
+    """Return the names of the dial values: those that set only loop steps or router capacities."""
     found = places(tree)
     others = {name for name, path in found if not _is_dial(tree.value, path, found)}
     return frozenset(name for name, _ in found) - others
@@ -103,7 +113,7 @@ def _is_dial(value: Any, path: Path, found: Sequence[tuple[str, Path]]) -> bool:
 
 
 def _trail(value: Any, path: Path) -> Iterator[tuple[Any, str | int]]:
-    """The keys of a path and what they are keys of, choices on the way left out."""
+    """Yield each key of a path together with its container; choices on the path are skipped."""
     while path:
         if isinstance(value, dict) and "search" in value:
             value, path = value["search"]["choices"][path[2]], path[3:]
@@ -113,14 +123,17 @@ def _trail(value: Any, path: Path) -> Iterator[tuple[Any, str | int]]:
 
 
 def layouts(tree: Tree, count: int, seed: int) -> list[dict[str, Any]]:
-    """Up to ``count`` that differ: those of the starting points, then drawn ones."""
+    """Return up to ``count`` different layouts: those of the starting points, then random ones.
+
+    A layout is a value for each search value that is not a dial value, by name.
+    """
     dials = dial_leaves(tree)
     drawn = points(tree, count * MISSES, seed)
     Random(seed).shuffle(drawn)
     found: dict[str, dict[str, Any]] = {}
     for point in starting_points(tree) + drawn:
         layout = {name: value for name, value in point.items() if name not in dials}
-        with suppress(SpecError):  # choices that do not go together
+        with suppress(SpecError):  # the choices cannot be combined
             net = supernet(fill_some(tree, layout), seed, sample=4)
             found.setdefault(net.spec.fingerprint(), layout)
         if len(found) == count:
@@ -129,7 +142,10 @@ def layouts(tree: Tree, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def restrict(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
-    """The points of a space that have one of these layouts, which become a choice of their own."""
+    """Return the space of all points that have one of the chosen layouts.
+
+    The layouts become the labels of one search value, which is named ``layout``.
+    """
     cut = [fill_some(tree, layout) for layout in chosen]
     labels = [
         f"{i}: {model_summary(_spec(fill(one, lambda _, distribution: distribution.default)))}"
@@ -145,8 +161,11 @@ def restrict(tree: Tree, chosen: Sequence[Mapping[str, Any]]) -> Tree:
 
 
 def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
-    """For the points of a space that has only dial values. Raises SpecError if all of its
-    points are wrong."""
+    """Return the supernet of a space that has only dial values.
+
+    ``sample``: the largest number of settings, besides the largest and the smallest. Raises
+    SpecError if all points that were tried are invalid.
+    """
     ends = [point_from(layout, partial(_end, of)) for of in (max, min)]
     specs, wrong = [], None
     for point in ends + points(layout, sample, seed):
@@ -160,13 +179,13 @@ def supernet(layout: Tree, seed: int, sample: int = SAMPLE) -> Supernet:
 
 
 def _spec(tree: Tree) -> ModelSpec:
-    """The spec with the default of the fit value, because a proxy has its own sizes."""
+    """Parse the spec with the default of its ``fit`` value, because a proxy has its own sizes."""
     found = find_fit(tree)
     return parse_spec(replace(tree, found[0], found[1].default) if found else tree)
 
 
 def _end(of: Callable[..., Any], name: str, distribution: Distribution) -> Any:
-    """The largest or smallest value; of labels the default."""
+    """Return the largest or smallest value; for a choice of subtrees, the default label."""
     if isinstance(distribution, Choice):
         return distribution.default if distribution.subtrees else of(distribution.choices)
     return of(distribution.low, distribution.high)

@@ -1,9 +1,9 @@
-"""A super-net: one model that is trained at many settings of its loops, and then stands for each.
+"""A supernet: one model that is trained at many settings of its loops and then scores each of them.
 
-Neither the steps of a loop nor the capacities of its router are in the shapes of its weights, so a
-model of the most steps holds the weights of all models with fewer. It is trained by the sandwich
-rule (Yu & Huang 1903.05134): each step adds up the gradients of the largest setting, the smallest
-and a few drawn ones, on the same batch.
+The shapes of the weights depend neither on the steps of a loop nor on the capacities of its router.
+So the model with the most steps holds the weights of all models with fewer steps. It is trained by
+the sandwich rule (Yu & Huang 1903.05134): each training step adds the gradients of the largest
+setting, the smallest setting and a few random settings, all on the same batch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,29 @@ from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 
-RANDOM_SETTINGS = 2  # settings of a step besides the largest and the smallest
-CALIBRATION = 20  # passes in which routers learn what scores are like at a setting
+RANDOM_SETTINGS = 2  # random settings in a training step, besides the largest and the smallest
+CALIBRATION = 20  # forward passes in which routers measure the distribution of their scores
 
 
 class LoopSetting(NamedTuple):
-    """How a loop runs. ``capacity``: of each pass after the full ones; empty without a router."""
+    """How a loop runs: its number of steps and the capacities of its router.
+
+    ``capacity``: the capacity of each pass after the full passes; empty without a router.
+    """
 
     steps: int
     capacity: tuple[float, ...]
 
 
 Setting = tuple[LoopSetting, ...]
-"""One for each loop of a spec, in the order of ``loops_in``; copies of a stack run alike."""
+"""One LoopSetting for each loop of a spec, in the order of ``loops_in``.
+
+The copies of a stack's body have the same setting.
+"""
 
 
 def setting_of(spec: ModelSpec) -> Setting:
-    """How the loops of a spec run."""
+    """Return the setting that a spec gives to its loops."""
     return tuple(_loop_setting(loop) for loop in loops_in(spec))
 
 
@@ -53,7 +59,7 @@ def _loop_setting(loop: LoopSpec) -> LoopSetting:
 
 
 def with_setting(spec: ModelSpec, wanted: Setting) -> ModelSpec:
-    """The spec with its loops run so."""
+    """Return the spec with the wanted setting of its loops."""
     return with_loops(spec, lambda i, loop: _at(loop, wanted[i]))
 
 
@@ -63,7 +69,10 @@ def _at(loop: LoopSpec, one: LoopSetting) -> LoopSpec:
 
 
 def dial(model: LanguageModel, wanted: Setting) -> None:
-    """Runs a model's loops so from now on."""
+    """Change the setting of a model's loops in place.
+
+    Raises DialError if a loop cannot run at the wanted setting.
+    """
     by_loop = {id(loop): one for loop, one in zip(loops_in(model.spec), wanted, strict=True)}
     for loop in model.loops:
         one = by_loop[id(loop.spec)]
@@ -72,8 +81,11 @@ def dial(model: LanguageModel, wanted: Setting) -> None:
 
 @dataclass(frozen=True)
 class Supernet:
-    """``spec``: the most steps; a capacity is below 1 if it is so in any setting, as a pass that
-    takes every token has no router. ``settings``: the largest, the smallest, a sample of others.
+    """A spec whose weights serve many settings, and the settings that are trained.
+
+    ``spec``: has the most steps of all settings. A capacity in it is below 1 if it is below 1 in
+    any setting, because a pass that takes every token has no router. ``settings``: the setting with
+    the most FLOPs, then the one with the fewest, then the others.
     """
 
     spec: ModelSpec
@@ -81,7 +93,10 @@ class Supernet:
 
     @classmethod
     def of(cls, specs: Iterable[ModelSpec]) -> Supernet:
-        """For specs that differ in steps and capacities alone."""
+        """Return the supernet of specs that differ only in their steps and capacities.
+
+        Raises IndexError if there are no specs.
+        """
         ranked = sorted(specs, key=lambda spec: sequence_cost(spec).flops)
         settings = dict.fromkeys(map(setting_of, [ranked[-1], ranked[0], *ranked[1:-1]]))
         largest = [
@@ -90,14 +105,17 @@ class Supernet:
         return cls(with_setting(ranked[0], tuple(largest)), tuple(settings))
 
     def serves(self, spec: ModelSpec) -> bool:
-        """Whether a spec is this one but for its steps and capacities."""
+        """Whether a spec differs from the supernet's spec only in its steps and capacities.
+
+        Names, descriptions and budgets are ignored.
+        """
         known = {"name": spec.name, "description": spec.description, "budget": spec.budget}
         mine = setting_of(self.spec)
         same = len(loops_in(spec)) == len(mine)
         return same and with_setting(spec, mine) == self.spec.model_copy(update=known)
 
     def sandwich(self, step: int, seed: int) -> list[Setting]:
-        """The settings that a training step runs, the largest last."""
+        """Return the settings that a training step runs: random ones, the smallest, the largest."""
         ends, others = self.settings[:2], self.settings[2:]
         random = Random(f"{seed}/{step}").sample(others, min(RANDOM_SETTINGS, len(others)))
         return [*random, *reversed(ends)]
@@ -114,7 +132,7 @@ def _largest(loop: LoopSpec, of: Sequence[LoopSetting]) -> LoopSetting:
 
 
 class SandwichTrainer(Trainer):
-    """Trains a super-net; ``model`` is of its spec."""
+    """Train a supernet by the sandwich rule. ``model`` is built from the supernet's spec."""
 
     def __init__(
         self, net: Supernet, model: LanguageModel, data: Data, config: TrainConfig
@@ -123,7 +141,7 @@ class SandwichTrainer(Trainer):
         self.net = net
 
     def add_gradient(self, batch: Batch) -> float:
-        """The sum over the settings of this step; returns their mean loss."""
+        """Add the gradients of all settings of this step, and return their mean loss in nats."""
         losses = []
         for one in self.net.sandwich(self.step, self.config.seed):
             dial(self.model, one)
@@ -132,6 +150,7 @@ class SandwichTrainer(Trainer):
 
 
 def build_net(net: Supernet, seed: int) -> LanguageModel:
+    """Build the model of a supernet, and prepare its routers for many capacities."""
     model = build(net.spec, seed=seed)
     for router in model.routers:
         router.serve_every_capacity()
@@ -139,7 +158,10 @@ def build_net(net: Supernet, seed: int) -> LanguageModel:
 
 
 def calibrate_routers(trainer: Trainer) -> None:
-    """Routers that know what scores are like learn it anew, at the setting that the model has."""
+    """Measure the statistics of the routers' scores again, at the present setting of the model.
+
+    Routers that keep no statistics are not changed.
+    """
     model, config = trainer.model, trainer.config
     if not sum(router.forget_statistics() for router in model.routers):
         return

@@ -1,4 +1,4 @@
-"""The score of a setting out of a super-net: trained by whoever comes first, for all of them."""
+"""Score one setting of a supernet. The first job that needs the supernet trains it for all."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from archdsl.training.trainer import TrainStep
 
 @dataclass(frozen=True)
 class SupernetJob(Job):
-    """Score ``spec`` with the weights of ``net``, both of a proxy's size.
+    """Score ``spec`` with the weights of the supernet ``net``; both have the size of a proxy.
 
-    ``steps``: those that the net is trained. What was spent on it is part of the score of the one
-    call that trained it.
+    ``steps``: the training steps of the supernet. The time and FLOPs of its training are included
+    only in the score that is returned by the call that trained it.
     """
 
     net: Supernet = field(kw_only=True)
 
     @property
     def stored_run(self) -> StoredRun:
-        """Where the net is."""
+        """Where the trained supernet is stored."""
         data = self.task.load()
         identity = {
             "archdsl": __version__,
@@ -64,18 +64,23 @@ class SupernetJob(Job):
         )
 
     def file(self, stored_run: StoredRun) -> Path:
-        """The score of the setting."""
+        """Return the path of the file with the score of this job's setting."""
         text = json.dumps(setting_of(self.spec))
         return stored_run.folder / f"setting-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
     def run(self, heartbeat: Callable[[], None]) -> ProxyScore:
-        """Trains the net unless that was done, waits while another process does; then scores."""
+        """Return the score of the setting; train the supernet first if it is not yet trained.
+
+        Waits while another process trains the supernet, and calls ``heartbeat`` regularly. If the
+        training diverged, the loss of the returned score is None. Raises TrainingDiverged if the
+        loss of the setting is not finite.
+        """
         stored_run = self.stored_run
         file = self.file(stored_run)
         if stored := read_score(file):
             return stored
         with stored_run.locked(heartbeat):
-            if stored := read_score(file):  # of who had the lock before
+            if stored := read_score(file):  # the process that held the lock before has written it
                 return stored
             model = build_net(self.net, self.seed)
             trainer = SandwichTrainer(self.net, model, self.task.load(), self.config)
@@ -89,9 +94,9 @@ class SupernetJob(Job):
 
 
 class SupernetTraining(ProxyTraining):
-    """The training of a net, whose score is that of its largest setting.
+    """The training of a supernet. Its own score is the score of its largest setting.
 
-    What was spent on the net is part of the scores of whoever trained it.
+    The time and FLOPs of the training are included in every score that this object returns.
     """
 
     trainer: SandwichTrainer
@@ -113,7 +118,10 @@ class SupernetTraining(ProxyTraining):
         super()._after_step(step)
 
     def score_setting(self, spec: ModelSpec) -> ProxyScore:
-        """The score of a spec that the net serves."""
+        """Return the score of a spec that the supernet serves.
+
+        Raises TrainingDiverged if the loss is not finite.
+        """
         model = self.trainer.model
         dial(model, setting_of(spec))
         calibrate_routers(self.trainer)
@@ -127,9 +135,11 @@ class SupernetTraining(ProxyTraining):
 
 
 def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
-    """Of each routed step of the canonical ``spec`` the name in a net that is dialled to it.
+    """Map the name of each routed step of the canonical ``spec`` to its name in the supernet.
 
-    A step that takes every token has a router in the net, but none in the spec.
+    ``model``: the supernet, at the setting of ``spec``. A step that takes every token has a router
+    in the supernet but none in the spec, so it is left out. Raises ValueError if the two models
+    have different numbers of loops with a router.
     """
     ran = [loop for loop in running_loops(model) if any(map(_chooses, loop.passes))]
     meant = [loop for loop in meta_model(spec.canonical()).loops if loop.router is not None]

@@ -37,7 +37,7 @@ class ProxyError(ArchdslError):
 
 @cache
 def _load(source: str | None, tokenizer: str) -> Data:
-    """Data is loaded once in a process: to identify a large text takes long."""
+    """Load data once per process, because computing the fingerprint of a large text is slow."""
     return load_data(source, tokenizer=tokenizer)
 
 
@@ -54,16 +54,16 @@ class Task(Strict):
     weight: float = Field(1.0, ge=0, description="of its loss in the objective")
 
     def load(self) -> Data:
-        """The data; loaded once in a process. Raises DataError."""
+        """Load the data, once per process. Raises DataError if it cannot be loaded."""
         return _load(self.data, self.tokenizer)
 
     def up_to(self, steps: int) -> Task:
-        """The task with its rungs scaled so that the last one is ``steps``."""
+        """Return the task with its rungs scaled so that the last one is ``steps``."""
         rungs = tuple(max(1, steps * rung // self.rungs[-1]) for rung in self.rungs)
         return self.model_copy(update={"rungs": rungs})
 
     def config(self, seed: int) -> TrainConfig:
-        """The training up to the last rung.
+        """Return the settings of the training up to the last rung.
 
         The learning rate is constant, so that a rung does not depend on how many follow it.
         """
@@ -80,7 +80,10 @@ class Task(Strict):
         )
 
     def job(self, store: Path, spec: ModelSpec, seed: int, steps: int) -> Job:
-        """The job that trains a spec of the proxy's size for ``steps``. Raises DataError."""
+        """Return the job that trains a spec of the proxy's size for ``steps``.
+
+        ``store``: the folder of the result store. Raises DataError if the data cannot be loaded.
+        """
         return Job(store, spec, self, self.load(), seed, steps)
 
 
@@ -94,7 +97,7 @@ class Proxy(Strict):
 
     @classmethod
     def parse(cls, text: str | None = None, data: str | None = None) -> Proxy:
-        """The proxy that ``--proxy`` and ``--data`` describe.
+        """Return the proxy that ``--proxy`` and ``--data`` describe.
 
         ``text``: ``none`` or sizes such as ``dim=64,repeat=2,steps=1000``. ``data`` replaces the
         data of both default tasks by one task. Raises ProxyError if the text is not understood.
@@ -112,11 +115,14 @@ class Proxy(Strict):
 
     @property
     def rungs(self) -> int:
-        """The number of rungs that all tasks have."""
+        """The number of rungs of the task that has the fewest."""
         return min(len(task.rungs) for task in self.tasks.values())
 
     def shrink(self, spec: ModelSpec, task: Task) -> ModelSpec:
-        """The spec at the size at which it is trained on a task; unchanged if ``dim`` is None."""
+        """Return the spec at the size at which it is trained on a task.
+
+        The spec is unchanged if ``dim`` is None. Raises DataError if the data cannot be loaded.
+        """
         if self.dim is None:
             return spec
         vocab_size = task.load().vocab_size
@@ -134,7 +140,10 @@ def _sizes(part: str, text: str) -> tuple[str, int]:
 
 
 def default_tasks() -> dict[str, Task]:
-    """Real text, and a skill that needs depth; docs/log.md has the measurements behind both."""
+    """Return the default tasks: real text, and a skill that needs depth.
+
+    docs/log.md has the measurements from which their settings follow.
+    """
     return {
         "text": Task(context=128, batch_size=16, rungs=(50, 100)),
         "skill": Task(
@@ -143,14 +152,14 @@ def default_tasks() -> dict[str, Task]:
             batch_size=32,
             rungs=(100, 300),
             eval_tokens=32_768,
-            weight=0.15,  # between seeds, 0.013 nats of text vary as much as 0.088 of the skill
+            weight=0.15,  # the loss varies between seeds by 0.013 nats on text, 0.088 on the skill
         ),
     }
 
 
 @dataclass(frozen=True)
 class Job:
-    """Train one proxy on one task up to a rung. Plain data, so that it can be sent to a worker.
+    """Train one proxy on one task up to a rung. A job can be pickled and sent to a worker.
 
     ``store``: the folder of the result store. ``data``: the task's data; a worker receives the
     names of its files. ``accumulate``: the number of parts into which each batch is cut to save
@@ -166,18 +175,21 @@ class Job:
     accumulate: int = 1
 
     def smaller(self) -> Self | None:
-        """The job with half as many sequences at once; None if a batch cannot be cut further."""
+        """Return the job with half as many sequences at once.
+
+        The result is None if a batch cannot be cut further.
+        """
         halved = 2 * self.accumulate
         return None if self.task.batch_size % halved else replace(self, accumulate=halved)
 
     @property
     def config(self) -> TrainConfig:
-        """The training up to the steps of this job."""
+        """The settings of the training up to the steps of this job."""
         update = {"steps": self.steps, "accumulate": self.accumulate}
         return self.task.config(self.seed).model_copy(update=update)
 
     def load(self) -> Data:
-        """The data of the task. Raises DataError."""
+        """Return the data of the task. Raises DataError if it cannot be loaded."""
         return self.data or self.task.load()  # a worker gets None if the token cache was deleted
 
     @property
@@ -195,7 +207,7 @@ class Job:
         return StoredRun(self.store, identity, description)
 
     def stored_score(self) -> ProxyScore | None:
-        """The score, if an equal job has stored it."""
+        """Return the score if an equal job has stored it; None otherwise."""
         return read_score(self.stored_run.score(self.steps))
 
     def run(self, heartbeat: Heartbeat) -> ProxyScore:
@@ -214,7 +226,7 @@ class Job:
 
 
 def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:
-    """The weighted sum of the tasks' losses, in nats; None if one training diverged.
+    """Return the weighted sum of the tasks' losses in nats; None if one training diverged.
 
     The weights are inverse to how much each task's loss varies between seeds: see docs/log.md.
     """

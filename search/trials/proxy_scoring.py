@@ -1,6 +1,6 @@
-"""A proxy's held-out quality, and what its routers did meanwhile.
+"""Measure the held-out quality of a proxy and the behaviour of its routers.
 
-Shapes: B batch, T tokens, D width.
+Shapes: B is the batch, T the tokens and D the width.
 """
 
 from __future__ import annotations
@@ -23,19 +23,27 @@ from archdsl.training.trainer import Trainer
 
 @dataclass
 class RouterHealth:
-    """How undecided routers are: the entropy of selecting a token, in bits, by loop and step."""
+    """How undecided the routers are: the entropy of their choices, by loop and step.
 
-    bits: dict[str, float] = field(default_factory=dict)  # sums over tokens
+    ``bits``: the sum of the entropies over tokens, in bits. ``tokens``: the number of tokens.
+    """
+
+    bits: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def entropies(self) -> dict[str, float]:
+        """The mean entropy per token in bits, from 0 to 1, by loop and step."""
         return {name: total / max(1, self.tokens[name]) for name, total in self.bits.items()}
 
     def note(
         self, router: Router, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None
     ) -> None:
-        """Adds the choice that the router has just made with these arguments."""
+        """Add the entropies of the choice that the router has just made with these arguments.
+
+        ``active_BT``: True for tokens that the router may select; None means all tokens. Padding
+        is left out.
+        """
         bits_BT = entropy(router.scores(x_BTD, at.row, ctx))
         for asked_BT in (active_BT, ctx.stream.real(x_BTD)):
             if asked_BT is not None:
@@ -45,7 +53,7 @@ class RouterHealth:
 
 
 def entropy(score_BT: Tensor) -> Tensor:
-    """Bits, of a yes or no whose log-odds is the score."""
+    """Return the entropy of each choice in bits, [B, T]; a score is the log-odds of selection."""
     score_BT = score_BT.float()
     nats_BT = F.softplus(score_BT) - score_BT * score_BT.sigmoid()
     return nats_BT / torch.log(torch.tensor(2.0))
@@ -53,7 +61,7 @@ def entropy(score_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """A held-out evaluation; ``meter`` and ``health`` are of its causal passes."""
+    """A held-out evaluation. ``meter`` and ``health`` were measured in its causal passes."""
 
     evaluation: Evaluation
     meter: Meter
@@ -61,7 +69,10 @@ class HeldOutScores:
 
 
 def held_out(trainer: Trainer, heartbeat: Callable[[], None]) -> HeldOutScores:
-    """Scores what was trained so far. Raises TrainingDiverged."""
+    """Evaluate the model as trained so far, and call ``heartbeat`` after each forward pass.
+
+    Raises TrainingDiverged if the loss is not finite.
+    """
     with _watched(trainer, heartbeat) as (meter, health):
         return HeldOutScores(trainer.evaluate(), meter, health)
 
@@ -74,7 +85,7 @@ def _watched(
 
     def after_pass(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
         heartbeat()
-        if not model.leaks:  # leaking models are scored causally, too
+        if not model.leaks:  # a model that leaks is also evaluated causally, and only that counts
             meter.note(model, *args)
 
     def after_choice(router: nn.Module, args: tuple[Any, ...], _: Choice) -> None:
@@ -92,7 +103,7 @@ def _watched(
 
 @contextmanager
 def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """At the end of the block."""
+    """Remove the hook at the end of the ``with`` block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The training of a proxy up to a rung: goes on from its last state, and leaves one behind."""
+"""Train a proxy up to a rung. The training continues from the stored state and stores a new one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from archdsl.search.trials.proxy_scoring import HeldOutScores, held_out
 from archdsl.search.trials.result_store import StoredRun
 from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
-SECONDS_APART = 30.0  # of the states that are kept on the way to a rung
+SECONDS_APART = 30.0  # the least time between two states that are saved on the way to a rung
 
 
 def _as_tuples(value: Any) -> Any:
-    """JSON has lists."""
+    """Convert the lists of a JSON value to tuples."""
     return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
 
 
 class ProxyScore(Strict):
-    """Held-out quality of a proxy after ``steps``; causal, also where training leaks.
+    """The held-out quality of a proxy after ``steps`` training steps.
 
-    What was spent is what this rung added to the one below. ``reused``: it was read back, so the
-    call that returned it has spent nothing.
+    The evaluation is causal, even if the model sees future tokens in training. The seconds and
+    FLOPs are those that this rung added to the rung below. ``reused``: whether the score was read
+    from the result store, so that the call that returned it has spent nothing.
     """
 
     steps: int
@@ -57,7 +58,7 @@ class ProxyScore(Strict):
 
 @dataclass
 class SavedProgress:
-    """What is kept beside a state: its curve, and what was spent since the last score."""
+    """What is saved with a state: the curve, and the seconds and FLOPs since the last score."""
 
     curve: Curve = field(default_factory=Curve)
     seconds: float = 0.0
@@ -65,7 +66,7 @@ class SavedProgress:
 
 
 def read_score(file: Path) -> ProxyScore | None:
-    """What was written there before, if anything."""
+    """Read the score in a file and mark it as reused; None if the file does not exist."""
     if not file.exists():
         return None
     score = ProxyScore.model_validate_json(file.read_text(encoding="utf-8"))
@@ -73,7 +74,10 @@ def read_score(file: Path) -> ProxyScore | None:
 
 
 class ProxyTraining:
-    """Trains to the last step of the trainer's config; whoever calls holds the place's lock."""
+    """Train up to the last step of the trainer's config.
+
+    The caller must hold the lock of ``stored_run``.
+    """
 
     def __init__(
         self, stored_run: StoredRun, trainer: Trainer, heartbeat: Callable[[], None]
@@ -86,7 +90,7 @@ class ProxyTraining:
         self.step_flops = _step_flops(self.trainer)
 
     def _resume(self) -> bool:
-        """Goes on from the state, if there is one; False if that is beyond the rung."""
+        """Restore the stored state, if there is one; return False if it is beyond this rung."""
         if not self.stored_run.state.exists():
             return True
         try:
@@ -94,7 +98,7 @@ class ProxyTraining:
             if state["step"] > self.config.steps:
                 return False
             load_weights(self.stored_run.state, self.trainer.model)
-        except CheckpointError:  # the power failed: what was trained is trained again
+        except CheckpointError:  # it is damaged, for example after a power failure: train again
             remove_folder(self.stored_run.state)
             return True
         self.trainer.restore(state)
@@ -106,7 +110,10 @@ class ProxyTraining:
         return True
 
     def score(self) -> ProxyScore:
-        """Trains, scores, and writes the score where it will be found."""
+        """Train and evaluate the proxy, write the score into the result store, and return it.
+
+        If the training diverges, the loss of the score is None.
+        """
         try:
             self.trainer.run(on_step=self._after_step)
             self._save()
@@ -124,7 +131,7 @@ class ProxyTraining:
             self._save()
 
     def _save(self) -> None:
-        """The state, unless there is one that went further."""
+        """Save the state, unless the stored state has more steps."""
         if not self.furthest:
             return
         spent = replace(self.progress, seconds=self._seconds())
@@ -134,7 +141,7 @@ class ProxyTraining:
             tokenizer_from=None,
             provenance={"step": self.trainer.step},
             training=self.trainer.state() | {"progress": asdict(spent)},
-            durable=False,  # a score does not rest on it
+            durable=False,  # without the state, the proxy can be trained again
         )
         self.saved = time.perf_counter()
 
@@ -142,7 +149,7 @@ class ProxyTraining:
         return self.progress.seconds + time.perf_counter() - self.started
 
     def _spent(self) -> dict[str, Any]:
-        """What a score says of the training, whatever became of it."""
+        """Return the fields of a score that are known even if the training diverged."""
         return {
             "steps": self.config.steps,
             "seconds": self._seconds(),
@@ -169,7 +176,10 @@ class ProxyTraining:
 
 
 def _step_flops(trainer: Trainer) -> int:
-    """Of one optimizer step; a skill's sequences may be shorter than the context."""
+    """Return the FLOPs of one training step.
+
+    The length is read from a batch, because sequences of a skill may be shorter than the context.
+    """
     config, spec = trainer.config, trainer.model.spec
     sequence_BT = trainer.data.batch(0, 1, trainer.context, config.seed).tokens_BT
     return 3 * config.batch_size * sequence_cost(spec, tokens=sequence_BT.size(1)).flops

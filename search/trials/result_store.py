@@ -1,11 +1,13 @@
-"""Where the scores and states of jobs lie, under a name made of all that decides them.
+"""The result store: a folder of scores and training states that jobs write and reuse.
 
-    made_by.json        what that is
-    step-000100.json    the score after so many steps
-    state/              the furthest training stood: a checkpoint
-    lock                held while one process trains
+Each training run has its own folder. Its name is a hash of everything that decides the result:
 
-Any number of processes, studies and machines may share the folder above.
+    made_by.json        the values that were hashed
+    step-000100.json    the score after 100 steps
+    state/              a checkpoint of the training after the most steps so far
+    lock                a file that is locked while a process trains
+
+Any number of processes, studies and machines may share one result store.
 """
 
 from __future__ import annotations
@@ -23,33 +25,39 @@ from typing import Any
 
 from archdsl.files import write_text
 
-SECONDS_BETWEEN_TRIES = 0.1  # seconds; a file lock can be waited for only in silence
+SECONDS_BETWEEN_TRIES = 0.1  # a blocking wait for the file lock would send no heartbeats
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The folder of one training run, of whatever length."""
+    """The folder of one training run in the result store; it serves any number of steps.
+
+    ``root``: the folder of the result store. ``identity``: everything that decides the result.
+    ``description``: names for human readers, from the job that created the folder.
+    """
 
     root: Path
     identity: Mapping[str, Any]  # JSON values
-    description: Mapping[str, Any]  # for people; what made the folder first
+    description: Mapping[str, Any]  # JSON values; not part of the hash
 
     @cached_property
     def folder(self) -> Path:
+        """The folder of this run, which is named by the hash of ``identity``."""
         text = json.dumps(self.identity, sort_keys=True)
         return self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
     def state(self) -> Path:
+        """The folder of the checkpoint; it need not exist."""
         return self.folder / "state"
 
     def score(self, steps: int) -> Path:
-        """The file that holds the score once there is one."""
+        """Return the path of the file for the score after ``steps``; it need not exist."""
         return self.folder / f"step-{steps:06d}.json"
 
     @property
     def in_use(self) -> bool:
-        """Whether a process is training here at this moment."""
+        """Whether a process holds the lock of this run at present."""
         if not (self.folder / "lock").exists():
             return False
         with (self.folder / "lock").open("a") as file:
@@ -57,7 +65,11 @@ class StoredRun:
 
     @contextmanager
     def locked(self, heartbeat: Callable[[], None]) -> Iterator[None]:
-        """One process at a time; the others wait, and beat. Whoever dies gives way."""
+        """Hold the lock of this run during the ``with`` block, and create the folder if needed.
+
+        While another process holds the lock, this process waits and calls ``heartbeat``. The
+        operating system releases the lock of a process that dies.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as file:
             while not _try_lock(file.fileno()):

@@ -1,4 +1,4 @@
-"""How a draw is scored: what work gives it a score on each task, rung by rung."""
+"""How trials are scored: which job gives a trial its score on a task at a rung."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from archdsl.search.workers.pool import Work
 
 
 class Scorer(Protocol):
-    """``rungs``: how often a draw is scored before it is known."""
+    """A way to score trials."""
 
     @property
-    def rungs(self) -> int: ...
+    def rungs(self) -> int:
+        """The number of rungs at which a trial is scored before it is complete."""
+        ...
 
     def job(
         self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int
-    ) -> Work[ProxyScore]: ...
+    ) -> Work[ProxyScore]:
+        """Return the job that scores a full-size spec on a task at a rung.
+
+        ``params``: the search values of the trial. ``rung``: its index, from 0.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class SeparateTraining:
-    """Every draw is trained for itself."""
+    """Train the proxy of each trial separately. ``store``: the folder of the result store."""
 
     proxy: Proxy
     store: Path
@@ -33,16 +40,24 @@ class SeparateTraining:
 
     @property
     def rungs(self) -> int:
+        """The number of rungs of the proxy."""
         return self.proxy.rungs
 
     def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> Job:
+        """Return the job that trains the proxy of a spec on a task up to a rung.
+
+        Raises DataError if the data of the task cannot be loaded.
+        """
         trained = self.proxy.tasks[task]
         small = self.proxy.shrink(spec, trained)
         return trained.job(self.store, small, self.seed, trained.rungs[rung])
 
 
 def training_flops(proxy: Proxy, spec: ModelSpec) -> float:
-    """Of training the proxy of a spec on all tasks, up to the last rung; by the closed form."""
+    """Return the FLOPs of training the proxy of a spec on all tasks up to the last rung.
+
+    They are computed by the closed form: a training step costs three forward passes.
+    """
     return sum(
         3 * _flops(proxy.shrink(spec, task), task.context) * task.batch_size * task.rungs[-1]
         for task in proxy.tasks.values()
