@@ -127,13 +127,14 @@ def _named(module: str) -> tuple[str, str]:
         sys.path.append(os.getcwd())  # at the end: it hides no installed module
     return (
         f"{module!r} (named by --plugin or {VARIABLE})",
-        "it must be a module of an installed package or of the working directory",
+        "it must be a module of an installed package or of the working directory, and "
+        "importing it must raise no error",
     )
 
 
 def _import(module: str, name: str, remedy: str) -> None:
     try:
         importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"cannot import the plugin {name}: {reason}; {remedy}") from error

@@ -41,7 +41,7 @@ def parse_axes(text: str) -> tuple[str, ...]:
     wrong = [axis for axis in axes[1:] if axis not in COSTS]
     if axes[0] != LOSS or wrong or len(set(axes)) < len(axes):
         raise AxisError(
-            f"--objective {text}: write loss for one figure, or loss and what it is weighed "
+            f"objective: {text}: write loss for one figure, or loss and what it is weighed "
             f"against, each once: loss,flops; there are {', '.join(COSTS)}"
         )
     return axes

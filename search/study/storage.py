@@ -86,7 +86,7 @@ def database(url: str, heartbeat: int = HEARTBEAT_SECONDS) -> BaseStorage:
             return _connected(url, heartbeat)
         except ImportError as error:
             raise StorageError(
-                f"--storage {_without_password(url)}: {error} (for PostgreSQL: "
+                f"storage: {_without_password(url)}: {error} (for PostgreSQL: "
                 "pip install 'archdsl[postgresql]')"
             ) from None
         except sqlalchemy.exc.SQLAlchemyError as error:
@@ -116,7 +116,7 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def _message(url: str, error: BaseException) -> str:
-    return f"--storage {_without_password(url)}: {str(error).strip().splitlines()[0]}"
+    return f"storage: {_without_password(url)}: {str(error).strip().splitlines()[0]}"
 
 
 def _database(url: str, heartbeat: int) -> RDBStorage:

@@ -133,7 +133,7 @@ def _sizes(part: str, text: str) -> tuple[str, int]:
     name, _, value = part.partition("=")
     if name not in ("dim", "head_size", "repeat", "steps") or not re.fullmatch(r"\d{1,6}", value):
         raise ProxyError(
-            f"--proxy {text}: {part!r} is not understood; write none, or some of "
+            f"proxy: {text}: {part!r} is not understood; write none, or some of "
             "dim=32,head_size=16,repeat=1,steps=300"
         )
     return name, int(value)

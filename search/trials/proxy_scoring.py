@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from archdsl.evaluation.evaluate import Evaluation
 from archdsl.model.compute_meter import Meter
 from archdsl.nn.block import Context
-from archdsl.nn.loop import Choice, Router, Step
+from archdsl.nn.loop import Router, Selection, Step
 from archdsl.training.trainer import Trainer
 
 
@@ -88,7 +88,7 @@ def _watched(
         if not model.leaks:  # a model that leaks is also evaluated causally, and only that counts
             meter.note(model, *args)
 
-    def after_choice(router: nn.Module, args: tuple[Any, ...], _: Choice) -> None:
+    def after_choice(router: nn.Module, args: tuple[Any, ...], _: Selection) -> None:
         assert isinstance(router, Router)
         if not model.leaks:
             health.note(router, *args)

@@ -103,8 +103,16 @@ def test_a_plugin_that_is_not_there_says_where_it_is_looked_for() -> None:
     assert str(error.value) == (
         "cannot import the plugin 'nowhere_to_be_found' (named by --plugin or ARCHDSL_PLUGINS): "
         "ModuleNotFoundError: No module named 'nowhere_to_be_found'; "
-        "it must be a module of an installed package or of the working directory"
+        "it must be a module of an installed package or of the working directory, and "
+        "importing it must raise no error"
     )
+
+
+def test_a_plugin_that_ends_the_process_is_an_error(install: Plugin) -> None:
+    install("quits", "import sys; sys.exit(3)")
+    load_plugin("quits")
+    with pytest.raises(PluginError, match=r"cannot import the plugin 'quits'.*SystemExit: 3"):
+        kinds("block")
 
 
 def test_processes_started_later_load_the_same_plugins(install: Plugin, tmp_path: Path) -> None:
