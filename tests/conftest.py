@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, fixed seeds and no network."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -17,3 +18,14 @@ settings.load_profile("archdsl")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plugins_end_with_a_test() -> Iterator[None]:
+    """A command that loads a plugin names it in the environment, which all tests share."""
+    before = os.environ.get("ARCHDSL_PLUGINS")
+    yield
+    if before is None:
+        os.environ.pop("ARCHDSL_PLUGINS", None)
+    else:
+        os.environ["ARCHDSL_PLUGINS"] = before
