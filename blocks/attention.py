@@ -16,7 +16,8 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema
 from archdsl.blocks.rope_scaling import RopeScalingSpec
 from archdsl.costs.activations import FLOAT, Angles, Footprint, Rows
 from archdsl.costs.bill import Bill
-from archdsl.lang.spec import BlockSpec, Path, Size, Sizes, slot
+from archdsl.lang.spec import BlockSpec, Path, Sizes, slot
+from archdsl.lang.strict import Size
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.attention import Attention

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from archdsl.costs.activations import Footprint, Rows
 from archdsl.costs.bill import Bill
-from archdsl.lang.spec import BlockSpec, Path, Size, Sizes
+from archdsl.lang.spec import BlockSpec, Path, Sizes
+from archdsl.lang.strict import Size
 
 if TYPE_CHECKING:
     from archdsl.blocks.modules.feed_forward import FeedForward

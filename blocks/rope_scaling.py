@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from archdsl.lang.spec import Part, Path, Size
+from archdsl.lang.spec import Part, Path
+from archdsl.lang.strict import Size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from archdsl.lang.config import budget_of_limits
-from archdsl.lang.spec import Budget, Size, Strict
+from archdsl.lang.strict import Size, Strict
+
+if TYPE_CHECKING:
+    from archdsl.lang.spec import Budget
 
 SECONDS = 540.0  # a search with its start takes less than ten minutes
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -149,4 +151,6 @@ class SearchConfig(Strict):
     @property
     def limits(self) -> Budget | None:
         """The limits that are given; None if there are none."""
+        from archdsl.lang.config import budget_of_limits  # not for the options alone
+
         return budget_of_limits(self.budget, self.flops, self.kv, self.budget_of, self.train_flops)

@@ -27,7 +27,8 @@ from archdsl.checks.invariants import (
 )
 from archdsl.checks.localise import WHOLE, Place, earlier, leaks, origins_of, places
 from archdsl.costs.receipt import sequence_cost
-from archdsl.lang.spec import ModelSpec, Part, Sizes, Strict, children, to_tree
+from archdsl.lang.spec import ModelSpec, Part, Sizes, children, to_tree
+from archdsl.lang.strict import Strict
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.loop import Loop, Router

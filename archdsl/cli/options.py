@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import RenderableType
 
-    from archdsl.lang.spec import Budget, Strict
+    from archdsl.lang.spec import Budget
+    from archdsl.lang.strict import Strict
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -33,7 +34,7 @@ Config = TypeVar("Config", bound="Strict")
 
 def size(text: str) -> int:
     """``162M`` as a number above zero."""
-    from archdsl.lang.source import parse_size
+    from archdsl.lang.strict import parse_size
 
     try:
         number = parse_size(text)
@@ -261,12 +262,10 @@ def with_options_of(config: Callable[[], type[Strict]]) -> type[ConfigCommand]:
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    from archdsl.lang.source import dump_inline
-
     is_flag = field.annotation is bool
     words = field.description or name.replace("_", " ")
     if not is_flag and "default:" not in words and field.default is not None:
-        words += f"; default: {dump_inline(field.default)}"
+        words += f"; default: {_default(field.default)}"
     words = words.replace("; default:", ". Default:")
     option = typer.Option(
         _flag(name),
@@ -280,6 +279,11 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         default=None,
         annotation=Annotated[bool | None if is_flag else str | None, option],
     )
+
+
+def _default(value: Any) -> str:
+    """A default as YAML; numbers and words look the same there and in JSON, but for the quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _metavar(field: FieldInfo) -> str:

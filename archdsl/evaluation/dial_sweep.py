@@ -26,7 +26,7 @@ from archdsl.evaluation.evaluate import (
     score_batch,
     scored_windows,
 )
-from archdsl.lang.spec import Strict
+from archdsl.lang.strict import Strict
 from archdsl.model.compute_meter import Meter, metered
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.loop import DialError

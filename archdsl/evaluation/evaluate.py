@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from archdsl.data.types import IGNORE, Batch, Data, HeldOut
 from archdsl.errors import ArchdslError
-from archdsl.lang.spec import ModelSpec, Strict
+from archdsl.lang.spec import ModelSpec
+from archdsl.lang.strict import Strict
 from archdsl.model.language_model import LanguageModel
 
 

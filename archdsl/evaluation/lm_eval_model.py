@@ -45,7 +45,7 @@ from archdsl.evaluation.lm_eval_tasks import SEED, TaskError, Tasks
 from archdsl.files import write_text
 from archdsl.generation.generate import generate
 from archdsl.generation.sampling_config import Sampling
-from archdsl.lang.spec import Strict
+from archdsl.lang.strict import Strict
 from archdsl.model.compute_meter import metered
 from archdsl.model.language_model import LanguageModel
 

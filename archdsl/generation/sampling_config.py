@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from archdsl.lang.spec import Strict
+from archdsl.lang.strict import Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

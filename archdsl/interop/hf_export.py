@@ -32,7 +32,8 @@ from archdsl.files import atomic_folder
 from archdsl.interop.hf_model import ArchdslCache, ArchdslConfig, ArchdslForCausalLM
 from archdsl.interop.source_bundle import bundle
 from archdsl.lang.registry import families
-from archdsl.lang.spec import Part, Strict, walk
+from archdsl.lang.spec import Part, walk
+from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from archdsl.blocks.stack import StackSpec
 from archdsl.blocks.step_encoding import ScaleSpec
 from archdsl.errors import ArchdslError, Problem, SpecError, describe
 from archdsl.lang.source import Path, Tree, dotted, from_value
-from archdsl.lang.spec import BlockSpec, ModelSpec, Strict, parse_spec, to_tree, walk
+from archdsl.lang.spec import BlockSpec, ModelSpec, parse_spec, to_tree, walk
+from archdsl.lang.strict import Strict
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint
 from archdsl.model.language_model import LanguageModel

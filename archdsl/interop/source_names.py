@@ -32,7 +32,7 @@ class Name(NamedTuple):
 
 NODE = Name("archdsl.interop.plain_spec", "Node")
 REPLACED = dict.fromkeys(
-    [Name("archdsl.lang.spec", "Strict"), Name("archdsl.lang.spec", "Part")], NODE
+    [Name("archdsl.lang.strict", "Strict"), Name("archdsl.lang.spec", "Part")], NODE
 )
 
 

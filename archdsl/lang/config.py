@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from archdsl.errors import Problem, SpecError
 from archdsl.lang import source
-from archdsl.lang.spec import Budget, Strict
+from archdsl.lang.spec import Budget
+from archdsl.lang.strict import Strict
 
 Config = TypeVar("Config", bound=Strict)
 

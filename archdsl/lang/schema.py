@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from archdsl.lang import spec
+from archdsl.lang import spec, strict
 from archdsl.lang.distributions import Choice, Fit, Range
 from archdsl.lang.registry import families
-from archdsl.lang.spec import ModelSpec, Part, Strict
+from archdsl.lang.spec import ModelSpec, Part
+from archdsl.lang.strict import Strict
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -41,7 +42,7 @@ class Generator(GenerateJsonSchema):
         """Overrides pydantic's schema of a field that has a validator before its type check."""
         inner = super().function_before_schema(schema)
         match schema["function"]["function"]:
-            case spec._size:
+            case strict._size:
                 return {"anyOf": [inner, {"type": "string", "pattern": SIZE}]}
             case spec._per_step:
                 return {"anyOf": [inner["items"], inner]}

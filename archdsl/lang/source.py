@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 from archdsl.errors import Position, Problem, SpecError, describe, did_you_mean
@@ -40,7 +38,6 @@ __all__ = [
     "merge",
     "override",
     "parse",
-    "parse_size",
     "put",
     "read",
     "read_file",
@@ -57,9 +54,6 @@ TEXT = re.compile(r"\n|:\s")  # every YAML text of a spec has one, and hardly an
 OPEN_VALUES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
 INDEX = re.compile("0|[1-9][0-9]{0,5}")
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "p": 10**15}
-UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:e\+?\d\d?)?) ?([a-z]*)", re.IGNORECASE | re.ASCII)
 
 
 def shipped_specs() -> dict[str, pathlib.Path]:
@@ -367,27 +361,3 @@ def _merge(base: Any, patch: Any) -> Any:
     return base | {
         key: _merge(base[key], item) if key in base else item for key, item in patch.items()
     }
-
-
-def parse_size(value: object) -> int:
-    """Converts a size such as ``162M``, ``1.2B``, ``8k``, ``64KiB`` or ``2e9`` to an int.
-
-    k, M, B (or G), T and P are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024. Upper and
-    lower case are the same. Raises ValueError if the value is not a whole number of zero or more.
-    """
-    size = _size(value)
-    if size is None or size < 0 or size.denominator != 1:
-        wanted = "a whole number, also written as 162M, 1.2B, 8k or 64KiB"
-        raise ValueError(f"must be {wanted}; got {describe(value)}")
-    return int(size)
-
-
-def _size(value: object) -> Fraction | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Fraction(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return Fraction(value)
-    if isinstance(value, str) and (found := SIZE.fullmatch(value.strip())):
-        unit = UNITS.get(found[2].casefold())
-        return Fraction(found[1]) * unit if unit else None
-    return None

@@ -12,22 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
     PlainSerializer,
     SerializeAsAny,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from archdsl.errors import Problem, SpecError, describe, did_you_mean
 from archdsl.lang import registry, source
-from archdsl.lang.messages import explain
+from archdsl.lang.strict import Size, Strict, validation_error
 
 if TYPE_CHECKING:
     from archdsl.costs.activations import Footprint, Rows
@@ -37,52 +34,6 @@ if TYPE_CHECKING:
 Path = tuple[str | int, ...]
 
 MAX_NODES = 10_000  # blocks that run in one forward pass, with every repeat and step counted
-
-
-class Strict(BaseModel):
-    """The base of all validated data: immutable, strict in types, without unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        defer_build=True,  # validators are built only for the kinds that a spec uses
-    )
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _rewrite_errors(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(value)
-        except ValidationError as error:
-            # `from None`, because the rewritten error has all information of the first one
-            problems = explain(error, cls.model_fields)
-            raise _validation_error(
-                [(_as_written(path, value), why) for path, why in problems]
-            ) from None
-
-
-def _as_written(path: Path, value: Any) -> Path:
-    """Removes the list index from the path of a per-step value that was written as one number."""
-    if not isinstance(value, Mapping) or len(path) < 2 or path[1] != 0:
-        return path
-    return path if isinstance(value.get(path[0]), list | tuple) else path[:1] + path[2:]
-
-
-def _validation_error(problems: list[tuple[Path, str]]) -> ValidationError:
-    """Makes one pydantic error from pairs of (path, message)."""
-    return ValidationError.from_exception_data(
-        "spec",
-        [
-            InitErrorDetails(
-                type=PydanticCustomError("archdsl", "{message}", {"message": message}),
-                loc=path,
-                input=None,
-            )
-            for path, message in problems
-        ],
-    )
 
 
 class Sizes(NamedTuple):
@@ -209,7 +160,7 @@ def slot(family: str, default: str | None = None) -> Any:
             message = f"{found} of {family}{hint}; known kinds: {', '.join(sorted(known))}"
             if kind is not None and not hint:
                 message = f"{message}; {registry.how_to_load()}"
-            raise _validation_error([(("kind",) if "kind" in value else (), message)])
+            raise validation_error([(("kind",) if "kind" in value else (), message)])
         return known[kind].model_validate(value)
 
     return BeforeValidator(by_kind, json_schema_input_type=Any)
@@ -222,14 +173,6 @@ AnyBlock = Annotated[
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _size(value: Any) -> Any:
-    return source.parse_size(value) if isinstance(value, str | float) else value
-
-
-Size = Annotated[int, BeforeValidator(_size)]
-"""A whole number that may be written as 162M, 4k or 64KiB."""
 
 
 def _per_step(value: Any) -> Any:
@@ -301,7 +244,7 @@ class ModelSpec(Strict):
         total = sum(block.nodes for block in self.blocks)
         if total > MAX_NODES:
             found = f"{min(total, 10**18):,} with every repeat and step counted"
-            raise _validation_error(
+            raise validation_error(
                 [(("blocks",), f"must run at most {MAX_NODES:,} blocks, got {found}")]
             )
         problems = [
@@ -310,7 +253,7 @@ class ModelSpec(Strict):
             for inner, message in part.conflicts(self.dim)
         ]
         if problems:
-            raise _validation_error(problems)
+            raise validation_error(problems)
         return self
 
     def with_copies(self) -> ModelSpec:

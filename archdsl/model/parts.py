@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from torch import nn
 
-from archdsl.lang.spec import BlockSpec, Part, Path, Strict
+from archdsl.lang.spec import BlockSpec, Part, Path
+from archdsl.lang.strict import Strict
 from archdsl.nn.block import Primitive
 from archdsl.nn.loop import Loop
 

@@ -14,7 +14,8 @@ from archdsl.errors import Problem, SpecError, did_you_mean
 from archdsl.lang.registry import families
 from archdsl.lang.schema import SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
-from archdsl.lang.spec import Part, Strict, to_tree
+from archdsl.lang.spec import Part, to_tree
+from archdsl.lang.strict import Strict
 from archdsl.reports.tables import TwoColumns
 
 

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.source import dump_inline
-from archdsl.lang.spec import ModelSpec, Path, Strict, to_tree
+from archdsl.lang.spec import ModelSpec, Path, to_tree
+from archdsl.lang.strict import Strict
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.tables import TwoColumns, short
 

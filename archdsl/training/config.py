@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from archdsl.lang.spec import Strict
+from archdsl.lang.strict import Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

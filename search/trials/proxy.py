@@ -18,7 +18,8 @@ from archdsl import __version__
 from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.lang.plugin_sources import plugin_digests
-from archdsl.lang.spec import ModelSpec, Sizes, Strict
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.lang.strict import Strict
 from archdsl.model.build import build
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
 from archdsl.search.trials.result_store import StoredRun

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from archdsl.costs.receipt import sequence_cost
 from archdsl.files import remove_folder, write_text
-from archdsl.lang.spec import Strict
+from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import CheckpointError, load_training, load_weights, save_checkpoint
 from archdsl.search.trials.curve import Curve
 from archdsl.search.trials.proxy_scoring import HeldOutScores, held_out
