@@ -123,7 +123,7 @@ def search(
             del words[name]
     return run_search(
         _config(config, words),
-        space=space,
+        space=None if isinstance(space, str) else space,
         overrides=overrides,
         budget=budget if isinstance(budget, Budget) else None,
         proxy=proxy if isinstance(proxy, Proxy) else None,

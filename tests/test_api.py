@@ -145,7 +145,9 @@ def test_a_search_takes_a_config_and_what_replaces_it(
 ) -> None:
     (tmp_path / "search.yaml").write_text("space: itt\nbudget: 20M\nseeds: 5\n")
     for config in (tmp_path / "search.yaml", SearchConfig(space="itt", budget=20_000_000, seeds=5)):
-        seen = called(monkeypatch, config=config, budget="10M")["config"]
+        asked = called(monkeypatch, config=config, budget="10M")
+        seen = asked["config"]
+        assert asked["space"] is None  # the space is that of the config
         assert (seen.space, seen.budget, seen.seeds) == ("itt", 10_000_000, 5)
 
 
