@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 import archdsl
@@ -54,6 +54,9 @@ def is_its_definition(random: ModelSpec) -> None:
     model = archdsl.build(random).eval()
     naive.randomise(model)
     tokens_BT = torch.arange(2 * random.context).view(2, -1) % random.vocab_size
+    # a feed-forward without a norm squares its size in each pass of a loop, and above 1e102 the cube
+    # of 1 / size underflows in the backward pass of torch's RMSNorm
+    assume(bool(model.hidden(model.embedding(tokens_BT)).abs().max() < 1e90))
     weights = list(model.parameters())  # whose gradients are large where nothing is normed
     naive.agree(model(tokens_BT), naive.model(model, tokens_BT), weights, tolerance=1e-6)
 
@@ -167,7 +170,12 @@ def test_the_stream_after_each_layer_of_a_stack_is_returned() -> None:
     x = model.embedding(TOKENS)
     each: list[Tensor] = []
     last = model.hidden(x, each=each)
-    assert [type(layer).__name__ for layer in model.layers] == ["Layer", "Layer", "Layer", "Loop"]
+    assert [type(layer).__name__ for layer in model.layers] == [
+        "Layer",
+        "Layer",
+        "Layer",
+        "BodyLoop",
+    ]
     assert torch.equal(each[0], model.blocks[0](x, Context()))
     assert len(each) == 4
     assert torch.equal(each[-1], last)

@@ -158,7 +158,7 @@ def test_a_decision_that_a_crash_prevented_is_made_by_the_next_process() -> None
     trial = first.study.take(lambda number: True)
     assert trial is not None
     for loss in (2.0, 1.5):  # all rungs, and then it crashes
-        first.study.record_rung(trial, {"skill": score(loss)}, (loss,))
+        trial = first.study.record_rung(trial, {"skill": score(loss)}, (loss,))
     first.study.release(trial)
     again = JobFailed("error", "it was trained again")
     second = scheduler(lambda n, rung: again, trials=1, storage=storage)

@@ -175,7 +175,9 @@ def test_one_in_which_nothing_fits_names_the_closest_and_what_would_help(
 def test_the_shipped_space_is_answered_for() -> None:
     tree = read("search")
     require_feasible(tree, Budget(params=162_000_000, kv=2**16))
-    with pytest.raises(NothingFitsError, match=r"no size fits: 64 is the least .* kv of at least"):
+    with pytest.raises(
+        NothingFitsError, match=r"no size fits: 64 is the smallest.* kv of at least"
+    ):
         require_feasible(tree, Budget(kv=100))
     assert try_point(
         tree, point_from(tree, lambda _, distribution: distribution.default), Budget()
