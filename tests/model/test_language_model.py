@@ -54,8 +54,8 @@ def is_its_definition(random: ModelSpec) -> None:
     model = archdsl.build(random).eval()
     naive.randomise(model)
     tokens_BT = torch.arange(2 * random.context).view(2, -1) % random.vocab_size
-    # a feed-forward without a norm squares its size in each pass of a loop, and above 1e102 the cube
-    # of 1 / size underflows in the backward pass of torch's RMSNorm
+    # a feed-forward without a norm squares its size in each pass of a loop; above 1e102 the cube of
+    # 1 / size underflows in the backward pass of torch's RMSNorm
     assume(bool(model.hidden(model.embedding(tokens_BT)).abs().max() < 1e90))
     weights = list(model.parameters())  # whose gradients are large where nothing is normed
     naive.agree(model(tokens_BT), naive.model(model, tokens_BT), weights, tolerance=1e-6)
