@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,9 +15,24 @@ class ArchdslError(Exception):
     """The base of all errors that a user can correct, such as a wrong spec or a missing file.
 
     The command line prints the message without a traceback and exits with ``exit_status``.
+    ``setting``: the name of the setting whose value has to be corrected, if it is one.
     """
 
     exit_status = 1
+    setting: str | None = None
+
+
+@contextmanager
+def blamed_on(setting: str) -> Iterator[None]:
+    """Inside, an error is the fault of that setting: `archdsl.lang.config.say_where` finds it.
+
+    For values that can only be found wrong when they are used, such as the name of a file.
+    """
+    try:
+        yield
+    except ArchdslError as error:
+        error.setting = error.setting or setting
+        raise
 
 
 @dataclass(frozen=True, order=True)

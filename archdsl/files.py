@@ -25,6 +25,15 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Creates the folder and those above it. Raises ArchdslError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ArchdslError(f"{path} cannot be used as a folder: {reason}") from None
+
+
 def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
     """Reads the JSON object in a file that may come from an untrusted source.
 

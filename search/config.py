@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from archdsl.lang.strict import Size, Strict
+from archdsl.errors import describe
+from archdsl.lang.strict import Size, Strict, validation_error
 
 if TYPE_CHECKING:
     from archdsl.lang.spec import Budget
@@ -40,7 +41,11 @@ def _duration(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str | os.PathLike) else value
+    if value is None:
+        return value
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"must be the path of a folder, got {describe(value)}")
+    return Path(value)
 
 
 def _comma_separated(value: Any) -> Any:
@@ -145,7 +150,10 @@ class SearchConfig(Strict):
 
     @model_validator(mode="after")
     def _counts_something(self) -> Self:
-        self.limits  # noqa: B018  raises ValueError
+        try:
+            self.limits  # noqa: B018  raises ValueError
+        except ValueError as error:
+            raise validation_error([(("budget_of",), str(error))]) from None
         return self
 
     @property

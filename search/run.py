@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from optuna.storages import BaseStorage
 
-from archdsl.errors import Problem, SpecError
-from archdsl.lang.config import check_config
+from archdsl.errors import ArchdslError, Problem, SpecError, blamed_on
+from archdsl.files import make_folder
+from archdsl.lang.config import check_config, say_where
 from archdsl.lang.load import budget_of, read
-from archdsl.lang.source import Tree, read_file
+from archdsl.lang.source import Tree, check_name, read_file
 from archdsl.lang.spec import Budget
 from archdsl.search.analysis.forecast import SearchForecast, forecast_search
 from archdsl.search.config import SECONDS, SearchConfig
@@ -121,16 +122,21 @@ def search(
     for name, kind in OBJECTS.items():
         if isinstance(words[name], kind):
             del words[name]
-    return run_search(
-        _config(config, words),
-        space=None if isinstance(space, str) else space,
-        overrides=overrides,
-        budget=budget if isinstance(budget, Budget) else None,
-        proxy=proxy if isinstance(proxy, Proxy) else None,
-        machine=machine,
-        watch=watch,
-        command=command,
-    )
+    tree = _tree(config, words)
+    try:
+        return run_search(
+            check_config(SearchConfig, tree),
+            space=None if isinstance(space, str) else space,
+            overrides=overrides,
+            budget=budget if isinstance(budget, Budget) else None,
+            proxy=proxy if isinstance(proxy, Proxy) else None,
+            machine=machine,
+            watch=watch,
+            command=command,
+        )
+    except ArchdslError as error:
+        say_where(error, tree)
+        raise
 
 
 OBJECTS: dict[str, type | tuple[type, ...]] = {
@@ -140,10 +146,8 @@ OBJECTS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _config(
-    base: SearchConfig | str | os.PathLike[str] | None, words: dict[str, Any]
-) -> SearchConfig:
-    """The config of a file or object, in which the words that are not defaults take their place."""
+def _tree(base: SearchConfig | str | os.PathLike[str] | None, words: dict[str, Any]) -> Tree:
+    """The settings of a file or object, in which words that are not defaults take their place."""
     tree = Tree({}, {})
     if isinstance(base, SearchConfig):
         tree = Tree(base.model_dump(exclude_unset=True), {})
@@ -154,7 +158,13 @@ def _config(
     positions = {
         path: at for path, at in tree.positions.items() if not path or path[0] not in given
     }
-    return check_config(SearchConfig, Tree(tree.value | given, positions))
+    return Tree(tree.value | given, positions)
+
+
+def _space(config: SearchConfig, overrides: Sequence[str]) -> Tree:
+    with blamed_on("space"):
+        check_name(config.space)
+    return read(config.space, overrides)
 
 
 def run_search(
@@ -172,14 +182,18 @@ def run_search(
 
     Raises SpecError, NothingFitsError, SearchFailedError or StorageError.
     """
-    settings = _settings(config, read(space or config.space, overrides), budget, proxy)
+    given = read(space, overrides) if space else _space(config, overrides)
+    settings = _settings(config, given, budget, proxy)
     require_feasible(settings.tree, settings.budget)
     tree, folder = settings.tree, config.out or Path("runs") / settings.name
     store = config.store or folder / "proxies"
     scorer: Scorer = SeparateTraining(settings.proxy, store, config.seed)
     if config.strategy == "shared":
         tree, scorer = supernet_space(tree, settings.proxy, store, config.seed, config.layouts)
-    claim_folder(folder, settings)
+    with blamed_on("out"):
+        claim_folder(folder, settings)
+    with blamed_on("store"):
+        make_folder(store)
     with opened(folder, config.storage, config.heartbeat) as (backend, mine):
         sampler = TrialSampler(tree, settings.budget, len(settings.axes), config.seed)
         study = Study(backend, settings.name, sampler, settings.axes, config.window)
@@ -204,13 +218,28 @@ def _settings(
     return Settings(
         tree,
         budget_of(tree, budget.with_limits(config.limits) if budget else config.limits),
-        proxy or Proxy.parse(config.proxy, config.data),
-        axes=parse_axes(config.objective),
+        proxy or _proxy(config),
+        axes=_axes(config),
         strategy=config.strategy,
         layouts=config.layouts,
         window=config.window,
         seed=config.seed,
     )
+
+
+def _proxy(config: SearchConfig) -> Proxy:
+    """The proxy of the config's words. Its data are loaded, once per process."""
+    with blamed_on("proxy"):
+        proxy = Proxy.parse(config.proxy, config.data)
+    with blamed_on("data"):
+        for task in proxy.tasks.values():
+            task.load()
+    return proxy
+
+
+def _axes(config: SearchConfig) -> tuple[str, ...]:
+    with blamed_on("objective"):
+        return parse_axes(config.objective)
 
 
 def _machine(config: SearchConfig) -> Machine:
@@ -222,13 +251,14 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
 
     Nothing is kept. Raises SpecError or NothingFitsError.
     """
-    tree = read(config.space, overrides)
+    tree, proxy = _space(config, overrides), _proxy(config)
+    _axes(config)  # which no forecast depends on, but which may be wrong
     with _machine(config).pool() as pool:
         return forecast_search(
             pool,
             tree,
             budget_of(tree, config.limits),
-            Proxy.parse(config.proxy, config.data),
+            proxy,
             seconds=config.time,
             trials=config.trials,
             seed=config.seed,
@@ -241,8 +271,10 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
 def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[BaseStorage, bool]]:
     """The storage of a study, and whether this process is the only one that uses it."""
     if url is not None:
+        with blamed_on("storage"):
+            backend = database(url, heartbeat)
         with database_errors(url):
-            yield database(url, heartbeat), False
+            yield backend, False
         return
     with exclusive(folder):
         yield journal(folder), True

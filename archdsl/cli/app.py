@@ -14,7 +14,7 @@ from typer.main import get_command
 import archdsl
 from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study
 from archdsl.cli import eval as evaluation
-from archdsl.cli.options import INTERRUPTED, PLAIN, Command, CommandGroup, with_options_of
+from archdsl.cli.options import INTERRUPTED, PLAIN, SETTINGS, Command, CommandGroup, with_options_of
 from archdsl.errors import ArchdslError
 
 COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
@@ -65,6 +65,10 @@ class Commands(CommandGroup):
         try:
             return super().invoke(ctx)
         except ArchdslError as error:
+            if settings := ctx.meta.get(SETTINGS):
+                from archdsl.lang.config import say_where
+
+                say_where(error, settings)
             print(error, file=sys.stderr)
             raise typer.Exit(error.exit_status) from None
         except KeyboardInterrupt as interrupt:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # no rich markup: help and errors are the same in a terminal, in a pipe and in a log
+SETTINGS = "archdsl.settings"  # where `config_from` leaves the tree of the settings for errors
+
 PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 Config = TypeVar("Config", bound="Strict")
@@ -329,6 +331,7 @@ def config_from(
             problems += [Problem("", found.message, flag) for found in error.problems]
         else:
             tree = source.put(tree, (name,), source.at_position(value, flag))
+    ctx.meta[SETTINGS] = tree
     try:
         config = check_config(kind, tree)
     except SpecError as error:

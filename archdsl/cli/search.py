@@ -20,7 +20,7 @@ from archdsl.cli.options import (
     print_json,
     print_parts,
 )
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, blamed_on
 
 if TYPE_CHECKING:
     from archdsl.search.config import SearchConfig
@@ -95,6 +95,10 @@ def search(
     config = config_from(ctx, config_class(), config_file, space=space)
     if plan and config.strategy == "shared":
         raise ArchdslError("--plan can forecast the strategy separate only, not shared")
+    from archdsl.lang.source import check_name
+
+    with blamed_on("space"):
+        check_name(config.space)
     check_and_start_server(config.space, overrides)
     if plan:
         _print_forecast(config, overrides, as_json)

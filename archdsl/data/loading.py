@@ -33,6 +33,7 @@ from archdsl.data.tokenizers import (
     vocab_size,
 )
 from archdsl.data.types import IGNORE, Batch, Data, DataError, HeldOut, Split
+from archdsl.errors import blamed_on
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,10 +121,12 @@ class TextData:
         tokens = self.tokens["train"]
         windows = (len(tokens) - 1) // context
         if windows == 0:
-            raise DataError(
+            message = (
                 f"the training text of {self.name} has {len(tokens)} tokens, "
                 f"too few for a context of {context}"
             )
+            with blamed_on("context"):
+                raise DataError(message)
         first = index * batch_size
         places = [divmod(n, windows) for n in range(first, first + batch_size)]
         window_B = np.array([_order(windows, seed, epoch)[place] for epoch, place in places])
@@ -218,7 +221,9 @@ class SkillData:
         self, split: Split, numbers: tuple[int, ...], batch_size: int, context: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if context < self.skill.length:
-            raise DataError(f"{self.name} needs a context of {self.skill.length}, got {context}")
+            message = f"{self.name} needs a context of {self.skill.length}, got {context}"
+            with blamed_on("context"):
+                raise DataError(message)
         # the seed begins with the split, so that the splits have different sequences
         rng = np.random.default_rng([1 + SPLITS.index(split), *numbers])
         return self.skill.generate(rng, batch_size)

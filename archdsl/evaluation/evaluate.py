@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archdsl.data.types import IGNORE, Batch, Data, HeldOut
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, blamed_on
 from archdsl.lang.spec import ModelSpec
 from archdsl.lang.strict import Strict
 from archdsl.model.language_model import LanguageModel
@@ -106,10 +106,12 @@ def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
             f"but {spec.name} has only a vocab_size of {spec.vocab_size:,}"
         )
     if context > spec.context:
-        raise ArchdslError(
+        message = (
             f"a context of {context:,} tokens was requested, "
             f"but {spec.name} takes at most {spec.context:,}"
         )
+        with blamed_on("context"):
+            raise ArchdslError(message)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from archdsl.errors import Problem, SpecError
+from archdsl.errors import ArchdslError, Problem, SpecError
 from archdsl.lang import source
 from archdsl.lang.spec import Budget
 from archdsl.lang.strict import Strict
@@ -25,6 +25,18 @@ def check_config(kind: type[Config], tree: source.Tree) -> Config:
         ) from None
 
 
+def say_where(error: ArchdslError, tree: source.Tree) -> None:
+    """Adds to an error that is `blamed_on` a setting where that setting stands in the tree.
+
+    So a value that is found wrong only when it is used has a line and a column as all others have.
+    """
+    name = error.setting
+    if name and name in tree.value and (position := tree.position((name,))):
+        message = str(error).removeprefix(f"{name}: ")
+        is_option = position.file.startswith("--")
+        error.args = (str(Problem("" if is_option else name, message, position)),)
+
+
 def budget_of_limits(
     budget: int | None = None,
     flops: int | None = None,
@@ -39,7 +51,7 @@ def budget_of_limits(
     limit on all parameters. Raises ValueError if ``budget_of`` is given without ``budget``.
     """
     if budget_of and budget is None:
-        raise ValueError("budget_of says what the budget counts, but no budget is given")
+        raise ValueError("says what the budget counts, but no budget is given")
     given: dict[str, int | None] = {"params": budget} if budget else {}
     if budget_of == "non_embedding":
         given = {"params": None, "non_embedding": budget}

@@ -53,6 +53,8 @@ def _message(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
         case "extra_forbidden":
             key = error["loc"][-1]
             return f"unknown key{did_you_mean(str(key), fields)}; known keys: {', '.join(fields)}"
+        case "missing" if isinstance(error["loc"][-1], int):
+            return "is missing: the list needs more entries"
         case "missing":
             description = fields[str(error["loc"][-1])].description
             return "is required" + (f": {description}" if description else "")

@@ -31,6 +31,7 @@ __all__ = [
     "Path",
     "Tree",
     "at_position",
+    "check_name",
     "dotted",
     "dump",
     "dump_inline",
@@ -123,6 +124,12 @@ def read(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Tree:
     if isinstance(spec, str) and _is_text(spec):
         return _whole(_mapping(parse(spec, "<text>"), "a spec"), pathlib.Path(), ())
     return _read(resolve(spec), ())
+
+
+def check_name(spec: str) -> None:
+    """Raises SpecError if ``spec`` is a name, and no file and no shipped spec has it."""
+    if not _is_text(spec):
+        resolve(spec)
 
 
 def read_file(path: str | os.PathLike[str], what: str) -> Tree:

@@ -10,13 +10,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from archdsl.lang.strict import Strict
+from archdsl.errors import describe
+from archdsl.lang.strict import Strict, validation_error
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"must be a list of two numbers, got {describe(value)}")
+    return tuple(value)
 
 
 class TrainConfig(Strict):
@@ -62,7 +65,7 @@ class TrainConfig(Strict):
             Annotated[Finite, Field(ge=0, lt=1)],
             Annotated[Finite, Field(ge=0, lt=1)],
         ],
-        BeforeValidator(_as_tuple),
+        BeforeValidator(_pair),
     ] = Field((0.9, 0.95), description="decay rates of the two moments of AdamW")
     clip: Finite | None = Field(
         1.0, gt=0, description="largest norm of the gradient; null: no limit"
@@ -102,9 +105,9 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Self:
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide batch_size, got {self.accumulate} and {self.batch_size}"
-            )
+            found = f"{self.accumulate} and {self.batch_size}"
+            message = f"accumulate must divide batch_size, got {found}"
+            raise validation_error([(("accumulate",), message)])
         return self
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from archdsl.data.types import IGNORE, Batch, Data
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, blamed_on
 from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate, seed_torch
 from archdsl.model.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
 from archdsl.model.language_model import LanguageModel
@@ -75,7 +75,8 @@ class Trainer:
         config: TrainConfig,
         start: Checkpoint | None = None,
     ) -> None:
-        self.device = _device(config.device)
+        with blamed_on("device"):
+            self.device = _device(config.device)
         self.context = config.context or model.spec.context
         check_data_fits(model.spec, data, self.context)
         self.model = model.to(self.device)
@@ -83,7 +84,8 @@ class Trainer:
         self.config = config
         self.start = start
         if config.only == "new":
-            _freeze_old_parameters(model, start)
+            with blamed_on("only"):
+                _freeze_old_parameters(model, start)
         self.optimizer = _optimizer(model, config)
         self.step = 0
         self.tokens = 0
@@ -331,7 +333,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ArchdslError(f"device {name!r}: no CUDA device is available; use cpu")
+        raise ArchdslError(f"device: {name}: no CUDA device is available; use cpu")
     return torch.device(name)
 
 

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 import archdsl
-from archdsl.files import write_text
+from archdsl.files import make_folder, write_text
 from archdsl.lang.load import load
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
@@ -78,6 +78,7 @@ def ablate(
     """
     model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
     folder = out or Path("runs") / f"{model.name}-ablation"
+    make_folder(folder)
     jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
     end = None if seconds is None else monotonic() + seconds
     interrupted = False
@@ -92,6 +93,5 @@ def ablate(
         for entry in entries(model, jobs, results)
     ]
     made = Ablation(folder, found, proxy, len(jobs) - len(results), interrupted)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "result.json", json.dumps(made.as_json(), indent=1))
     return made

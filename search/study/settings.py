@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archdsl.errors import ArchdslError
-from archdsl.files import write_text
+from archdsl.files import make_folder, write_text
 from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget
 from archdsl.search.trials.proxy import Proxy
@@ -62,9 +62,9 @@ class Settings:
 def claim_folder(folder: Path, settings: Settings) -> None:
     """Create the folder for these settings, or check that it was created for them.
 
-    Raises ArchdslError if it holds a search with other settings.
+    Raises ArchdslError if it holds a search with other settings, or cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / "settings.json"
     made_by = json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)
     if not file.exists():

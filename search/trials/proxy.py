@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from archdsl import __version__
 from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
+from archdsl.lang.messages import explain
 from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.lang.strict import Strict
@@ -112,7 +113,12 @@ class Proxy(Strict):
         given = dict(_sizes(part, text) for part in text.split(",")) if text else {}
         if steps := given.pop("steps", None):
             tasks = {name: task.up_to(steps) for name, task in tasks.items()}
-        return cls(**given, tasks=tasks)
+        try:
+            return cls(**given, tasks=tasks)
+        except ValidationError as error:
+            found = explain(error, cls.model_fields)
+            wrong = "; ".join(f"{'.'.join(map(str, path))}: {why}" for path, why in found)
+            raise ProxyError(f"proxy: {text}: {wrong}") from None
 
     @property
     def rungs(self) -> int:
@@ -132,7 +138,9 @@ class Proxy(Strict):
 
 def _sizes(part: str, text: str) -> tuple[str, int]:
     name, _, value = part.partition("=")
-    if name not in ("dim", "head_size", "repeat", "steps") or not re.fullmatch(r"\d{1,6}", value):
+    if name not in ("dim", "head_size", "repeat", "steps") or not re.fullmatch(
+        r"[1-9]\d{0,5}", value
+    ):
         raise ProxyError(
             f"proxy: {text}: {part!r} is not understood; write none, or some of "
             "dim=32,head_size=16,repeat=1,steps=300"
