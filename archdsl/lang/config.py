@@ -13,16 +13,28 @@ from archdsl.lang.strict import Strict
 
 Config = TypeVar("Config", bound=Strict)
 
+OF_SPECS = {"blocks", "extends"}  # every spec has one of these keys, and no config
+
 
 def check_config(kind: type[Config], tree: source.Tree) -> Config:
     """The config in a tree; raises SpecError with every problem and its position in the tree."""
     try:
         return kind.model_validate(tree.value)
     except ValidationError as error:
-        raise SpecError(
-            Problem(source.dotted(e["loc"]), e["msg"], tree.position(e["loc"]))
-            for e in error.errors(include_url=False, include_context=False)
-        ) from None
+        found = {e["loc"]: e["msg"] for e in error.errors(include_url=False, include_context=False)}
+    for key in tree.value.keys() & OF_SPECS & {path[0] for path in found if path}:
+        some = ", ".join(list(kind.model_fields)[:4])
+        message = (
+            f"this looks like a model spec, for it has the key {key!r}. A config has settings such "
+            f"as {some}. A spec is the argument of the command and does not go with --config"
+        )
+        raise SpecError(Problem("", message, tree.position((key,))))
+    if ("set",) in found:
+        found["set",] = "is no setting: write it into the spec, or give --set PATH=VALUE"
+    raise SpecError(
+        Problem(source.dotted(path), message, tree.position(path))
+        for path, message in found.items()
+    )
 
 
 def say_where(error: ArchdslError, tree: source.Tree) -> None:

@@ -11,6 +11,8 @@ from archdsl.lang import source, template
 from archdsl.lang.budget import describe_excess, excesses, largest_excess
 from archdsl.lang.spec import Budget, ModelSpec, parse_spec
 
+OWN_KEYS = {"name", "vocab_size", "dim", "blocks"}  # settings may have a context and a budget too
+
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -64,6 +66,13 @@ def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
             "is an overlay, which changes a trained model, and not a model. Use it with "
             f"archdsl retrofit CHECKPOINT {spec if isinstance(spec, str) else 'OVERLAY'} "
             "--out FOLDER"
+        )
+        raise SpecError(Problem("", message, tree.position(())))
+    if tree.value and not tree.value.keys() & OWN_KEYS:
+        message = (
+            "this does not look like a model spec, which has the keys name, vocab_size, context, "
+            f"dim and blocks, or extends another spec; got {', '.join(map(str, tree.value))[:200]}."
+            " A file of settings goes with --config"
         )
         raise SpecError(Problem("", message, tree.position(())))
     return tree

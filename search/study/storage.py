@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 from archdsl.errors import ArchdslError
 
 HEARTBEAT_SECONDS = 30  # a trial is stale when two heartbeats in a row are missing
+NO_URL = "URL"  # shown in place of a text that is no URL, as it may hold a password
 CONNECTION_TRIES = 5  # until another worker has made the tables of a new database
 
 
@@ -116,7 +117,11 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def _message(url: str, error: BaseException) -> str:
-    return f"storage: {_without_password(url)}: {str(error).strip().splitlines()[0]}"
+    shown = _without_password(url)
+    if shown == NO_URL:
+        wanted = "must be the URL of a database, such as postgresql+psycopg://user@host/name"
+        return f"storage: {wanted}"
+    return f"storage: {shown}: {str(error).strip().splitlines()[0]}"
 
 
 def _database(url: str, heartbeat: int) -> RDBStorage:
@@ -134,7 +139,7 @@ def _without_password(url: str) -> str:
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
-        return "URL"
+        return NO_URL
 
 
 class HeartbeatThread:

@@ -29,7 +29,7 @@ WRONG_IN_SEARCH = [
     ("proxy: dim", "1:8: proxy: dim: 'dim' is not understood"),
     ("proxy: steps=0", "1:8: proxy: steps=0: 'steps=0' is not understood"),
     ("proxy: head_size=1", "1:8: proxy: head_size=1: head_size: must be at least 2, got 1"),
-    ("storage: nosuch", "1:10: storage: "),
+    ("storage: nosuch", "1:10: storage: must be the URL of a database, such as postgresql+"),
     ("storage: mysql+nosuch://host/name", "1:10: storage: "),
     ("space: tinny", "1:8: space: tinny: no such file (did you mean 'tiny'?)"),
     ("space: .", "1:8: space: .: is a directory"),
@@ -118,3 +118,36 @@ def test_every_wrong_value_is_told_in_plain_words(kind: type[Strict]) -> None:
         assert len(told) > 4, name
         assert all(text.startswith(f"c.yaml:1:{len(name) + 3}: {name}") for text in told), told
         assert not [text for text in told if any(words in text for words in PYDANTIC)]
+
+
+def test_a_spec_that_is_given_as_a_config_is_recognised(cli: Cli) -> None:
+    Path("own.yaml").write_text("# mine\nextends: tiny\ndim: 32\n")
+    for command in (["search"], ["train", "tiny"]):
+        found = cli(*command, "--config", "own.yaml")
+        assert found.status == 2
+        assert found.err.startswith(
+            "own.yaml:2:10: this looks like a model spec, for it has the key 'extends'. "
+        )
+        assert "A spec is the argument of the command and does not go with --config" in found.err
+        assert found.err.count("\n") == 1
+    with pytest.raises(SpecError, match=r"^own\.yaml:2:10: this looks like a model spec"):
+        archdsl.search(config="own.yaml")
+
+
+def test_a_config_that_is_given_as_a_spec_is_recognised(cli: Cli) -> None:
+    Path("train.yaml").write_text("# mine\nsteps: 1\ncontext: 64\n")
+    for command in ("build", "train", "search", "ablate", "check"):
+        found = cli(command, "train.yaml")
+        assert found.status == 2
+        assert found.err.startswith("train.yaml:2:1: this does not look like a model spec, which")
+        assert "got steps, context. A file of settings goes with --config" in found.err
+        assert found.err.count("\n") == 1
+
+
+def test_a_config_sets_nothing_in_the_space(cli: Cli) -> None:
+    Path("search.yaml").write_text("set: {dim: 64}\nseed: x\n")
+    found = cli("search", "--config", "search.yaml").err.splitlines()
+    assert found == [
+        "search.yaml:1:6: set: is no setting: write it into the spec, or give --set PATH=VALUE",
+        "search.yaml:2:7: seed: must be a whole number, got 'x'",
+    ]
