@@ -14,9 +14,9 @@ from optuna.storages import BaseStorage
 from archdsl.errors import ArchdslError, Problem, SpecError, blamed_on
 from archdsl.files import make_folder
 from archdsl.lang.config import check_config, say_where
-from archdsl.lang.load import budget_of, read
+from archdsl.lang.load import Source, budget_of, read
 from archdsl.lang.source import Tree, check_name, read_file
-from archdsl.lang.spec import Budget
+from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.search.analysis.forecast import SearchForecast, forecast_search
 from archdsl.search.config import SECONDS, SearchConfig
 from archdsl.search.engine import VALIDATION_RUNS, Machine, SearchEngine, Watch
@@ -36,7 +36,7 @@ AS_TIME = -1.0  # `seconds` was not given
 
 
 def search(
-    space: str | os.PathLike[str] | Mapping[str, Any] = "search",
+    space: Source = "search",
     *,
     overrides: Sequence[str] = (),
     budget: int | float | str | Budget | None = None,
@@ -78,7 +78,7 @@ def search(
     a report of what was found so far.
 
     Args:
-        space: A spec that leaves values open: a path, a shipped name, YAML text or a dict.
+        space: A spec that leaves values open: a path, a shipped name, YAML text, a dict or a spec.
         overrides: Values set in the space, such as ``"blocks.0.repeat=2"``.
         budget: Most parameters of a model, or a `Budget` with several limits.
         budget_of: What a number as ``budget`` counts: all parameters (default), or those outside
@@ -119,6 +119,8 @@ def search(
     words = {name: value for name, value in locals().items() if name in SearchConfig.model_fields}
     if seconds != AS_TIME:
         words["time"] = seconds
+    if not isinstance(space, str | OBJECTS["space"]):
+        read(space)  # raises SpecError, which says what a space can be
     for name, kind in OBJECTS.items():
         if isinstance(words[name], kind):
             del words[name]
@@ -139,8 +141,8 @@ def search(
         raise
 
 
-OBJECTS: dict[str, type | tuple[type, ...]] = {
-    "space": (Mapping, os.PathLike),
+OBJECTS: dict[str, Any] = {
+    "space": Mapping | os.PathLike | ModelSpec,
     "budget": Budget,
     "proxy": Proxy,
 }
@@ -170,7 +172,7 @@ def _space(config: SearchConfig, overrides: Sequence[str]) -> Tree:
 def run_search(
     config: SearchConfig,
     *,
-    space: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    space: Source | None = None,
     overrides: Sequence[str] = (),
     budget: Budget | None = None,
     proxy: Proxy | None = None,

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import archdsl
-from archdsl.errors import SpecError
+from archdsl.data.types import DataError
+from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.spec import Budget
 from archdsl.search.config import SearchConfig
 from archdsl.search.trials.proxy import Proxy
+from archdsl.training.config import TrainConfig
 from tests.cli.command import Cli
 from tests.search.test_search import PROXY, SPACE, go
 
@@ -50,6 +52,75 @@ def test_a_spec_is_a_path_a_name_a_text_or_a_mapping(tmp_path: Path) -> None:
     for spec in (tmp_path / "mine.yaml", str(tmp_path / "mine.yaml"), YAML, "extends: itt\n"):
         assert archdsl.load(spec, overrides=["context=512"]) == expected
     assert archdsl.load({"extends": "itt", "set": {"context": 512}}) == expected
+
+
+NO_SPECS: list[Any] = ["", None, 3, [1], b"itt"]
+
+
+@pytest.mark.parametrize("function", ["load", "cost", "build", "check", "search"])
+@pytest.mark.parametrize("given", NO_SPECS, ids=repr)
+def test_what_can_be_no_spec_is_told_what_a_spec_is(function: str, given: Any) -> None:
+    with pytest.raises(SpecError) as error:
+        getattr(archdsl, function)(given)
+    assert "the path of a YAML file, the name of a shipped spec such as itt" in str(error.value)
+    assert str(error.value).endswith(f"got {given!r}")
+
+
+@pytest.mark.parametrize("function", ["load", "cost", "build", "check", "search"])
+def test_a_mistyped_name_is_told_the_right_one(function: str) -> None:
+    with pytest.raises(SpecError, match=r"tinny: no such file \(did you mean 'tiny'\?\)"):
+        getattr(archdsl, function)("tinny")
+
+
+def test_a_name_stands_for_a_spec_in_every_function() -> None:
+    spec = archdsl.load("tiny")
+    assert archdsl.load(spec) == spec
+    assert archdsl.load(spec, overrides=["context=8"]).context == 8
+    for given in ("tiny", {"extends": "tiny"}, spec):
+        assert archdsl.cost(given) == archdsl.cost(spec)
+        assert archdsl.build(given).spec == spec
+    assert archdsl.check({"extends": "tiny", "context": 8}, seeds=1).passed
+
+
+def test_a_training_takes_a_name_and_tells_what_else_it_needs() -> None:
+    data, config = archdsl.load_data("skill:p-hop,hops=1,length=8,alphabet=3"), TrainConfig(steps=1)
+    config = config.model_copy(update={"context": 8, "batch_size": 1, "eval_tokens": 8})
+    assert archdsl.train("tiny", data, config).steps == 1
+    wrong: list[tuple[Any, Any, Any, str]] = [
+        ("tinny", data, config, "did you mean 'tiny'"),
+        ("tiny", "skill:p-hop", config, r"archdsl\.load_data\(SOURCE\) returns; got 'skill:p-hop'"),
+        ("tiny", data, {"steps": 1}, r"a TrainConfig is needed.*got \{'steps': 1\}"),
+    ]
+    for model, some_data, settings, message in wrong:
+        with pytest.raises(ArchdslError, match=message):
+            archdsl.train(model, some_data, settings)
+
+
+@pytest.mark.parametrize("given", ["tiny", None, "spec"])
+def test_what_needs_weights_takes_no_spec(given: Any) -> None:
+    model: Any = archdsl.load("tiny") if given == "spec" else given
+    shown = "a ModelSpec" if given == "spec" else repr(given)
+    data = archdsl.load_data("skill:p-hop")
+    for call in (
+        lambda: archdsl.evaluate(model, data),
+        lambda: archdsl.generate(model, [[1]]),
+    ):
+        with pytest.raises(ArchdslError) as error:
+            call()
+        assert "a model is needed, which archdsl.build(SPEC) returns" in str(error.value)
+        assert str(error.value).endswith(f"got {shown}")
+
+
+@pytest.mark.parametrize("given", ["", 3, b"text.txt"])
+def test_what_can_be_no_data_is_told_what_data_are(given: Any) -> None:
+    with pytest.raises(DataError, match=r"names no data; expected nothing \(the embedded corpus\)"):
+        archdsl.load_data(given)
+
+
+def test_the_folder_of_a_checkpoint_is_no_spec_but_holds_one(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("extends: tiny\n")
+    with pytest.raises(SpecError, match=r"is a directory, not a file; did you mean .*spec\.yaml\?"):
+        archdsl.load(tmp_path)
 
 
 def test_a_text_extends_what_the_working_directory_holds(

@@ -27,6 +27,7 @@ from archdsl.checks.invariants import (
 )
 from archdsl.checks.localise import WHOLE, Place, earlier, leaks, origins_of, places
 from archdsl.costs.receipt import sequence_cost
+from archdsl.lang.load import Source, as_spec
 from archdsl.lang.spec import ModelSpec, Part, Sizes, children, to_tree
 from archdsl.lang.strict import Strict
 from archdsl.model.build import build, meta_model
@@ -145,17 +146,19 @@ class DrawResult(NamedTuple):
         return any(gap.share == math.inf for gap in self.gaps.values())
 
 
-def check(subject: ModelSpec | LanguageModel, *, seeds: int = 3) -> Report:
+def check(subject: Source | LanguageModel, *, seeds: int = 3) -> Report:
     """Checks a spec or a model with ``seeds`` sets of random inputs, and of weights for a spec.
 
-    A model is checked at the setting of its compute dial, and left unchanged. A large one is
-    checked with one set of inputs.
+    ``subject``: a model, a spec, or anything that `archdsl.load` takes. A model is checked at the
+    setting of its compute dial, and left unchanged. A large one is checked with one set of inputs.
+    Raises SpecError if the spec is wrong.
 
     >>> import archdsl
-    >>> archdsl.check(archdsl.load("tiny", overrides=["context=8"]), seeds=1).verdict
+    >>> archdsl.check({"extends": "tiny", "context": 8}, seeds=1).verdict
     'tiny is causal, and its outputs are the same however its tokens arrive'
     """
-    if isinstance(subject, ModelSpec):
+    if not isinstance(subject, nn.Module):
+        subject = as_spec(subject)
         spec = _reduced(subject)
         model = meta_model(spec)
         plans = _plans(spec, seeds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import reprlib
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from archdsl.data.documents import SPLITS, TextSource, find_source
+from archdsl.data.documents import ACCEPTED, SPLITS, TextSource, find_source
 from archdsl.data.skills import Skill, parse_skill
 from archdsl.data.tokenizers import (
     Tokens,
@@ -45,7 +46,10 @@ HELD_OUT_SEQUENCES = 1024  # sequences in the validation and in the test split o
 
 
 def load_data(
-    source: str | None = None, *, tokenizer: str = "bytes", cache: Path | None = None
+    source: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: str = "bytes",
+    cache: Path | None = None,
 ) -> Data:
     """Loads text or a synthetic task for training and evaluation.
 
@@ -56,6 +60,9 @@ def load_data(
     $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if the source or the
     tokenizer is wrong, or if the cache cannot be written.
     """
+    if source is not None and (not isinstance(source, str | os.PathLike) or not os.fspath(source)):
+        raise DataError(f"{reprlib.repr(source)} names no data; {ACCEPTED}")
+    source = None if source is None else os.fspath(source)
     if source is not None and source.startswith("skill:"):
         return SkillData(parse_skill(source.removeprefix("skill:")))
     root = cache or _default_cache()

@@ -9,6 +9,7 @@ Shapes: B windows of a batch, W windows of a split, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from archdsl.data.types import IGNORE, Batch, Data, HeldOut
 from archdsl.errors import ArchdslError, blamed_on
 from archdsl.lang.spec import ModelSpec
 from archdsl.lang.strict import Strict
+from archdsl.model.build import require_model
 from archdsl.model.language_model import LanguageModel
 
 
@@ -76,7 +78,7 @@ def evaluate(
     routing. The mode of the model and the state of the random numbers are left unchanged. Raises
     ArchdslError if the data do not fit the model or the split has no target positions.
     """
-
+    require_model(model)
     context = context or model.spec.context
     check_data_fits(model.spec, data, context)
 
@@ -98,8 +100,12 @@ def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
     """Check that the model can read the data in windows of ``context`` tokens.
 
     Raises ArchdslError if the vocabulary of the data is larger than the model's, or the context is
-    longer than the model's.
+    longer than the model's, or if they are no data.
     """
+    if not hasattr(data, "vocab_size"):
+        raise ArchdslError(
+            f"data are needed, which archdsl.load_data(SOURCE) returns; got {reprlib.repr(data)}"
+        )
     if data.vocab_size > spec.vocab_size:
         raise ArchdslError(
             f"{data.name} has {data.vocab_size:,} different tokens, "

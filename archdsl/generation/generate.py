@@ -20,6 +20,7 @@ from archdsl.errors import ArchdslError
 from archdsl.generation.detokenize import StopStringFilter, StreamingDecoder
 from archdsl.generation.sampling import generators, probabilities, sample_tokens
 from archdsl.generation.sampling_config import Sampling
+from archdsl.model.build import require_model
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
 
@@ -163,6 +164,7 @@ def generation_runs(
     The parameters are those of `generate`. Raises GenerateError if the prompts or the tokenizer do
     not fit the model.
     """
+    require_model(model)
     tokens = _tokenized(prompts, tokenizer)
     _check(model, tokens, tokenizer, stop)
     size = batch_size or len(tokens)

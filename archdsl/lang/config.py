@@ -43,9 +43,9 @@ def say_where(error: ArchdslError, tree: source.Tree) -> None:
     So a value that is found wrong only when it is used has a line and a column as all others have.
     """
     name = error.setting
-    if name and name in tree.value and (position := tree.position((name,))):
-        message = str(error).removeprefix(f"{name}: ")
-        is_option = position.file.startswith("--")
+    if name and name in tree.value:
+        position, message = tree.position((name,)), str(error).removeprefix(f"{name}: ")
+        is_option = position is not None and position.file.startswith("--")
         error.args = (str(Problem("" if is_option else name, message, position)),)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from archdsl.errors import Problem, SpecError
 from archdsl.lang import source, template
 from archdsl.lang.budget import describe_excess, excesses, largest_excess
-from archdsl.lang.spec import Budget, ModelSpec, parse_spec
+from archdsl.lang.spec import Budget, ModelSpec, parse_spec, to_tree
 
 OWN_KEYS = {"name", "vocab_size", "dim", "blocks"}  # settings may have a context and a budget too
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
+Source = ModelSpec | str | os.PathLike[str] | Mapping[str, Any]
+"""All that stands for a spec, in every function that takes one: see `load`."""
 
 
 class NoFitError(SpecError):
@@ -37,13 +38,14 @@ def load(
 
     Args:
         spec: The path of a YAML file, the name of a shipped spec such as ``"itt"``, a YAML text,
-            or a dict.
+            a dict, or a spec. All functions that take a spec take any of these.
         overrides: Values to set in it, such as ``"blocks.0.repeat=2"``.
         budget: Limits that replace the same limits of the spec. A ``fit`` value becomes the
             largest size that keeps to all limits.
 
     Raises:
-        SpecError: The spec is wrong; the error has every problem and its place in the file.
+        SpecError: The spec is wrong, or there is none of that name; the error has every problem
+            and its place in the file.
 
     >>> import archdsl
     >>> archdsl.load("itt", overrides=["context=2048"]).context
@@ -60,6 +62,8 @@ def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
 
     Values that are searched or fitted stay as they are written. Raises SpecError.
     """
+    if isinstance(spec, ModelSpec):
+        return source.override(source.from_value(to_tree(spec), f"spec {spec.name}"), overrides)
     tree = source.override(source.read(spec), overrides)
     if "loop" in tree.value and "blocks" not in tree.value:
         message = (
@@ -76,6 +80,11 @@ def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
         )
         raise SpecError(Problem("", message, tree.position(())))
     return tree
+
+
+def as_spec(spec: Source) -> ModelSpec:
+    """Returns the spec itself if it is one, else what `load` makes of it. Raises SpecError."""
+    return spec if isinstance(spec, ModelSpec) else load(spec)
 
 
 def budget_of(tree: source.Tree, given: Budget | None = None) -> Budget:

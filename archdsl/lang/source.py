@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +52,10 @@ MAX_LEVELS = 16
 MAX_NAME = 300
 MISSING = "no such file"
 OVERLAY = "-overlay"  # the end of the name of a file that changes a trained model
+FORMS = (
+    "the path of a YAML file, the name of a shipped spec such as itt, a YAML text, a dict, or what "
+    "archdsl.load returns"
+)
 TEXT = re.compile(r"\n|:\s")  # every YAML text of a spec has one, and hardly any file name
 OPEN_VALUES = {"search", "fit"}
 EXAMPLE = "blocks.0.repeat"
@@ -84,6 +89,8 @@ def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
     short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short]
+    if path.is_dir() and (path / "spec.yaml").is_file():
+        reason += f"; did you mean {path / 'spec.yaml'}?"
     if reason == MISSING:
         hint = did_you_mean(short, shipped)
         reason += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
@@ -121,13 +128,21 @@ def read(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Tree:
     """
     if isinstance(spec, Mapping):
         return _whole(from_value(spec, "the given mapping"), pathlib.Path(), ())
+    if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
+        raise _no_spec(spec)
     if isinstance(spec, str) and _is_text(spec):
         return _whole(_mapping(parse(spec, "<text>"), "a spec"), pathlib.Path(), ())
     return _read(resolve(spec), ())
 
 
+def _no_spec(found: object) -> SpecError:
+    return SpecError(Problem("", f"a spec is {FORMS}; got {reprlib.repr(found)}"))
+
+
 def check_name(spec: str) -> None:
     """Raises SpecError if ``spec`` is a name, and no file and no shipped spec has it."""
+    if not spec:
+        raise _no_spec(spec)
     if not _is_text(spec):
         resolve(spec)
 

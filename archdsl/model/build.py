@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from archdsl.costs.receipt import sequence_cost
 from archdsl.errors import ArchdslError
+from archdsl.lang.load import Source, as_spec
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
 
@@ -22,7 +24,7 @@ class TooLargeError(ArchdslError):
 
 
 def build(
-    spec: ModelSpec,
+    spec: Source,
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -30,20 +32,33 @@ def build(
 ) -> LanguageModel:
     """The model of a spec with initial weights. Equal seeds give equal bits.
 
-    Raises TooLargeError, before any memory is allocated, if the weights are larger than the memory
+    ``spec``: a spec, or anything that `archdsl.load` takes. Raises SpecError if it is wrong, and
+    TooLargeError, before any memory is allocated, if the weights are larger than the memory
     of this machine.
 
     >>> import archdsl
-    >>> model = archdsl.build(archdsl.load("tiny"))
+    >>> model = archdsl.build("tiny")
     >>> sum(p.numel() for p in model.parameters()) == archdsl.cost(model.spec).params
     True
     """
-    _refuse_what_cannot_fit(spec, dtype)
+    known = as_spec(spec)
+    _refuse_what_cannot_fit(known, dtype)
     with torch.device("cpu"), _default_dtype(dtype), _Undrawn():
-        model = LanguageModel(spec)
+        model = LanguageModel(known)
     with torch.no_grad():
         model.initialise(seed)
     return model.to(device)
+
+
+def require_model(found: object) -> None:
+    """Raises ArchdslError for anything but a model, for functions that need weights."""
+    if not isinstance(found, nn.Module):
+        is_plain = found is None or isinstance(found, str | bytes | int | float | list | dict)
+        shown = reprlib.repr(found) if is_plain else f"a {type(found).__name__}"
+        raise ArchdslError(
+            "a model is needed, which archdsl.build(SPEC) returns, or "
+            f"load_checkpoint(FOLDER).model from archdsl.model.checkpoint; got {shown}"
+        )
 
 
 def meta_model(spec: ModelSpec) -> LanguageModel:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from archdsl.costs.receipt import Receipt
 from archdsl.costs.receipt import cost as count
+from archdsl.lang.load import Source, as_spec
 from archdsl.reports import tables
 
 if TYPE_CHECKING:
@@ -59,16 +60,18 @@ class ShownReceipt(Receipt):
         return as_html(tables.receipt(self.spec, "node", self.spec.budget))
 
 
-def cost(spec: ModelSpec) -> ShownReceipt:
+def cost(spec: Source) -> ShownReceipt:
     """Returns what a model costs: parameters, FLOPs, KV cache and memory, without building it.
 
-    The result is a named tuple, which prints as the receipt that ``archdsl build`` prints.
+    ``spec``: a spec, or anything that `archdsl.load` takes. Raises SpecError if it is wrong. The
+    result is a named tuple, which prints as the receipt that ``archdsl build`` prints.
 
     >>> import archdsl
-    >>> receipt = archdsl.cost(archdsl.load("transformer"))
+    >>> receipt = archdsl.cost("transformer")
     >>> f"{receipt.matrices / 1e6:.1f}M"
     '162.0M'
     """
-    receipt = ShownReceipt(*count(spec))
-    receipt.spec = spec
+    model = as_spec(spec)
+    receipt = ShownReceipt(*count(model))
+    receipt.spec = model
     return receipt

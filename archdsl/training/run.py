@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from torch import nn
+
 from archdsl.data.types import Data
+from archdsl.errors import ArchdslError
 from archdsl.evaluation.evaluate import Evaluation
 from archdsl.files import JsonLines, remove_folder, remove_leftovers
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.load import Source
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_training, load_weights
 from archdsl.model.language_model import LanguageModel
@@ -50,7 +54,7 @@ class TrainResult:
 
 
 def train(
-    model: LanguageModel | ModelSpec | Checkpoint,
+    model: LanguageModel | Checkpoint | Source,
     data: Data,
     config: TrainConfig,
     out: Path | None = None,
@@ -58,8 +62,8 @@ def train(
 ) -> TrainResult:
     """Train to the last step of the config, and validate.
 
-    ``model``: a model, a spec (whose weights are initialised with the seed of the config) or a
-    checkpoint (whose weights a new run starts from).
+    ``model``: a model; a spec, or anything that `archdsl.load` takes (its weights are initialised
+    with the seed of the config); or a checkpoint (a new run starts from its weights).
     ``out``: a folder for metrics.jsonl, checkpoints/step-*/ and, at the end, final/; default:
     nothing is written. The same call resumes a run that was interrupted.
     ``progress``: show the progress on stderr.
@@ -68,8 +72,12 @@ def train(
 
     Raises TrainingDiverged if the loss, the gradient or the weights are not finite, or the loss
     stays far too high; RunMismatchError if ``out`` holds another run; CheckpointError if a
-    checkpoint cannot be read or written; ArchdslError if the data do not fit the model.
+    checkpoint cannot be read or written; SpecError if the spec is wrong; ArchdslError if the data
+    do not fit the model.
     """
+    if not isinstance(config, TrainConfig):
+        wanted = "a TrainConfig is needed, such as archdsl.training.config.TrainConfig(steps=100)"
+        raise ArchdslError(f"{wanted}; got {reprlib.repr(config)}")
     start = model if isinstance(model, Checkpoint) else None
     trainer = Trainer(_built(model, config.seed), data, config, start)
     validation = _resume(trainer, out) if out else None
@@ -80,10 +88,10 @@ def train(
     return TrainResult(trainer.model, trainer.step, validation, resumed_from)
 
 
-def _built(model: LanguageModel | ModelSpec | Checkpoint, seed: int) -> LanguageModel:
+def _built(model: LanguageModel | Checkpoint | Source, seed: int) -> LanguageModel:
     if isinstance(model, Checkpoint):
         return model.model
-    return build(model, seed=seed) if isinstance(model, ModelSpec) else model
+    return model if isinstance(model, nn.Module) else build(model, seed=seed)
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import archdsl
 from archdsl.files import make_folder, write_text
-from archdsl.lang.load import load
+from archdsl.lang.load import Source, load
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
     JobResult,
@@ -57,7 +57,7 @@ class Ablation:
 
 
 def ablate(
-    spec: str | os.PathLike[str],
+    spec: Source,
     *,
     overrides: Sequence[str] = (),
     proxy: Proxy | None = None,
