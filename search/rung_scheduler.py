@@ -99,7 +99,7 @@ class RungScheduler:
         if not jobs:
             time.sleep(SECONDS_BETWEEN_UPDATES)
         elif not any(trial_jobs.done for trial_jobs in self.active):
-            wait_for_any(jobs, SECONDS_BETWEEN_UPDATES)
+            wait_for_any([job for job in jobs if not job.done()], SECONDS_BETWEEN_UPDATES)
 
     def _next_rung(self, pool: Pool, trial: RunningTrial) -> None:
         jobs = {

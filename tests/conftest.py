@@ -8,10 +8,16 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
-settings.register_profile("archdsl", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "archdsl",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    phases=set(Phase) - {Phase.explain},  # which takes minutes after each failure
+)
 settings.load_profile("archdsl")
 
 

