@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archdsl.checks.check import check
 from archdsl.costs.receipt import cost, sequence_cost
+from archdsl.errors import did_you_mean
 from archdsl.lang.registry import families
 from archdsl.lang.source import parse
 from archdsl.lang.spec import ModelSpec, Part, parse_spec, walk
@@ -101,15 +102,25 @@ def small_model(*blocks: Mapping[str, Any], **fields: Any) -> ModelSpec:
 
 
 def _spec_of(kind: str, family: str | None) -> type[Part]:
-    found = [
-        known[kind]
-        for name, known in families().items()
-        if kind in known and family in (None, name)
-    ]
-    if len(found) != 1:
-        known = ", ".join(sorted({name for known in families().values() for name in known}))
-        raise ValueError(f"{kind!r} names {len(found)} kinds; give its family. Known: {known}")
-    return found[0]
+    """The spec class of a kind. Raises ValueError if there is none, or more than one."""
+    every = families()
+    if family is not None and family not in every:
+        known = ", ".join(sorted(every))
+        hint = did_you_mean(str(family), every)
+        raise ValueError(f"unknown family {family!r}{hint}; known families: {known}")
+    searched = {family: every[family]} if family else every
+    found = {name: kinds[kind] for name, kinds in searched.items() if kind in kinds}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        several = " and ".join(sorted(found))
+        raise ValueError(f"{kind!r} is a kind of {several}: say which, as in family={min(found)!r}")
+    names = sorted({name for kinds in searched.values() for name in kinds})
+    raise ValueError(
+        f"unknown kind {kind!r}{f' of {family}' if family else ''}{did_you_mean(str(kind), names)}"
+        f"; known kinds: {', '.join(names)}. A kind of your own is known once its module is "
+        "imported: import it in the test, or set ARCHDSL_PLUGINS to its name"
+    )
 
 
 # What is said of a kind
