@@ -86,10 +86,14 @@ def _print_version(wanted: bool) -> None:
 
 
 def _load_plugins(modules: Sequence[str] | None) -> None:
-    from archdsl.lang.registry import load_plugin
+    from archdsl.lang.registry import PluginError, load_plugin
 
     for module in modules or ():
-        load_plugin(module)
+        try:
+            load_plugin(module)
+        except PluginError as error:  # before the command, nobody else would print it
+            print(error, file=sys.stderr)
+            raise typer.Exit(error.exit_status) from None
 
 
 @app.callback()

@@ -203,11 +203,18 @@ def as_given(options: list[Any]) -> list[Any]:
     return options
 
 
+def plugin_option(ctx: Any) -> list[Any]:
+    """The option ``--plugin`` of ``archdsl`` itself, which the commands below it take as well."""
+    return [p for p in ctx.find_root().command.params if p.name == "plugin"]
+
+
 class CommandGroup(TyperGroup):
     """Commands below a name; the options of the group itself are flags and words."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return as_given(super().get_params(ctx))
+        """The group's own options, and ``--plugin`` if another group stands above it."""
+        above = plugin_option(ctx) if ctx.parent else []
+        return as_given([*above, *super().get_params(ctx)])
 
 
 class Command(TyperCommand):
@@ -220,9 +227,16 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        shared = [p for p in ctx.find_root().command.params if p.name == "plugin"]
         the_help = super().get_params(ctx)[len(self.params) :]
-        return [*self.params, *as_given([*shared, *the_help])]
+        return [*self.params, *as_given([*plugin_option(ctx), *the_help])]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command. A wrong plugin is told also where no kind would be asked for."""
+        if os.environ.get("ARCHDSL_PLUGINS"):
+            from archdsl.lang.registry import families
+
+            families()
+        return super().invoke(ctx)
 
 
 class ConfigCommand(Command):

@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from archdsl.errors import ArchdslError
@@ -32,7 +33,7 @@ _complete = False
 
 
 class PluginError(ArchdslError):
-    """A plugin that cannot be imported, or that defines a kind that exists already."""
+    """A plugin that cannot be imported, defines no kind, or one that exists already."""
 
     exit_status = 2
 
@@ -77,19 +78,28 @@ def kinds(family: str) -> Mapping[str, type[Part]]:
 def load_plugin(module: str) -> None:
     """Imports the plugin ``module``, here and in every process that this one starts from now on.
 
-    The module may also stand in the working directory. Raises PluginError if it cannot be imported.
+    The module may also stand in the working directory. Raises PluginError if the name is empty, or
+    if the module cannot be imported or defines no kind.
     """
-    chosen = _chosen()
-    if module not in chosen:
-        os.environ[VARIABLE] = ",".join([*chosen, module])
-    if _complete:  # otherwise it is imported when a kind is first asked for
-        _import(module, *_named(module))
+    if not module.strip(" ,"):
+        raise PluginError("--plugin needs the name of a Python module, such as my_blocks; got ''")
+    for name in filter(None, map(str.strip, module.split(","))):  # as in the variable
+        chosen = _chosen()
+        if name not in chosen:
+            os.environ[VARIABLE] = ",".join([*chosen, name])
+        if _complete:  # otherwise it is imported when a kind is first asked for
+            _import(name, *_named(name))
+
+
+def modules_of(specs: Iterable[type[Part]]) -> list[str]:
+    """The modules outside archdsl that define these kinds, sorted."""
+    modules = {spec.__module__ for spec in specs}
+    return sorted(module for module in modules if module.partition(".")[0] != "archdsl")
 
 
 def plugin_modules() -> list[str]:
     """The modules outside archdsl that have defined a kind, sorted."""
-    defined = {spec.__module__ for known in families().values() for spec in known.values()}
-    return sorted(module for module in defined if module.partition(".")[0] != "archdsl")
+    return modules_of(spec for known in families().values() for spec in known.values())
 
 
 def how_to_load() -> str:
@@ -138,3 +148,22 @@ def _import(module: str, name: str, remedy: str) -> None:
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"cannot import the plugin {name}: {reason}; {remedy}") from error
+    if not _has_kinds(module):
+        raise PluginError(
+            f"the plugin {name} defines no kind of block or of another part. A plugin is a module "
+            "that defines a subclass of BlockSpec with a field `kind`, or imports one: see "
+            "docs/extending.md"
+        )
+
+
+def _has_kinds(module: str) -> bool:
+    """Whether a kind is defined in the package of the module, or in one that the module imports."""
+    known = modules_of(spec for kinds in _families.values() for spec in kinds.values())
+    packages = {name.partition(".")[0] for name in known}
+    there = sys.modules[module]
+    imported = (
+        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        for value in vars(there).values()
+    )
+    used = {module, *(name for name in imported if isinstance(name, str))}
+    return any(name.partition(".")[0] in packages for name in used)

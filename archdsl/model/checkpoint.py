@@ -4,7 +4,8 @@
     spec.yaml               the model, as ``archdsl build`` takes it
     tokenizer.json          unless the data has none
     training.json, .safetensors     where training stood, if it is to go on
-    provenance.json         what made it, and the SHA-256 of each file above
+    provenance.json         what made it, the plugins that define its kinds, and the SHA-256 of each
+                            file above
 
 No file of it can carry code. It is written whole or not at all.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +31,11 @@ from torch import Tensor
 
 from archdsl import __version__
 from archdsl.data.types import Data
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, Position, Problem, SpecError
 from archdsl.files import atomic_folder, read_json
+from archdsl.lang.registry import how_to_load, modules_of, plugin_modules
 from archdsl.lang.source import read
-from archdsl.lang.spec import ModelSpec, parse_spec
+from archdsl.lang.spec import ModelSpec, parse_spec, walk
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
 
@@ -44,6 +47,8 @@ WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
     "provenance.json",
 )
 TENSORS, TRAINING = "training.safetensors", "training.json"
+
+MODULE = re.compile(r"[A-Za-z_]\w{0,99}(\.\w{1,99}){0,9}", re.ASCII)  # the name of a plugin
 
 State = Mapping[str, Any]  # tensors, and whatever JSON can hold
 
@@ -143,6 +148,7 @@ def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) ->
 
 
 def _about(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    plugins = modules_of(type(part) for _, part in walk(spec))
     return {
         "format": FORMAT,
         "archdsl": __version__,
@@ -150,6 +156,7 @@ def _about(folder: Path, spec: ModelSpec) -> dict[str, Any]:
         "python": platform.python_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "spec": spec.fingerprint(),
+        **({"plugins": plugins} if plugins else {}),
         "files": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
     }
 
@@ -165,12 +172,40 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkp
     Raises CheckpointError if the folder is no valid checkpoint, SpecError if its spec is wrong.
     """
     provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
-    spec = parse_spec(read(path / SPEC))
+    spec = _spec(path, provenance)
     # on the device meta first, so that a spec of another size costs no memory
     _check_shapes(path, meta_model(spec))
     model = build(spec, device=device)
     load_model(model, path / WEIGHTS, device=str(device))
     return Checkpoint(path, model, provenance)
+
+
+def _spec(path: Path, provenance: Mapping[str, Any]) -> ModelSpec:
+    """The spec in a checkpoint. If kinds of it are unknown, the error says which plugin has them.
+
+    A plugin that the checkpoint names is told to the user, who may trust it; it is never imported.
+    """
+    try:
+        return parse_spec(read(path / SPEC))
+    except SpecError as error:
+        if not any("unknown kind" in problem.message for problem in error.problems):
+            raise
+        place = Position(str(path / PROVENANCE), 0, 0)
+        advice = Problem("", _how_to_know(provenance.get("plugins")), place)
+        raise SpecError([*error.problems, advice]) from None
+
+
+def _how_to_know(named: object) -> str:
+    """What to do about unknown kinds. ``named``: the plugins that a checkpoint claims to need."""
+    modules = [str(one) for one in named] if isinstance(named, list) else []
+    loaded = plugin_modules()
+    missing = [one for one in modules if MODULE.fullmatch(one) and one not in loaded][:10]
+    if not missing:
+        return f"the model has kinds that are not part of archdsl; {how_to_load()}"
+    return (
+        f"the model has kinds of {', '.join(missing)}: if you trust that code, install its "
+        f"package, or name the module, as in --plugin {missing[0]}"
+    )
 
 
 def load_weights(path: Path, model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -176,3 +177,95 @@ def test_a_stored_result_belongs_to_the_source_of_its_blocks(
     plugin_sources._digest.cache_clear()  # as in another process
     assert plugin_digests(archdsl.load(spec(tmp_path, "nothing"))) != before
     assert plugin_digests(archdsl.load("tiny")) == {}
+
+
+def named(module: str) -> str:
+    return (
+        f"the plugin {module} defines no kind of block or of another part. A plugin is a module "
+        "that defines a subclass of BlockSpec with a field `kind`, or imports one: see "
+        "docs/extending.md"
+    )
+
+
+def test_a_plugin_that_defines_no_kind_is_an_error(install: Plugin) -> None:
+    install("empty", "from archdsl.lang.spec import BlockSpec\nimport json\n")
+    load_plugin("empty")
+    for _ in range(2):
+        with pytest.raises(PluginError) as error:
+            kinds("block")
+        assert str(error.value) == named("'empty' (named by --plugin or ARCHDSL_PLUGINS)")
+    os.environ[registry.VARIABLE] = ""
+    kinds("block")
+    with pytest.raises(PluginError, match=r"the plugin 'empty'.* defines no kind"):
+        load_plugin("empty")  # after the first question
+
+
+def test_an_installed_package_that_defines_no_kind_is_an_error(install: Plugin) -> None:
+    install("empty", "", "my-blocks")
+    with pytest.raises(PluginError) as error:
+        kinds("block")
+    assert str(error.value) == named("'mine' of the installed package my-blocks 1.2")
+
+
+def test_a_plugin_may_import_the_modules_that_define_its_kinds(install: Plugin) -> None:
+    install("one", PLUGIN.format(kind="one"))
+    install("two", PLUGIN.format(kind="two"))
+    install("both", "import one\nfrom two import NothingSpec\n")
+    load_plugin("one")
+    importlib.import_module("both")  # by the user's own script, before anything is asked
+    load_plugin("both")
+    assert {"one", "two"} <= kinds("block").keys()
+
+
+@pytest.mark.parametrize("name", ["", "  ", ","])
+def test_a_plugin_without_a_name_is_an_error(name: str) -> None:
+    with pytest.raises(PluginError, match=r"--plugin needs the name of a Python module"):
+        load_plugin(name)
+
+
+def test_an_empty_variable_names_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as ARCHDSL_PLUGINS=$ARCHDSL_PLUGINS,mine leaves it where nothing was set before
+    monkeypatch.setenv(registry.VARIABLE, " ,")
+    assert "loop" in kinds("block")
+
+
+def test_a_checkpoint_says_which_plugin_has_its_kinds(
+    install: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("mine", PLUGIN.format(kind="atention"))  # as a typing mistake would look
+    load_plugin("mine")
+    monkeypatch.setattr("archdsl.model.checkpoint.save_model", lambda _, file: Path(file).touch())
+    made = tmp_path / "made"
+    model = archdsl.build("tiny")
+    model.spec = archdsl.load(spec(tmp_path, "atention"))
+    save_checkpoint(made, model, tokenizer_from=None, provenance={})
+    assert json.loads((made / "provenance.json").read_text())["plugins"] == ["mine"]
+    monkeypatch.delenv(registry.VARIABLE)
+    registry._families["block"].pop("atention")
+    sys.modules.pop("mine")
+    with pytest.raises(SpecError) as error:
+        load_checkpoint(made)
+    assert "unknown kind 'atention' of block" in str(error.value)
+    assert str(error.value).startswith(
+        f"{made / 'provenance.json'}: the model has kinds of mine: if you trust that code, "
+        "install its package, or name the module, as in --plugin mine\n"
+    )
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize("told", [None, "evil", ["x; rm -rf ~", 3, "\x1b[2J"], {"a": 1}, 7, [[]]])
+def test_what_a_checkpoint_says_of_plugins_is_not_believed(
+    install: Plugin, tmp_path: Path, told: object
+) -> None:
+    made = tmp_path / "made"
+    save_checkpoint(made, archdsl.build("tiny"), tokenizer_from=None, provenance={"plugins": told})
+    (made / "spec.yaml").write_text(SPEC.replace("KIND", "unheard_of"))
+    about = json.loads((made / "provenance.json").read_text())
+    digest = hashlib.sha256((made / "spec.yaml").read_bytes()).hexdigest()
+    about["files"]["spec.yaml"] = digest
+    (made / "provenance.json").write_text(json.dumps(about))
+    with pytest.raises(SpecError) as error:
+        load_checkpoint(made)
+    assert "rm -rf" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert "the model has kinds that are not part of archdsl; a kind of another" in str(error.value)
