@@ -18,6 +18,7 @@ def let_idle_threads_sleep() -> None:
 
 
 def main() -> None:
+    """Runs the program: the entry point of ``archdsl`` and of ``python -m archdsl``."""
     let_idle_threads_sleep()
     # pydantic would look through all that is installed; its plugins, as tracers, are for services
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")

@@ -50,6 +50,7 @@ class Commands(CommandGroup):
         }
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Finds the command of a name, and makes its options only now."""
         name, command, rest = super().resolve_command(ctx, args)
         if name == "study":
             command = get_command(study.app)

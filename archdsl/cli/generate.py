@@ -38,6 +38,7 @@ MOST_NAMED = 4  # routed steps whose shares are printed one by one
 
 
 def config_class() -> type[Sampling]:
+    """The settings that are options of ``archdsl generate``."""
     from archdsl.generation.sampling_config import Sampling
 
     return Sampling

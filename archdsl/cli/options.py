@@ -193,6 +193,7 @@ class TextOption(TyperOption):
     """
 
     def process_value(self, ctx: Any, value: Any) -> Any:
+        """The value as it was given, or what the callback of the option makes of it."""
         return self.callback(ctx, self, value) if self.callback else value
 
 
@@ -221,12 +222,14 @@ class Command(TyperCommand):
     """A command that also takes ``--plugin``, which is an option of ``archdsl`` itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the arguments, unless a shell only asks for completions."""
         if ctx.resilient_parsing:  # completion asks for the options and not for their values
             ctx.params = dict.fromkeys(param.name for param in self.get_params(ctx))
             return []
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
+        """The command's own arguments and options, then ``--plugin`` and ``--help``."""
         the_help = super().get_params(ctx)[len(self.params) :]
         return [*self.params, *as_given([*plugin_option(ctx), *the_help])]
 
@@ -251,6 +254,7 @@ class ConfigCommand(Command):
 
     @cached_property
     def options(self) -> list[Any]:
+        """One option for each field of the config that the command does not declare itself."""
         own = {param.name for param in self.params}
         fields = {n: field for n, field in self.config().model_fields.items() if n not in own}
 
@@ -265,15 +269,18 @@ class ConfigCommand(Command):
         return list(get_command(alone).params)
 
     def get_params(self, ctx: Any) -> list[Any]:
+        """The command's own options, then those of the config, then those of all commands."""
         own = super().get_params(ctx)
         return [*own[: len(self.params)], *self.options, *own[len(self.params) :]]
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command; the values of the options of the config go to `config_from`."""
         ctx.obj = {option.name: ctx.params.pop(option.name) for option in self.options}
         return super().invoke(ctx)
 
 
 def with_options_of(config: Callable[[], type[Strict]]) -> type[ConfigCommand]:
+    """A kind of command that has an option for each field of the class that ``config`` returns."""
     return type("ConfigCommand", (ConfigCommand,), {"config": staticmethod(config)})
 
 
@@ -383,4 +390,5 @@ def print_parts(*parts: RenderableType) -> None:
 
 
 def print_json(value: Any) -> None:
+    """Prints to stdout as indented JSON. Raises ValueError for a number that is not finite."""
     print(json.dumps(value, indent=2, allow_nan=False))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def config_class() -> type[TrainConfig]:
+    """The settings that are options of ``archdsl train``."""
     from archdsl.training.config import TrainConfig
 
     return TrainConfig

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def config_class() -> type[SearchConfig]:
+    """The settings that are options of ``archdsl search``."""
     from archdsl.search.config import SearchConfig
 
     return SearchConfig

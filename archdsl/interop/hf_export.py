@@ -121,6 +121,7 @@ def in_transformers(model: LanguageModel) -> ArchdslForCausalLM:
 
 
 def config_of(model: LanguageModel) -> ArchdslConfig:
+    """The config of transformers for a model: its spec, and the classes that load it."""
     classes = {"AutoConfig": ArchdslConfig, "AutoModelForCausalLM": ArchdslForCausalLM}
     return ArchdslConfig(
         plain(model.spec),

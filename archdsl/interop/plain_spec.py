@@ -31,6 +31,10 @@ class Node:
 
     @classmethod
     def part(cls, family: str, value: Any) -> Any:
+        """The node of a part, a tuple for a list of parts, the value itself without a family.
+
+        Raises ValueError for a kind that the exported source does not hold.
+        """
         if isinstance(value, list):
             return tuple(cls.part(family, item) for item in value)
         if not family or value is None:

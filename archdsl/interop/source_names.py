@@ -27,6 +27,7 @@ class Name(NamedTuple):
 
     @property
     def package(self) -> str:
+        """The first part of the name of the module."""
         return self.module.partition(".")[0]
 
 
@@ -113,6 +114,7 @@ class Scoped(ast.NodeTransformer):
         self.local: set[str] = set()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Visits a function, inside which its parameters and variables hide global names."""
         outer, self.local = self.local, self.local | _bound(node)
         try:
             return self.generic_visit(node)
@@ -120,6 +122,7 @@ class Scoped(ast.NodeTransformer):
             self.local = outer
 
     def meaning(self, node: ast.Name) -> Name | None:
+        """What a name stands for here; None for a local or an unknown name."""
         return None if node.id in self.local else resolve(self.module, node.id)
 
 
@@ -132,23 +135,28 @@ class Reader(Scoped):
         self.words: set[str] = set()
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
+        """Notes what the name stands for."""
         if meaning := self.meaning(node):
             self.names.add(meaning)
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Notes the word after the dot, and what stands before it."""
         self.words.add(node.attr)
         return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
+        """Leaves out the annotation of a parameter."""
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        """Reads the value of an assignment without its annotation."""
         if node.value is not None:
             self.visit(node.value)
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Reads a function without the annotation of its result."""
         bare = copy.copy(node)
         bare.returns = None
         super().visit_FunctionDef(bare)
@@ -164,23 +172,27 @@ class Writer(Scoped):
         self.written = written
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
+        """Gives a global name the name that it has in the file."""
         meaning = self.meaning(node)
         if meaning in self.written:
             node.id = self.written[meaning]
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Drops imports of what the file holds, and an annotation that names what it does not."""
         if node.returns is not None and not self._known(node.returns):
             node.returns = None
         node.body = [one for one in node.body if not self._is_own_import(one)] or [ast.Pass()]
         return super().visit_FunctionDef(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
+        """Drops an annotation that names what is not in the file."""
         if node.annotation is not None and not self._known(node.annotation):
             node.annotation = None
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """Puts ``object`` in place of an annotation that names what is not in the file."""
         if not self._known(node.annotation):
             node.annotation = ast.Name("object")
         return self.generic_visit(node)

@@ -55,7 +55,7 @@ class LanguageModel(Primitive):
 
     if TYPE_CHECKING:
 
-        def __call__(
+        def __call__(  # noqa: D102  for type checkers alone
             self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
         ) -> Tensor: ...
 

@@ -67,7 +67,7 @@ class Block(Primitive):
 
     if TYPE_CHECKING:
 
-        def __call__(self, x_BTD: Tensor, ctx: Context) -> Tensor: ...
+        def __call__(self, x_BTD: Tensor, ctx: Context) -> Tensor: ...  # noqa: D102  for type checkers alone
 
 
 def normal_(weight: Tensor, std: float, rng: torch.Generator) -> None:

@@ -69,6 +69,7 @@ class Trial:
 
     @property
     def complete(self) -> bool:
+        """Whether the trial was trained on all rungs."""
         return self.outcome == "complete"
 
 

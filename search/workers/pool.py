@@ -45,9 +45,11 @@ class Pool(Protocol):
     """Something that does pieces of work, up to ``workers`` of them at once."""
 
     @property
-    def workers(self) -> int: ...
+    def workers(self) -> int:
+        """How many pieces of work run at once."""
 
-    def submit(self, work: Work[R]) -> Future[R]: ...
+    def submit(self, work: Work[R]) -> Future[R]:
+        """Start the work, or queue it; the future has its result or the error that it raised."""
 
 
 class InProcess:
