@@ -19,39 +19,43 @@ from archdsl.cli.options import (
 )
 from archdsl.cli.search import check_and_start_server
 
+ProxySizes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES|none",
+        help="Sizes of the small model that is trained in place of each model, for example "
+        "dim=32,head_size=16,repeat=1,steps=300; none: train the model itself.",
+    ),
+]
+Seeds = Annotated[
+    int, typer.Option(min=1, help="Number of seeds with which each model is trained.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of worker processes of one thread each. Default: one a core."),
+]
+Time = Annotated[
+    float | None,
+    typer.Option(
+        parser=duration,
+        metavar="TIME",
+        help="Start no new training after this long, for example 30m. Default: no limit.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
+]
+
 
 def ablate(
     spec: Spec,
     overrides: Overrides = None,
-    proxy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES|none",
-            help="Sizes of the small model that is trained in place of each model, for example "
-            "dim=32,head_size=16,repeat=1,steps=300; none: train the model itself.",
-        ),
-    ] = None,
+    proxy: ProxySizes = None,
     source: Source = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds with which each model is trained.")
-    ] = 3,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of worker processes of one thread each. Default: one a core."
-        ),
-    ] = None,
-    time: Annotated[
-        float | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            help="Start no new training after this long, for example 30m. Default: no limit.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
-    ] = None,
+    seeds: Seeds = 3,
+    workers: Workers = None,
+    time: Time = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each part of a model contributes.

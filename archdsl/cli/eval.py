@@ -173,15 +173,13 @@ def eval_(
             out,
         )
     else:
-        data = data_of(found, source)
         windows: dict[str, Any] = {"split": split, "batch_size": batch_size}
         windows |= {"context": context, "limit_tokens": tokens}
-        along = sweep or len(settings) > 1
-        answered = (
-            _along(found, data, settings, windows, plot)
-            if along
-            else _at(found, data, settings[0], windows)
-        )
+        data = data_of(found, source)
+        if sweep or len(settings) > 1:
+            answered = _along(found, data, settings, windows, plot)
+        else:
+            answered = _at(found, data, settings[0], windows)
     facts, shown = answered
     if as_json:
         print_json({"checkpoint": str(checkpoint)} | facts)

@@ -36,6 +36,47 @@ VISIBLE |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
 MOST_NAMED = 4  # routed steps whose shares are printed one by one
 
+Prompt = Annotated[
+    str,
+    typer.Argument(
+        help="The text to continue. - reads it from stdin. Default: begin a new document.",
+        show_default=False,
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Continue many prompts: one per line of a text file, or the key `prompt` of each "
+        "line of a .jsonl file. Prints one JSON object per line.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="With --prompts: write the JSON lines to this file, not to stdout."
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="With --prompts: number of prompts continued at once.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Stop where this text would begin, and do not print it. May be repeated.",
+    ),
+]
+MapFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--think-map",
+        metavar="FILE",
+        help="Write an HTML page that colours each token by its number of thinking steps.",
+    ),
+]
+
 
 def config_class() -> type[Sampling]:
     """The settings that are options of ``archdsl generate``."""
@@ -47,48 +88,14 @@ def config_class() -> type[Sampling]:
 def generate(
     ctx: typer.Context,
     checkpoint: CheckpointFolder,
-    prompt: Annotated[
-        str,
-        typer.Argument(
-            help="The text to continue. - reads it from stdin. Default: begin a new document.",
-            show_default=False,
-        ),
-    ] = "",
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Continue many prompts: one per line of a text file, or the key `prompt` of each "
-            "line of a .jsonl file. Prints one JSON object per line.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="With --prompts: write the JSON lines to this file, not to stdout."
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="With --prompts: number of prompts continued at once.")
-    ] = 8,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Stop where this text would begin, and do not print it. May be repeated.",
-        ),
-    ] = None,
+    prompt: Prompt = "",
+    file: PromptsFile = None,
+    out: Out = None,
+    batch_size: BatchSize = 8,
+    stop: Stop = None,
     capacity: Capacity = None,
     steps: Steps = None,
-    map_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--think-map",
-            metavar="FILE",
-            help="Write an HTML page that colours each token by its number of thinking steps.",
-        ),
-    ] = None,
+    map_file: MapFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text with a trained model.
@@ -127,11 +134,7 @@ def generate(
     else:
         print("\n".join(_lines(done)), file=sys.stderr)
     if map_file:
-        rows = [row for run in done for row in run.rows]
-        from archdsl.generation.think_map import think_map
-
-        setting = _setting(capacity, steps)
-        _write(map_file, think_map(rows, tokenizer, name=found.spec.name, setting=setting))
+        _write_map(map_file, done, tokenizer, _setting(capacity, steps))
 
 
 def _check(
@@ -289,6 +292,15 @@ def _setting(capacity: float | list[float] | None, steps: int | None) -> str:
         if value is not None
     ]
     return ", ".join(words) or "as trained"
+
+
+def _write_map(
+    path: Path, runs: Sequence[GenerationRun], tokenizer: Tokenizer, setting: str
+) -> None:
+    from archdsl.generation.think_map import think_map
+
+    rows = [row for run in runs for row in run.rows]
+    _write(path, think_map(rows, tokenizer, name=runs[0].model.spec.name, setting=setting))
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     from archdsl.training.config import TrainConfig
     from archdsl.training.run import TrainResult
 
+SpecOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC|CHECKPOINT",
+        help="A YAML file, the name of a shipped spec such as itt, or the folder of a checkpoint "
+        "to train further.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the run. Default: runs/ and the name of the spec.")
+]
+
 
 def config_class() -> type[TrainConfig]:
     """The settings that are options of ``archdsl train``."""
@@ -37,21 +49,11 @@ def config_class() -> type[TrainConfig]:
 
 def train(
     ctx: typer.Context,
-    spec: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPEC|CHECKPOINT",
-            help="A YAML file, the name of a shipped spec such as itt, or the folder of a "
-            "checkpoint to train further.",
-        ),
-    ],
+    spec: SpecOrCheckpoint,
     overrides: Overrides = None,
     source: Source = None,
     tokenizer: Tokenizer = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the run. Default: runs/ and the name of the spec."),
-    ] = None,
+    out: Out = None,
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:

@@ -30,6 +30,26 @@ from archdsl.errors import ArchdslError
 if TYPE_CHECKING:
     from archdsl.lang.spec import ModelSpec
 
+Convention = Annotated[
+    Literal["node", "paper"],
+    typer.Option(
+        help="How FLOPs are counted. node: exactly, node by node; paper: as Chen et al. "
+        "(2502.13842, Table 2) count them."
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="Count at this sequence length, for example 4k. Default: the context of the spec.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Write a checkpoint with initial weights to this folder.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the initial weights.")]
+
 
 class OverBudgetError(ArchdslError):
     """A model costs more than its budget allows."""
@@ -42,27 +62,11 @@ def build(
     budget_of: BudgetOf = None,
     flops: Flops = None,
     kv: KV = None,
-    convention: Annotated[
-        Literal["node", "paper"],
-        typer.Option(
-            help="How FLOPs are counted. node: exactly, node by node; paper: as Chen et al. "
-            "(2502.13842, Table 2) count them."
-        ),
-    ] = "node",
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            parser=size,
-            metavar="SIZE",
-            help="Count at this sequence length, for example 4k. Default: the context of the spec.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write a checkpoint with initial weights to this folder."),
-    ] = None,
+    convention: Convention = "node",
+    tokens: Tokens = None,
+    out: Out = None,
     tokenizer: Tokenizer = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
+    seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
