@@ -82,10 +82,11 @@ def test_a_name_stands_for_a_spec_in_every_function() -> None:
     assert archdsl.check({"extends": "tiny", "context": 8}, seeds=1).passed
 
 
-def test_a_training_takes_a_name_and_tells_what_else_it_needs() -> None:
+def test_a_training_takes_a_name_and_tells_what_else_it_needs(tmp_path: Path) -> None:
     data, config = archdsl.load_data("skill:p-hop,hops=1,length=8,alphabet=3"), TrainConfig(steps=1)
     config = config.model_copy(update={"context": 8, "batch_size": 1, "eval_tokens": 8})
-    assert archdsl.train("tiny", data, config).steps == 1
+    assert archdsl.train("tiny", data, config, str(tmp_path)).steps == 1
+    assert (tmp_path / "final" / "spec.yaml").exists()
     wrong: list[tuple[Any, Any, Any, str]] = [
         ("tinny", data, config, "did you mean 'tiny'"),
         ("tiny", "skill:p-hop", config, r"archdsl\.load_data\(SOURCE\) returns; got 'skill:p-hop'"),

@@ -345,7 +345,7 @@ def config_from(
     for name, text in (arguments | ctx.obj).items():
         if text is None:
             continue
-        flag = Position(_flag(name), 0, 0)
+        flag = Position(name.upper() if name in arguments else _flag(name), 0, 0)
         try:
             value = _value(text, kind.model_fields[name])
         except SpecError as error:
@@ -373,7 +373,7 @@ def _value(text: Any, field: FieldInfo) -> Any:
 
 def _without_path(problem: Problem) -> Problem:
     """A problem with an option, whose name says already which field is meant."""
-    if problem.position and problem.position.file.startswith("--"):
+    if problem.position and not problem.position.line:
         return Problem("", problem.message, problem.position)
     return problem
 

@@ -49,7 +49,7 @@ def load_data(
     source: str | os.PathLike[str] | None = None,
     *,
     tokenizer: str = "bytes",
-    cache: Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Data:
     """Loads text or a synthetic task for training and evaluation.
 
@@ -65,7 +65,7 @@ def load_data(
     source = None if source is None else os.fspath(source)
     if source is not None and source.startswith("skill:"):
         return SkillData(parse_skill(source.removeprefix("skill:")))
-    root = cache or _default_cache()
+    root = Path(cache) if cache else _default_cache()
     choice = tokenizer_key(tokenizer)
     try:
         text = find_source(source, root)

@@ -45,8 +45,8 @@ def say_where(error: ArchdslError, tree: source.Tree) -> None:
     name = error.setting
     if name and name in tree.value:
         position, message = tree.position((name,)), str(error).removeprefix(f"{name}: ")
-        is_option = position is not None and position.file.startswith("--")
-        error.args = (str(Problem("" if is_option else name, message, position)),)
+        of_command = position is not None and not position.line  # an option says its name itself
+        error.args = (str(Problem("" if of_command else name, message, position)),)
 
 
 def budget_of_limits(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -34,7 +35,7 @@ from archdsl.data.types import Data
 from archdsl.errors import ArchdslError, Position, Problem, SpecError
 from archdsl.files import atomic_folder, read_json
 from archdsl.lang.registry import how_to_load, modules_of, plugin_modules
-from archdsl.lang.source import read
+from archdsl.lang.source import read, shipped_specs
 from archdsl.lang.spec import ModelSpec, parse_spec, walk
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
@@ -98,7 +99,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     model: LanguageModel,
     *,
     tokenizer_from: Data | Path | None,
@@ -113,6 +114,7 @@ def save_checkpoint(
     whoever loads it is then told. Raises CheckpointError if the folder holds something else, or
     if it cannot be written.
     """
+    path = Path(path)
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not (path / PROVENANCE).is_file():
         raise CheckpointError(f"{path} exists and is no checkpoint; it is left as it is")
@@ -166,11 +168,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+) -> Checkpoint:
     """Reads the model of the folder, ready to use.
 
     Raises CheckpointError if the folder is no valid checkpoint, SpecError if its spec is wrong.
     """
+    path = Path(path)
     provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
     spec = _spec(path, provenance)
     # on the device meta first, so that a spec of another size costs no memory
@@ -252,6 +257,8 @@ def _verified(path: Path, *names: str) -> dict[str, Any]:
 
 
 def _not_one(path: Path) -> str:
+    if (path.is_file() and path.suffix == ".yaml") or str(path) in shipped_specs():
+        return f"{path} is a spec and no checkpoint: `archdsl train {path}` makes one of it"
     if not path.exists():
         return f"there is no checkpoint at {path}"
     inside = [found.parent for found in sorted(path.glob(f"*/{PROVENANCE}"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 import signal
@@ -57,7 +58,7 @@ def train(
     model: LanguageModel | Checkpoint | Source,
     data: Data,
     config: TrainConfig,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> TrainResult:
     """Train to the last step of the config, and validate.
@@ -78,13 +79,14 @@ def train(
     if not isinstance(config, TrainConfig):
         wanted = "a TrainConfig is needed, such as archdsl.training.config.TrainConfig(steps=100)"
         raise ArchdslError(f"{wanted}; got {reprlib.repr(config)}")
+    folder = None if out is None else Path(out)
     start = model if isinstance(model, Checkpoint) else None
     trainer = Trainer(_built(model, config.seed), data, config, start)
-    validation = _resume(trainer, out) if out else None
+    validation = _resume(trainer, folder) if folder else None
     resumed_from = trainer.step
     if validation is None:
         with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
-            validation = _run(trainer, Recorder(trainer, out, display, stop))
+            validation = _run(trainer, Recorder(trainer, folder, display, stop))
     return TrainResult(trainer.model, trainer.step, validation, resumed_from)
 
 

@@ -64,7 +64,7 @@ def ablate(
     seeds: int = 3,
     seconds: float | None = None,
     workers: int | None = None,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Ablation:
     """Train proxies of a model, of its baselines and of its ablations, and compare their losses.
@@ -77,7 +77,7 @@ def ablate(
     trainings and returns what is known so far. Raises SpecError if the spec is wrong.
     """
     model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
-    folder = out or Path("runs") / f"{model.name}-ablation"
+    folder = Path(out) if out else Path("runs") / f"{model.name}-ablation"
     make_folder(folder)
     jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
     end = None if seconds is None else monotonic() + seconds

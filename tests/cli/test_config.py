@@ -74,6 +74,7 @@ def test_a_forecast_tells_the_same(cli: Cli) -> None:
         (["--proxy", "dim"], "--proxy: dim: 'dim' is not"),
         (["--data", "nosuch.txt"], "--data: no file or folder 'nosuch.txt'"),
         (["--storage", "nosuch"], "--storage: "),
+        (["tinny"], "SPACE: tinny: no such file (did you mean 'tiny'?)"),
     ],
 )
 def test_an_option_that_replaces_it_is_named_instead(

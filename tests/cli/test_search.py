@@ -67,10 +67,10 @@ def test_a_search_passes_on_what_was_asked(cli: Cli, monkeypatch: pytest.MonkeyP
 
 def test_options_replace_the_settings_of_a_file(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.yaml").write_text("extends: search.yaml\n")
-    Path("search.yaml").write_text(
+    Path("settings.yaml").write_text(
         "space: mine.yaml\nbudget: 20M\ntime: 30m\nobjective: [loss, kv]\nseeds: 2\n"
     )
-    seen = asked(cli, monkeypatch, "--config", "search.yaml", "--seeds", "5")
+    seen = asked(cli, monkeypatch, "--config", "settings.yaml", "--seeds", "5")
     assert (seen.space, seen.budget, seen.time) == ("mine.yaml", 20_000_000, 1800)
     assert (seen.objective, seen.seeds) == ("loss,kv", 5)
 

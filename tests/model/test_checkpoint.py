@@ -223,3 +223,17 @@ def test_an_older_checkpoint_is_replaced_but_no_other_folder(saved: Path, tmp_pa
     with pytest.raises(CheckpointError, match="exists and is no checkpoint; it is left as it is"):
         save_checkpoint(tmp_path / "text", tiny(), tokenizer_from=None, provenance={})
     assert len(list((tmp_path / "text").iterdir())) == 3
+
+
+def test_a_folder_may_be_a_text(tmp_path: Path) -> None:
+    save_checkpoint(str(tmp_path / "made"), tiny(), tokenizer_from=None, provenance={})
+    assert torch.equal(load_checkpoint(str(tmp_path / "made")).model(TOKENS), tiny()(TOKENS))
+
+
+def test_a_spec_in_place_of_a_checkpoint_is_told_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: tiny\n")
+    for spec in (str(tmp_path / "mine.yaml"), "tiny"):
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(spec)
+        told = f"{spec} is a spec and no checkpoint: `archdsl train {spec}` makes one of it"
+        assert str(error.value) == told
