@@ -121,8 +121,8 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     sharing = draw(st.booleans()) and not has_loop(body)
     steps, full_steps = draw(st.integers(1, 4)), draw(st.integers(int(sharing), 3))
     tree: Tree = {"kind": "loop", "steps": steps, "full_steps": full_steps, "body": body}
+    tree["router"] = draw(st.none() | routers(max(0, steps - full_steps), draw(st.booleans())))
     slots = {
-        "router": st.none() | routers(max(0, steps - full_steps), draw(st.booleans())),
         "residual": RESIDUALS,
         "encoding": ENCODINGS,
         "injection": st.sampled_from([None, "add", "linear"]),
@@ -155,8 +155,11 @@ def blocks() -> st.SearchStrategy[Tree]:
     leaves = layers(bare()) | bare()
     inner = leaves | stacks(leaves) | loops(leaves)
     layered = layers(inner)
-    outer = loops(inner | layered) | stacks(inner | layered)
-    return leaves | loops(leaves) | layered | outer | loops(outer)
+    looped, stacked = loops(inner | layered), stacks(inner | layered)
+    # Loops stand first and leaves count as one alternative each, as most of what can go wrong is in
+    # loops; flattened, the many kinds of leaves would be drawn nine times as often.
+    unlooped = (leaves.map(dict), layered.map(dict))
+    return st.one_of(loops(leaves), looped, loops(looped | stacked), stacked, *unlooped)
 
 
 @st.composite

@@ -101,9 +101,9 @@ def test_any_spec_costs_what_is_counted(spec: ModelSpec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_any_of_200_specs_costs_what_is_counted(spec: ModelSpec) -> None:
+def test_any_of_100_specs_costs_what_is_counted(spec: ModelSpec) -> None:
     costs_what_is_counted(spec)
 
 
@@ -114,9 +114,9 @@ def test_any_spec_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_any_of_200_specs_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> None:
+def test_any_of_100_specs_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> None:
     reads_back_and_means_its_canonical_form(spec)
 
 

@@ -109,7 +109,7 @@ def test_each_seed_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def passes_or_is_named(spec: ModelSpec) -> None:
-    """On one draw of weights, as more structures say more than more draws: there are 200 below."""
+    """On one draw of weights, as more structures say more than more draws: there are 50 below."""
     report = check(spec, seeds=1)
     leaking = {node.path.removesuffix(".router") for node in outline(spec).walk() if node.leaks}
     assert {fault.place for fault in report.leaks} == leaking
@@ -125,11 +125,10 @@ def passes_or_is_named(spec: ModelSpec) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefix", "threshold", "predictor", "random"])
 def test_a_leaking_spec_passes_with_a_causal_router(kind: str) -> None:
-    spec = archdsl.load("itt", overrides=[f"blocks.0.body.1.router.kind={kind}"])
-    report = check(spec, seeds=1)
+    assert not tried(loop(TOP_K)).passed
+    report = tried(loop(TOP_K | {"kind": kind}))
     assert report.passed
     assert any("while it trains" in note for note in report.notes) == (kind == "predictor")
 
@@ -141,9 +140,9 @@ def test_any_spec_passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_any_of_200_specs_passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
+def test_any_of_50_specs_passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
     passes_but_for_its_leaking_routers(spec)
 
 

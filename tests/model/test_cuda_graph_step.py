@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,6 +66,7 @@ def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
     start = int(torch.randint(T + 1, (), generator=rng))
     with torch.no_grad(), model.causal_routing():
         whole_BTV = model(tokens_BT, mask_BT)
+        assume(bool(whole_BTV.isfinite().all()))  # sizes that overflow are no question of decoding
         grown, fixed = model.new_cache(T), model.new_cache(T)
         if start:
             for cache in (grown, fixed):
@@ -76,7 +77,7 @@ def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
             logits_BV = step(torch.where(real_B, tokens_BT[:, t], -1).tolist())
             shares, steps_BT = model.trace.shares, model.trace.steps_BT
             assert not any(math.isnan(share) for share in shares.values())
-            assert logits_BV.isfinite().all() or not whole_BTV.isfinite().all()
+            assert logits_BV.isfinite().all()
             assert gap(logits_BV[real_B], whole_BTV[real_B, t]).share < 1e-11
             now_BV = model(tokens_BT[:, t : t + 1], mask_BT[:, t : t + 1], grown)[:, -1]
             assert gap(logits_BV[real_B], now_BV[real_B]).share < 1e-11
@@ -98,9 +99,9 @@ def test_decoding_with_fixed_shapes_equals_normal_decoding_for_any_spec(spec: Mo
 
 
 @pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_decoding_with_fixed_shapes_equals_normal_decoding_for_300_specs(spec: ModelSpec) -> None:
+def test_decoding_with_fixed_shapes_equals_normal_decoding_for_120_specs(spec: ModelSpec) -> None:
     agrees_with_growing_decode_and_with_one_pass(spec)
 
 

@@ -170,9 +170,9 @@ def test_training_learns() -> None:
 
 @pytest.mark.slow
 def test_training_learns_a_skill() -> None:
-    data = load_data("skill:p-hop,hops=1,length=16")
-    model = load("tiny", overrides=["dim=64", "vocab_size=4", "context=16"])
-    settings = TrainConfig(steps=150, batch_size=64, lr=3e-3, eval_every=0)
+    data = load_data("skill:p-hop,hops=1,length=12")
+    model = load("tiny", overrides=["vocab_size=4", "context=12"])
+    settings = TrainConfig(steps=100, batch_size=64, lr=3e-3, eval_every=0)
     assert train(model, data, settings).validation.accuracy > 0.9
 
 
