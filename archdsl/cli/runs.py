@@ -54,8 +54,8 @@ def train(
     source: Source = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
-    config_file: ConfigFile = None,
     as_json: Json = False,
+    config_file: ConfigFile = None,
 ) -> None:
     """Train a model from a spec, or train a checkpoint further.
 

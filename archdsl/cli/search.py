@@ -68,7 +68,6 @@ def search(
         ),
     ] = None,
     overrides: Overrides = None,
-    config_file: ConfigFile = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -78,6 +77,7 @@ def search(
         ),
     ] = False,
     as_json: Json = False,
+    config_file: ConfigFile = None,
 ) -> None:
     """Search a space of specs for the best models under a budget.
 

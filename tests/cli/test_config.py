@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,12 @@ def test_a_config_sets_nothing_in_the_space(cli: Cli) -> None:
         "search.yaml:1:6: set: is no setting: write it into the spec, or give --set PATH=VALUE",
         "search.yaml:2:7: seed: must be a whole number, got 'x'",
     ]
+
+
+@pytest.mark.parametrize(("command", "kind"), [("search", SearchConfig), ("train", TrainConfig)])
+def test_the_options_below_it_are_the_keys(cli: Cli, command: str, kind: type[Strict]) -> None:
+    below = cli(command, "--help").out.partition("  --config ")[2]
+    options = re.findall(r"^  --([a-z-]+)", below, re.MULTILINE)
+    argument = {"space"} & set(kind.model_fields)
+    named = {option.replace("-", "_") for option in options} | argument
+    assert named - {"plugin", "help"} == set(kind.model_fields)
