@@ -9,12 +9,12 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
-from hypothesis.internal.conjecture import providers
 
 torch.set_num_threads(1)
 # Otherwise examples contain constants of the modules imported so far, so that they change with
 # which tests ran before in the same process.
-providers.is_local_module_file = lambda path: False
+LOCAL = "hypothesis.internal.conjecture.providers.is_local_module_file"
+pytest.MonkeyPatch().setattr(LOCAL, lambda path: False)
 settings.register_profile(
     "archdsl",
     deadline=None,

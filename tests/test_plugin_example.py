@@ -105,9 +105,27 @@ def test_its_own_tests_pass(installed: str, tmp_path: Path) -> None:
     assert " passed" in python(*words, folder=tmp_path, path=installed)
 
 
+EACH = """
+import json, sys
+from archdsl.cli import main
+
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (sys.argv, end.code)
+"""
+
+
 @pytest.fixture
 def archdsl(installed: str, tmp_path: Path) -> Archdsl:
-    return lambda *words: python("-m", "archdsl", *words, folder=tmp_path, path=installed)
+    """Run commands one after the other in a new process, and return what they print."""
+
+    def run(*commands: list[str | Path]) -> str:
+        words = json.dumps([["archdsl", *map(str, command)] for command in commands])
+        return python("-c", EACH, words, folder=tmp_path, path=installed)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +140,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_knows_an_installed_block_and_its_export_needs_nothing_of_it(
     archdsl: Archdsl, installed: str, text: Path, tmp_path: Path
 ) -> None:
-    assert "of state for each" in archdsl("build", SPEC)
-    assert "PASS" in archdsl("check", SPEC, *SMALL)
+    said = archdsl(["build", SPEC], ["check", SPEC, *SMALL])
+    assert "of state for each" in said
+    assert "PASS" in said
     how = ["--steps", "2", "--batch-size", "2", "--data", str(text), "--tokenizer", "bytes"]
-    archdsl("train", SPEC, *SMALL, *how, "--out", "run")
-    archdsl("generate", "run/final", "some", "--max-tokens", "4")
-    said = archdsl("export", "run/final", "exported")
+    archdsl(["train", SPEC, *SMALL, *how, "--out", "run"])
+    generate = ["generate", "run/final", "some", "--max-tokens", "4"]
+    said = archdsl(generate, ["export", "run/final", "exported"])
     assert "differ from the checkpoint's by at most" in said
     code = (tmp_path / "exported" / "modeling_archdsl.py").read_text()
     assert "Its blocks are also those of archdsl_short_conv" in code

@@ -94,29 +94,29 @@ def test_what_is_wrong_is_said(
 # Random specs
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(specs())
 def test_any_spec_costs_what_is_counted(spec: ModelSpec) -> None:
     costs_what_is_counted(spec)
 
 
 @pytest.mark.slow
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_any_of_100_specs_costs_what_is_counted(spec: ModelSpec) -> None:
+def test_any_of_60_specs_costs_what_is_counted(spec: ModelSpec) -> None:
     costs_what_is_counted(spec)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(specs())
 def test_any_spec_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> None:
     reads_back_and_means_its_canonical_form(spec)
 
 
 @pytest.mark.slow
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
-def test_any_of_100_specs_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> None:
+def test_any_of_60_specs_reads_back_and_means_its_canonical_form(spec: ModelSpec) -> None:
     reads_back_and_means_its_canonical_form(spec)
 
 

@@ -133,7 +133,7 @@ def test_a_leaking_spec_passes_with_a_causal_router(kind: str) -> None:
     assert any("while it trains" in note for note in report.notes) == (kind == "predictor")
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(specs())
 def test_any_spec_passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
     passes_but_for_its_leaking_routers(spec)
