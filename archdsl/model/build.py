@@ -91,7 +91,7 @@ class _Undrawn(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        if func in (nn.init.kaiming_uniform_, torch.Tensor.normal_):
+        if func in (nn.init.kaiming_uniform_, nn.init.normal_, torch.Tensor.normal_):
             return args[0] if args else given["tensor"]
         return func(*args, **given)
 

@@ -53,11 +53,6 @@ def test_agrees_with_its_definition(kind: str, family: str) -> None:
 # The contract itself
 
 
-def test_a_kind_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'lair' names 0 kinds; .* Known: add, all, attention"):
-        testing.contract("lair")
-
-
 @pytest.mark.parametrize(
     ("place", "name", "wrong", "says"),
     [

@@ -89,6 +89,15 @@ def test_answers_about_specs_without_importing_what_is_heavy(
     assert not modules & HEAVY
 
 
+def test_a_model_is_loaded_without_the_compiler_of_torch(cli: Cli) -> None:
+    """Its import takes longer than that of torch itself."""
+    assert cli("build", "tiny", "--out", "made").status == 0
+    status, _, modules = answer("generate", "made", "a", "--max-tokens", "1")
+    assert status == 0
+    assert "torch" in modules
+    assert "torch._dynamo" not in modules
+
+
 @pytest.mark.parametrize(
     ("words", "completed"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +66,8 @@ def agrees_with_growing_decode_and_with_one_pass(spec: ModelSpec) -> None:
     start = int(torch.randint(T + 1, (), generator=rng))
     with torch.no_grad(), model.causal_routing():
         whole_BTV = model(tokens_BT, mask_BT)
-        assume(bool(whole_BTV.isfinite().all()))  # sizes that overflow are no question of decoding
+        if not whole_BTV.isfinite().all():
+            return  # sizes that overflow are no question of decoding
         grown, fixed = model.new_cache(T), model.new_cache(T)
         if start:
             for cache in (grown, fixed):
