@@ -80,8 +80,19 @@ class ArchdslCache(transformers.Cache):
         self.kept.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows ``indices``."""
-        self.kept.reorder(indices)
+        """Keeps the rows ``indices``, which may also be a mask [B] of booleans."""
+        self.kept.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Follows each row by ``repeats`` - 1 copies of it."""
+        if self.kept.rows is not None:
+            self.kept.reorder(torch.arange(self.kept.rows).repeat_interleave(repeats))
+
+    def make_room(self, tokens: int, context: int) -> None:
+        """Grows, by doubling and up to the context, if so many further tokens need it."""
+        needed, room = self.seen + tokens, self.kept.max_length
+        if room < min(needed, context):
+            self.kept.grow(min(max(needed, 2 * room), context))
 
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -172,6 +183,8 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         _refuse_other_positions(more.pop("position_ids", None), mask_BS, x_BTD, cache)
         self.model.checkpoint_activations = self.gradient_checkpointing
         kept = None if cache is None else cache.kept
+        if cache is not None:
+            cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
         hidden_BTD = self.model.hidden(x_BTD, mask_BT, kept, states)
         if cache is not None:
             cache.seen += x_BTD.size(1)

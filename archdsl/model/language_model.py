@@ -51,7 +51,7 @@ class LanguageModel(Primitive):
         self.layers = [layer for block in self.blocks for layer in cast(Block, block).unrolled()]
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
-        self._name_loops()
+        self._name_parts()
 
     if TYPE_CHECKING:
 
@@ -130,6 +130,7 @@ class LanguageModel(Primitive):
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
             return Context(Stream(length_B=length_B), trace=trace)
         self.check_dial(cache)
+        cache.check_rows(B)
         stream = cache.stream(T, length_B)
         pos_BT = None if stream.begins else stream.order(x_BTD)
         return Context(stream, pos_BT, cache=cache, trace=trace)
@@ -245,8 +246,10 @@ class LanguageModel(Primitive):
         if self.spec.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def _name_loops(self) -> None:
-        for name, module in self.named_modules():
+    def _name_parts(self) -> None:
+        for number, (name, module) in enumerate(self.named_modules()):
+            if isinstance(module, Primitive):
+                module.number = number
             if isinstance(module, Loop):
                 module.label = name
                 module.dial()

@@ -21,8 +21,11 @@ class Primitive(nn.Module):
     """A module that draws the initial values of its own parameters.
 
     Blocks, routers and step encodings are primitives. What a primitive was built as from its spec
-    can be found with `built_as`.
+    can be found with `built_as`. ``number``: its place among the modules of its language model,
+    by which a cache knows it; equal in copies of the model.
     """
+
+    number: int
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         """Draws the parameters that this module holds itself, not those of primitives inside it.
@@ -158,9 +161,9 @@ class Context:
             tables={},
         )
 
-    def memory(self, module: nn.Module) -> Memory | None:
+    def memory(self, module: Primitive) -> Memory | None:
         """The state that ``module`` keeps for this step; None in a pass without a cache."""
-        return None if self.cache is None else self.cache.memory((module, self.path))
+        return None if self.cache is None else self.cache.memory((module.number, self.path))
 
     def count_step(self, x_BTD: Tensor) -> None:
         """Counts a further step for each of these tokens that is no padding."""

@@ -109,6 +109,11 @@ class Kept:
         """How many entries a row has room for."""
         return self.data.size(-2)
 
+    def grow(self, limit: int) -> None:
+        """Makes room for ``limit`` entries. So far none was overwritten: all keep their places."""
+        more = self.data.new_zeros(*self.data.shape[:-2], limit - self.limit, self.data.size(-1))
+        self.data = torch.cat((self.data, more), -2)
+
     def write(self, new: Tensor, stream: Stream) -> None:
         """Adds a chunk, [B, ..., T, E]."""
         if stream.static:
@@ -195,21 +200,45 @@ class Memory:
         return self.states[name]
 
     def named(self, name: str, like: Tensor, limit: int) -> Kept:
-        """The entries called ``name``, made for tensors like ``like`` when first asked for."""
+        """The entries called ``name``, made for tensors like ``like`` when first asked for.
+
+        ``limit``: how many of them there can ever be; more than before if the cache has grown.
+        """
         if name not in self.kept:
             self.kept[name] = Kept(like, limit)
+        elif self.kept[name].limit < limit:
+            self.kept[name].grow(limit)
         return self.kept[name]
 
 
+class RowsError(ArchdslError):
+    """A batch of another size than the one that a cache was begun with."""
+
+
 class Cache:
-    """Everything that is kept of the tokens so far. Use it for one model and one batch."""
+    """Everything that is kept of the tokens so far. Use it for one model and one batch.
+
+    It holds tensors and numbers alone, so that it can be copied (`copy.deepcopy` branches from a
+    common prompt) and pickled. ``rows``: the size of the batch; None while it is empty.
+    """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
+        self.rows: int | None = None
         self.length: Count = 0  # tokens so far
         self.settings: object = None  # of the dial, when the first token came
         self.static = False
-        self._memories: dict[tuple[Hashable, tuple[int, ...]], Memory] = {}  # module and step
+        # by the number of the module and the step
+        self._memories: dict[tuple[Hashable, tuple[int, ...]], Memory] = {}
+
+    def check_rows(self, rows: int) -> None:
+        """Notes the size of the first batch. Raises RowsError at one of another size."""
+        if self.rows not in (None, rows):
+            raise RowsError(
+                f"the cache was begun with a batch of {self.rows} rows, and this one has {rows}; "
+                "give each batch a cache of its own, or repeat the rows of the cache first"
+            )
+        self.rows = rows
 
     def stream(self, tokens: int, length_B: Tensor | None) -> Stream:
         """The next chunk's. Raises ContextFullError, with the cache as it was; a static cache
@@ -218,9 +247,17 @@ class Cache:
         if stream.reach(tokens) > self.max_length:
             raise ContextFullError(
                 f"{stream.reach(tokens):,} tokens exceed the {self.max_length:,} "
-                "that this cache has room for; begin anew with fewer of them"
+                "that this cache has room for; begin anew with fewer of them, or call its grow()"
             )
         return stream
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for ``max_length`` tokens of each row, if there is less.
+
+        A static cache is static no longer.
+        """
+        self.static = False
+        self.max_length = max(self.max_length, max_length)
 
     def move(self, length: Count) -> None:
         """Sets the number of tokens so far."""
@@ -251,18 +288,21 @@ class Cache:
 
         A static cache is static no longer.
         """
-        self.static = False
+        self.static, self.rows = False, len(index_B)
 
         def rows(count: Count) -> Count:
-            return count if isinstance(count, int) else alike(count[index_B])
+            return count if isinstance(count, int) else alike(picked(count))
+
+        def picked(data: Tensor) -> Tensor:
+            return data.index_select(0, index_B.to(data.device))
 
         self.length = rows(self.length)
         for memory in self._memories.values():
             memory.taken = rows(memory.taken)
             for kept in memory.kept.values():
-                kept.data = kept.data.index_select(0, index_B)
+                kept.data = picked(kept.data)
             for state in memory.states.values():
-                state.data = state.data.index_select(0, index_B)
+                state.data = picked(state.data)
 
     @property
     def nbytes(self) -> int:

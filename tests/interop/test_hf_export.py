@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -193,6 +194,39 @@ def test_chunks_with_a_cache_are_one_pass(there: Any) -> None:
     with there.model.causal_routing():
         whole = there(TOKENS).logits
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole)
+
+
+@torch.no_grad()
+def test_a_copied_cache_branches_from_a_common_prompt(there: Any) -> None:
+    prompt = there(TOKENS[:, :7], use_cache=True).past_key_values
+    for end in (TOKENS[:, 7:], TOKENS[:, 7:].flip(1)):
+        branch = copy.deepcopy(prompt)
+        with there.model.causal_routing():
+            whole = there(torch.cat((TOKENS[:, :7], end), 1)).logits
+        torch.testing.assert_close(there(end, past_key_values=branch).logits, whole[:, 7:])
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_repeated_and_selected(there: Any) -> None:
+    cache = there(TOKENS[:, :7], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([True, False, True, True, False, False]))
+    rows = torch.tensor([0, 0, 1])
+    found = there(TOKENS[rows, 7:], past_key_values=cache).logits
+    with there.model.causal_routing():
+        torch.testing.assert_close(found, there(TOKENS[rows]).logits[:, 7:])
+
+
+@torch.no_grad()
+def test_a_cache_that_generate_returned_goes_on(there: Any) -> None:
+    how = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    first = there.generate(TOKENS[:, :4], max_new_tokens=3, use_cache=True, **how)
+    known = torch.cat((first.sequences, TOKENS[:, :2]), 1)
+    found = there.generate(
+        known, max_new_tokens=4, past_key_values=first.past_key_values, use_cache=True, **how
+    )
+    wanted = there.generate(known, max_new_tokens=4, **how)
+    assert torch.equal(found.sequences, wanted.sequences)
 
 
 def test_outputs_have_the_shapes_of_llamas(there: Any) -> None:

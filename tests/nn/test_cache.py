@@ -5,6 +5,9 @@ tests/blocks/test_contract.py tests for every block that decoding with a cache e
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch import Tensor
 import archdsl
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.language_model import DialError, LanguageModel
-from archdsl.nn.cache import Cache, ContextFullError, Kept, Memory, Stream
+from archdsl.nn.cache import Cache, ContextFullError, Kept, Memory, RowsError, Stream
 from tests import naive
 
 V, T = 11, 16
@@ -114,6 +117,60 @@ def test_rows_can_be_repeated_removed_and_reordered() -> None:
     for t in range(9, T):
         step = tokens_BT[rows, t : t + 1]
         torch.testing.assert_close(model(step, cache=cache), model(step, cache=whole))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_branches_from_a_common_prompt(copied: Callable[[Cache], Cache]) -> None:
+    model, tokens_BT = built(LOOP, LAYER), tokens()
+    cache = model.new_cache()
+    model(tokens_BT[:, :9], cache=cache)
+    branches = [copied(cache), copied(cache), cache]
+    ends = [tokens_BT[:, 9:], tokens_BT[:, 9:].flip(1), tokens_BT[:, 9:]]
+    for branch, end_BT in zip(branches, ends, strict=True):
+        whole_BTV = model(torch.cat((tokens_BT[:, :9], end_BT), 1), cache=model.new_cache())
+        torch.testing.assert_close(model(end_BT, cache=branch), whole_BTV[:, 9:])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("window", [None, 3, 8, 12])
+def test_a_cache_that_grows_keeps_what_it_has(window: int | None) -> None:
+    """The routers rank all tokens so far, and a ring of a window has wrapped, or has not."""
+    windowed = LAYER | {"attention": {"head_size": 8, "window": window}}
+    model, tokens_BT = built(windowed, LOOP | {"body": windowed}), tokens()
+    mask_BT = torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.7
+    small, whole = model.new_cache(9), model.new_cache()
+    for start, end in ((0, 5), (5, 9), (9, 13), (13, T)):
+        if end > small.max_length:
+            with pytest.raises(ContextFullError, match=r"or call its grow\(\)"):
+                model(tokens_BT[:, start:end], cache=small)
+            small.grow(end)
+        chunk = tokens_BT[:, start:end], mask_BT[:, start:end]
+        found_BTV, wanted_BTV = model(*chunk, small), model(*chunk, whole)
+        torch.testing.assert_close(found_BTV[chunk[1]], wanted_BTV[chunk[1]])
+
+
+@torch.inference_mode()
+def test_a_copy_of_the_model_goes_on_with_a_cache() -> None:
+    model, tokens_BT = built(LOOP, LAYER), tokens()
+    cache = model.new_cache()
+    model(tokens_BT[:, :9], cache=cache)
+    whole_BTV = model(tokens_BT, cache=model.new_cache())
+    found_BTV = copy.deepcopy(model)(tokens_BT[:, 9:], cache=cache)
+    torch.testing.assert_close(found_BTV, whole_BTV[:, 9:])
+
+
+@torch.inference_mode()
+def test_a_batch_of_another_size_is_an_error_that_leaves_the_cache_unchanged() -> None:
+    model, tokens_BT = built(LOOP), tokens()
+    cache = model.new_cache()
+    whole_BTV = model(tokens_BT, cache=model.new_cache())
+    model(tokens_BT[:1, :9], cache=cache)
+    with pytest.raises(RowsError, match="begun with a batch of 1 rows, and this one has 3"):
+        model(tokens_BT[:, 9:], cache=cache)
+    cache.reorder(torch.zeros(3, dtype=torch.long))
+    found_BTV = model(tokens_BT[:1, 9:].expand(3, -1), cache=cache)
+    torch.testing.assert_close(found_BTV, whole_BTV[:1, 9:].expand(3, -1, -1))
 
 
 @torch.inference_mode()
