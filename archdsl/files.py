@@ -50,6 +50,8 @@ def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
             raise ValueError(f"an object was expected, got a {type(value).__name__}")
     except FileNotFoundError:
         raise failure(f"{path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise failure(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise failure(f"{path} cannot be read: {error}") from None
     return value

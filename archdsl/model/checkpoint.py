@@ -32,7 +32,7 @@ from torch import Tensor
 
 from archdsl import __version__
 from archdsl.data.types import Data
-from archdsl.errors import ArchdslError, Position, Problem, SpecError
+from archdsl.errors import ArchdslError, Position, Problem, SpecError, describe
 from archdsl.files import atomic_folder, read_json
 from archdsl.lang.registry import how_to_load, modules_of, plugin_modules
 from archdsl.lang.source import read, shipped_specs
@@ -48,6 +48,8 @@ WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
     "provenance.json",
 )
 TENSORS, TRAINING = "training.safetensors", "training.json"
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # that weights may have
 
 MODULE = re.compile(r"[A-Za-z_]\w{0,99}(\.\w{1,99}){0,9}", re.ASCII)  # the name of a plugin
 
@@ -179,7 +181,7 @@ def load_checkpoint(
     provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
     spec = _spec(path, provenance)
     # on the device meta first, so that a spec of another size costs no memory
-    _check_shapes(path, meta_model(spec))
+    _check_tensors(path, meta_model(spec))
     model = build(spec, device=device)
     load_model(model, path / WEIGHTS, device=str(device))
     return Checkpoint(path, model, provenance)
@@ -216,7 +218,7 @@ def _how_to_know(named: object) -> str:
 def load_weights(path: Path, model: LanguageModel) -> None:
     """Replaces the weights of ``model``. Raises CheckpointError if they do not fit."""
     _verified(path, WEIGHTS)
-    _check_shapes(path, model)
+    _check_tensors(path, model)
     load_model(model, path / WEIGHTS, device=str(next(model.parameters()).device))
 
 
@@ -225,6 +227,8 @@ def load_training(path: Path) -> dict[str, Any]:
     _verified(path, TRAINING, TENSORS)
     if not (path / TRAINING).exists():
         raise CheckpointError(f"{path} holds a model, but not where its training stood")
+    if not (path / TENSORS).exists():
+        raise CheckpointError(f"{path / TENSORS} is missing, which belongs to {TRAINING}")
     with _refusing_nonsense(path / TENSORS):
         tensors: dict[str, Any] = load_file(path / TENSORS)
     return read_json(path / TRAINING, CheckpointError) | tensors
@@ -253,7 +257,21 @@ def _verified(path: Path, *names: str) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file} was altered or cut short: its SHA-256 is not the one in {PROVENANCE}"
             )
+    _check_shape(path / PROVENANCE, provenance)
     return provenance
+
+
+def _check_shape(file: Path, provenance: Mapping[str, Any]) -> None:
+    """Refuses a provenance in which something that is read from it is of another type."""
+    data = provenance.get("data", {})
+    wanted = {"data": dict, "retrofit": dict, "step": int, "seed": int}
+    found = [(key, provenance[key], kind) for key, kind in wanted.items() if key in provenance]
+    if isinstance(data, dict):
+        found += [(f"data.{key}", value, str) for key, value in data.items()]
+    for key, value, kind in found:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            what = {dict: "a mapping", int: "a whole number", str: "text"}[kind]
+            raise CheckpointError(f"{file}: {key}: must be {what}, got {describe(value)}")
 
 
 def _not_one(path: Path) -> str:
@@ -275,22 +293,46 @@ def _refusing_nonsense(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 
 
-def _check_shapes(path: Path, model: LanguageModel) -> None:
-    """Compares the names and shapes of the stored tensors with those of the model."""
-    with _refusing_nonsense(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _check_tensors(path: Path, model: LanguageModel) -> None:
+    """Compares the stored tensors with those of the model, in names, shapes, types and values."""
+    file = path / WEIGHTS
+    wanted = model.state_dict()
+    with _refusing_nonsense(file), safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        shapes = {name: list(stored.get_slice(name).get_shape()) for name in names}
+        _check_names_and_shapes(file, shapes, model)
+        buffers = {name for name, _ in model.named_buffers()}
+        for name in sorted(names):
+            _check_values(file, name, stored.get_tensor(name), wanted[name], name in buffers)
+
+
+def _check_names_and_shapes(
+    file: Path, stored: Mapping[str, list[int]], model: LanguageModel
+) -> None:
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in wanted.items():
         if name in stored and stored[name] != shape:
             raise CheckpointError(
-                f"{path / WEIGHTS} does not fit the spec: "
-                f"{name} is {list(stored[name])}, the spec makes it {list(shape)}"
+                f"{file} does not fit the spec: {name} is {stored[name]}, the spec makes it {shape}"
             )
     unexpected = sorted(stored.keys() - wanted.keys())
     missing = [names[0] for names in _aliases(model) if not stored.keys() & set(names)]
     if unexpected or missing:
         what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
-        raise CheckpointError(f"{path / WEIGHTS} does not fit the spec: {what}")
+        raise CheckpointError(f"{file} does not fit the spec: {what}")
+
+
+def _check_values(file: Path, name: str, found: Tensor, wanted: Tensor, is_buffer: bool) -> None:
+    """Refuses what would be cast to other values, and what no training can have left."""
+    among = FLOATS if wanted.dtype in FLOATS else {wanted.dtype}
+    if found.dtype not in among:
+        words = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in among))
+        what = f"is of type {str(found.dtype).removeprefix('torch.')}, and must be of {words}"
+    elif found.isnan().any() or not (is_buffer or found.isfinite().all()):  # -inf may mask
+        what = "has values that are not finite"
+    else:
+        return
+    raise CheckpointError(f"{file}: {name} {what}")
 
 
 def _aliases(model: LanguageModel) -> list[list[str]]:

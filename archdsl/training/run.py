@@ -22,10 +22,17 @@ from archdsl.evaluation.evaluate import Evaluation
 from archdsl.files import JsonLines, remove_folder, remove_leftovers
 from archdsl.lang.load import Source
 from archdsl.model.build import build
-from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_training, load_weights
+from archdsl.model.checkpoint import (
+    TRAINING,
+    Checkpoint,
+    CheckpointError,
+    load_training,
+    load_weights,
+)
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
 from archdsl.training.progress import TrainProgress
+from archdsl.training.state import FinishedState, checked
 from archdsl.training.trainer import RunMismatchError, Trainer, TrainingDiverged, TrainStep
 
 __all__ = [
@@ -123,9 +130,13 @@ def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
     if final.exists():
         state = load_training(final)
         trainer.check_same_run(state, final)
+        stood = checked(FinishedState, state, final)
+        if stood.step != trainer.config.steps:
+            wanted = f"must be {trainer.config.steps}, the last step of the run"
+            raise CheckpointError(f"{final / TRAINING}: step: {wanted}, got {stood.step}")
         load_weights(final, trainer.model)
-        trainer.step = int(state["step"])
-        return Evaluation.model_validate(state["validation"])
+        trainer.step = stood.step
+        return stood.validation
     if last is not None:
         trainer.load(last)
     return None

@@ -20,10 +20,19 @@ from torch import Tensor, nn
 from archdsl.data.types import IGNORE, Batch, Data
 from archdsl.errors import ArchdslError, blamed_on
 from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate, seed_torch
-from archdsl.model.checkpoint import Checkpoint, load_training, load_weights, save_checkpoint
+from archdsl.model.checkpoint import (
+    TRAINING,
+    Checkpoint,
+    CheckpointError,
+    load_training,
+    load_weights,
+    save_checkpoint,
+)
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
+from archdsl.training.state import PREFIX, TrainingState, checked, moments
 
+IN_MEMORY = Path("the state")  # in errors, where a state was not read from a checkpoint
 PATIENCE = 50  # steps in a row with a far too high loss before training is stopped
 
 # Settings that may differ between a run and its continuation, as no weight depends on them.
@@ -215,34 +224,49 @@ class Trainer:
             **self._optimizer_state(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a ``state()`` of the same run. The caller loads the weights."""
-        self.step = int(state["step"])
-        self.tokens = int(state["tokens"])
-        self.lowest_loss = float(state["lowest_loss"])
-        self.diverging_steps = int(state["absurd_steps"])
-        places = {name: index for index, name in enumerate(self._parameter_names())}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            name, _, moment = key.removeprefix("optimizer/").rpartition("/")
-            if name in places:
-                moments.setdefault(places[name], {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    def restore(self, state: Mapping[str, Any], path: Path = IN_MEMORY) -> None:
+        """Restore a ``state()`` of the same run. The caller loads the weights.
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        names = self._parameter_names()
-        return {
-            f"optimizer/{names[index]}/{key}": tensor
-            for index, moments in self.optimizer.state_dict()["state"].items()
+        ``path``: the checkpoint that it was read from. Raises CheckpointError if something is
+        missing or cannot be; then nothing is changed.
+        """
+        self._restore(*self._checked(state, path))
+
+    def _checked(
+        self, state: Mapping[str, Any], path: Path
+    ) -> tuple[TrainingState, dict[str, dict[str, Tensor]]]:
+        stood = checked(TrainingState, state, path)
+        if stood.step > self.config.steps:
+            most = f"must be at most {self.config.steps}, the steps of the run"
+            raise CheckpointError(f"{path / TRAINING}: step: {most}, got {stood.step}")
+        return stood, moments(state, self._parameters(), stood, path)
+
+    def _restore(self, stood: TrainingState, found: dict[str, dict[str, Tensor]]) -> None:
+        self.step, self.tokens = stood.step, stood.tokens
+        self.lowest_loss, self.diverging_steps = stood.lowest_loss, stood.absurd_steps
+        places = {name: index for index, name in enumerate(self._parameters())}
+        groups = self.optimizer.state_dict()["param_groups"]
+        by_place = {places[name]: tensors for name, tensors in found.items()}
+        self.optimizer.load_state_dict({"state": by_place, "param_groups": groups})
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        names = list(self._parameters())
+        found = self.optimizer.state_dict()["state"]
+        without = [name for index, name in enumerate(names) if index not in found]
+        tensors = {
+            f"{PREFIX}{names[index]}/{key}": tensor
+            for index, moments in found.items()
             for key, tensor in moments.items()
         }
+        return tensors | ({"without_moments": without} if without else {})
 
-    def _parameter_names(self) -> list[str]:
-        """Return the names of the parameters in the order of the optimizer."""
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the parameters by name, in the order of the optimizer."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         groups = self.optimizer.param_groups
-        return [names[id(parameter)] for group in groups for parameter in group["params"]]
+        return {
+            names[id(parameter)]: parameter for group in groups for parameter in group["params"]
+        }
 
     def _made_by(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude=UNCHECKED_SETTINGS)
@@ -256,10 +280,10 @@ class Trainer:
     def check_same_run(self, state: Mapping[str, Any], path: Path) -> None:
         """Raises RunMismatchError if ``state``, read from ``path``, belongs to another run.
 
-        The message lists the differences.
+        The message lists the differences. Raises CheckpointError if the state is damaged.
         """
         given = json.loads(json.dumps(self._made_by()))
-        differing = "\n".join(differences(state.get("made_by"), given))
+        differing = "\n".join(differences(checked(TrainingState, state, path).made_by, given))
         if differing:
             raise RunMismatchError(
                 f"{path} belongs to another run; use another folder, or delete that one:\n"
@@ -312,8 +336,16 @@ class Trainer:
         """
         state = load_training(path)
         self.check_same_run(state, path)
+        self.continue_from(path, state)
+
+    def continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Restore the ``state`` that was read from ``path``, and the weights there.
+
+        Raises CheckpointError if one of them is damaged; then nothing is changed.
+        """
+        found = self._checked(state, path)
         load_weights(path, self.model)
-        self.restore(state)
+        self._restore(*found)
 
 
 def differences(stored: Any, given: Any, path: str = "") -> Iterator[str]:

@@ -10,15 +10,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from archdsl.costs.receipt import sequence_cost
+from archdsl.errors import ArchdslError
 from archdsl.files import remove_folder, write_text
+from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
-from archdsl.model.checkpoint import CheckpointError, load_training, load_weights, save_checkpoint
+from archdsl.model.checkpoint import CheckpointError, load_training, save_checkpoint
 from archdsl.search.trials.curve import Curve
 from archdsl.search.trials.proxy_scoring import HeldOutScores, held_out
 from archdsl.search.trials.result_store import StoredRun
+from archdsl.training.state import TrainingState, checked
 from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
 SECONDS_APART = 30.0  # the least time between two states that are saved on the way to a rung
@@ -27,6 +30,10 @@ SECONDS_APART = 30.0  # the least time between two states that are saved on the 
 def _as_tuples(value: Any) -> Any:
     """Convert the lists of a JSON value to tuples."""
     return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class ProxyScore(Strict):
@@ -65,11 +72,43 @@ class SavedProgress:
     train_flops: float = 0.0
 
 
+class StoredCurve(Strict):
+    """The fields of a ``Curve``, as a state holds them."""
+
+    points: list[Annotated[tuple[int, float], BeforeValidator(_as_tuple)]]
+    width: int = Field(ge=1)
+    total: float
+    count: int = Field(ge=0)
+
+
+class StoredProgress(Strict):
+    """The fields of a ``SavedProgress``, as a state holds them."""
+
+    curve: StoredCurve
+    seconds: float = Field(ge=0)
+    train_flops: float = Field(ge=0)
+
+
+class ProxyState(TrainingState):
+    """Where the training of a proxy stood."""
+
+    progress: StoredProgress
+
+
 def read_score(file: Path) -> ProxyScore | None:
-    """Read the score in a file and mark it as reused; None if the file does not exist."""
+    """Read the score in a file and mark it as reused; None if the file does not exist.
+
+    Raises ArchdslError if the file holds something else.
+    """
     if not file.exists():
         return None
-    score = ProxyScore.model_validate_json(file.read_text(encoding="utf-8"))
+    try:
+        score = ProxyScore.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        field, why = explain(error, ProxyScore.model_fields)[0]
+        what = f"{'.'.join(map(str, field))}: {why}" if field else "is no score"
+        advice = "delete the file, and the proxy is scored again"
+        raise ArchdslError(f"{file}: {what}; {advice}") from None
     return score.model_copy(update={"reused": True})
 
 
@@ -95,18 +134,18 @@ class ProxyTraining:
             return True
         try:
             state = load_training(self.stored_run.state)
-            if state["step"] > self.config.steps:
+            stood = checked(ProxyState, state, self.stored_run.state)
+            if stood.step > self.config.steps:
                 return False
-            load_weights(self.stored_run.state, self.trainer.model)
+            self.trainer.continue_from(self.stored_run.state, state)
         except CheckpointError:  # it is damaged, for example after a power failure: train again
             remove_folder(self.stored_run.state)
             return True
-        self.trainer.restore(state)
-        progress = state["progress"]
-        self.progress.curve = Curve(**progress["curve"])
-        if not self.stored_run.score(state["step"]).exists():
-            self.progress.seconds = progress["seconds"]
-            self.progress.train_flops = progress["train_flops"]
+        saved = stood.progress
+        self.progress.curve = Curve(**saved.curve.model_dump())
+        if not self.stored_run.score(stood.step).exists():
+            self.progress.seconds = saved.seconds
+            self.progress.train_flops = saved.train_flops
         return True
 
     def score(self) -> ProxyScore:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,11 @@ from archdsl.model.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_training,
+    load_weights,
     save_checkpoint,
 )
 from archdsl.model.language_model import LanguageModel
+from tests.training.damage import change_json, change_tensors, forge
 
 TOKENS = torch.arange(32).reshape(2, 16)
 
@@ -46,14 +47,6 @@ def saved(tmp_path: Path, text: Data) -> Path:
     training = {"step": 7, "moments": torch.arange(3.0)}
     save_checkpoint(path, tiny(), tokenizer_from=text, provenance={"seed": 0}, training=training)
     return path
-
-
-def forge(path: Path, name: str, content: bytes) -> None:
-    """Replaces a file and its SHA-256, as an attacker would."""
-    (path / name).write_bytes(content)
-    provenance = json.loads((path / "provenance.json").read_text())
-    provenance["files"][name] = sha256(content).hexdigest()
-    (path / "provenance.json").write_text(json.dumps(provenance))
 
 
 def test_a_model_loads_bit_for_bit_with_its_spec_and_tokenizer(saved: Path) -> None:
@@ -171,6 +164,99 @@ def test_the_error_names_tensors_that_do_not_fit_the_spec(
     forge(saved, "model.safetensors", (saved / "forged").read_bytes())
     with pytest.raises(CheckpointError, match=f"does not fit the spec: {complaint}"):
         load_checkpoint(saved)
+
+
+def learning() -> LanguageModel:
+    """A model with a buffer that training changes."""
+    return tiny("blocks.1.router.kind=threshold")
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Path:
+    path = tmp_path / "learned"
+    training = {"step": 7, "moments": torch.arange(3.0)}
+    about = {"seed": 0, "step": 7}
+    save_checkpoint(path, learning(), tokenizer_from=None, provenance=about, training=training)
+    return path
+
+
+@pytest.mark.parametrize("name", ["head.weight", "blocks.1.router.quantiles_RQ"])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "bool", "complex64", "float8_e4m3fn"])
+def test_weights_of_a_type_that_would_be_cast_are_refused_by_name(
+    learned: Path, name: str, dtype: str
+) -> None:
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+
+    change_tensors(learned, "model.safetensors", cast)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(learned)
+    told = f"{learned}/model.safetensors: {name} is of type {dtype}, and must be of bfloat16 or "
+    assert str(error.value) == told + "float16 or float32 or float64"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_other_precision_are_converted(learned: Path, dtype: str) -> None:
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["head.weight"] = tensors["head.weight"].to(getattr(torch, dtype))
+
+    change_tensors(learned, "model.safetensors", cast)
+    found = load_checkpoint(learned).model.head.weight
+    assert found.dtype == torch.float32
+    assert torch.equal(found, learning().head.weight.to(getattr(torch, dtype)).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head.weight", math.nan),
+        ("embedding.weight", math.inf),
+        ("blocks.0.attention_norm.weight", -math.inf),
+        ("blocks.1.router.quantiles_RQ", math.nan),
+    ],
+)
+def test_weights_without_finite_values_are_refused_by_name(
+    learned: Path, name: str, value: float
+) -> None:
+    change_tensors(
+        learned, "model.safetensors", lambda tensors: tensors[name].view(-1)[:1].fill_(value)
+    )
+    for load_it in (load_checkpoint, lambda path: load_weights(path, learning())):
+        with pytest.raises(CheckpointError) as error:
+            load_it(learned)
+        told = f"{learned}/model.safetensors: {name} has values that are not finite"
+        assert str(error.value) == told
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("data", "text", "data: must be a mapping, got 'text'"),
+        ("data", [1], "data: must be a mapping, got a list"),
+        ("data", {"name": 3}, "data.name: must be text, got 3"),
+        ("data", {"name": None}, "data.name: must be text, got null"),
+        ("retrofit", 3, "retrofit: must be a mapping, got 3"),
+        ("step", "7", "step: must be a whole number, got '7'"),
+        ("seed", True, "seed: must be a whole number, got true"),
+    ],
+)
+def test_a_provenance_of_another_shape_is_refused_by_its_field(
+    learned: Path, key: str, value: object, complaint: str
+) -> None:
+    change_json(learned, "provenance.json", lambda about: about.update({key: value}))
+    for load_it in (load_checkpoint, load_training):
+        with pytest.raises(CheckpointError) as error:
+            load_it(learned)
+        assert str(error.value) == f"{learned}/provenance.json: {complaint}"
+
+
+def test_a_state_of_training_without_its_tensors_is_refused(learned: Path) -> None:
+    (learned / "training.safetensors").unlink()
+    change_json(
+        learned, "provenance.json", lambda about: about["files"].pop("training.safetensors")
+    )
+    with pytest.raises(CheckpointError, match=r"learned/training.safetensors is missing"):
+        load_training(learned)
 
 
 def test_a_pickle_in_place_of_the_weights_is_never_loaded(saved: Path) -> None:

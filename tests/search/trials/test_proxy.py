@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import archdsl
+from archdsl.errors import ArchdslError
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.checkpoint import load_training
@@ -24,6 +26,7 @@ from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.trials.proxy_scoring import entropy
 from archdsl.search.workers.pool import process_pool
 from tests.search.works import DiesAt
+from tests.training.damage import change_json, change_tensors
 
 TASK = Task(
     data="skill:p-hop,hops=1,length=12", context=12, batch_size=4, rungs=(2, 4), eval_tokens=240
@@ -142,6 +145,47 @@ def test_a_state_that_a_power_failure_has_damaged_is_trained_again(
     resumed = run(job(tmp_path))
     assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
     assert load_training(job(tmp_path).stored_run.state)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: change_tensors(state, "training.safetensors", dict.clear),
+        lambda state: change_json(state, "training.json", lambda told: told.pop("tokens")),
+        lambda state: change_json(state, "training.json", lambda told: told.pop("progress")),
+        lambda state: change_json(state, "training.json", lambda told: told.update(progress=3)),
+        lambda state: change_json(
+            state, "training.json", lambda told: told["progress"]["curve"].update(width=0)
+        ),
+    ],
+)
+def test_a_state_in_which_something_is_missing_is_trained_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    run(job(tmp_path, 2))
+    damage(job(tmp_path).stored_run.state)
+    assert found(run(job(tmp_path))) == found(run(job(tmp_path / "undisturbed")))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is no score"),
+        ("[]", "is no score"),
+        ('{"steps": 4}', "loss: is required"),
+        ('{"steps": "four"}', "steps: must be a whole number, got 'four'"),
+    ],
+)
+def test_a_damaged_score_is_refused_by_its_file(tmp_path: Path, text: str, complaint: str) -> None:
+    run(job(tmp_path))
+    file = job(tmp_path).stored_run.score(4)
+    file.write_text(text)
+    with pytest.raises(ArchdslError) as error:
+        job(tmp_path).stored_score()
+    told = str(error.value)
+    assert told.startswith(f"{file}: {complaint}")
+    assert told.endswith("; delete the file, and the proxy is scored again")
+    assert "\n" not in told
 
 
 def test_smaller_batches_find_the_same_up_to_rounding(tmp_path: Path) -> None:
