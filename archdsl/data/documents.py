@@ -3,7 +3,8 @@
 A document is a row of a dataset or a whole .txt file. No text is in two splits:
 
 - The embedded corpus is split by year (archdsl/data/corpus/README.md).
-- Splits that a dataset already has are used. So are splits named by files, if one is named train.
+- Splits that a dataset already has are used. So are splits named by files or folders
+  (archdsl/data/folders.py).
 - If validation or test is missing, 5% of the training documents are moved to it. They are selected
   by the hash of their content, so that equal documents are in the same split.
 - If there are fewer than 20 different documents, the end of each document is moved instead: first
@@ -16,11 +17,13 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from archdsl.data.folders import SPLIT_WORDS, find_files, format_of
+from archdsl.data.reading import column_of, json_rows, read_texts
 from archdsl.data.types import DataError, Split
 
 if TYPE_CHECKING:
@@ -30,95 +33,94 @@ Texts = Callable[[], Iterator[str]]  # each call returns a new iterator over the
 
 EMBEDDED = "sotu"
 SPLITS: tuple[Split, ...] = get_args(Split)
-OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".xz", ".gz")
 HELD_OUT_SHARE = 20  # one document in 20 for each missing split
-ACCEPTED = (
-    "expected nothing (the embedded corpus), a file or folder of .txt, .jsonl, .json or .parquet "
-    "(also .xz or .gz), hf:DATASET/CONFIG, or skill:NAME"
-)
+PLAIN, BY_NAME = 1, 2  # how text was chosen: there was no choice, or by the name of a column
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A source of text: its name, a SHA-256 of its content and splits, and its documents."""
+    """A source of text: its name, a SHA-256 of its content and splits, and its documents.
+
+    ``files``: how many files each split has. ``left_out``: files and splits that are not read, and
+    why. ``rules``: tokens that were cached under older rules may be of another column.
+    """
 
     name: str
     digest: str
     read: Callable[[], dict[Split, Texts]]
+    given: frozenset[Split] = frozenset(SPLITS)  # the other splits are taken from training
+    files: Mapping[Split, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    rules: int = PLAIN
 
 
-def find_source(source: str | None, cache: Path) -> TextSource:
+def find_source(source: str | None, cache: Path, column: str | None = None) -> TextSource:
     """Finds the source of text of that name. Files are hashed, but not parsed.
 
-    ``source``: see `archdsl.load_data`. ``cache``: the folder for parsed datasets. Raises DataError
-    if there is no such source or it cannot be read.
+    ``source``, ``column``: see `archdsl.load_data`. ``cache``: the folder for datasets of the Hub.
+    Raises DataError if there is no such source or it cannot be read.
     """
     if source is None or source == EMBEDDED:
-        return _embedded(cache)
+        if column:
+            raise DataError(
+                f"the embedded corpus has no column {column!r} to choose: name other data"
+            )
+        return _embedded()
+    name = f"{source}::{column}" if column else source
     if source.startswith("hf:"):
-        return _from_hub(source, cache)
-    return _from_files(Path(source).expanduser(), cache)
+        return _from_hub(name, source, cache, column)
+    path = Path(source).expanduser()
+    return _from_files(f"{path}::{column}" if column else str(path), path, column)
 
 
-def _embedded(cache: Path) -> TextSource:
+def _embedded() -> TextSource:
     path = Path(__file__).parent / "corpus" / "sotu.jsonl.xz"
-    digest = _file_digest(path)
 
     def read() -> dict[Split, Texts]:
-        rows = _load("json", {"train": [str(path)]}, digest, cache)["train"]
-        splits = [_split_of_year(year) for year in rows["year"]]
-        return _select_by_split(partial(_texts, rows, "text"), splits)
+        splits = [_split_of_year(row["year"]) for _, row in json_rows(path)]
+        return _select_by_split(partial(read_texts, [path]), splits)
 
-    return TextSource(EMBEDDED, digest, read)
+    return TextSource(EMBEDDED, _file_digest(path), read)
 
 
 def _split_of_year(year: int) -> Split:
     return "validation" if year % 20 == 9 else "test" if year % 20 == 19 else "train"
 
 
-def _from_files(path: Path, cache: Path) -> TextSource:
-    found = _find_files(path)
-    loaders = sorted({LOADERS[_ending(file)] for file in found})
-    if len(loaders) > 1:
-        raise DataError(f"{str(path)!r} mixes {' and '.join(loaders)} files; use one format")
-    by_split: dict[str, list[str]] = {}
-    digest = hashlib.sha256(loaders[0].encode())
-    for file, split in zip(found, _splits_from_names(found), strict=True):
-        by_split.setdefault(split, []).append(str(file))
-        digest.update(f"{split} {_file_digest(file)}\n".encode())
-    key = digest.hexdigest()
-    return TextSource(str(path), key, lambda: _splits_of(_load(loaders[0], by_split, key, cache)))
+def _from_files(name: str, path: Path, column: str | None) -> TextSource:
+    found = find_files(path)
+    split_of = {file: split for split, files in found.by_split.items() for file in files}
+    formats = {file: format_of(file) or "" for file in split_of}
+    if column and set(formats.values()) == {"text"}:
+        raise DataError(f"{str(path)!r} has no column {column!r}: a .txt file has no columns")
+    # for files of one format this is the digest of older versions, which caches are named after
+    digest = hashlib.sha256()
+    for kind in sorted(set(formats.values())):
+        digest.update(kind.encode())
+        for file in sorted(file for file in split_of if formats[file] == kind):
+            digest.update(f"{split_of[file]} {_file_digest(file)}\n".encode())
+    if column:
+        digest.update(f"column {column}\n".encode())
+
+    def read() -> dict[Split, Texts]:
+        return _with_missing(
+            {split: partial(read_texts, files, column) for split, files in found.by_split.items()}
+        )
+
+    return TextSource(
+        name,
+        digest.hexdigest(),
+        read,
+        given=frozenset(found.by_split),
+        files={split: len(files) for split, files in found.by_split.items()},
+        left_out=found.left_out,
+        rules=PLAIN if set(formats.values()) == {"text"} else BY_NAME,
+    )
 
 
-def _find_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        inside = sorted(path.rglob("*"))
-        if found := [file for file in inside if _ending(file) in LOADERS and file.is_file()]:
-            return found
-        raise DataError(f"no {', '.join(LOADERS)} file in the folder {str(path)!r}")
-    if not path.is_file():
-        raise DataError(f"no file or folder {str(path)!r}; {ACCEPTED}")
-    if _ending(path) not in LOADERS:
-        raise DataError(f"{str(path)!r} does not end in {', '.join(LOADERS)}; {ACCEPTED}")
-    return [path]
-
-
-def _ending(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
-
-
-def _splits_from_names(found: list[Path]) -> list[str]:
-    """Returns the split of each file.
-
-    Names such as train.jsonl, valid.jsonl and test-00000-of-00002.parquet decide if there is a
-    train file; otherwise all files are training data.
-    """
-    names = [file.name.split(".")[0].split("-")[0] for file in found]
-    names = [OTHER_NAMES.get(name, name) for name in names]
-    told = "train" in names
-    return [name if told and name in SPLITS else "train" for name in names]
+def _with_missing(found: dict[Split, Texts]) -> dict[Split, Texts]:
+    missing = [split for split in SPLITS if split not in found]
+    return found | divide(found["train"], missing) if missing else found
 
 
 def _file_digest(path: Path) -> str:
@@ -129,30 +131,20 @@ def _file_digest(path: Path) -> str:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def _load(loader: str, by_split: dict[str, list[str]], digest: str, cache: Path) -> DatasetDict:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    # datasets identifies a file by its time stamp; a folder for each content is never out of date
-    folder = str(cache / "datasets" / digest[:32])
-    options = {"sample_by": "document"} if loader == "text" else {}
-    with _quiet():
-        try:
-            return load_dataset(loader, data_files=by_split, cache_dir=folder, **options)
-        except (DatasetsError, OSError, ValueError) as error:
-            where = ", ".join(name for names in by_split.values() for name in names[:3])
-            raise DataError(f"{where} is not readable as {loader}: {_first_cause(error)}") from None
-
-
-def _from_hub(source: str, cache: Path) -> TextSource:
-    dataset = _fetch(source, cache)
+def _from_hub(name: str, source: str, cache: Path, column: str | None) -> TextSource:
+    named, left_out = _named_splits(_fetch(source, cache), source)
+    splits = _with_missing(
+        {
+            split: partial(_texts, rows, column_of(rows.features.arrow_schema, column, source))
+            for split, rows in named.items()
+        }
+    )
     digest = hashlib.sha256()
-    splits = _splits_of(dataset)
     for split in SPLITS:
         for text in splits[split]():
             content = text.encode()
             digest.update(f"{split} {len(content)}\n".encode() + content)
-    return TextSource(source, digest.hexdigest(), lambda: splits)
+    return TextSource(name, digest.hexdigest(), lambda: splits, frozenset(named), {}, left_out)
 
 
 def _fetch(source: str, cache: Path) -> DatasetDict:
@@ -194,17 +186,26 @@ def _hub_names(source: str) -> list[tuple[str, str | None]]:
     return [("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)]
 
 
-def _splits_of(dataset: DatasetDict) -> dict[Split, Texts]:
-    named = {OTHER_NAMES.get(name, name): rows for name, rows in dataset.items()}
+def _named_splits(dataset: DatasetDict, source: str) -> tuple[dict[Split, Dataset], dict[str, str]]:
+    """Returns the rows of each split, and why other splits are left out.
+
+    A split may have another usual name, such as dev, if none has the name itself.
+    """
+    named: dict[Split, Dataset] = {split: dataset[split] for split in SPLITS if split in dataset}
+    left_out = {}
+    for name, rows in dataset.items():
+        split = SPLIT_WORDS.get(name)
+        if name in SPLITS:
+            continue
+        if split is None or split in named:
+            left_out[f"the split {name}"] = f"{split} is there" if split else "for no known use"
+        else:
+            named[split] = rows
     if "train" not in named:
-        raise DataError(f"there is no split named train; the splits are {', '.join(dataset)}")
-    found: dict[Split, Texts] = {
-        split: partial(_texts, named[split], _text_column(named[split]))
-        for split in SPLITS
-        if split in named
-    }
-    missing = [split for split in SPLITS if split not in named]
-    return found | divide(found["train"], missing) if missing else found
+        raise DataError(
+            f"{source!r}: there is no split named train; the splits are {', '.join(dataset)}"
+        )
+    return named, left_out
 
 
 def divide(texts: Texts, missing: Sequence[Split]) -> dict[Split, Texts]:
@@ -241,22 +242,6 @@ def _part_of_each(texts: Texts, missing: Sequence[Split], wanted: Split) -> Iter
             yield text[begin : begin + share]
         else:
             yield text[:begin]
-
-
-def _text_column(rows: Dataset) -> str:
-    strings = [
-        name
-        for name, feature in rows.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
-    if "text" in strings:
-        return "text"
-    if len(strings) != 1:
-        columns = ", ".join(rows.column_names)
-        raise DataError(
-            f"expected a column 'text' or only one column of strings; the columns are {columns}"
-        )
-    return strings[0]
 
 
 def _texts(rows: Dataset, column: str) -> Iterator[str]:

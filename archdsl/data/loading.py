@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from archdsl.data.documents import ACCEPTED, SPLITS, TextSource, find_source
+from archdsl.data.documents import PLAIN, SPLITS, TextSource, find_source
+from archdsl.data.folders import ACCEPTED
 from archdsl.data.skills import Skill, parse_skill
 from archdsl.data.tokenizers import (
     Tokens,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Data", "DataError", "SkillData", "TextData", "load_data"]
 
 FORMAT = 1  # increase it if the same source and tokenizer give other tokens than before
+LEFT_OUT_LINES = 10  # of a summary
 HELD_OUT_SEQUENCES = 1024  # sequences in the validation and in the test split of a skill
 
 
@@ -49,6 +51,7 @@ def load_data(
     source: str | os.PathLike[str] | None = None,
     *,
     tokenizer: str = "bytes",
+    column: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Data:
     """Loads text or a synthetic task for training and evaluation.
@@ -56,25 +59,38 @@ def load_data(
     ``source``: a file or folder of text, ``hf:DATASET/CONFIG`` from the Hugging Face Hub, or
     ``skill:NAME,option=value``. The default is the corpus that comes with archdsl. ``tokenizer``:
     "bytes", "bpe:SIZE" (trained on the training split) or the path of a tokenizer.json; skills use
-    none. ``cache``: the folder for the tokens; the default is $ARCHDSL_CACHE, or else
-    $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if the source or the
-    tokenizer is wrong, or if the cache cannot be written.
+    none. ``column``: the column of the text, if it is not called text, content or document; a
+    source ``SOURCE::COLUMN`` means the same. ``cache``: the folder for the tokens; the default is
+    $ARCHDSL_CACHE, or else $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if
+    the source or the tokenizer is wrong, or if the cache cannot be written.
     """
     if source is not None and (not isinstance(source, str | os.PathLike) or not os.fspath(source)):
         raise DataError(f"{reprlib.repr(source)} names no data; {ACCEPTED}")
     source = None if source is None else os.fspath(source)
+    source, column = _named_column(source, column)
     if source is not None and source.startswith("skill:"):
+        if column:
+            raise DataError(f"{source} has no column {column!r}: a skill has no columns")
         return SkillData(parse_skill(source.removeprefix("skill:")))
     root = Path(cache) if cache else _default_cache()
     choice = tokenizer_key(tokenizer)
     try:
-        text = find_source(source, root)
+        text = find_source(source, root, column)
         cached = TokenCache(root / "tokens", _sha256(str(FORMAT), text.digest, choice))
-        return cached.open(text.name) or cached.build(text, tokenizer)
+        data = cached.open(text.name, rules=text.rules) or cached.build(text, tokenizer)
+        return replace(data, source=text)
     except OSError as error:
         raise DataError(
             f"cache {str(root)!r}: {error}; set $ARCHDSL_CACHE to use another folder"
         ) from None
+
+
+def _named_column(source: str | None, column: str | None) -> tuple[str | None, str | None]:
+    """Divides SOURCE::COLUMN, which is how the names of data say a column."""
+    if source is None or column or Path(source).exists():
+        return source, column
+    name, _, after = source.rpartition("::")
+    return (name, after) if name and after else (source, None)
 
 
 def _default_cache() -> Path:
@@ -98,6 +114,7 @@ class TextData:
     text_bytes: Mapping[Split, int]
     chance: None = None
     token_cache: TokenCache | None = None  # the files of the tokens
+    source: TextSource | None = None  # what was found, in the process that loaded it
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the location of the cached files, which this process has already verified."""
@@ -110,6 +127,27 @@ class TextData:
     def vocab_size(self) -> int:
         """See `Data.vocab_size`."""
         return vocab_size(self.tokenizer)
+
+    def summary(self) -> list[str]:
+        """Returns lines that say what each split has, and what is left out and why.
+
+        Documents are counted in the tokens, which takes a second for each gigabyte.
+        """
+        end = end_of_document(self.tokenizer)
+        lines: list[str] = []
+        for split in SPLITS:
+            tokens = self.tokens[split]
+            counts = [(np.count_nonzero(tokens == end) - 1, "document"), (len(tokens), "token")]
+            if self.source and (files := self.source.files.get(split)):
+                counts.insert(0, (files, "file"))
+            words = ", ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in counts)
+            taken = self.source and split not in self.source.given
+            lines.append(f"{split}: {words}" + ", taken from the training text" * bool(taken))
+        left_out = list(self.source.left_out.items()) if self.source else []
+        lines += [f"left out: {name} ({why})" for name, why in left_out[:LEFT_OUT_LINES]]
+        if more := left_out[LEFT_OUT_LINES:]:
+            lines.append(f"left out: {len(more):,} more")
+        return lines
 
     def save_tokenizer(self, path: Path) -> None:
         """See `Data.save_tokenizer`."""
@@ -254,6 +292,7 @@ class CacheIndex(BaseModel):
     dtype: Literal["<u2", "<u4"]
     tokenizer: str  # sha256 of tokenizer.json
     splits: dict[Split, SplitIndex] = Field(min_length=len(SPLITS))
+    rules: int = PLAIN  # see `TextSource`
 
 
 @dataclass(frozen=True)
@@ -270,16 +309,19 @@ class TokenCache:
         """Returns the path of one of the files."""
         return self.folder / f"{self.key[:32]}.{name}"
 
-    def open(self, name: str, verified: bool = False) -> TextData | None:
+    def open(self, name: str, verified: bool = False, rules: int = PLAIN) -> TextData | None:
         """Opens the files as the data source ``name``; returns None if any is missing or damaged.
 
-        The checksums are not computed if another process has ``verified`` the files before.
+        The checksums are not computed if another process has ``verified`` the files before. Files
+        that were written under older ``rules`` are not opened.
         """
         try:
             index = CacheIndex.model_validate_json(self.path("json").read_bytes())
             tokens = {split: self._map(split, index, verified) for split in index.splits}
             tokenizer = self.path("tokenizer.json").read_bytes()
         except (FileNotFoundError, ValidationError, DamagedError):
+            return None
+        if index.rules < rules:
             return None
         if hashlib.sha256(tokenizer).hexdigest() != index.tokenizer:
             return None
@@ -317,7 +359,7 @@ class TokenCache:
                 raise DataError(f"{source.name}: too little text, the split {split} is empty")
         content = tokenizer.to_str(pretty=True).encode()
         digest = hashlib.sha256(content).hexdigest()
-        index = CacheIndex(dtype=dtype, tokenizer=digest, splits=splits)
+        index = CacheIndex(dtype=dtype, tokenizer=digest, splits=splits, rules=source.rules)
         for name, written in (
             ("tokenizer.json", content),
             ("json", index.model_dump_json().encode()),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import lzma
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,30 +83,6 @@ def test_only_the_missing_split_is_taken_from_training(tmp_path: Path) -> None:
 # reading
 
 
-def parquet(path: Path, text: str) -> None:
-    datasets.Dataset.from_dict({"text": [text]}).to_parquet(path)
-
-
-WRITERS: dict[str, Callable[[Path, str], object]] = {
-    "a.txt": lambda path, text: path.write_text(text),
-    "a.txt.gz": lambda path, text: path.write_bytes(gzip.compress(text.encode())),
-    "a.jsonl": lambda path, text: path.write_text(json.dumps({"text": text}) + "\n"),
-    "a.jsonl.xz": lambda path, text: path.write_bytes(
-        lzma.compress(json.dumps({"text": text}).encode())
-    ),
-    "a.json": lambda path, text: path.write_text(json.dumps([{"story": text, "year": 1}])),
-    "a.parquet": parquet,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_its_text(name: str, tmp_path: Path) -> None:
-    text = document(0, 100)
-    WRITERS[name](tmp_path / name, text)
-    data = load_text(tmp_path / name, tmp_path / "cache")
-    assert text_of(data) == text
-
-
 def test_empty_rows_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"text": document(seed)} for seed in range(20)] + [{"text": ""}, {"text": None}]
@@ -121,21 +95,14 @@ def test_empty_rows_are_skipped(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({}, "no file or folder '.*'; expected nothing .the embedded corpus., a file"),
-        ({"": {}}, "no .txt, .jsonl, .json, .parquet file in the folder"),
-        ({"/a.pkl": b"x"}, "no .txt, .jsonl, .json, .parquet file in the folder"),
-        ({"/a.txt": b"x", "/b.jsonl": b"{}"}, "mixes json and text files"),
-        ({"/a.txt": b"\xff\xfe"}, "a.txt is not readable as text: .*utf-8"),
-        ({"/a.jsonl": b'{"text": '}, "a.jsonl is not readable as json"),
-        (
-            {"/a.json": b'[{"a": "x", "b": "y"}]'},
-            "column 'text' or only one .*; the columns are a, b",
-        ),
-        (
-            {"/a.json": b'[{"text": 3}]'},
-            "column 'text' or only one column of strings; the columns are text",
-        ),
+        ({"": {}}, "no .txt, .jsonl, .ndjson, .json, .parquet, .arrow file in the folder"),
+        ({"/a.pkl": b"x"}, "no .txt, .* file in the folder '.*'; 'a.pkl' cannot be used"),
+        ({"/a.txt": b"\xff\xfe"}, "a.txt' is not UTF-8 text: .* at byte 0; convert it"),
+        ({"/a.jsonl": b'{"text": '}, "a.jsonl': line 1 is not JSON"),
+        ({"/a.json": b'[{"a": "x", "b": "y"}]'}, "a.json' has no column text, .* are a, b"),
+        ({"/a.json": b'[{"text": 3}]'}, "a.json': row 1: the column 'text' holds 3"),
         ({"/a.txt": b"short"}, "too little text, the split validation is empty"),
-        ({"/a.parquet": b"PAR1"}, "a.parquet is not readable as parquet"),
+        ({"/a.parquet": b"PAR1"}, "a.parquet' is damaged or cannot be read: "),
     ],
 )
 def test_unreadable_text_gives_an_error_of_one_line(
@@ -163,6 +130,34 @@ def test_the_error_without_a_network_says_what_to_do(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=message):
         load_data("hf:wikitext/wikitext-103-raw-v1", cache=tmp_path)
+
+
+def test_other_splits_of_a_hub_dataset_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["dev", "validation", "train", "unsupervised", "eval"]
+    rows = {n: datasets.Dataset.from_dict({"text": [document(i)]}) for i, n in enumerate(names)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(rows))
+    monkeypatch.chdir(tmp_path)
+    data = load_text("hf:one", tmp_path)
+    assert [documents(data.tokens[split]) for split in SPLITS] == [[document(i)] for i in (2, 1, 4)]
+    assert data.summary()[3:] == [
+        "left out: the split dev (validation is there)",
+        "left out: the split unsupervised (for no known use)",
+    ]
+
+
+def test_a_column_of_a_hub_dataset_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"train": datasets.Dataset.from_dict({"id": ["x"], "story": [document(0, 100)]})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(rows))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"'hf:one' has no column text, .* the columns are id, story"
+    ):
+        load_data("hf:one", cache=tmp_path)
+    assert text_of(load_text("hf:one::story", tmp_path)) == document(0, 100)
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:a/b/c/d", "hf:a//b"])

@@ -1,0 +1,181 @@
+"""Which files of a folder are read, and to which split each of them belongs.
+
+The words that name a split are those of the library datasets. They stand in the name of a folder or
+a file, between characters that are no letters: train.jsonl, valid_0.jsonl, ptb.test.txt, dev/a.txt.
+
+- The name of a folder decides before the name of a file.
+- If no file is named as training text, the files without such a word are the training text. If one
+  is, they are left out, as datasets does it.
+- Hidden, temporary and descriptive files are left out, and so are files of other formats. Archives
+  are refused, because they probably hold text that somebody expects to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from archdsl.data.types import DataError, Split
+
+SPLIT_WORDS: Mapping[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+LETTER = r"[^\W\d_]"
+SPLIT_WORD = re.compile(rf"(?<!{LETTER})({'|'.join(SPLIT_WORDS)})(?!{LETTER})", re.IGNORECASE)
+FORMATS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+READ = f"{', '.join(FORMATS)} (also {', '.join(COMPRESSED)})"
+UNREAD = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzma", ".br", ".z", ".snappy")
+TEMPORARY = ("~", ".swp", ".swo", ".tmp", ".temp", ".bak", ".orig", ".part", ".crdownload")
+DESCRIPTIVE = {  # files that the library datasets writes beside the text
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+}  # fmt: skip
+ACCEPTED = (
+    "expected nothing (the embedded corpus), a file or folder of .txt, .jsonl, .json, .parquet or "
+    ".arrow files (also .gz, .bz2, .xz or .zst), hf:DATASET/CONFIG, or skill:NAME"
+)
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files of each split, in the order of their names, and why other files are left out."""
+
+    by_split: Mapping[Split, list[Path]]
+    left_out: Mapping[str, str]
+
+
+def find_files(path: Path) -> FoundFiles:
+    """Finds the files to read. A path of a single file is training text, whatever its name.
+
+    Raises DataError if there is nothing to train on, or if it is not clear what is training text.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.is_file():
+        raise DataError(f"no file or folder {str(path)!r}; {ACCEPTED}")
+    if format_of(path) is None:
+        raise DataError(f"{str(path)!r} does not end in {', '.join(FORMATS)}; {ACCEPTED}")
+    return FoundFiles({"train": [path]}, {})
+
+
+def format_of(path: Path) -> str | None:
+    """Returns the format that the name of the file says, below a compression; None if none."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return FORMATS.get(inner.suffix.lower())
+
+
+def _in_folder(folder: Path) -> FoundFiles:
+    left_out: dict[str, str] = {}
+    named: dict[Path, Split | None] = {}
+    for file in _walk(folder, left_out):
+        inside = file.relative_to(folder)
+        if why := _why_left_out(file, inside):
+            left_out[str(inside)] = why
+        else:
+            named[file] = _named_split(folder, inside)
+    if not named:
+        skipped = f"; {_few(left_out)} cannot be used" if left_out else ""
+        raise DataError(f"no {', '.join(FORMATS)} file in the folder {str(folder)!r}{skipped}")
+    told = "train" in named.values()
+    by_split: dict[Split, list[Path]] = {}
+    for file, split in named.items():
+        if split is None and told:
+            left_out[str(file.relative_to(folder))] = "named for no split, while others are"
+        else:
+            by_split.setdefault(split or "train", []).append(file)
+    if "train" not in by_split:
+        held_out = _few(str(file.relative_to(folder)) for file in named)
+        raise DataError(
+            f"{str(folder)!r} has no training text: by its name, everything in it is held-out text "
+            f"({held_out}). Add a file or folder named train, or pass one file"
+        )
+    return FoundFiles(by_split, left_out)
+
+
+def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
+    """Returns all files below the folder. Links to folders are left out: they may be circles."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}")
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        here = Path(place)
+        for name in folders:
+            if (here / name).is_symlink():
+                left_out[str((here / name).relative_to(folder))] = "a link to a folder"
+        found += [here / name for name in files]
+    return sorted(found)
+
+
+def _why_left_out(file: Path, inside: Path) -> str | None:
+    """Returns why the file is not read, or None. Raises DataError for text that is missing then."""
+    name = inside.name
+    if any(part.startswith((".", "__")) for part in inside.parts):
+        return "hidden"
+    if name.lower().endswith(TEMPORARY) or name.startswith(("~$", "#")):
+        return "temporary"
+    if name in DESCRIPTIVE:
+        return "describes the data"
+    if name.lower().endswith(UNREAD):
+        raise DataError(
+            f"{str(file)!r} is in a format that cannot be read, and would be left out: unpack it, "
+            f"or move it to another folder. The formats are {READ}"
+        )
+    if format_of(file) is None:
+        return "another format"
+    if not file.is_file():
+        raise DataError(f"{str(file)!r} is not a file, or a link to a file that does not exist")
+    if file.suffix == ".arrow" and file.name not in _listed(file.parent, file.name):
+        return "not listed in state.json"
+    return None
+
+
+def _listed(folder: Path, name: str) -> set[str]:
+    """Returns the data files of a folder that ``save_to_disk`` wrote; ``name`` for any other.
+
+    datasets also caches other tables there. Raises DataError if a data file is missing.
+    """
+    state = folder / "state.json"
+    if not state.is_file():
+        return {name}
+    try:
+        listed = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(state)!r} is not as save_to_disk writes it: {error!r}") from None
+    if missing := sorted(file for file in listed if not (folder / file).is_file()):
+        raise DataError(f"{str(folder)!r} lacks {_few(missing)}, which state.json lists")
+    return listed
+
+
+def _named_split(folder: Path, inside: Path) -> Split | None:
+    """Returns the split that the folders of the file name, or else the file itself, or None."""
+    for names in (inside.parts[:-1], inside.parts[-1:]):
+        words = [word.lower() for name in names for word in SPLIT_WORD.findall(name)]
+        splits = sorted({SPLIT_WORDS[word] for word in words})
+        if len(splits) > 1:
+            raise DataError(
+                f"{str(folder / inside)!r} is named for several splits, {' and '.join(splits)}: "
+                "rename it so that its folders, or else its own name, name one"
+            )
+        if splits:
+            return splits[0]
+    return None
+
+
+def _few(names: Iterable[str]) -> str:
+    some = [repr(name) for name in names]
+    return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")

@@ -1,0 +1,255 @@
+"""Reads the documents of files: text, JSON, parquet and arrow, also compressed.
+
+JSON is not read by the library datasets, which infers types: it turns texts that look like dates
+into time stamps, and refuses a number among texts without saying where it is.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from archdsl.data.folders import format_of
+from archdsl.data.types import DataError
+from archdsl.errors import describe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXT_COLUMNS = ("text", "content", "document")
+NOT_TEXT = {
+    "messages": "chats. Render them as text with the chat template of a tokenizer",
+    "conversations": "chats. Render them as text with the chat template of a tokenizer",
+    "input_ids": "tokens. Pass the text that they were made of",
+}
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a stream of arrow tables
+
+
+def read_texts(files: Sequence[Path], column: str | None = None) -> Iterator[str]:
+    """Yields the documents of the files. ``column``: that of the text, if it has an unusual name.
+
+    Raises DataError, which names the file and the place, if something is no text.
+    """
+    for file in files:
+        with _blamed_on(file):
+            yield from READERS[format_of(file) or "text"](file, column)
+
+
+@contextmanager
+def _blamed_on(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError:
+        raise DataError(
+            f"{str(file)!r} is cut off: the end of what is compressed is missing; copy or download "
+            "it again"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start:,}; convert it"
+        ) from None
+    except (OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise DataError(f"{str(file)!r} is damaged or cannot be read: {reason}") from None
+
+
+def open_bytes(file: Path) -> IO[bytes]:
+    """Opens a file, and decompresses it if its name says so."""
+    ending = file.suffix.lower()
+    if ending == ".zst":
+        return _open_zst(file)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(ending, open)(file, "rb")
+
+
+def _open_zst(file: Path) -> IO[bytes]:
+    import pyarrow as pa
+
+    stream: Any = pa.input_stream(str(file), compression="zstd")
+    buffered: Any = io.BufferedReader(stream)
+    return buffered
+
+
+def _text(file: Path, column: str | None) -> Iterator[str]:
+    with io.TextIOWrapper(open_bytes(file), encoding="utf-8") as content:
+        text = content.read()
+    yield text
+
+
+def _json(file: Path, column: str | None) -> Iterator[str]:
+    columns: dict[str, None] = {}
+    found = False
+    for place, row in json_rows(file):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{str(file)!r}: {place} is {describe(row)}; expected an object with a text, such "
+                'as {"text": "It was"}'
+            )
+        own = column or text_column(row, file)
+        if own is not None and own in row:
+            found = True
+            yield from _checked(row[own], f"{str(file)!r}: {place}", own)
+        elif not found:
+            columns |= dict.fromkeys(row)
+    if columns and not found:
+        raise _no_column(file, columns, column)
+
+
+def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a file of JSON lines or of one JSON array, with their places in it."""
+    with open_bytes(file) as content:
+        lines = enumerate(content, 1)
+        first = next((entry for entry in lines if entry[1].strip(b"\xef\xbb\xbf \t\r\n")), None)
+        if first is None:
+            return
+        if _is_document(first[1]):
+            whole = _parsed(first[1] + content.read(), f"{str(file)!r}")
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+            return
+        for number, line in chain([first], lines):
+            if line.strip():
+                yield f"line {number}", _parsed(line, f"{str(file)!r}: line {number}")
+
+
+def _is_document(line: bytes) -> bool:
+    """Tells whether a JSON value begins in this line, but does not end in it, or is an array."""
+    start = line.removeprefix(b"\xef\xbb\xbf").strip()
+    return start.startswith(b"[") or start == b"{"
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place} is not UTF-8 text: {error.reason} at byte {error.start:,} of it; convert it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        cut = "" if content.endswith(b"\n") else ". The file may be cut off"
+        raise DataError(f"{place} is not JSON: {error}{cut}") from None
+
+
+def text_column(columns: Iterable[str], place: object) -> str | None:
+    """Returns the column that is text by its name; None if there is none.
+
+    Raises DataError if two columns may be meant.
+    """
+    found = [name for name in TEXT_COLUMNS if name in columns]
+    if len(found) > 1 and found[0] != "text":
+        raise DataError(
+            f"{str(place)!r}: the columns {' and '.join(found)} may both be the text: choose one "
+            "with --column"
+        )
+    return found[0] if found else None
+
+
+def _no_column(place: object, columns: Iterable[str], wanted: str | None) -> DataError:
+    names = ", ".join(columns)
+    if wanted:
+        return DataError(f"{str(place)!r} has no column {wanted!r}; the columns are {names}")
+    for name, content in NOT_TEXT.items():
+        if name in columns:
+            return DataError(
+                f"{str(place)!r}: the column {name!r} holds {content}, or name another column with "
+                f"--column; the columns are {names}"
+            )
+    return DataError(
+        f"{str(place)!r} has no column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}: name "
+        f"the column of the text with --column; the columns are {names}"
+    )
+
+
+def _checked(value: Any, place: str, column: str) -> Iterator[str]:
+    """Yields a value if it is a text, and nothing if it is null."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise DataError(f"{place}: the column {column!r} holds {describe(value)}; expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{place}: the column {column!r} holds half of a surrogate pair, which is no character"
+        ) from None
+    yield value
+
+
+# tables
+
+
+def _parquet(file: Path, column: str | None) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(_table_bytes(file)) as table:
+        own = column_of(table.schema_arrow, column, file)
+        yield from _column(table.iter_batches(batch_size=64, columns=[own]), own)
+
+
+def _arrow(file: Path, column: str | None) -> Iterator[str]:
+    import pyarrow as pa
+
+    content = _table_bytes(file)
+    if content.read(6) == b"ARROW1":
+        table = pa.ipc.open_file(content)
+        batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        own = column_of(table.schema, column, file)
+    else:
+        content.seek(content.size() - len(END_OF_STREAM))
+        if content.read() != END_OF_STREAM:
+            raise ValueError("the end of the stream is missing; copy or download the file again")
+        content.seek(0)
+        batches = stream = pa.ipc.open_stream(content)
+        own = column_of(stream.schema, column, file)
+    small = (batch.slice(i, 64) for batch in batches for i in range(0, batch.num_rows, 64))
+    yield from _column(small, own)
+
+
+def _table_bytes(file: Path) -> pa.NativeFile:
+    """Maps a file into memory, or decompresses it there."""
+    import pyarrow as pa
+
+    if file.suffix.lower() in (".parquet", ".arrow"):
+        return pa.memory_map(str(file))
+    with open_bytes(file) as content:
+        return pa.BufferReader(content.read())
+
+
+def _column(batches: Iterable[pa.RecordBatch], column: str) -> Iterator[str]:
+    for batch in batches:
+        yield from (text for text in batch.column(column).to_pylist() if text is not None)
+
+
+def column_of(schema: pa.Schema, wanted: str | None, place: object) -> str:
+    """Returns the column of the text of a table. Raises DataError if there is none."""
+    import pyarrow.types as kinds
+
+    column = wanted or text_column(schema.names, place)
+    if column is None or column not in schema.names:
+        raise _no_column(place, schema.names, wanted)
+    kind = schema.field(column).type
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
+    if not any(is_text(kind) for is_text in texts):
+        raise DataError(
+            f"{str(place)!r}: the column {column!r} holds values of the type {kind}; expected "
+            f"texts. The columns are {', '.join(schema.names)}"
+        )
+    return column
+
+
+READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
+    "text": _text,
+    "json": _json,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
