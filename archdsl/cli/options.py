@@ -122,8 +122,15 @@ Source = Annotated[
     typer.Option(
         "--data",
         metavar="SOURCE",
-        help="A text, JSONL or parquet file or folder, hf:DATASET/CONFIG or skill:NAME. "
-        "Default: the embedded corpus.",
+        help="A text, JSONL, parquet or arrow file or folder, hf:DATASET/CONFIG or skill:NAME. "
+        "SOURCE::COLUMN also says which column is the text. Default: the embedded corpus.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The column of --data that is the text. Default: text, content or document.",
     ),
 ]
 Tokenizer = Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archdsl.cli.options import (
+    Column,
     ConfigFile,
     Json,
     Overrides,
@@ -52,6 +53,7 @@ def train(
     spec: SpecOrCheckpoint,
     overrides: Overrides = None,
     source: Source = None,
+    column: Column = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
     as_json: Json = False,
@@ -70,6 +72,8 @@ def train(
       archdsl train runs/grafted --only new --out runs/thinking
     """
     config = config_from(ctx, config_class(), config_file)
+    from archdsl.data.documents import EMBEDDED
+    from archdsl.data.loading import TextData
     from archdsl.lang.load import load
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
@@ -77,11 +81,14 @@ def train(
 
     start = checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
-    data = data_of(start, source) if start else data_for(model, source, tokenizer)
+    named = f"{source or EMBEDDED}::{column}" if column else source
+    data = data_of(start, named) if start else data_for(model, named, tokenizer)
     folder = out or Path("runs") / model.name
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
+    for line in data.summary() if isinstance(data, TextData) else ():
+        print(f"  {line}", file=sys.stderr)
     result = train(start or model, data, config, folder, progress=True)
     if result.resumed_from == result.steps:
         print("the run was complete already: no step was trained", file=sys.stderr)

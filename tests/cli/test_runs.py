@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +93,31 @@ def test_the_tokenizer_fills_the_vocabulary(
     monkeypatch.setattr("archdsl.data.loading.load_data", load_data)
     cli("train", "tiny", "--set", f"vocab_size={vocabulary}")
     assert asked == [choice]
+
+
+def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> None:
+    folder = Path("stories")
+    folder.mkdir()
+    for name, story in (("train", "It was. " * 40), ("dev", "Held out. " * 9), ("test", "Out. ")):
+        row = {"id": name, "story": story}
+        (folder / f"{name}_0.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "notes.md").write_text("about the stories")
+    train = ["train", "tiny", "--data", "stories", "--context", "8", "--batch-size", "2"]
+    sizes = ["--set", "vocab_size=257", "--steps", "1"]
+    refused = cli(*train, *sizes)
+    assert refused.status == 2
+    assert "name the column of the text with --column; the columns are id, story" in refused.err
+    trained = cli(*train, *sizes, "--column", "story", "--out", "run")
+    assert trained.status == 0, trained.err
+    for line in (
+        "  train: 1 file, 1 document, 322 tokens\n",
+        "  validation: 1 file, 1 document, 92 tokens\n",
+        "  test: 1 file, 1 document, 7 tokens\n",
+        "  left out: notes.md (another format)\n",
+    ):
+        assert line in trained.err
+    scored = cli("eval", "run/final", "--json")
+    assert scored.json["data"] == "stories::story"
 
 
 def test_every_field_of_the_training_is_an_option(cli: Cli) -> None:
