@@ -12,7 +12,7 @@ from typing import Any, Literal
 from optuna.storages import BaseStorage
 
 from archdsl.errors import ArchdslError, Problem, SpecError, blamed_on
-from archdsl.files import make_folder
+from archdsl.files import make_folder, remove_temporary_files
 from archdsl.lang.config import check_config, say_where
 from archdsl.lang.load import Source, budget_of, read
 from archdsl.lang.source import Tree, check_name, read_file
@@ -279,4 +279,5 @@ def opened(folder: Path, url: str | None, heartbeat: int) -> Iterator[tuple[Base
             yield backend, False
         return
     with exclusive(folder):
-        yield journal(folder), True
+        remove_temporary_files(folder)
+        yield journal(folder, to_write=True), True

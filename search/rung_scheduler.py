@@ -15,7 +15,7 @@ from archdsl.search.study.study import Study
 from archdsl.search.study.trial import RunningTrial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, objective
 from archdsl.search.trials.scorers import Scorer
-from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
+from archdsl.search.workers.pool import JobFailed, Pool, end_if_disk_is_full, wait_for_any
 
 FAILURES = 5  # in a row: then the search ends, because the fault is not that of one trial
 SECONDS_BETWEEN_UPDATES = 0.5
@@ -64,7 +64,8 @@ class RungScheduler:
     def run(self, pool: Pool) -> None:
         """Return when all trials are finished, those of other workers too, or a limit is reached.
 
-        Raises SearchFailedError if ``FAILURES`` trials fail one after the other.
+        Raises SearchFailedError if ``FAILURES`` trials fail one after the other, WriteError as soon
+        as one fails because the disk is full.
         """
         pool = self.spending.metered(pool, "search")
         try:
@@ -139,6 +140,9 @@ class RungScheduler:
     def _failed(self, trial: RunningTrial, failure: BaseException) -> None:
         if not isinstance(failure, JobFailed):
             raise failure
+        if failure.reason == "disk full":
+            self.study.release(trial)
+        end_if_disk_is_full(failure)
         reason = str(failure)
         self.study.finish(trial, "failed", error=reason)
         self.said = f"trial {trial.number} failed: {reason}"

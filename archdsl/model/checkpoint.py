@@ -33,7 +33,7 @@ from torch import Tensor
 from archdsl import __version__
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError, Position, Problem, SpecError, describe
-from archdsl.files import atomic_folder, read_json
+from archdsl.files import WriteError, atomic_folder, read_json
 from archdsl.lang.registry import how_to_load, modules_of, plugin_modules
 from archdsl.lang.source import read, shipped_specs
 from archdsl.lang.spec import ModelSpec, parse_spec, walk
@@ -125,6 +125,8 @@ def save_checkpoint(
             _write(folder, model, tokenizer_from, training)
             about = _about(folder, model.spec) | dict(provenance)
             _write_json(folder / PROVENANCE, about)
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
 

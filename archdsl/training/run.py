@@ -8,7 +8,7 @@ import reprlib
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,13 @@ from torch import nn
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError
 from archdsl.evaluation.evaluate import Evaluation
-from archdsl.files import JsonLines, remove_folder, remove_leftovers
+from archdsl.files import (
+    JsonLines,
+    exclusive,
+    remove_folder,
+    remove_leftovers,
+    remove_temporary_files,
+)
 from archdsl.lang.load import Source
 from archdsl.model.build import build
 from archdsl.model.checkpoint import (
@@ -36,6 +42,7 @@ from archdsl.training.state import FinishedState, checked
 from archdsl.training.trainer import RunMismatchError, Trainer, TrainingDiverged, TrainStep
 
 __all__ = [
+    "FolderInUseError",
     "RunMismatchError",
     "TrainConfig",
     "TrainResult",
@@ -45,6 +52,12 @@ __all__ = [
     "last_checkpoint",
     "train",
 ]
+
+
+class FolderInUseError(ArchdslError):
+    """Another process is training in the folder."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,13 @@ def train(
     nothing is written. The same call resumes a run that was interrupted.
     ``progress``: show the progress on stderr.
 
-    Ctrl-C finishes and saves the current step; a second Ctrl-C stops at once.
+    Ctrl-C or SIGTERM finishes and saves the current step; a second one stops at once.
 
     Raises TrainingDiverged if the loss, the gradient or the weights are not finite, or the loss
-    stays far too high; RunMismatchError if ``out`` holds another run; CheckpointError if a
-    checkpoint cannot be read or written; SpecError if the spec is wrong; ArchdslError if the data
-    do not fit the model.
+    stays far too high; RunMismatchError if ``out`` holds another run; FolderInUseError if another
+    process trains in ``out``; CheckpointError if a checkpoint cannot be read or written, WriteError
+    if the log cannot be written; SpecError if the spec is wrong; ArchdslError if the data do not
+    fit the model.
     """
     if not isinstance(config, TrainConfig):
         wanted = "a TrainConfig is needed, such as archdsl.training.config.TrainConfig(steps=100)"
@@ -89,12 +103,29 @@ def train(
     folder = None if out is None else Path(out)
     start = model if isinstance(model, Checkpoint) else None
     trainer = Trainer(_built(model, config.seed), data, config, start)
-    validation = _resume(trainer, folder) if folder else None
-    resumed_from = trainer.step
-    if validation is None:
-        with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
-            validation = _run(trainer, Recorder(trainer, folder, display, stop))
+    with _locked(folder) if folder else nullcontext():
+        validation = _resume(trainer, folder) if folder else None
+        resumed_from = trainer.step
+        if validation is None:
+            with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
+                validation = _run(trainer, Recorder(trainer, folder, display, stop))
     return TrainResult(trainer.model, trainer.step, validation, resumed_from)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Create the folder of a run, and keep other processes from it inside the block."""
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be used as the folder of a run: {error}") from None
+    refusal = FolderInUseError(
+        f"another process is training in {out}; wait until it ends, or choose another folder"
+    )
+    with exclusive(out, refusal):
+        remove_temporary_files(out)
+        remove_leftovers(out / "checkpoints")
+        yield
 
 
 def _built(model: LanguageModel | Checkpoint | Source, seed: int) -> LanguageModel:
@@ -121,11 +152,6 @@ def _step_of(path: Path) -> int:
 
 def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
     """Load the state of the run in ``out``; return the validation if the run has finished."""
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be used as the folder of a run: {error}") from None
-    remove_leftovers(out / "checkpoints")
     final, last = out / "final", last_checkpoint(out)
     if final.exists():
         state = load_training(final)
@@ -263,19 +289,27 @@ def _described(found: Evaluation) -> str:
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets. A second Ctrl-C interrupts as usual."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets. A second one does what is usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread can handle signals
         return
-    usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    usual = {
+        signal.SIGINT: signal.getsignal(signal.SIGINT) or signal.default_int_handler,
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM) or signal.SIG_DFL,
+    }
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, usual)
+        restore()
 
-    signal.signal(signal.SIGINT, request_stop)
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    for number in usual:
+        signal.signal(number, request_stop)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, usual)
+        restore()

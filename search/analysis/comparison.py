@@ -19,7 +19,7 @@ from archdsl.search.analysis.baselines import BASELINES, WINNER, compared_specs,
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.stats.paired import Difference, paired
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
-from archdsl.search.workers.pool import JobFailed, Pool, wait_for_any
+from archdsl.search.workers.pool import JobFailed, Pool, end_if_disk_is_full, wait_for_any
 
 OBJECTIVE = "objective"
 SECONDS_BETWEEN_UPDATES = 0.5
@@ -122,6 +122,7 @@ def _result(future: Future[ProxyScore]) -> JobResult:
     try:
         return future.result()
     except JobFailed as failure:
+        end_if_disk_is_full(failure)
         return failure
 
 

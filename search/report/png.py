@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+from archdsl.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +56,10 @@ def plot(result: ResultJson, folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """Write a PNG under a temporary name, then rename it, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    return temporary.replace(path)
+    """Write a PNG in one step, so that no reader sees half a file."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    return path
 
 
 def _weights(result: ResultJson) -> dict[str, float]:

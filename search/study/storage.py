@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,13 +10,17 @@ from pathlib import Path
 from threading import Event, Thread
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 
+from archdsl import files
 from archdsl.errors import ArchdslError
+from archdsl.search.study.journal_file import JournalFile
 
+JOURNAL = "study.journal"
+# what Optuna raises when it reads an entry that it would not write
+WRONG_ENTRY = (LookupError, TypeError, ValueError, AttributeError, AssertionError, OptunaError)
 HEARTBEAT_SECONDS = 30  # a trial is stale when two heartbeats in a row are missing
 NO_URL = "URL"  # shown in place of a text that is no URL, as it may hold a password
 CONNECTION_TRIES = 5  # until another worker has made the tables of a new database
@@ -52,9 +55,21 @@ def in_memory_study(objectives: int) -> optuna.Study:
     return optuna.create_study(directions=["minimize"] * objectives)
 
 
-def journal(folder: Path) -> BaseStorage:
-    """The storage in a file of the folder. Only one process at a time may use it: ``exclusive``."""
-    return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+def journal(folder: Path, to_write: bool = False) -> BaseStorage:
+    """The storage in a file of the folder. Only one process at a time may write: ``exclusive``.
+
+    ``to_write``: drop a line that a crash has left unfinished. Raises JournalError if the file
+    holds something that no search has written.
+    """
+    file = JournalFile(folder / JOURNAL)
+    if to_write:
+        file.drop_unfinished_line()
+    try:
+        return JournalStorage(file)
+    except WRONG_ENTRY as error:
+        missing = str(error.args[0]) if isinstance(error, KeyError) else ""
+        why = f"{missing} is missing" if missing.isidentifier() else "is no entry of a study"
+        raise file.error(why) from None
 
 
 @contextmanager
@@ -63,14 +78,11 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises StorageError if another process has locked it.
     """
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"another process is searching in {folder}; wait until it ends, choose another "
-                "--out, or share a database: --storage postgresql+psycopg://..."
-            ) from None
+    refusal = StorageError(
+        f"another process is searching in {folder}; wait until it ends, choose another "
+        "--out, or share a database: --storage postgresql+psycopg://..."
+    )
+    with files.exclusive(folder, refusal):
         yield
 
 

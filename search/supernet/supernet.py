@@ -170,4 +170,4 @@ def calibrate_routers(trainer: Trainer) -> None:
         for step in range(CALIBRATION):
             batch = trainer.data.batch(step, config.batch_size, trainer.context, config.seed)
             model(batch.tokens_BT.to(trainer.device))
-    model.commit()
+            model.commit()

@@ -20,7 +20,14 @@ from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, Protocol, TypeVar
 
-from archdsl.search.workers.worker import Heartbeat, JobFailed, Work, failure, run_worker
+from archdsl.search.workers.worker import (
+    Heartbeat,
+    JobFailed,
+    Work,
+    end_if_disk_is_full,
+    failure,
+    run_worker,
+)
 
 __all__ = [
     "Heartbeat",
@@ -29,6 +36,7 @@ __all__ = [
     "Pool",
     "ProcessPool",
     "Work",
+    "end_if_disk_is_full",
     "process_pool",
     "start_server",
     "wait_for_any",

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 from archdsl.errors import ArchdslError
+from archdsl.files import WriteError, disk_fault
 
 R_co = TypeVar("R_co", covariant=True)
 Heartbeat = Callable[[], None]  # work calls it to say that it has not hung
-Reason = Literal["out of memory", "crash", "hang", "error"]
+Reason = Literal["out of memory", "disk full", "crash", "hang", "error"]
 
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
@@ -51,12 +52,23 @@ class JobFailed(ArchdslError):  # noqa: N818  it says what happened
 def failure(error: BaseException) -> JobFailed:
     """The exception as a JobFailed, which can be pickled."""
     message = f"{type(error).__name__}: {error}"
+    if fault := disk_fault(error):
+        path = getattr(error, "filename", None) or "a file"
+        told = f"{path} could not be written: {fault}"
+        return JobFailed("disk full", str(error) if isinstance(error, ArchdslError) else told)
     # torch reports lack of memory as RuntimeErrors whose texts differ by allocator
     from_torch = isinstance(error, RuntimeError | OSError) and any(
         text in str(error).lower() for text in (*NO_MEMORY, "out of memory")
     )
     reason: Reason = "out of memory" if from_torch or isinstance(error, MemoryError) else "error"
     return JobFailed(reason, message, "".join(traceback.format_exception(error)[-6:]))
+
+
+def end_if_disk_is_full(failure: BaseException) -> None:
+    """Raise WriteError if that is the reason for the failure: no other work can succeed then."""
+    if isinstance(failure, JobFailed) and failure.reason == "disk full":
+        advice = "make room, and run the same command again to continue"
+        raise WriteError(f"{failure.message}; {advice}") from failure
 
 
 def run_worker(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from optuna.storages import InMemoryStorage
 
+from archdsl.files import WriteError
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.search.rung_scheduler import FAILURES, RungScheduler, SearchFailedError, mean_shares
@@ -113,6 +114,14 @@ def test_failures_end_the_search_only_if_no_trial_succeeds_between_them() -> Non
     with pytest.raises(SearchFailedError, match=r"5 trials failed .* crash: it fell over"):
         never.run(InProcess())
     assert outcomes(never).count("failed") == FAILURES
+
+
+def test_the_first_trial_that_the_disk_is_too_full_for_ends_the_search() -> None:
+    full = JobFailed("disk full", "a/state could not be written: No space left on device")
+    ended = scheduler(lambda n, rung: 2.0 if n < 2 else full, trials=9)
+    with pytest.raises(WriteError, match=r"^a/state could not .* device; make room, and run the"):
+        ended.run(InProcess())
+    assert outcomes(ended).count("failed") == 0
 
 
 def test_a_diverged_trial_is_finished_at_once() -> None:

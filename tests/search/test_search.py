@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from archdsl.search.space.feasibility import NothingFitsError
 from archdsl.search.study.storage import StorageError, exclusive
 from archdsl.search.trials.proxy import Proxy, Task
 from archdsl.search.workers.pool import InProcess
+from tests.test_files import no_file_above
 
 SPACE = """
 name: small
@@ -132,6 +134,41 @@ def test_the_same_command_goes_on_and_ends_the_same(space: Path, tmp_path: Path)
     parts = go(space, tmp_path / "parts", trials=4)
     assert [t.value for t in parts.trials] == [t.value for t in whole.trials]
     assert parts.winner.fingerprint() == whole.winner.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float | None]:
+    """The values of the trials of a whole search."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "small.yaml").write_text(SPACE)
+    return [trial.value for trial in go(folder / "small.yaml", folder / "run", trials=3).trials]
+
+
+@pytest.mark.parametrize("size", [300, 8_000])
+def test_a_full_disk_ends_a_search_at_once_that_then_goes_on(
+    space: Path, tmp_path: Path, undisturbed: list[float | None], size: int
+) -> None:
+    run = tmp_path / "run"
+    with no_file_above(size), pytest.raises(ArchdslError) as error:
+        go(space, run, trials=3)
+    told = str(error.value)
+    assert re.match(rf"(out: )?{run}/\S+ could not be written: File too large", told), told
+    assert "\n" not in told
+    assert not list(run.rglob("*.tmp"))
+    assert [trial.value for trial in go(space, run, trials=3).trials] == undisturbed
+
+
+def test_an_unfinished_entry_of_the_journal_is_dropped(
+    space: Path, tmp_path: Path, undisturbed: list[float | None]
+) -> None:
+    go(space, tmp_path / "run", trials=1)
+    with (tmp_path / "run" / "study.journal").open("ab") as file:
+        file.write(b'{"op_code": 6, "wor')
+    (tmp_path / "run" / f".result.json.{32 * 'a'}.tmp").write_text("half")
+    assert [t.value for t in go(space, tmp_path / "run", trials=3).trials] == undisturbed
+    for line in (tmp_path / "run" / "study.journal").read_text().splitlines():
+        assert isinstance(json.loads(line), dict)
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_running_it_again_trains_nothing(space: Path, tmp_path: Path) -> None:

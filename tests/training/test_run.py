@@ -22,6 +22,7 @@ from archdsl.data.loading import SkillData, load_data
 from archdsl.data.skills import parse_skill
 from archdsl.data.types import IGNORE, Batch
 from archdsl.errors import ArchdslError
+from archdsl.files import exclusive
 from archdsl.interop.retrofit import parse_overlay, retrofit
 from archdsl.lang.load import load
 from archdsl.lang.source import from_value, shipped_specs
@@ -30,6 +31,7 @@ from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.run import (
+    FolderInUseError,
     RunMismatchError,
     TrainConfig,
     Trainer,
@@ -39,6 +41,7 @@ from archdsl.training.run import (
     train,
 )
 from archdsl.training.trainer import compile_layers
+from tests.test_files import no_file_above
 
 SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
 CONFIG = TrainConfig(
@@ -367,15 +370,75 @@ def steps_in(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_ctrl_c_finishes_and_saves_the_step_and_says_how_to_go_on(tmp_path: Path) -> None:
-    usual = signal.getsignal(signal.SIGINT)
-    press = HookedData(SKILL.skill, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_and_save_the_step_and_say_how_to_go_on(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    press = HookedData(SKILL.skill, 6, lambda: os.kill(os.getpid(), ending))
     with pytest.raises(KeyboardInterrupt, match=r"after step 7; the same command .*step-000007"):
         train(spec(), press, CONFIG, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is usual
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == usual
     again = train(spec(), SKILL, CONFIG, tmp_path)
     assert again.resumed_from == 7
     assert same(again.model, train(spec(), SKILL, CONFIG).model)
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    def press_twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    hooked = HookedData(SKILL.skill, 6, press_twice)
+    child = multiprocessing.get_context("fork").Process(
+        target=train, args=(spec(), hooked, CONFIG, tmp_path)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGTERM
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000005"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_one_training_at_a_time_may_use_a_folder(tmp_path: Path, finished: bool) -> None:
+    def begin_another() -> None:
+        said = rf"another process is training in {tmp_path}; wait until it ends, or choose another"
+        with pytest.raises(FolderInUseError, match=said):
+            train(spec(), SKILL, CONFIG, tmp_path)
+        train(spec(), SKILL, CONFIG, tmp_path.parent / "other")  # in another folder it may
+
+    if finished:
+        train(spec(), SKILL, CONFIG, tmp_path)
+        with exclusive(tmp_path, ArchdslError("in use")):
+            begin_another()
+    else:
+        train(spec(), HookedData(SKILL.skill, 6, begin_another), CONFIG, tmp_path)
+    assert same(
+        train(spec(), SKILL, CONFIG, tmp_path).model,
+        train(spec(), SKILL, CONFIG, tmp_path.parent / "other").model,
+    )
+    assert metrics(tmp_path) == metrics(tmp_path.parent / "other")
+
+
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [(10, r"metrics.jsonl"), (700, r"metrics.jsonl"), (4_000, r"checkpoints/step-000005")],
+)
+def test_a_full_disk_ends_a_run_that_then_goes_on(tmp_path: Path, size: int, what: str) -> None:
+    with no_file_above(size), pytest.raises(ArchdslError) as error:
+        train(spec(), SKILL, CONFIG, tmp_path)
+    assert str(error.value) == f"{tmp_path}/{what} could not be written: File too large"
+    assert not list(tmp_path.rglob(".*"))
+    assert same(train(spec(), SKILL, CONFIG, tmp_path).model, train(spec(), SKILL, CONFIG).model)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_all_files_of_a_run_may_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    train(spec(), SKILL, CONFIG, tmp_path)
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {fresh.stat().st_mode}
 
 
 def test_a_finished_run_is_read_back_and_not_trained_again(tmp_path: Path) -> None:
