@@ -211,7 +211,9 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, more: dict[str, Any]) -> Tensor:
         loss = self.loss_function(logits_BTV, labels_BT, self.config.vocab_size, **more)
         if self.training:  # routers learn by losses of their own
-            loss = loss + sum(self.model.trace.losses.values())
+            whole = more.get("num_items_in_batch")  # targets of a batch that this is a part of
+            part = 1 if whole is None else (labels_BT[..., 1:] != -100).sum() / whole
+            loss = loss + part * sum(self.model.trace.losses.values())
         return loss
 
     def new_cache(self, max_length: int | None = None) -> ArchdslCache:

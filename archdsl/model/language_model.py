@@ -101,7 +101,8 @@ class LanguageModel(Primitive):
         added. See `forward` for ``mask_BT``, ``cache`` and the errors.
         """
         if self.training:
-            self.commit()
+            for router in self.routers:
+                router.begin_pass()
         index_BT, length_B = _real_first(mask_BT)
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
@@ -214,9 +215,10 @@ class LanguageModel(Primitive):
         return {name: share.item() for name, share in self.trace.accuracies.items()}
 
     def commit(self) -> None:
-        """Adds to the statistics of the routers what the last training pass showed.
+        """Adds to the statistics of the routers what the last batch showed.
 
-        Each training pass does that for the one before it.
+        The first training pass after the weights changed does that for the batch before: passes
+        with equal weights are parts of one batch, and what they show counts once.
         """
         for router in self.routers:
             router.commit()

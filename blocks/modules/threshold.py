@@ -40,7 +40,9 @@ class Threshold(Learned):
         super().__init__(spec, dim, steps)
         self.register_buffer("quantiles_RQ", torch.empty(len(steps), QUANTILES))
         self.register_buffer("seen_R", torch.empty(len(steps)))
-        self.pending: dict[int, Tensor] = {}
+        self.pending: dict[int, Tensor] = {}  # scores of the last training pass
+        self.parts: dict[int, list[Tensor]] = {}  # of the passes before it, with equal weights
+        self.version: int | None = None  # of the weights that they were computed with
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         """Draws the weights, and sets the quantiles to those of a normal distribution."""
@@ -74,22 +76,36 @@ class Threshold(Learned):
         )
 
     def note(self, score_BT: Tensor, row: int) -> None:
-        """Stores the quantiles of a training pass; the table does not change before `commit`."""
-        score = score_BT.float().masked_fill(score_BT == -math.inf, math.nan).flatten()
-        score = score[:: score.numel() // 2**16 | 1]  # an even sample
-        levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
-        self.pending[row] = torch.nanquantile(score, levels_Q)
+        """Stores the scores of a training pass; the table does not change before `commit`."""
+        score = score_BT.detach().float().masked_fill(score_BT == -math.inf, math.nan).flatten()
+        self.pending[row] = score[:: score.numel() // 2**16 | 1]  # an even sample
+
+    def begin_pass(self) -> None:
+        """See `Router.begin_pass`. Optimizers change weights in place, which counts a version."""
+        self._end_pass()
+        if self.version != self.weight_RD._version:
+            self.commit()
+            self.version = self.weight_RD._version
+
+    def _end_pass(self) -> None:
+        for row, score in self.pending.items():
+            self.parts.setdefault(row, []).append(score)
+        self.pending.clear()
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Mixes the quantiles of the last training pass into the table."""
-        for row, new_Q in self.pending.items():
+        """Mixes the quantiles of the scores of the last batch into the table."""
+        self._end_pass()
+        for row, scores in self.parts.items():
+            score = torch.cat(scores)
+            levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
+            new_Q = torch.nanquantile(score[:: score.numel() // 2**16 | 1], levels_Q)
             known = new_Q.isfinite().all()
             self.seen_R[row] += known
             share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
             moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
             self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
-        self.pending.clear()
+        self.parts.clear()
 
 
 class TopK(Threshold):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+import archdsl
 from archdsl.blocks.modules.router import ScoreRouter, prefix_rank
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
@@ -215,6 +216,30 @@ def test_a_threshold_follows_the_scores_and_forgets_slowly() -> None:
     first = 1 / 50 * (1 - MOMENTUM) ** 151
     want_Q = 2 + first * (levels_Q - 2)
     torch.testing.assert_close(router.quantiles_RQ[0], want_Q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["threshold", "top_k", "predictor"])
+def test_what_a_batch_teaches_is_the_same_in_parts(kind: str) -> None:
+    layer = {"kind": "layer", "attention": {"head_size": 4}, "ffn": {"hidden": 12}}
+    loop = {"kind": "loop", "steps": 3, "body": layer}
+    router = {"kind": kind, "capacity": [0.6, 0.3], "nested": True}
+    fields = {"name": "m", "vocab_size": 11, "context": 12, "dim": 8}
+    tokens_BT = torch.randint(11, (4, 12), generator=torch.Generator().manual_seed(0))
+
+    def taught(parts: int) -> list[Tensor]:
+        """The losses of three batches and the statistics after them; all weights change between."""
+        model = archdsl.build(fields | {"blocks": [loop | {"router": router}]})
+        seen = []
+        for _ in range(3):
+            cut = [model(part).sum(0) for part in tokens_BT.chunk(parts)]
+            seen.append(torch.stack(cut).sum(0))
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.1)
+        model.commit()
+        return [*seen, *model.buffers()]
+
+    torch.testing.assert_close(taught(4), taught(1))
 
 
 def test_padding_and_scores_that_are_no_numbers_teach_a_threshold_nothing() -> None:

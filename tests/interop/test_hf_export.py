@@ -25,7 +25,7 @@ from archdsl.data.loading import load_data
 from archdsl.data.tokenizers import encode, read_tokenizer
 from archdsl.data.types import Data
 from archdsl.interop.hf_export import ExportError, export, loaded
-from archdsl.interop.hf_model import ArchdslForCausalLM
+from archdsl.interop.hf_model import ArchdslConfig, ArchdslForCausalLM
 from archdsl.lang.load import load
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -258,6 +258,24 @@ def test_in_training_the_loss_is_also_the_routers(there: Any, folder: Path) -> N
     by_hand = F.cross_entropy(found.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     torch.testing.assert_close(found.loss, by_hand + own)
     assert (own > 0) == ("predictor" in json.dumps(model.config.spec))
+
+
+@pytest.mark.parametrize("router", ["prefix", "threshold", "top_k", "predictor"])
+def test_the_loss_of_a_batch_is_the_same_in_parts(router: str) -> None:
+    """The Trainer passes the number of targets in all parts that one step accumulates."""
+    spec = load("tiny", overrides=[f"blocks.1.router.kind={router}"])
+    model = ArchdslForCausalLM(ArchdslConfig(spec.model_dump(mode="json"))).train()
+    tokens = torch.cat((TOKENS, TOKENS.flip(1)))
+    targets = torch.tensor(tokens[:, 1:].numel())
+    losses = {
+        parts: sum(
+            model(part, labels=part, num_items_in_batch=targets).loss
+            for part in tokens.chunk(parts)
+        )
+        for parts in (1, 2, 4)
+    }
+    whole = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(losses, dict.fromkeys(losses, whole))
 
 
 def test_embeddings_may_come_in_and_few_logits_go_out(there: Any) -> None:
