@@ -89,18 +89,9 @@ def _split_of_year(year: int) -> Split:
 
 def _from_files(name: str, path: Path, column: str | None) -> TextSource:
     found = find_files(path)
-    split_of = {file: split for split, files in found.by_split.items() for file in files}
-    formats = {file: format_of(file) or "" for file in split_of}
-    if column and set(formats.values()) == {"text"}:
+    formats = {format_of(file) for files in found.by_split.values() for file in files}
+    if column and formats == {"text"}:
         raise DataError(f"{str(path)!r} has no column {column!r}: a .txt file has no columns")
-    # for files of one format this is the digest of older versions, which caches are named after
-    digest = hashlib.sha256()
-    for kind in sorted(set(formats.values())):
-        digest.update(kind.encode())
-        for file in sorted(file for file in split_of if formats[file] == kind):
-            digest.update(f"{split_of[file]} {_file_digest(file)}\n".encode())
-    if column:
-        digest.update(f"column {column}\n".encode())
 
     def read() -> dict[Split, Texts]:
         return _with_missing(
@@ -109,13 +100,39 @@ def _from_files(name: str, path: Path, column: str | None) -> TextSource:
 
     return TextSource(
         name,
-        digest.hexdigest(),
+        _files_digest(found.by_split, column),
         read,
         given=frozenset(found.by_split),
         files={split: len(files) for split, files in found.by_split.items()},
         left_out=found.left_out,
-        rules=PLAIN if set(formats.values()) == {"text"} else BY_NAME,
+        rules=PLAIN if formats == {"text"} else BY_NAME,
     )
+
+
+def _files_digest(by_split: Mapping[Split, list[Path]], column: str | None) -> str:
+    """Returns the SHA-256 of the files, their splits and formats, and the column.
+
+    For files of one format it is that of older versions, which caches are named after. Raises
+    DataError if a file of training text and one of held-out text are equal.
+    """
+    split_of = {file: split for split, files in by_split.items() for file in files}
+    content = {file: _file_digest(file) for file in sorted(split_of)}
+    trained_on = {content[file]: file for file in by_split["train"] if file.stat().st_size}
+    for file, split in split_of.items():
+        if split != "train" and content[file] in trained_on:
+            raise DataError(
+                f"{str(file)!r} is held-out text ({split}), but equal to "
+                f"{str(trained_on[content[file]])!r}, which is trained on: remove one of them"
+            )
+    digest = hashlib.sha256()
+    for kind in sorted({format_of(file) or "" for file in split_of}):
+        digest.update(kind.encode())
+        for file in content:
+            if format_of(file) == kind:
+                digest.update(f"{split_of[file]} {content[file]}\n".encode())
+    if column:
+        digest.update(f"column {column}\n".encode())
+    return digest.hexdigest()
 
 
 def _with_missing(found: dict[Split, Texts]) -> dict[Split, Texts]:
@@ -135,7 +152,9 @@ def _from_hub(name: str, source: str, cache: Path, column: str | None) -> TextSo
     named, left_out = _named_splits(_fetch(source, cache), source)
     splits = _with_missing(
         {
-            split: partial(_texts, rows, column_of(rows.features.arrow_schema, column, source))
+            split: partial(
+                _texts, rows, column_of(rows.features.arrow_schema, column, f"{source!r}")
+            )
             for split, rows in named.items()
         }
     )

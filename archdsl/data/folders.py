@@ -87,7 +87,7 @@ def _in_folder(folder: Path) -> FoundFiles:
         else:
             named[file] = _named_split(folder, inside)
     if not named:
-        skipped = f"; {_few(left_out)} cannot be used" if left_out else ""
+        skipped = f"; {few(left_out)} cannot be used" if left_out else ""
         raise DataError(f"no {', '.join(FORMATS)} file in the folder {str(folder)!r}{skipped}")
     told = "train" in named.values()
     by_split: dict[Split, list[Path]] = {}
@@ -97,7 +97,7 @@ def _in_folder(folder: Path) -> FoundFiles:
         else:
             by_split.setdefault(split or "train", []).append(file)
     if "train" not in by_split:
-        held_out = _few(str(file.relative_to(folder)) for file in named)
+        held_out = few(str(file.relative_to(folder)) for file in named)
         raise DataError(
             f"{str(folder)!r} has no training text: by its name, everything in it is held-out text "
             f"({held_out}). Add a file or folder named train, or pass one file"
@@ -157,7 +157,7 @@ def _listed(folder: Path, name: str) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{str(state)!r} is not as save_to_disk writes it: {error!r}") from None
     if missing := sorted(file for file in listed if not (folder / file).is_file()):
-        raise DataError(f"{str(folder)!r} lacks {_few(missing)}, which state.json lists")
+        raise DataError(f"{str(folder)!r} lacks {few(missing)}, which state.json lists")
     return listed
 
 
@@ -176,6 +176,8 @@ def _named_split(folder: Path, inside: Path) -> Split | None:
     return None
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first of the names in quotes, and how many more there are."""
     some = [repr(name) for name in names]
-    return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+    more = f" and {len(some) - most} more" if len(some) > most else ""
+    return ", ".join(some[:most]) + more

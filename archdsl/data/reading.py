@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from archdsl.data.folders import format_of
+from archdsl.data.folders import few, format_of
 from archdsl.data.types import DataError
 from archdsl.errors import describe
 
@@ -31,6 +31,8 @@ NOT_TEXT = {
     "conversations": "chats. Render them as text with the chat template of a tokenizer",
     "input_ids": "tokens. Pass the text that they were made of",
 }
+COLUMNS_SHOWN = 20  # of an error
+ROWS_AT_ONCE = 64  # limits the memory that a table needs
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a stream of arrow tables
 
 
@@ -57,9 +59,16 @@ def _blamed_on(file: Path) -> Iterator[None]:
         raise DataError(
             f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start:,}; convert it"
         ) from None
-    except (OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except _errors() as error:
         reason = str(error).split("\n")[0][:300]
         raise DataError(f"{str(file)!r} is damaged or cannot be read: {reason}") from None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Returns what damaged files raise. pyarrow is imported only when something has failed."""
+    import pyarrow as pa
+
+    return OSError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException
 
 
 def open_bytes(file: Path) -> IO[bytes]:
@@ -86,22 +95,24 @@ def _text(file: Path, column: str | None) -> Iterator[str]:
 
 
 def _json(file: Path, column: str | None) -> Iterator[str]:
-    columns: dict[str, None] = {}
+    name, columns = f"{str(file)!r}", dict[str, None]()
     found = False
     for place, row in json_rows(file):
         if not isinstance(row, dict):
             raise DataError(
-                f"{str(file)!r}: {place} is {describe(row)}; expected an object with a text, such "
+                f"{name}: {place} is {describe(row)}; expected an object with a text, such "
                 'as {"text": "It was"}'
             )
-        own = column or text_column(row, file)
+        own = column or text_column(row, name)
         if own is not None and own in row:
             found = True
-            yield from _checked(row[own], f"{str(file)!r}: {place}", own)
+            yield from _checked(row[own], f"{name}: {place}", own)
+        elif not column and NOT_TEXT.keys() & row:
+            raise _no_column(f"{name}: {place}", row, None)
         elif not found:
             columns |= dict.fromkeys(row)
     if columns and not found:
-        raise _no_column(file, columns, column)
+        raise _no_column(name, columns, column)
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -139,7 +150,7 @@ def _parsed(content: bytes, place: str) -> Any:
         raise DataError(f"{place} is not JSON: {error}{cut}") from None
 
 
-def text_column(columns: Iterable[str], place: object) -> str | None:
+def text_column(columns: Iterable[str], place: str) -> str | None:
     """Returns the column that is text by its name; None if there is none.
 
     Raises DataError if two columns may be meant.
@@ -147,24 +158,24 @@ def text_column(columns: Iterable[str], place: object) -> str | None:
     found = [name for name in TEXT_COLUMNS if name in columns]
     if len(found) > 1 and found[0] != "text":
         raise DataError(
-            f"{str(place)!r}: the columns {' and '.join(found)} may both be the text: choose one "
+            f"{place}: the columns {' and '.join(found)} may both be the text: choose one "
             "with --column"
         )
     return found[0] if found else None
 
 
-def _no_column(place: object, columns: Iterable[str], wanted: str | None) -> DataError:
-    names = ", ".join(columns)
+def _no_column(place: str, columns: Iterable[str], wanted: str | None) -> DataError:
+    names = few(columns, COLUMNS_SHOWN)
     if wanted:
-        return DataError(f"{str(place)!r} has no column {wanted!r}; the columns are {names}")
+        return DataError(f"{place} has no column {wanted!r}; the columns are {names}")
     for name, content in NOT_TEXT.items():
         if name in columns:
             return DataError(
-                f"{str(place)!r}: the column {name!r} holds {content}, or name another column with "
+                f"{place}: the column {name!r} holds {content}, or name another column with "
                 f"--column; the columns are {names}"
             )
     return DataError(
-        f"{str(place)!r} has no column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}: name "
+        f"{place} has no column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}: name "
         f"the column of the text with --column; the columns are {names}"
     )
 
@@ -191,8 +202,8 @@ def _parquet(file: Path, column: str | None) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(_table_bytes(file)) as table:
-        own = column_of(table.schema_arrow, column, file)
-        yield from _column(table.iter_batches(batch_size=64, columns=[own]), own)
+        own = column_of(table.schema_arrow, column, f"{str(file)!r}")
+        yield from _column(table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[own]), own)
 
 
 def _arrow(file: Path, column: str | None) -> Iterator[str]:
@@ -202,16 +213,15 @@ def _arrow(file: Path, column: str | None) -> Iterator[str]:
     if content.read(6) == b"ARROW1":
         table = pa.ipc.open_file(content)
         batches = (table.get_batch(i) for i in range(table.num_record_batches))
-        own = column_of(table.schema, column, file)
+        own = column_of(table.schema, column, f"{str(file)!r}")
     else:
         content.seek(content.size() - len(END_OF_STREAM))
         if content.read() != END_OF_STREAM:
             raise ValueError("the end of the stream is missing; copy or download the file again")
         content.seek(0)
         batches = stream = pa.ipc.open_stream(content)
-        own = column_of(stream.schema, column, file)
-    small = (batch.slice(i, 64) for batch in batches for i in range(0, batch.num_rows, 64))
-    yield from _column(small, own)
+        own = column_of(stream.schema, column, f"{str(file)!r}")
+    yield from _column(batches, own)
 
 
 def _table_bytes(file: Path) -> pa.NativeFile:
@@ -226,10 +236,14 @@ def _table_bytes(file: Path) -> pa.NativeFile:
 
 def _column(batches: Iterable[pa.RecordBatch], column: str) -> Iterator[str]:
     for batch in batches:
-        yield from (text for text in batch.column(column).to_pylist() if text is not None)
+        texts = batch.column(column)
+        texts.validate(full=True)  # reading a damaged table may end the process
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            some = texts.slice(start, ROWS_AT_ONCE).to_pylist()
+            yield from (text for text in some if text is not None)
 
 
-def column_of(schema: pa.Schema, wanted: str | None, place: object) -> str:
+def column_of(schema: pa.Schema, wanted: str | None, place: str) -> str:
     """Returns the column of the text of a table. Raises DataError if there is none."""
     import pyarrow.types as kinds
 
@@ -241,8 +255,8 @@ def column_of(schema: pa.Schema, wanted: str | None, place: object) -> str:
     texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
     if not any(is_text(kind) for is_text in texts):
         raise DataError(
-            f"{str(place)!r}: the column {column!r} holds values of the type {kind}; expected "
-            f"texts. The columns are {', '.join(schema.names)}"
+            f"{place}: the column {column!r} holds values of the type {kind}; expected "
+            f"texts. The columns are {few(schema.names, COLUMNS_SHOWN)}"
         )
     return column
 

@@ -106,7 +106,7 @@ def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> N
     sizes = ["--set", "vocab_size=257", "--steps", "1"]
     refused = cli(*train, *sizes)
     assert refused.status == 2
-    assert "name the column of the text with --column; the columns are id, story" in refused.err
+    assert "name the column of the text with --column; the columns are 'id', 'story'" in refused.err
     trained = cli(*train, *sizes, "--column", "story", "--out", "run")
     assert trained.status == 0, trained.err
     for line in (

@@ -99,7 +99,7 @@ def test_empty_rows_are_skipped(tmp_path: Path) -> None:
         ({"/a.pkl": b"x"}, "no .txt, .* file in the folder '.*'; 'a.pkl' cannot be used"),
         ({"/a.txt": b"\xff\xfe"}, "a.txt' is not UTF-8 text: .* at byte 0; convert it"),
         ({"/a.jsonl": b'{"text": '}, "a.jsonl': line 1 is not JSON"),
-        ({"/a.json": b'[{"a": "x", "b": "y"}]'}, "a.json' has no column text, .* are a, b"),
+        ({"/a.json": b'[{"a": "x", "b": "y"}]'}, "a.json' has no column text, .* are 'a', 'b'"),
         ({"/a.json": b'[{"text": 3}]'}, "a.json': row 1: the column 'text' holds 3"),
         ({"/a.txt": b"short"}, "too little text, the split validation is empty"),
         ({"/a.parquet": b"PAR1"}, "a.parquet' is damaged or cannot be read: "),
@@ -154,7 +154,7 @@ def test_a_column_of_a_hub_dataset_is_not_guessed(
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(rows))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DataError, match=r"'hf:one' has no column text, .* the columns are id, story"
+        DataError, match=r"'hf:one' has no column text, .* the columns are 'id', 'story'"
     ):
         load_data("hf:one", cache=tmp_path)
     assert text_of(load_text("hf:one::story", tmp_path)) == document(0, 100)

@@ -91,6 +91,18 @@ def test_a_folder_of_held_out_text_alone_is_refused(names: list[str], tmp_path: 
         find_files(write(tmp_path, names))
 
 
+@pytest.mark.parametrize("names", [["train.txt", "dev.txt"], ["a.txt", "b/a.txt", "test/a.txt"]])
+def test_a_held_out_file_that_equals_a_training_file_is_refused(
+    names: list[str], tmp_path: Path
+) -> None:
+    for name in write(tmp_path / "set", names).rglob("*.txt"):
+        name.write_text(document(0, 100))
+    with pytest.raises(
+        DataError, match=r"is held-out text .*, but equal to .*: remove one of them"
+    ):
+        load_text(tmp_path / "set", tmp_path / "cache")
+
+
 # what is left out
 
 

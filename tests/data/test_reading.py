@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -130,12 +132,15 @@ def row_of(name: str, row: dict[str, Any]) -> bytes:
 
 CHAT = [{"role": "user", "content": "hi"}]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"id": "x", "messages": CHAT}, "column 'messages' holds chats.*chat template.* are id, mess"),
+    (
+        {"id": "x", "messages": CHAT},
+        "column 'messages' holds chats.*chat template.* are 'id', 'mess",
+    ),
     ({"id": "x", "conversations": CHAT}, "column 'conversations' holds chats"),
     ({"id": "x", "input_ids": [1, 2]}, "column 'input_ids' holds tokens. Pass the text"),
     ({"url": "http", "text": ["a", "b"]}, "the column 'text' holds "),
     ({"url": "http", "content": 3}, "the column 'content' holds "),
-    ({"story": "x"}, "has no column text, content or document: name .* --column; .* are story"),
+    ({"story": "x"}, "has no column text, content or document: name .* --column; .* are 'story'"),
     ({"content": "x", "document": "y"}, "content and document may both .* choose one with --col"),
 ]
 
@@ -158,7 +163,7 @@ def test_a_column_may_be_named(name: str, tmp_path: Path) -> None:
     assert data.name == f"{tmp_path / name}::story"
     again = load_text(data.name, tmp_path / "cache")  # as the name stands in a checkpoint
     assert (again.fingerprint, text_of(again)) == (data.fingerprint, document(0, 100))
-    with pytest.raises(DataError, match="has no column 'stori'; the columns are text, story"):
+    with pytest.raises(DataError, match="has no column 'stori'; the columns are 'text', 'story'"):
         load_data(tmp_path / name, column="stori", cache=tmp_path / "cache")
 
 
@@ -210,6 +215,7 @@ def test_every_type_of_string_is_text(kind: pa.DataType, tmp_path: Path) -> None
         (lines("text", "x") + b'{"text": "y\n', "line 2 is not JSON: "),
         (lines("text", "x") + b'{"text": "y', "line 2 is not JSON: .* may be cut off"),
         (lines("text", "x") + b'{"text": "\xff"}', "line 2 is not UTF-8 text: .* byte 10 of it"),
+        (lines("text", "x") + lines("messages", []), "line 2: .* 'messages' holds chats"),
         (b'{"text": "\\ud800"}', "line 1: .* holds half of a surrogate pair"),
         (b'[{"text": "x"}, {"text": 3}]', "row 2: the column 'text' holds 3"),
         (b'[{"text": "x"}, {"te', "is not JSON: .* cut off"),
@@ -255,3 +261,17 @@ def test_a_file_whose_name_says_a_wrong_compression_is_named(ending: str, tmp_pa
     path.write_text("plain text, not compressed at all")
     with pytest.raises(DataError, match=f"a.txt{ending}' is damaged or cannot be read: "):
         list(read_texts([path]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("write", [arrow, arrow_file, parquet])
+def test_a_damaged_table_does_not_end_the_process(
+    write: Callable[[str, Any], bytes], seed: int, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(seed)
+    content = np.frombuffer(write("text", document(0, 30)), np.uint8).copy()
+    content[random.integers(len(content), size=5)] = random.integers(256, size=5)
+    path = tmp_path / f"a.{'parquet' if write is parquet else 'arrow'}"
+    path.write_bytes(content.tobytes())
+    with contextlib.suppress(DataError):
+        assert len(list(read_texts([path]))) <= 1
