@@ -26,7 +26,13 @@ from archdsl.search.space.objectives import parse_axes
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.settings import Settings, claim_folder
 from archdsl.search.study.spending import Limits, Spending
-from archdsl.search.study.storage import database, database_errors, exclusive, journal
+from archdsl.search.study.storage import (
+    JOURNAL,
+    database,
+    database_errors,
+    exclusive,
+    journal,
+)
 from archdsl.search.study.study import Study
 from archdsl.search.supernet.layouts import supernet_space
 from archdsl.search.trials.proxy import Proxy
@@ -199,6 +205,7 @@ def run_search(
     with opened(folder, config.storage, config.heartbeat) as (backend, mine):
         sampler = TrialSampler(tree, settings.budget, len(settings.axes), config.seed)
         study = Study(backend, settings.name, sampler, settings.axes, config.window)
+        study.check(str(folder / JOURNAL) if mine else "the database")
         study.write_settings(settings.as_json())
         if mine:
             study.fail_running()

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+
 from archdsl.errors import ArchdslError
 from archdsl.files import read_json
 from archdsl.lang.budget import LIMITS
@@ -18,7 +21,8 @@ from archdsl.reports.notebook import as_html
 from archdsl.search.report.report import best, front_trials, trial_row
 from archdsl.search.study.record import StudyRecord
 from archdsl.search.study.spending import SpendingSummary, spending_summary
-from archdsl.search.study.storage import database, exclusive, journal
+from archdsl.search.study.storage import JOURNAL, database, exclusive, journal
+from archdsl.search.study.stored import FolderSettings, StoredResult, StoredSettings, checked
 from archdsl.search.study.trial import Trial
 
 RUNS = Path("runs")
@@ -71,49 +75,95 @@ class ListedStudy:
     def result(self) -> dict[str, Any] | None:
         """Return the content of result.json; None if the search has not written one yet.
 
-        Raises StudyError if the file is no JSON.
+        Raises StudyError if the file is no JSON, StorageError if it is no result of this study.
         """
-        if self.folder is None or not (self.folder / "result.json").exists():
+        if self.folder is None or not (file := self.folder / "result.json").exists():
             return None
-        return read_json(self.folder / "result.json", StudyError)
+        result = read_json(file, StudyError)
+        if (name := checked(StoredResult, result, str(file)).name) != self.name:
+            raise StudyError(f"{file}: name: must be {self.name!r}, got {name!r}")
+        return result
 
 
-def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStudy]:
+@dataclass(frozen=True)
+class DamagedStudy:
+    """A study that cannot be read, and why."""
+
+    folder: Path | None
+    name: str
+    error: ArchdslError
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is known of the study as JSON values."""
+        folder = str(self.folder) if self.folder else None
+        return {"name": self.name, "folder": folder, "error": str(self.error)}
+
+
+def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStudy | DamagedStudy]:
     """Yield the studies of a database, or those of the folders in ``runs`` and of ``runs`` itself.
 
-    ``storage`` is the URL of the database. Raises StorageError if it cannot be opened, and
-    StudyError if a settings.json is no JSON.
+    ``storage`` is the URL of the database. Raises StorageError if it cannot be opened.
     """
     if storage is not None:
         backend = database(storage)
         for found in sorted(backend.get_all_studies(), key=lambda study: study.study_name):
-            settings = found.user_attrs.get("settings", {})
-            if axes := settings.get("objective"):
-                yield ListedStudy(StudyRecord(backend, found.study_name, tuple(axes)), None)
+            if "settings" in found.user_attrs:
+                yield _in_database(backend, found)
         return
     for file in sorted({*runs.glob("settings.json"), *runs.glob("*/settings.json")}):
-        settings = read_json(file, StudyError)
-        if "objective" in settings and (file.parent / "study.journal").exists():
-            axes = tuple(settings["objective"])
-            yield ListedStudy(
-                StudyRecord(journal(file.parent), settings["name"], axes), file.parent
-            )
+        if (file.parent / JOURNAL).exists():
+            yield _in_folder(file.parent)
+
+
+def _in_database(backend: BaseStorage, found: FrozenStudy) -> ListedStudy | DamagedStudy:
+    name = found.study_name
+    try:
+        settings = found.user_attrs["settings"]
+        axes = tuple(checked(StoredSettings, settings, f"the settings of {name}").objective)
+        record = StudyRecord(backend, name, axes)
+        record.check(name)
+        return ListedStudy(record, None)
+    except ArchdslError as error:
+        return DamagedStudy(None, name, error)
+
+
+def _in_folder(folder: Path) -> ListedStudy | DamagedStudy:
+    try:
+        file = folder / "settings.json"
+        settings = checked(FolderSettings, read_json(file, StudyError), str(file))
+        return ListedStudy(_record(folder, settings), folder)
+    except ArchdslError as error:
+        return DamagedStudy(folder, folder.resolve().name, error)
+
+
+def _record(folder: Path, settings: FolderSettings) -> StudyRecord:
+    storage = journal(folder)
+    where = str(folder / JOURNAL)
+    try:
+        record = StudyRecord(storage, settings.name, tuple(settings.objective))
+    except KeyError:
+        raise StudyError(f"{where} has no study named {settings.name}") from None
+    record.check(where)
+    return record
 
 
 def study(name: str, storage: str | None = None) -> ListedStudy:
     """Return a study by its folder, its name, or a beginning of its name that is unique.
 
-    Raises StudyError if there is no such study, or more than one.
+    Raises StudyError if there is no such study, or more than one, and the study's own error if it
+    is damaged.
     """
     folder = Path(name)
     if storage is None and (folder / "settings.json").exists():
-        return next(studies(folder))
+        if not (folder / JOURNAL).exists():
+            raise StudyError(f"{folder} holds no study: it has no {JOURNAL}")
+        return _whole(_in_folder(folder))
     every = list(studies(storage=storage))
     found = [one for one in every if one.name == name] or [
         one for one in every if one.name.startswith(name)
     ]
     if len(found) == 1:
-        return found[0]
+        return _whole(found[0])
     where = "the database" if storage else f"{RUNS}/"
     if found:
         several = ", ".join(one.name for one in found)
@@ -121,6 +171,12 @@ def study(name: str, storage: str | None = None) -> ListedStudy:
     known = ", ".join(one.name for one in every) or "none"
     folder_too = "" if storage else "folder or "
     raise StudyError(f"{name} is no {folder_too}name of a study in {where}; studies: {known}")
+
+
+def _whole(found: ListedStudy | DamagedStudy) -> ListedStudy:
+    if isinstance(found, DamagedStudy):
+        raise found.error
+    return found
 
 
 def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Trial:

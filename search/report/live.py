@@ -25,7 +25,7 @@ from archdsl.search.study.spending import SEARCH
 if TYPE_CHECKING:
     from archdsl.search.engine import SearchProgress, Watch
     from archdsl.search.report.report import SearchReport
-    from archdsl.search.studies import ListedStudy
+    from archdsl.search.studies import DamagedStudy, ListedStudy
     from archdsl.search.study.trial import Trial
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -143,11 +143,16 @@ def _facts(report: SearchReport) -> list[tuple[str, str]]:
     return facts
 
 
-def listing(found: Sequence[ListedStudy]) -> Table:
-    """Return a table with a line for each study."""
+def listing(found: Sequence[ListedStudy | DamagedStudy]) -> RenderableType:
+    """Return a table with a line for each study, and below it why some cannot be read."""
     table = plain_table("study", "trials", "best", "front", "time", "training")
+    damaged = []
     for one in found:
         told = one.as_json()
+        if "error" in told:
+            damaged.append(Text(f"{one.name}: {told['error']}"))
+            table.add_row(one.name, "cannot be read", "", "", "", "")
+            continue
         top = told["best"]
         table.add_row(
             one.name,
@@ -157,7 +162,7 @@ def listing(found: Sequence[ListedStudy]) -> Table:
             f"{told['spent']['wall_seconds']:.0f} s",
             f"{short(told['spent']['train_flops'])} FLOPs",
         )
-    return table
+    return Group(table, "", *damaged) if damaged else table
 
 
 def standing(listed: ListedStudy) -> RenderableType:

@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.search.study.storage import in_memory_study, no_experimental_warnings
+from archdsl.search.study.stored import check_attempts, check_attributes
 from archdsl.search.study.trial import UNTRAINED, Scores, Trial
 from archdsl.search.trials.proxy import ProxyScore
 
@@ -38,6 +39,15 @@ class StudyRecord:
     def settings(self) -> dict[str, Any]:
         """The settings that the study was made with; empty if none were written."""
         return self.storage.get_study_user_attrs(self.id).get(SETTINGS, {})
+
+    def check(self, where: str) -> None:
+        """Raise StorageError if the storage holds what no search writes.
+
+        ``where``: the name of the storage, for the error.
+        """
+        attributes = self.storage.get_study_user_attrs(self.id)
+        check_attributes(attributes, where)
+        check_attempts(self.all_attempts(), self.axes, where)
 
     def all_attempts(self) -> list[FrozenTrial]:
         """Return all attempts, in the order in which they were added."""

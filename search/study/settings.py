@@ -69,7 +69,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     made_by = json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)
     if not file.exists():
         write_text(file, made_by)
-    elif file.read_text() != made_by:
+    elif file.read_bytes() != made_by.encode():
         raise ArchdslError(
             f"{folder} holds a search with other settings (see {file}); "
             "choose another --out, or delete the folder"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ from archdsl.lang.load import load
 from archdsl.search.study.storage import exclusive
 from tests.cli.command import Cli
 from tests.search.test_search import SPACE, go
+from tests.test_files import no_file_above
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,113 @@ def test_draws_are_exported(cli: Cli, there: Path, tmp_path: Path) -> None:
     assert cli("study", "export", "small", "--as", "jsonl", "--out", str(out)).status == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["spec"] for line in lines] == [row["spec"] for row in rows]
+
+
+def change_settings(folder: Path, change: dict[str, Any]) -> None:
+    (folder / "settings.json").write_text(json.dumps(change))
+
+
+def change_journal(folder: Path, old: bytes, new: bytes) -> None:
+    file = folder / "study.journal"
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda f: change_settings(f, {}), "settings.json: objective: is required"),
+        (lambda f: change_settings(f, {"objective": ["loss"]}), "settings.json: name: is required"),
+        (
+            lambda f: change_settings(f, {"name": 1, "objective": ["loss"]}),
+            "settings.json: name: must be text, got 1",
+        ),
+        (
+            lambda f: change_settings(f, {"name": "a", "objective": "loss"}),
+            "settings.json: objective: ",
+        ),
+        (
+            lambda f: change_settings(f, {"name": "a", "objective": ["loss", "flops"]}),
+            "study.journal has no study named a",
+        ),
+        (lambda f: (f / "settings.json").write_text("["), "settings.json cannot be read: "),
+        (lambda f: (f / "study.journal").write_text("garbage\n"), "study.journal: line 1: must be"),
+        (
+            lambda f: change_journal(f, b'"draw":1', b'"draw":"1"'),
+            "study.journal: attempt 1: draw: must be a whole number, got '1'",
+        ),
+        (
+            lambda f: change_journal(f, b'"draw":1', b'"draw":7'),
+            "study.journal: trial 1 is missing",
+        ),
+        (
+            lambda f: change_journal(f, b'"fingerprint":', b'"finger":'),
+            "study.journal: attempt 0: fingerprint: is required",
+        ),
+        (
+            lambda f: change_journal(f, b'"rungs":"[', b'"rungs":"'),
+            "study.journal: attempt 0: rungs: must be the text of a JSON list",
+        ),
+        (
+            lambda f: change_journal(f, b'"phases":{', b'"phasis":{'),
+            "phases: is required",
+        ),
+    ],
+)
+def test_a_damaged_study_is_a_row_that_says_so_and_the_others_are_listed(
+    cli: Cli,
+    there: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    complaint: str,
+) -> None:
+    for name in ("bad", "good"):
+        shutil.copytree(there, tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    damage(Path("runs/bad"))
+    bad, good = json.loads(cli("study", "ls", "--json").out)
+    assert bad["folder"] == "runs/bad"
+    assert re.match(r"runs/bad/(settings.json|study.journal)", bad["error"])
+    assert complaint in bad["error"]
+    assert good["outcomes"] == {"complete": 3}
+    assert "cannot be read" in (shown := cli("study", "ls")).out
+    assert shown.status == 0
+    for command in ("show", "best", "export"):
+        found = cli("study", command, "runs/bad")
+        assert (found.status, found.out, found.err) == (2, "", bad["error"] + "\n")
+        assert cli("study", command, "small-").status == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"name": "other"}, r"name: must be 'small-\w+', got 'other'"),
+        ({"verdict": None}, "verdict: must be text, got nothing"),
+        ({"trust_sentence": 3}, "trust_sentence: must be text, got 3"),
+        (None, "name: is required"),
+    ],
+)
+def test_the_result_of_something_else_is_not_shown(
+    cli: Cli, there: Path, tmp_path: Path, change: dict[str, Any] | None, complaint: str
+) -> None:
+    folder = Path(shutil.copytree(there, tmp_path / "run"))
+    result = json.loads((folder / "result.json").read_text())
+    changed = {} if change is None else result | change
+    (folder / "result.json").write_text(json.dumps(changed))
+    for options in ([], ["--json"]):
+        found = cli("study", "show", str(folder), *options)
+        assert (found.status, found.out) == (2, "")
+        assert re.fullmatch(rf"{folder}/result.json: {complaint}\n", found.err), found.err
+
+
+def test_a_full_disk_ends_an_export_with_a_line(cli: Cli, there: Path, tmp_path: Path) -> None:
+    with no_file_above(100):
+        found = cli("study", "export", "small", "--out", str(tmp_path / "out.csv"))
+    assert found.status == 1
+    assert found.err == f"{tmp_path}/out.csv could not be written: File too large\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_is_deleted_unless_somebody_searches(

@@ -117,7 +117,7 @@ def test_failures_end_the_search_only_if_no_trial_succeeds_between_them() -> Non
 
 
 def test_the_first_trial_that_the_disk_is_too_full_for_ends_the_search() -> None:
-    full = JobFailed("disk full", "a/state could not be written: No space left on device")
+    full = OSError(28, "No space left on device", "a/state")
     ended = scheduler(lambda n, rung: 2.0 if n < 2 else full, trials=9)
     with pytest.raises(WriteError, match=r"^a/state could not .* device; make room, and run the"):
         ended.run(InProcess())

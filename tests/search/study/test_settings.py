@@ -55,3 +55,13 @@ def test_the_same_description_of_other_data_is_another_setting(
 def test_a_limit_of_training_may_change(tmp_path: Path) -> None:
     claim_folder(tmp_path, SETTINGS)
     claim_folder(tmp_path, replace(SETTINGS, budget=Budget(params=60_000, train_flops=10**12)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b"[1"])
+def test_a_folder_whose_settings_are_something_else_is_refused(
+    tmp_path: Path, content: bytes
+) -> None:
+    claim_folder(tmp_path, SETTINGS)
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(ArchdslError, match=rf"other settings \(see {tmp_path}/settings.json\)"):
+        claim_folder(tmp_path, SETTINGS)
