@@ -34,7 +34,7 @@ from archdsl.data.tokenizers import (
     tokenizer_key,
     vocab_size,
 )
-from archdsl.data.types import IGNORE, Batch, Data, DataError, HeldOut, Split
+from archdsl.data.types import Batch, Data, DataError, HeldOut, Split
 from archdsl.errors import blamed_on
 
 if TYPE_CHECKING:
@@ -182,13 +182,18 @@ class TextData:
     ) -> Iterator[Batch]:
         """Yields batches [B, T] of the whole split, or of windows spread evenly over it.
 
-        The targets of the last window are IGNORE after the end of the text. Raises DataError if
+        What is left after the last whole window is a shorter window in a batch of its own: tokens
+        that fill it up would compete for the capacity of routers. Raises DataError if
         ``limit_tokens`` is below 1.
         """
         tokens = self.tokens[split]
-        window_W = _evenly_spaced(-(-(len(tokens) - 1) // context), context, limit_tokens)
-        for i in range(0, len(window_W), batch_size):
-            yield _windows(tokens, window_W[i : i + batch_size] * context, context)
+        targets = len(tokens) - 1
+        start_W = _evenly_spaced(-(-targets // context), context, limit_tokens) * context
+        whole_W = start_W[start_W + context <= targets]
+        for i in range(0, len(whole_W), batch_size):
+            yield _windows(tokens, whole_W[i : i + batch_size], context)
+        for start in start_W[len(whole_W) :]:
+            yield _windows(tokens, start[None], targets - start)
 
 
 @lru_cache(maxsize=4)  # the order is computed once per epoch, not once per batch
@@ -204,11 +209,8 @@ def _evenly_spaced(windows: int, context: int, limit_tokens: int | None) -> NDAr
 
 
 def _windows(tokens: Tokens, start_B: NDArray[np.int64], context: int) -> Batch:
-    place_BT = start_B[:, None] + np.arange(context + 1)
-    past_end = place_BT >= len(tokens)
-    text_BT = tokens[np.where(past_end, 0, place_BT)].astype(np.int64)
-    targets_BT = np.where(past_end, IGNORE, text_BT)[:, 1:]
-    return Batch(torch.from_numpy(text_BT[:, :-1].copy()), torch.from_numpy(targets_BT.copy()))
+    text_BT = torch.from_numpy(tokens[start_B[:, None] + np.arange(context + 1)].astype(np.int64))
+    return Batch(text_BT[:, :-1].contiguous(), text_BT[:, 1:].contiguous())
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from archdsl.data.loading import load_data
 from archdsl.data.types import IGNORE, Data
 from archdsl.errors import ArchdslError
+from archdsl.evaluation.dial_sweep import sweep
 from archdsl.evaluation.evaluate import evaluate
 from archdsl.lang.load import load
 from archdsl.model.build import build
@@ -76,6 +77,19 @@ def test_the_way_windows_are_batched_changes_nothing() -> None:
     whole, parts = (evaluate(model, SKILL, batch_size=size) for size in (1024, 37))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
     assert (parts.tokens, parts.accuracy) == (whole.tokens, whole.accuracy)
+
+
+@pytest.mark.parametrize("router", ["top_k", "threshold", "prefix"])
+def test_a_window_longer_than_the_text_changes_nothing(text: Data, router: str) -> None:
+    """Nothing fills it up: that would compete with the text for the capacity of a router."""
+    targets = sum(batch.targets_BT.numel() for batch in text.held_out("validation", 1, 64))
+    model = tiny(f"blocks.1.router={{kind: {router}, capacity: 0.5}}", "context=4096")
+    whole = evaluate(model, text, context=targets)
+    assert whole.tokens == targets
+    swept = sweep(model, text, [], context=targets)
+    for context in (targets + 1, 2 * targets, 4096):
+        assert evaluate(model, text, context=context) == whole
+        assert sweep(model, text, [], context=context) == swept
 
 
 def test_guessing_costs_log2_of_the_vocabulary_in_bits_per_token(text: Data) -> None:
