@@ -172,6 +172,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         begun = [] if add_special_tokens is False else beginning_tokens(self.text)
         return begun + self.text.encode(string, add_special_tokens=False).ids
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both, split before the first token that holds any of the answer.
+
+        Spaces that end the context count as the answer's, as in the harness. The harness splits
+        after as many tokens as the context alone has, and so leaves out what of the answer the
+        tokenizer merges into the context; an answer without tokens left would be certain.
+        """
+        known = len(context.rstrip())
+        found = self.text.encode(context + continuation, add_special_tokens=False)
+        ends = (i for i, (_, end) in enumerate(found.offsets) if end > known)
+        given = next(ends, len(found.ids))
+        before = beginning_tokens(self.text) + found.ids[:given]
+        return before or [self.prefix_token_id], found.ids[given:]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[ScoringRequest], **_: object
     ) -> list[tuple[float, bool]]:

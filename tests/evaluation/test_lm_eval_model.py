@@ -104,6 +104,25 @@ def test_loglikelihoods_are_sums_of_log_softmax(
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
+@pytest.mark.parametrize("tokenizer", [byte_level(), bpe(), llama()], ids=["bytes", "bpe", "llama"])
+def test_every_byte_of_an_answer_is_scored_wherever_it_begins(tokenizer: Tokenizer) -> None:
+    """Also where the tokenizer merges some of it, or all, into the context."""
+    model, text = tiny(), "the door is open, and then some more words"
+    adapter = HarnessModel(model, tokenizer, 4)
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    words = [tokenizer.decode([token]) for token in tokens]
+    pairs = [(text[:at], text[at:]) for at in range(len(text))]
+    found = adapter.loglikelihood(asked("loglikelihood", *pairs))
+    for (before, _), (value, greedy) in zip(pairs, found, strict=True):
+        known = len(before.rstrip())
+        given = next(i for i in range(len(words)) if len("".join(words[: i + 1])) > known)
+        begun = tokenizer.encode("").ids or [end_of_document(tokenizer)] * (given == 0)
+        log_p_T, likeliest_T = log_p(model, begun + tokens)
+        new = len(tokens) - given
+        assert value == pytest.approx(log_p_T[-new:].sum()), before
+        assert greedy == likeliest_T[-new:].all()
+
+
 def test_what_is_too_long_is_cut_off_on_the_left() -> None:
     model = tiny(context=16)
     adapter = HarnessModel(model, byte_level(), 4)
