@@ -182,7 +182,7 @@ def _fetch(source: str, cache: Path) -> DatasetDict:
                 return load_dataset(name, config, cache_dir=str(cache / "datasets" / "hub"))
             except (DatasetNotFoundError, ConnectionError) as error:
                 failed = error
-            except (DatasetsError, OSError, ValueError) as error:
+            except (DatasetsError, EOFError, OSError, ValueError) as error:
                 raise DataError(f"{source!r}: {_first_cause(error)}") from None
     raise DataError(
         f"{source!r} could not be fetched: {failed}. Check the name and the network "
@@ -217,7 +217,7 @@ def _named_splits(dataset: DatasetDict, source: str) -> tuple[dict[Split, Datase
         if name in SPLITS:
             continue
         if split is None or split in named:
-            left_out[f"the split {name}"] = f"{split} is there" if split else "for no known use"
+            left_out[f"split {name}"] = f"{split} is there" if split else "for no known use"
         else:
             named[split] = rows
     if "train" not in named:

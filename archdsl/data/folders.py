@@ -39,6 +39,7 @@ FORMATS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 READ = f"{', '.join(FORMATS)} (also {', '.join(COMPRESSED)})"
 UNREAD = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzma", ".br", ".z", ".snappy")
+HIDDEN = (".", "__")  # as datasets has it
 TEMPORARY = ("~", ".swp", ".swo", ".tmp", ".temp", ".bak", ".orig", ".part", ".crdownload")
 DESCRIPTIVE = {  # files that the library datasets writes beside the text
     "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
@@ -106,7 +107,7 @@ def _in_folder(folder: Path) -> FoundFiles:
 
 
 def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
-    """Returns all files below the folder. Links to folders are left out: they may be circles."""
+    """Returns the files below the folder. Hidden folders and links, perhaps circles, are left out."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}")
@@ -114,9 +115,12 @@ def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
     found: list[Path] = []
     for place, folders, files in os.walk(folder, onerror=refuse):
         here = Path(place)
-        for name in folders:
-            if (here / name).is_symlink():
-                left_out[str((here / name).relative_to(folder))] = "a link to a folder"
+        passed_over = {name: "hidden" for name in folders if name.startswith(HIDDEN)}
+        passed_over |= {name: "a link" for name in folders if (here / name).is_symlink()}
+        left_out |= {
+            str((here / name).relative_to(folder)): why for name, why in passed_over.items()
+        }
+        folders[:] = [name for name in folders if name not in passed_over]
         found += [here / name for name in files]
     return sorted(found)
 
@@ -124,7 +128,7 @@ def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
 def _why_left_out(file: Path, inside: Path) -> str | None:
     """Returns why the file is not read, or None. Raises DataError for text that is missing then."""
     name = inside.name
-    if any(part.startswith((".", "__")) for part in inside.parts):
+    if name.startswith(HIDDEN):
         return "hidden"
     if name.lower().endswith(TEMPORARY) or name.startswith(("~$", "#")):
         return "temporary"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
 from archdsl.data.documents import PLAIN, SPLITS, TextSource, find_source
-from archdsl.data.folders import ACCEPTED
+from archdsl.data.folders import ACCEPTED, few
 from archdsl.data.skills import Skill, parse_skill
 from archdsl.data.tokenizers import (
     Tokens,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Data", "DataError", "SkillData", "TextData", "load_data"]
 
 FORMAT = 1  # increase it if the same source and tokenizer give other tokens than before
-LEFT_OUT_LINES = 10  # of a summary
 HELD_OUT_SEQUENCES = 1024  # sequences in the validation and in the test split of a skill
 
 
@@ -143,10 +142,10 @@ class TextData:
             words = ", ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in counts)
             taken = self.source and split not in self.source.given
             lines.append(f"{split}: {words}" + ", taken from the training text" * bool(taken))
-        left_out = list(self.source.left_out.items()) if self.source else []
-        lines += [f"left out: {name} ({why})" for name, why in left_out[:LEFT_OUT_LINES]]
-        if more := left_out[LEFT_OUT_LINES:]:
-            lines.append(f"left out: {len(more):,} more")
+        left_out: dict[str, list[str]] = {}
+        for name, why in self.source.left_out.items() if self.source else ():
+            left_out.setdefault(why, []).append(name)
+        lines += [f"left out: {few(names)} ({why})" for why, names in left_out.items()]
         return lines
 
     def save_tokenizer(self, path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> N
         "  train: 1 file, 1 document, 322 tokens\n",
         "  validation: 1 file, 1 document, 92 tokens\n",
         "  test: 1 file, 1 document, 7 tokens\n",
-        "  left out: notes.md (another format)\n",
+        "  left out: 'notes.md' (another format)\n",
     ):
         assert line in trained.err
     scored = cli("eval", "run/final", "--json")

@@ -142,8 +142,8 @@ def test_other_splits_of_a_hub_dataset_are_left_out_and_named(
     data = load_text("hf:one", tmp_path)
     assert [documents(data.tokens[split]) for split in SPLITS] == [[document(i)] for i in (2, 1, 4)]
     assert data.summary()[3:] == [
-        "left out: the split dev (validation is there)",
-        "left out: the split unsupervised (for no known use)",
+        "left out: 'split dev' (validation is there)",
+        "left out: 'split unsupervised' (for no known use)",
     ]
 
 

@@ -107,9 +107,9 @@ def test_a_held_out_file_that_equals_a_training_file_is_refused(
 
 
 LEFT_OUT: Mapping[str, str] = {
-    ".ipynb_checkpoints/train-checkpoint.txt": "hidden",
-    ".git/a.txt": "hidden",
-    "__MACOSX/train.txt": "hidden",
+    ".ipynb_checkpoints/": "hidden",
+    "a/.git/": "hidden",
+    "__MACOSX/": "hidden",
     ".train.txt.swp": "hidden",
     "train.txt~": "temporary",
     "train.txt.tmp": "temporary",
@@ -123,12 +123,14 @@ LEFT_OUT: Mapping[str, str] = {
 
 
 def test_copies_and_other_files_are_left_out_and_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "set", ["train.txt", *LEFT_OUT])
+    names = [f"{name}train.txt" if name.endswith("/") else name for name in LEFT_OUT]
+    folder = write(tmp_path / "set", ["train.txt", *names])
     (folder / "link").symlink_to(folder, target_is_directory=True)
     data = load_text(folder, tmp_path / "cache")
     assert text_of(data) == document(0)
     assert data.source is not None
-    assert dict(data.source.left_out) == {**LEFT_OUT, "link": "a link to a folder"}
+    expected = {name.rstrip("/"): why for name, why in LEFT_OUT.items()}
+    assert dict(data.source.left_out) == {**expected, "link": "a link"}
 
 
 @pytest.mark.parametrize("name", ["b.zip", "b.jsonl.zip", "b.tar.gz.7z", "b.txt.lz4", "b.tgz"])
@@ -178,7 +180,7 @@ def test_the_summary_counts_what_is_in_each_split(tmp_path: Path) -> None:
         f"train: 2 files, 2 documents, {lengths[0]:,} tokens",
         f"validation: 1 file, 1 document, {lengths[1]:,} tokens",
         f"test: 2 documents, {lengths[2]:,} tokens, taken from the training text",
-        "left out: about.md (another format)",
+        "left out: 'about.md' (another format)",
     ]
 
 
