@@ -34,6 +34,7 @@ Texts = Callable[[], Iterator[str]]  # each call returns a new iterator over the
 EMBEDDED = "sotu"
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 20  # one document in 20 for each missing split
+NOTES = 3  # at most
 PLAIN, BY_NAME = 1, 2  # how text was chosen: there was no choice, or by the name of a column
 
 
@@ -42,7 +43,8 @@ class TextSource:
     """A source of text: its name, a SHA-256 of its content and splits, and its documents.
 
     ``files``: how many files each split has. ``left_out``: files and splits that are not read, and
-    why. ``rules``: tokens that were cached under older rules may be of another column.
+    why. ``notes``: what may be meant otherwise. ``rules``: tokens that were cached under older
+    rules may be of another column.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TextSource:
     given: frozenset[Split] = frozenset(SPLITS)  # the other splits are taken from training
     files: Mapping[Split, int] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     rules: int = PLAIN
 
 
@@ -93,6 +96,9 @@ def _from_files(name: str, path: Path, column: str | None) -> TextSource:
     if column and formats == {"text"}:
         raise DataError(f"{str(path)!r} has no column {column!r}: a .txt file has no columns")
 
+    content = {file: _file_digest(file) for files in found.by_split.values() for file in files}
+    notes = _equal_files(found.by_split, content)
+
     def read() -> dict[Split, Texts]:
         return _with_missing(
             {split: partial(read_texts, files, column) for split, files in found.by_split.items()}
@@ -100,36 +106,50 @@ def _from_files(name: str, path: Path, column: str | None) -> TextSource:
 
     return TextSource(
         name,
-        _files_digest(found.by_split, column),
+        _files_digest(found.by_split, content, column),
         read,
         given=frozenset(found.by_split),
         files={split: len(files) for split, files in found.by_split.items()},
         left_out=found.left_out,
+        notes=notes,
         rules=PLAIN if formats == {"text"} else BY_NAME,
     )
 
 
-def _files_digest(by_split: Mapping[Split, list[Path]], column: str | None) -> str:
+def _equal_files(by_split: Mapping[Split, list[Path]], content: Mapping[Path, str]) -> list[str]:
+    """Names files of training text that are equal, and are trained on more often therefore.
+
+    Raises DataError if a file of training text and one of held-out text are equal.
+    """
+    trained_on: dict[str, Path] = {}
+    notes: list[str] = []
+    for file in (file for file in by_split["train"] if file.stat().st_size):
+        first = trained_on.setdefault(content[file], file)
+        if first != file:
+            notes.append(f"{str(file)!r} is equal to {str(first)!r}; both are trained on")
+    for split, files in by_split.items():
+        for file in files if split != "train" else ():
+            if other := trained_on.get(content[file]):
+                raise DataError(
+                    f"{str(file)!r} is held-out text ({split}), but equal to {str(other)!r}, which "
+                    "is trained on: remove one of them"
+                )
+    return notes[:NOTES] + [f"{len(notes):,} files are such copies"] * (len(notes) > NOTES)
+
+
+def _files_digest(
+    by_split: Mapping[Split, list[Path]], content: Mapping[Path, str], column: str | None
+) -> str:
     """Returns the SHA-256 of the files, their splits and formats, and the column.
 
-    For files of one format it is that of older versions, which caches are named after. Raises
-    DataError if a file of training text and one of held-out text are equal.
+    For files of one format it is that of older versions, which caches are named after.
     """
     split_of = {file: split for split, files in by_split.items() for file in files}
-    content = {file: _file_digest(file) for file in sorted(split_of)}
-    trained_on = {content[file]: file for file in by_split["train"] if file.stat().st_size}
-    for file, split in split_of.items():
-        if split != "train" and content[file] in trained_on:
-            raise DataError(
-                f"{str(file)!r} is held-out text ({split}), but equal to "
-                f"{str(trained_on[content[file]])!r}, which is trained on: remove one of them"
-            )
     digest = hashlib.sha256()
-    for kind in sorted({format_of(file) or "" for file in split_of}):
+    for kind in sorted({format_of(file) or "" for file in content}):
         digest.update(kind.encode())
-        for file in content:
-            if format_of(file) == kind:
-                digest.update(f"{split_of[file]} {content[file]}\n".encode())
+        for file in sorted(file for file in content if format_of(file) == kind):
+            digest.update(f"{split_of[file]} {content[file]}\n".encode())
     if column:
         digest.update(f"column {column}\n".encode())
     return digest.hexdigest()

@@ -63,9 +63,9 @@ def find_files(path: Path) -> FoundFiles:
 
     Raises DataError if there is nothing to train on, or if it is not clear what is training text.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # for a name that cannot be one, the methods of Path raise OSError
         return _in_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"no file or folder {str(path)!r}; {ACCEPTED}")
     if format_of(path) is None:
         raise DataError(f"{str(path)!r} does not end in {', '.join(FORMATS)}; {ACCEPTED}")
@@ -81,12 +81,15 @@ def format_of(path: Path) -> str | None:
 def _in_folder(folder: Path) -> FoundFiles:
     left_out: dict[str, str] = {}
     named: dict[Path, Split | None] = {}
-    for file in _walk(folder, left_out):
+    files = _walk(folder, left_out)
+    unlisted = _unlisted(files)
+    for file in files:
         inside = file.relative_to(folder)
-        if why := _why_left_out(file, inside):
+        if why := "not listed in state.json" if file in unlisted else _why_left_out(file):
             left_out[str(inside)] = why
         else:
             named[file] = _named_split(folder, inside)
+    _refuse_compressed_copies(named)
     if not named:
         skipped = f"; {few(left_out)} cannot be used" if left_out else ""
         raise DataError(f"no {', '.join(FORMATS)} file in the folder {str(folder)!r}{skipped}")
@@ -107,7 +110,7 @@ def _in_folder(folder: Path) -> FoundFiles:
 
 
 def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
-    """Returns the files below the folder. Hidden folders and links, perhaps circles, are left out."""
+    """Returns the files below the folder. Hidden folders and links to folders are left out."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}")
@@ -125,9 +128,9 @@ def _walk(folder: Path, left_out: dict[str, str]) -> list[Path]:
     return sorted(found)
 
 
-def _why_left_out(file: Path, inside: Path) -> str | None:
+def _why_left_out(file: Path) -> str | None:
     """Returns why the file is not read, or None. Raises DataError for text that is missing then."""
-    name = inside.name
+    name = file.name
     if name.startswith(HIDDEN):
         return "hidden"
     if name.lower().endswith(TEMPORARY) or name.startswith(("~$", "#")):
@@ -143,26 +146,41 @@ def _why_left_out(file: Path, inside: Path) -> str | None:
         return "another format"
     if not file.is_file():
         raise DataError(f"{str(file)!r} is not a file, or a link to a file that does not exist")
-    if file.suffix == ".arrow" and file.name not in _listed(file.parent, file.name):
-        return "not listed in state.json"
     return None
 
 
-def _listed(folder: Path, name: str) -> set[str]:
-    """Returns the data files of a folder that ``save_to_disk`` wrote; ``name`` for any other.
+def _unlisted(files: list[Path]) -> set[Path]:
+    """Returns the tables that are no data of the folders that ``save_to_disk`` wrote.
 
-    datasets also caches other tables there. Raises DataError if a data file is missing.
+    datasets also caches tables there. Raises DataError if a table with data is missing.
     """
-    state = folder / "state.json"
-    if not state.is_file():
-        return {name}
-    try:
-        listed = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{str(state)!r} is not as save_to_disk writes it: {error!r}") from None
-    if missing := sorted(file for file in listed if not (folder / file).is_file()):
-        raise DataError(f"{str(folder)!r} lacks {few(missing)}, which state.json lists")
-    return listed
+    tables = {file for file in files if file.suffix == ".arrow"}
+    unlisted: set[Path] = set()
+    for state in files:
+        if state.name != "state.json":
+            continue
+        try:
+            entries = json.loads(state.read_bytes())["_data_files"]
+            listed = {state.with_name(entry["filename"]) for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{str(state)!r} is not as save_to_disk writes it: {error!r}") from None
+        if missing := sorted(file.name for file in listed - tables):
+            raise DataError(f"{str(state.parent)!r} lacks {few(missing)}, which state.json lists")
+        unlisted |= {table for table in tables if table.parent == state.parent} - listed
+    return unlisted
+
+
+def _refuse_compressed_copies(files: Iterable[Path]) -> None:
+    """Raises DataError if a file is there as it is and compressed: it would be read twice."""
+    first: dict[Path, Path] = {}
+    for file in files:
+        inner = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
+        if other := first.get(inner):
+            raise DataError(
+                f"{str(file)!r} has the same name as {other.name!r} but for the compression: its "
+                "text would be read twice. Remove one of them"
+            )
+        first[inner] = file
 
 
 def _named_split(folder: Path, inside: Path) -> Split | None:

@@ -86,7 +86,7 @@ def load_data(
 
 def _named_column(source: str | None, column: str | None) -> tuple[str | None, str | None]:
     """Divides SOURCE::COLUMN, which is how the names of data say a column."""
-    if source is None or column or Path(source).exists():
+    if source is None or column or os.path.exists(source):
         return source, column
     name, _, after = source.rpartition("::")
     return (name, after) if name and after else (source, None)
@@ -146,6 +146,7 @@ class TextData:
         for name, why in self.source.left_out.items() if self.source else ():
             left_out.setdefault(why, []).append(name)
         lines += [f"left out: {few(names)} ({why})" for why, names in left_out.items()]
+        lines += [f"note: {note}" for note in (self.source.notes if self.source else ())]
         return lines
 
     def save_tokenizer(self, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_a_held_out_file_that_equals_a_training_file_is_refused(
         DataError, match=r"is held-out text .*, but equal to .*: remove one of them"
     ):
         load_text(tmp_path / "set", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("names", [["a.txt", "a.txt.gz"], ["a.jsonl.xz", "a.jsonl.zst"]])
+def test_a_file_beside_its_compressed_copy_is_refused(names: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has the same name as .* text would be read twice"):
+        find_files(write(tmp_path, names))
+
+
+def test_equal_files_of_training_text_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", ["a.txt", "a-Copy1.txt", "b.txt"])
+    shutil.copy(folder / "a.txt", folder / "a-Copy1.txt")
+    note = load_text(folder, tmp_path / "cache").summary()[-1]
+    assert re.fullmatch(r"note: '.*a.txt' is equal to '.*a-Copy1.txt'; both are trained on", note)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_no_fault_of_the_cache(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file or folder"):
+        load_text(name, tmp_path)
 
 
 # what is left out
