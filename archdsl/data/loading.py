@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Data", "DataError", "SkillData", "TextData", "load_data"]
 
 FORMAT = 1  # increase it if the same source and tokenizer give other tokens than before
+TAKEN = (  # what a split without files of its own needs
+    "It is taken from the training text, which needs 20 different documents, or one of 20 "
+    "characters; or name a file or folder after the split"
+)
 HELD_OUT_SEQUENCES = 1024  # sequences in the validation and in the test split of a skill
 
 
@@ -358,7 +362,10 @@ class TokenCache:
         splits = {split: self._write(split, texts[split](), tokenizer, dtype) for split in SPLITS}
         for split, entry in splits.items():
             if entry.text_bytes == 0:
-                raise DataError(f"{source.name}: too little text, the split {split} is empty")
+                taken = "" if split in source.given else f". {TAKEN}"
+                raise DataError(
+                    f"{source.name}: too little text, the split {split} is empty{taken}"
+                )
         content = tokenizer.to_str(pretty=True).encode()
         digest = hashlib.sha256(content).hexdigest()
         index = CacheIndex(dtype=dtype, tokenizer=digest, splits=splits, rules=source.rules)

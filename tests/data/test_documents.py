@@ -101,7 +101,11 @@ def test_empty_rows_are_skipped(tmp_path: Path) -> None:
         ({"/a.jsonl": b'{"text": '}, "a.jsonl': line 1 is not JSON"),
         ({"/a.json": b'[{"a": "x", "b": "y"}]'}, "a.json' has no column text, .* are 'a', 'b'"),
         ({"/a.json": b'[{"text": 3}]'}, "a.json': row 1: the column 'text' holds 3"),
-        ({"/a.txt": b"short"}, "too little text, the split validation is empty"),
+        ({"/a.txt": b"short"}, "the split validation is empty. It is .* needs 20 different doc"),
+        (
+            {"/train.txt": b"long enough to be cut", "/dev.jsonl": b'{"text": null}'},
+            "too little text, the split validation is empty$",
+        ),
         ({"/a.parquet": b"PAR1"}, "a.parquet' is damaged or cannot be read: "),
     ],
 )
