@@ -221,8 +221,8 @@ class JsonLines:
         Raises ArchdslError if it holds something else, WriteError if it cannot be written.
         """
         make_folder(path.parent)
-        kept = [line for line in read_lines(path) if line["step"] <= after_step]
-        write_text(path, "".join(_dump(line) for line in kept))
+        kept = [line for line, found in _whole_lines(path) if found["step"] <= after_step]
+        write_text(path, "".join(f"{line.decode()}\n" for line in kept))
         self.path = path
         with writing(path):
             self.file = path.open("ab", buffering=0)  # a line that fails is not tried again
@@ -262,16 +262,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Returns an empty list if the file does not exist. Raises ArchdslError, which names the line, if
     another line is no object with a whole number ``step``.
     """
+    return [found for _, found in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    found = [_object(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+    found = [(line, _object(path, number, line)) for number, line in enumerate(lines[:-1], 1)]
     with suppress(ArchdslError):  # a crash has cut it short
-        found += [_object(path, len(lines), line) for line in lines[-1:] if line]
+        found += [(line, _object(path, len(lines), line)) for line in lines[-1:] if line]
     return found
 
 
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise ArchdslError(f"{path}: line {number}: must be a JSON object") from None
     if not isinstance(value, dict):
@@ -281,3 +285,7 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         found = describe(step) if "step" in value else "none"
         raise ArchdslError(f"{path}: line {number}: step: must be a whole number, got {found}")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
 
 from archdsl.errors import ArchdslError
 from archdsl.files import read_json
@@ -24,6 +23,9 @@ from archdsl.search.study.spending import SpendingSummary, spending_summary
 from archdsl.search.study.storage import JOURNAL, database, exclusive, journal
 from archdsl.search.study.stored import FolderSettings, StoredResult, StoredSettings, checked
 from archdsl.search.study.trial import Trial
+
+if TYPE_CHECKING:
+    from optuna.study._frozen import FrozenStudy
 
 RUNS = Path("runs")
 

@@ -111,6 +111,7 @@ def test_a_line_that_a_full_disk_has_cut_is_dropped(tmp_path: Path) -> None:
         (b"[2]", "must be an object, got a list"),
         (b"2", "must be an object, got 2"),
         (b'{"step": 2', "must be a JSON object"),
+        (b'{"step": 2, "loss": NaN}', "must be a JSON object"),
         (b"\xff\x00", "must be a JSON object"),
         (b"[" * 100_000, "must be a JSON object"),
         (b"", "must be a JSON object"),

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from archdsl.errors import describe
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.search.study.storage import StorageError
@@ -65,10 +66,16 @@ WORKER: dict[str, Any] = {"from": float, "to": float, "phases": dict[str, Stored
 StoredWorker = create_model("StoredWorker", __base__=Stored, **WORKER)
 
 
-class StoredSettings(Stored):
-    """What is read from the settings of a search."""
+def _axes(value: Any) -> Any:
+    if not isinstance(value, list) or value[:1] != ["loss"] or not all(value):
+        raise ValueError(f"must be a list of names that begins with loss, got {describe(value)}")
+    return value
 
-    objective: list[str] = Field(min_length=1)
+
+class StoredSettings(Stored):
+    """What is read from the settings of a search. ``objective``: the axes, the loss first."""
+
+    objective: Annotated[list[str], BeforeValidator(_axes)]
 
 
 class FolderSettings(StoredSettings):
@@ -103,11 +110,20 @@ def check_attempts(attempts: Iterable[FrozenTrial], axes: tuple[str, ...], where
         found = checked(StoredTrial, attempt.user_attrs, at)
         if found.same_as is not None and found.same_as >= found.draw:
             raise StorageError(f"{at}: same_as: must be below {found.draw}, its own number")
-        if found.outcome == "complete" and attempt.state.is_finished():
+        _check_outcome(attempt, found, at)
+        if attempt.state == TrialState.COMPLETE:
             _check_complete(attempt, found, axes, at)
         numbers.add(found.draw)
     if missing := set(range(len(numbers))) - numbers:
         raise StorageError(f"{where}: trial {min(missing)} is missing")
+
+
+def _check_outcome(attempt: FrozenTrial, found: StoredTrial, at: str) -> None:
+    """An attempt that failed may have any outcome: its worker may have died at any time."""
+    if attempt.state == TrialState.PRUNED and found.outcome in ("", "complete", "failed"):
+        raise StorageError(f"{at}: outcome: must say why it ended early, got {found.outcome!r}")
+    if attempt.state == TrialState.COMPLETE and found.outcome != "complete":
+        raise StorageError(f"{at}: outcome: must be complete, got {found.outcome!r}")
 
 
 def _check_complete(

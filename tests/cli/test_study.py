@@ -98,7 +98,15 @@ def change_journal(folder: Path, old: bytes, new: bytes) -> None:
         ),
         (
             lambda f: change_settings(f, {"name": "a", "objective": "loss"}),
-            "settings.json: objective: ",
+            "settings.json: objective: must be a list of names that begins with loss, got 'loss'",
+        ),
+        (
+            lambda f: change_settings(f, {"name": "a", "objective": ["flops", "loss"]}),
+            "settings.json: objective: must be a list of names that begins with loss, got a list",
+        ),
+        (
+            lambda f: change_journal(f, b'"outcome":"', b'"outcome":"un'),
+            "study.journal: attempt 0: outcome: must be ",
         ),
         (
             lambda f: change_settings(f, {"name": "a", "objective": ["loss", "flops"]}),
