@@ -132,7 +132,7 @@ def archdsl(installed: str, tmp_path: Path) -> Archdsl:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for split in ("train", "validation", "test"):
-        (folder / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+        (folder / f"{split}.txt").write_text(f"some {split} words\n" * 50, encoding="utf-8")
     return folder
 
 

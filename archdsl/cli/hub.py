@@ -107,7 +107,8 @@ def export(
         raise ArchdslError(NEEDS_TRANSFORMERS) from None
     from archdsl.model.checkpoint import load_checkpoint
 
-    done = export(load_checkpoint(checkpoint), out)
+    found = load_checkpoint(checkpoint)
+    done = export(found, out)
     if as_json:
         print_json(
             {
@@ -115,6 +116,7 @@ def export(
                 "bytes": done.bytes,
                 "compared_tokens": done.tokens,
                 "largest_difference": done.difference,
+                "sees_later_tokens_in_training": found.model.leaks,
             }
         )
     else:
@@ -123,3 +125,9 @@ def export(
             f"the exported model's logits differ from the checkpoint's by at most "
             f"{done.difference:.2g} (on {done.tokens:,} random tokens)"
         )
+        if found.model.leaks:
+            print(
+                "note: in training its router sees later tokens. Outside of training the exported "
+                "model selects causally, as in decoding, so that scores are those of a text that "
+                "it can generate. see_later_tokens in its config.json changes that."
+            )

@@ -161,13 +161,17 @@ def _tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
 
 
 def _compare(folder: Path, model: LanguageModel) -> tuple[float, int]:
-    """The largest difference of logits, once the folder is loaded by its own code."""
+    """The largest difference of logits, once the folder is loaded by its own code.
+
+    Both route causally, as an exported model does outside of training.
+    """
     weight = model.head.weight
     shape = (2, min(model.spec.context, 128))
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.spec.vocab_size, shape, generator=generator).to(weight.device)
     with torch.no_grad(), _evaluating(model):
-        wanted = model(tokens_BT)
+        with model.causal_routing():
+            wanted = model(tokens_BT)
         try:
             with loaded(folder) as hub:
                 found = hub.to(weight.device)(tokens_BT).logits

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -37,16 +38,22 @@ class ArchdslConfig(transformers.PreTrainedConfig):
     """``spec``: the whole spec as plain data; the sizes that tools look for are taken from it.
 
     ``use_cache``: what a forward pass that does not say so does. Off: a cache has room for the
-    whole context, and with one, routers that see the future do not. `generate` uses one anyway.
+    whole context. `generate` uses one anyway. ``see_later_tokens``: whether routers that see later
+    tokens in training do so outside of it, too. Off, because the logits then are no predictions:
+    scores of likelihood would be better than any text that the model can generate.
     """
 
     model_type: ClassVar[str] = "archdsl"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(
-        self, spec: dict[str, Any] | None = None, use_cache: bool = False, **more: Any
+        self,
+        spec: dict[str, Any] | None = None,
+        use_cache: bool = False,
+        see_later_tokens: bool = False,
+        **more: Any,
     ) -> None:
-        self.spec, self.use_cache = spec, use_cache
+        self.spec, self.use_cache, self.see_later_tokens = spec, use_cache, see_later_tokens
         if spec is not None:
             more |= {"tie_word_embeddings": spec["tie_embeddings"]}
             self.vocab_size, self.hidden_size = spec["vocab_size"], spec["dim"]
@@ -122,8 +129,8 @@ class ArchdslCache(transformers.Cache):
 class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
     """Tokens to the logits of their successors.
 
-    As a model in archdsl has it: a router that sees later tokens does so in a forward pass, but
-    neither with a cache nor in `generate`.
+    A router that sees later tokens does so in training alone, unless the config says
+    ``see_later_tokens``; never with a cache or in `generate`.
     """
 
     config_class = ArchdslConfig
@@ -185,7 +192,9 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         kept = None if cache is None else cache.kept
         if cache is not None:
             cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
-        hidden_BTD = self.model.hidden(x_BTD, mask_BT, kept, states)
+        sees = self.training or self.config.see_later_tokens
+        with nullcontext() if sees else self.model.causal_routing():
+            hidden_BTD = self.model.hidden(x_BTD, mask_BT, kept, states)
         if cache is not None:
             cache.seen += x_BTD.size(1)
         return self.model.norm(hidden_BTD)

@@ -48,7 +48,7 @@ RICH = [
 def text(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("text")
     for split in ("train", "validation", "test"):
-        (folder / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+        (folder / f"{split}.txt").write_text(f"some {split} words\n" * 50, encoding="utf-8")
     return load_data(str(folder), cache=tmp_path_factory.mktemp("cache"))
 
 
@@ -106,19 +106,36 @@ def llama(layers: int = 2) -> LlamaForCausalLM:
     ).eval()
 
 
-def test_the_logits_are_the_same(here: Checkpoint, there: Any) -> None:
-    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+@pytest.fixture
+def leaking(there: Any) -> Iterator[Any]:
+    """The exported model, whose routers see later tokens as those of the checkpoint do."""
+    there.config.see_later_tokens = True
+    yield there
+    there.config.see_later_tokens = False
+
+
+def test_the_logits_are_the_same(here: Checkpoint, leaking: Any) -> None:
+    assert torch.equal(here.model(TOKENS), leaking(TOKENS).logits)
     half = TOKENS > 100
     torch.testing.assert_close(
-        here.model(TOKENS, half)[half], there(TOKENS, attention_mask=half.long()).logits[half]
+        here.model(TOKENS, half)[half], leaking(TOKENS, attention_mask=half.long()).logits[half]
     )
+
+
+def test_outside_of_training_no_router_sees_later_tokens(here: Checkpoint, there: Any) -> None:
+    with here.model.causal_routing():
+        assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    later = torch.cat((TOKENS[:, :6], TOKENS[:, 6:].flip(1)), 1)
+    torch.testing.assert_close(there(TOKENS).logits[:, :6], there(later).logits[:, :6])
+    assert not there.config.see_later_tokens
 
 
 def test_the_dial_is_the_same(here: Checkpoint, there: Any) -> None:
     trained = there(TOKENS).logits
     for model in (here.model, there):
         model.dial(capacity=0.25, steps=4)
-    assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
+    with here.model.causal_routing():
+        assert torch.equal(here.model(TOKENS), there(TOKENS).logits)
     assert not torch.equal(trained, there(TOKENS).logits)
     for model in (here.model, there):
         model.dial()
@@ -376,7 +393,8 @@ def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, ArchdslForCausalLM)
     assert model.model.spec == here.spec
-    assert torch.equal(model(TOKENS).logits, here.model(TOKENS))
+    with here.model.causal_routing():
+        assert torch.equal(model(TOKENS).logits, here.model(TOKENS))
 
 
 def test_what_cannot_be_is_said_in_one_line(there: Any) -> None:
@@ -430,6 +448,14 @@ def test_what_is_not_the_checkpoint_is_never_written(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_the_command_says_that_a_router_sees_later_tokens(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoint", None, *LEAKING)
+    words = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")]
+    said = CliRunner().invoke(app, words).stdout
+    assert "note: in training its router sees later tokens" in said
+    assert json.loads((tmp_path / "exported/config.json").read_text())["see_later_tokens"] is False
+
+
 def test_the_command_says_the_difference_it_measured(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoint", None)
     words = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")]
@@ -438,6 +464,7 @@ def test_the_command_says_the_difference_it_measured(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts["largest_difference"] <= 1e-5
     assert facts["compared_tokens"] == 256
+    assert not facts["sees_later_tokens_in_training"]
     assert "differ from the checkpoint's by at most" in CliRunner().invoke(app, words).stdout
 
 
@@ -502,8 +529,8 @@ def test_the_folders_need_torch_and_transformers_alone(tmp_path: Path, text: Dat
     mask[0, :5] = mask[1, 9:] = 0
     for name, checkpoint in here.items():
         export(checkpoint, tmp_path / name)
-        with torch.no_grad():
-            model = checkpoint.model.eval()
+        model = checkpoint.model.eval()
+        with torch.no_grad(), model.causal_routing():
             logits, padded = model(TOKENS), model(TOKENS, mask.bool())
         wanted = {"tokens": TOKENS, "mask": mask, "logits": logits, "padded": padded}
         save_file(wanted, tmp_path / f"{name}.safetensors")

@@ -37,7 +37,9 @@ def tiny(*overrides: str, seed: int = 0) -> LanguageModel:
 def text(tmp_path: Path) -> Data:
     (tmp_path / "text").mkdir()
     for split in ("train", "validation", "test"):
-        (tmp_path / "text" / f"{split}.txt").write_text("some words\n" * 50, encoding="utf-8")
+        (tmp_path / "text" / f"{split}.txt").write_text(
+            f"some {split} words\n" * 50, encoding="utf-8"
+        )
     return load_data(str(tmp_path / "text"), cache=tmp_path / "cache")
 
 
