@@ -261,6 +261,16 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         """Replaces the head."""
         self.model.head = new_embeddings
 
+    def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
+        """As transformers has it; the spec follows, so that what is saved can be loaded again."""
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **more)
+        self.config.spec = dict(self.config.spec or {}) | {"vocab_size": embedding.num_embeddings}
+        self.model.spec = ModelSpec.model_validate(self.config.spec)
+        weights: list[Any] = [embedding.weight, self.model.head.weight]
+        for weight in weights:
+            weight._is_hf_initialized = True  # so that `post_init` draws nothing anew
+        return embedding
+
     @torch.no_grad()
     @guard_torch_init_functions()
     def initialize_weights(self) -> None:

@@ -343,6 +343,22 @@ def test_saved_again_it_is_the_same_with_shared_weights_once(there: Any, tmp_pat
     assert (again.model.head.weight is again.model.embedding.weight) == tied
 
 
+@pytest.mark.parametrize("size", [300, 200])
+def test_a_model_of_another_vocabulary_is_saved_and_loaded(
+    there: Any, folder: Path, tmp_path: Path, size: int
+) -> None:
+    model = type(there).from_pretrained(folder)
+    before = model(TOKENS % 200).logits
+    model.resize_token_embeddings(size)
+    model.post_init()  # as wrappers call it
+    wanted = model(TOKENS % 200).logits
+    torch.testing.assert_close(wanted[..., :200], before[..., :200])
+    model.save_pretrained(tmp_path)
+    again = type(there).from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS % 200).logits, wanted)
+    assert again.config.vocab_size == again.model.spec.vocab_size == size
+
+
 def test_half_precision_is_half_precision(here: Checkpoint, there: Any, folder: Path) -> None:
     half = type(there).from_pretrained(folder, dtype=torch.bfloat16)
     assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
