@@ -77,6 +77,17 @@ class LlamaConfig(BaseModel):
         return self.rope.get("rope_type") or self.rope.get("type") or "default"
 
     @property
+    def scalings_agree(self) -> bool:
+        """False if the older and the newer spelling of the rotary scaling differ in a value."""
+        if not self.rope_scaling or not self.rope_parameters:
+            return True
+        older, newer = (
+            {"rope_type": one.get("type")} | one
+            for one in (self.rope_scaling, self.rope_parameters)
+        )
+        return all(newer.get(name) == older[name] for name in older if name != "type")
+
+    @property
     def kv_heads(self) -> int:
         """The number of key/value heads."""
         return self.num_key_value_heads or self.num_attention_heads
@@ -105,6 +116,8 @@ class LlamaConfig(BaseModel):
         partial = self.rope.get("partial_rotary_factor", self.partial_rotary_factor)
         if partial not in (None, 1):
             yield f"partial_rotary_factor: {partial} (archdsl rotates whole heads)"
+        if not self.scalings_agree:
+            yield "rope_scaling and rope_parameters with different values (leave one of them)"
         if any(isinstance(value, Mapping) for value in self.rope.values()):
             yield "rotary parameters that differ between layers"
         elif self.rope_type not in ("default", *SCALINGS):

@@ -214,6 +214,20 @@ def refused(tmp_path: Path, source: Path, complaint: str) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' .supported: linear, llama3"),
         ({"rope_parameters": {"full": {"rope_type": "default"}}}, "differ between layers"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor: must be a number, got nothing"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "rope_scaling and rope_parameters with different values",
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
+            "rope_scaling and rope_parameters with different values",
+        ),
         ({"num_key_value_heads": 4}, "4 key/value heads, which do not divide the 6 heads"),
         ({"num_attention_heads": 18, "head_dim": None}, "18 heads, which do not divide the hid"),
         ({"head_dim": 5}, "head_size: must be a multiple of 2, got 5"),
