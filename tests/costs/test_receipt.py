@@ -95,7 +95,7 @@ def test_a_pass_that_the_dial_skips_costs_nothing() -> None:
     assert (found.flops, found.passes) == (once.flops, once.passes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(specs())
 def test_the_ends_of_the_dial_have_the_lowest_and_highest_cost(spec: ModelSpec) -> None:
     none, every = (
@@ -122,7 +122,7 @@ def test_memory_is_four_bytes_each_for_weight_gradient_and_two_moments() -> None
     assert bytes_each == (4 * receipt.params, 4 * receipt.params, 8 * receipt.params)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(specs())
 def test_the_cache_holds_what_a_pass_computes(spec: ModelSpec) -> None:
     assert sequence_cost(spec).kv == kept_numbers(spec)
@@ -156,14 +156,14 @@ def kept_numbers(spec: ModelSpec) -> int:
     return kept
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(specs())
 def test_a_selected_token_never_costs_less_than_one_that_is_not(spec: ModelSpec) -> None:
     receipt = cost(spec)
     assert receipt.lightest <= receipt.expected <= receipt.heaviest
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(specs())
 def test_the_costs_of_the_parts_add_up(spec: ModelSpec) -> None:
     whole = sequence_cost(spec, detailed=True)

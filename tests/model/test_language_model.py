@@ -44,9 +44,9 @@ def test_any_model_equals_its_definition(random: ModelSpec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(specs())
-def test_60_models_equal_their_definition(random: ModelSpec) -> None:
+def test_40_models_equal_their_definition(random: ModelSpec) -> None:
     is_its_definition(random)
 
 
