@@ -78,7 +78,7 @@ class Threshold(Learned):
     def note(self, score_BT: Tensor, row: int) -> None:
         """Stores the scores of a training pass; the table does not change before `commit`."""
         score = score_BT.detach().float().masked_fill(score_BT == -math.inf, math.nan).flatten()
-        self.pending[row] = score[:: score.numel() // 2**16 | 1]  # an even sample
+        self.pending[row] = _sample(score)
 
     def begin_pass(self) -> None:
         """See `Router.begin_pass`. Optimizers change weights in place, which counts a version."""
@@ -99,13 +99,18 @@ class Threshold(Learned):
         for row, scores in self.parts.items():
             score = torch.cat(scores)
             levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
-            new_Q = torch.nanquantile(score[:: score.numel() // 2**16 | 1], levels_Q)
+            new_Q = torch.nanquantile(_sample(score), levels_Q)
             known = new_Q.isfinite().all()
             self.seen_R[row] += known
             share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
             moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
             self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
         self.parts.clear()
+
+
+def _sample(score_N: Tensor) -> Tensor:
+    """An even sample of fewer than 2**17 scores; all of them where there are no more."""
+    return score_N[:: score_N.numel() // 2**16 | 1]
 
 
 class TopK(Threshold):
