@@ -61,7 +61,7 @@ def train(
 ) -> None:
     """Train a model from a spec, or train a checkpoint further.
 
-    The same command continues after a crash or Ctrl-C from the last checkpoint. Examples:
+    The same command continues after a crash, Ctrl-C or SIGTERM from the last checkpoint. Examples:
 
       archdsl train tiny --steps 300
 
