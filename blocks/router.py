@@ -107,7 +107,7 @@ class PrefixSpec(LearnedSpec):
 
 
 class RandomSpec(RouterSpec):
-    """A fixed pseudo-random share by position, the control for a learned choice. Causal."""
+    """A fixed pseudo-random share by position, the baseline of a learned choice. Causal."""
 
     learned: ClassVar[bool] = False
     ranks: ClassVar[bool] = True

@@ -86,7 +86,7 @@ class SearchConfig(Strict):
         description="start no new training after this long, for example 30m; null: no limit; "
         "default: 9m",
     )
-    trials: int | None = Field(
+    trials: Size | None = Field(
         None, ge=1, description="train at most this many trials; default: no limit"
     )
     objective: Annotated[str, BeforeValidator(_comma_separated)] = Field(

@@ -104,7 +104,11 @@ DataDir = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="With --tasks: number of examples of each task. Default: all."),
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="With --tasks: number of examples of each task. Default: all.",
+    ),
 ]
 Shots = Annotated[
     int | None,

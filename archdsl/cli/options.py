@@ -320,7 +320,17 @@ def _metavar(field: FieldInfo) -> str:
     kind = _kind(field)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if _is_size(field.annotation, *field.metadata):
+        return "SIZE"
     return "PATH" if kind is Path else "VALUE"
+
+
+def _is_size(*kinds: Any) -> bool:
+    """Whether one of the types, or what validates them, is `Size`."""
+    from archdsl.lang.strict import Size
+
+    of_size = get_args(Size)[1]
+    return any(kind == of_size or _is_size(*get_args(kind)) for kind in kinds)
 
 
 def _kind(field: FieldInfo) -> Any:

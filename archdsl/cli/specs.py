@@ -139,25 +139,31 @@ def diff(
 
 
 def blocks(
-    kind: Annotated[
-        str | None, typer.Argument(help="A kind of block or part, for example loop.")
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A kind, such as loop; a family of kinds, such as router; a key at the top of a "
+            "spec, such as norm; or spec for all of these keys."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the kinds of blocks and parts that a spec can use, or describe one of them.
+    """List the keys of a spec and the kinds of blocks and parts it can use, or describe one.
 
-    The description of one kind has its fields, their defaults and an example. Example:
+    The description of one kind has its fields, their defaults and an example. Examples:
 
       archdsl blocks loop
+
+      archdsl blocks router
+
+      archdsl blocks spec
     """
-    from archdsl.reports.catalogue import catalogue, listing, page
+    from archdsl.reports.catalogue import catalogue, shown
 
     if as_json:
-        print_json([asdict(entry) for entry in catalogue(kind)])
-    elif kind is None:
-        print_parts(listing())
+        print_json([asdict(entry) for entry in catalogue(name)])
     else:
-        print_parts(*(page(entry) for entry in catalogue(kind)))
+        print_parts(shown(name))
 
 
 def schema() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archdsl.data.types import DataError
+from archdsl.lang.strict import SIZE, parse_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,8 +82,8 @@ def tokenizer_key(choice: str) -> str:
     """
     if choice == "bytes":
         return choice
-    if match := re.fullmatch(r"bpe:(\d{1,9})", choice):
-        size = int(match[1])
+    if choice.startswith("bpe:") and SIZE.fullmatch(choice[4:]):
+        size = parse_size(choice[4:])
         if not SMALLEST_BPE <= size <= LARGEST_BPE:
             raise DataError(
                 f"tokenizer {choice!r}: the size must be from {SMALLEST_BPE} to {LARGEST_BPE}"

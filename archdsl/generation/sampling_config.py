@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from archdsl.lang.strict import Strict
+from archdsl.lang.strict import Size, Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -17,14 +17,14 @@ class Sampling(Strict):
     Equal seeds give equal tokens, whether a prompt is continued alone or in a batch.
     """
 
-    max_tokens: int = Field(200, ge=1, description="the largest number of new tokens")
+    max_tokens: Size = Field(200, ge=1, description="the largest number of new tokens")
     temperature: Finite = Field(
         0.8,
         ge=0,
         description="divides the logits: below 1, likely tokens become more likely; 0 always takes "
         "the most likely token",
     )
-    top_k: int | None = Field(
+    top_k: Size | None = Field(
         None, ge=1, description="sample among this many most likely tokens; default: all"
     )
     top_p: Finite | None = Field(

@@ -32,6 +32,11 @@ KEYWORDS = {
     "lt": "exclusiveMaximum",
     "multiple_of": "multipleOf",
 }
+# keys of a file that are no fields of a spec: they are resolved when it is read
+OF_FILES = {
+    "extends": {"type": "string", "description": "another spec file to start from"},
+    "set": {"type": "object", "description": "values to change in it, by their dotted path"},
+}
 RANGE, FIT = {"$ref": "#/$defs/range"}, {"$ref": "#/$defs/fit"}
 
 
@@ -60,10 +65,7 @@ def json_schema() -> Schema:
         "fit": _open_value("fit", Fit, "multiple_of", "default"),
     }
     model = _part(ModelSpec, "model", defs)
-    model["properties"] |= {
-        "extends": {"type": "string", "description": "another spec file to start from"},
-        "set": {"type": "object", "description": "values to change in it, by their dotted path"},
-    }
+    model["properties"] |= OF_FILES
     # a file that extends another need not repeat the required keys
     model["anyOf"] = [{"required": ["extends"]}, {"required": model.pop("required")}]
     for family, kinds in families().items():

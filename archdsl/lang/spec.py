@@ -228,15 +228,17 @@ class Budget(Strict):
 class ModelSpec(Strict):
     """The spec of a language model: embedding, blocks, final norm and head."""
 
-    name: str = Field(min_length=1, max_length=100, pattern=r"^[\w.+-]+$")
-    description: str = Field("", max_length=2000)
+    name: str = Field(
+        min_length=1, max_length=100, pattern=r"^[\w.+-]+$", description="name of the model"
+    )
+    description: str = Field("", max_length=2000, description="what the model is, in free text")
     vocab_size: Size = Field(ge=2, le=2**22, description="rows of the embedding")
     context: Size = Field(ge=1, le=2**20, description="length of the longest sequence in tokens")
     dim: Size = Field(ge=1, le=2**16, description="width of the residual stream")
     tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
     norm: Literal["rms", "layer"] = Field("rms", description="the norm before the head")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in that norm")
-    blocks: Blocks
+    blocks: Blocks = Field(description="the blocks, which run one after the other")
     budget: Budget | None = Field(None, description="limits that `fit` and `search` must meet")
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
-"""The catalogue: every kind that a spec can use, with its fields and an example."""
+"""The catalogue: the keys of a spec and every kind it can use, with fields and an example."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -12,11 +12,23 @@ from rich.text import Text
 
 from archdsl.errors import Problem, SpecError, did_you_mean
 from archdsl.lang.registry import families
-from archdsl.lang.schema import SIZE, Generator, Schema, sentence
+from archdsl.lang.schema import OF_FILES, SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
-from archdsl.lang.spec import Part, to_tree
+from archdsl.lang.spec import Budget, ModelSpec, Part, to_tree
 from archdsl.lang.strict import Strict
 from archdsl.reports.tables import TwoColumns
+
+SPEC = "spec"  # the name under which the keys at the top of a file are listed
+EXAMPLE = """\
+name: mine
+vocab_size: 4k
+context: 256
+dim: 128
+blocks:
+  - kind: stack
+    repeat: 4
+    body: [layer]
+"""
 
 
 @dataclass(frozen=True)
@@ -40,27 +52,51 @@ class CatalogueEntry:
     example: str
 
 
-def catalogue(kind: str | None = None) -> list[CatalogueEntry]:
-    """Returns all kinds, or those named ``kind``.
+def catalogue(name: str | None = None) -> list[CatalogueEntry]:
+    """Returns all kinds and the keys at the top of a spec, or those that ``name`` names.
 
-    Raises SpecError with a suggestion if there is no kind of that name.
+    A name is that of a kind, of a family, of a key at the top, or ``spec`` for all of these keys.
+    Raises SpecError with a suggestion if it is none of them.
     """
     entries = [
-        _entry(family, name, part)
+        _entry(family, kind, part)
         for family, kinds in families().items()
-        for name, part in kinds.items()
-        if kind in (None, name)
+        for kind, part in kinds.items()
+        if name in (None, kind, family)
     ]
+    top = _top()
+    if name in (None, SPEC):
+        return [top, *entries]
+    keys = [field for field in top.fields if field.name == name]
+    entries += [replace(top, fields=keys)] if keys else []
     if not entries:
-        known = sorted({name for kinds in families().values() for name in kinds})
-        hint = did_you_mean(str(kind), known)
-        raise SpecError(Problem("", f"no kind {kind!r}{hint}; known kinds: {', '.join(known)}"))
+        known = sorted({kind for kinds in families().values() for kind in kinds})
+        others = [SPEC, *families(), *(field.name for field in top.fields)]
+        hint = did_you_mean(str(name), [*known, *others])
+        raise SpecError(Problem("", f"no kind {name!r}{hint}; known kinds: {', '.join(known)}"))
     return entries
 
 
+def _top() -> CatalogueEntry:
+    """The keys at the top of a spec file."""
+    of_budget = ", ".join(Budget.model_fields)
+    types = {"blocks": "list of block", "budget": f"mapping of {of_budget}"}
+    fields = [replace(f, type=types.get(f.name, f.type)) for f in _fields(ModelSpec)]
+    fields += [
+        CatalogueField(name, str(about["type"]), "null", about["description"])
+        for name, about in OF_FILES.items()
+    ]
+    return CatalogueEntry(SPEC, SPEC, "The keys at the top of a spec file.", fields, EXAMPLE)
+
+
 def _entry(family: str, kind: str, part: type[Part]) -> CatalogueEntry:
+    fields = [field for field in _fields(part) if field.name != "kind"]
+    return CatalogueEntry(family, kind, sentence(part), fields, dump(dict(part.example)))
+
+
+def _fields(part: type[Strict]) -> list[CatalogueField]:
     schema = part.model_json_schema(schema_generator=Generator)
-    fields = [
+    return [
         CatalogueField(
             name=name,
             type=_type(schema["properties"][name]),
@@ -68,9 +104,7 @@ def _entry(family: str, kind: str, part: type[Part]) -> CatalogueEntry:
             description=field.description or "",
         )
         for name, field in part.model_fields.items()
-        if name != "kind"
     ]
-    return CatalogueEntry(family, kind, sentence(part), fields, dump(dict(part.example)))
 
 
 def _default(field: FieldInfo) -> str | None:
@@ -103,19 +137,37 @@ def _type(schema: Schema) -> str:
     return ""
 
 
-def listing() -> RenderableType:
-    """Returns a list of all kinds by family, with one line for each kind."""
+def listing(family: str | None = None) -> RenderableType:
+    """Returns a list of the keys of a spec and of all kinds by family, or of one family."""
     parts: list[RenderableType] = []
-    for family, kinds in families().items():
-        facts = [(f"  {kind}", sentence(part)) for kind, part in kinds.items()]
-        parts += [Text(family, "bold"), TwoColumns(facts), ""]
-    return Group(*parts, "`archdsl blocks KIND` shows the fields of a kind and an example.")
+    if family is None:
+        keys = [(f"  {field.name}", field.description) for field in _top().fields]
+        parts += [Text(f"{SPEC}, the keys at the top of a file", "bold"), TwoColumns(keys), ""]
+    for name in [family] if family else families():
+        facts = [(f"  {kind}", sentence(part)) for kind, part in families()[name].items()]
+        parts += [Text(name, "bold"), TwoColumns(facts), ""]
+    return Group(*parts, "`archdsl blocks NAME` shows the fields of a kind and an example.")
+
+
+def shown(name: str | None = None) -> RenderableType:
+    """Returns what ``archdsl blocks NAME`` prints: a list, or the page of each kind of that name.
+
+    Raises SpecError with a suggestion if there is nothing of that name.
+    """
+    if name is None:
+        return listing()
+    parts: list[RenderableType] = []
+    for entry in catalogue(name):
+        if entry.kind == name or entry.family == SPEC:
+            parts += [page(entry), ""]
+    return Group(*parts, listing(name)) if name in families() else Group(*parts[:-1])
 
 
 def page(entry: CatalogueEntry) -> RenderableType:
     """Returns the description of one kind: its fields with types and defaults, and an example."""
+    of = "the keys of a file" if entry.family == SPEC else f"a kind of {entry.family}"
     parts: list[RenderableType] = [
-        Text.assemble((entry.kind, "bold"), f", a kind of {entry.family}"),
+        Text.assemble((entry.kind, "bold"), f", {of}"),
         TwoColumns([("", entry.sentence)]),
     ]
     if entry.fields:

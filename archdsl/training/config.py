@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from archdsl.errors import describe
-from archdsl.lang.strict import Strict, validation_error
+from archdsl.lang.strict import Size, Strict, validation_error
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -33,9 +33,9 @@ class TrainConfig(Strict):
     3e-4 is usual.
     """
 
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
-    context: int | None = Field(None, ge=1, description="tokens per sequence; default: the spec's")
+    steps: Size = Field(1000, ge=1, description="optimizer steps")
+    batch_size: Size = Field(16, ge=1, description="sequences per optimizer step")
+    context: Size | None = Field(None, ge=1, description="tokens per sequence; default: the spec's")
     accumulate: int = Field(
         1, ge=1, description="split each batch into this many parts, to save memory"
     )
@@ -48,7 +48,7 @@ class TrainConfig(Strict):
         description="schedule of the learning rate; wsd (warmup, stable, decay) is constant and "
         "then falls linearly",
     )
-    warmup_steps: int | None = Field(
+    warmup_steps: Size | None = Field(
         None,
         ge=0,
         description="steps in which the learning rate rises; default: a tenth of the steps, at "
@@ -76,13 +76,15 @@ class TrainConfig(Strict):
     seed: int = Field(
         0, ge=0, lt=2**63, description="seed of the weights and of the order of the data"
     )
-    eval_every: int = Field(
+    eval_every: Size = Field(
         200, ge=0, description="steps between validations; 0: validate only after the last step"
     )
-    eval_tokens: int | None = Field(32_768, ge=1, description="tokens of a validation; null: all")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    eval_tokens: Size | None = Field(
+        32_768, ge=1, description="tokens of a validation, for example 8k; null: all"
+    )
+    checkpoint_every: Size = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints to keep")
-    log_every: int = Field(10, ge=1, description="steps between the lines of metrics.jsonl")
+    log_every: Size = Field(10, ge=1, description="steps between the lines of metrics.jsonl")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",

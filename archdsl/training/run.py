@@ -7,12 +7,12 @@ import re
 import reprlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -86,7 +86,8 @@ def train(
     ``model``: a model; a spec, or anything that `archdsl.load` takes (its weights are initialised
     with the seed of the config); or a checkpoint (a new run starts from its weights).
     ``out``: a folder for metrics.jsonl, checkpoints/step-*/ and, at the end, final/; default:
-    nothing is written. The same call resumes a run that was interrupted.
+    nothing is written. The same call resumes a run that was interrupted; with more steps it goes on
+    where the learning rates so far stay the same (``constant``, or ``wsd`` before the decay).
     ``progress``: show the progress on stderr.
 
     Ctrl-C or SIGTERM finishes and saves the current step; a second one stops at once.
@@ -151,21 +152,39 @@ def _step_of(path: Path) -> int:
 
 
 def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
-    """Load the state of the run in ``out``; return the validation if the run has finished."""
-    final, last = out / "final", last_checkpoint(out)
-    if final.exists():
-        state = load_training(final)
+    """Load the state of the run in ``out``; return the validation if the run has finished.
+
+    A run that is given more steps goes on from the newest checkpoint up to which the learning rates
+    stay the same. Raises RunMismatchError if there is none.
+    """
+    final, saved = out / "final", _checkpoints(out)[::-1]
+    state = load_training(final) if final.exists() else None
+    if state is not None and not trainer.has_more_steps_than(state, final):
+        return _finished(trainer, state, final)
+    if saved and _step_of(saved[0]) <= trainer.config.steps:
+        for index, path in enumerate(saved):
+            if trainer.can_go_on_from(found := load_training(path), path):
+                trainer.continue_from(path, found)
+                for newer in saved[:index]:
+                    remove_folder(newer)
+                return None
+    if state is not None:
         trainer.check_same_run(state, final)
-        stood = checked(FinishedState, state, final)
-        if stood.step != trainer.config.steps:
-            wanted = f"must be {trainer.config.steps}, the last step of the run"
-            raise CheckpointError(f"{final / TRAINING}: step: {wanted}, got {stood.step}")
-        load_weights(final, trainer.model)
-        trainer.step = stood.step
-        return stood.validation
-    if last is not None:
-        trainer.load(last)
+    elif saved:
+        trainer.load(saved[0])
     return None
+
+
+def _finished(trainer: Trainer, state: Mapping[str, Any], final: Path) -> Evaluation:
+    """Load the weights of a finished run and return its validation."""
+    trainer.check_same_run(state, final)
+    stood = checked(FinishedState, state, final)
+    if stood.step != trainer.config.steps:
+        wanted = f"must be {trainer.config.steps}, the last step of the run"
+        raise CheckpointError(f"{final / TRAINING}: step: {wanted}, got {stood.step}")
+    load_weights(final, trainer.model)
+    trainer.step = stood.step
+    return stood.validation
 
 
 def _run(trainer: Trainer, recorder: Recorder) -> Evaluation:
@@ -206,8 +225,10 @@ class Recorder:
         if validate or _due(step, config.log_every):
             self._write_line(step, rate, validate)
         self.display.step(step.step, step.loss, rate, self.shares)
-        if last:
-            return  # `_run` writes the final checkpoint
+        if last:  # `_run` writes the final checkpoint
+            if config.schedule == "constant":
+                self._save()  # from which a run of more steps goes on
+            return
         # Do not let the checkpoints of a diverging run replace the good ones.
         diverging = self.trainer.diverging_steps > 0
         if self.stop.is_set() or (not diverging and _due(step, config.checkpoint_every)):

@@ -282,13 +282,40 @@ class Trainer:
 
         The message lists the differences. Raises CheckpointError if the state is damaged.
         """
-        given = json.loads(json.dumps(self._made_by()))
-        differing = "\n".join(differences(checked(TrainingState, state, path).made_by, given))
-        if differing:
-            raise RunMismatchError(
-                f"{path} belongs to another run; use another folder, or delete that one:\n"
-                + differing
-            )
+        found = list(differences(checked(TrainingState, state, path).made_by, self._given()))
+        if found:
+            refused = f"{path} belongs to another run; use another folder, or delete that one:"
+            raise RunMismatchError("\n".join([refused, *found, *_about_steps(found, path)]))
+
+    def _given(self) -> dict[str, Any]:
+        return dict(json.loads(json.dumps(self._made_by())))
+
+    def has_more_steps_than(self, state: Mapping[str, Any], path: Path) -> bool:
+        """Whether the run that ``state`` belongs to was to have fewer steps than this config.
+
+        Raises CheckpointError if the state, which was read from ``path``, is damaged.
+        """
+        steps = _steps_of(checked(TrainingState, state, path))
+        return steps is not None and steps < self.config.steps
+
+    def can_go_on_from(self, state: Mapping[str, Any], path: Path) -> bool:
+        """Whether ``state`` is one of this run, or of a run that differs only in its later steps.
+
+        The second is so if only ``steps`` differs, and the learning rates so far do not. Raises
+        CheckpointError if the state, which was read from ``path``, is damaged.
+        """
+        stood = checked(TrainingState, state, path)
+        steps, given = _steps_of(stood), self._given()
+        if steps is None or not stood.step <= self.config.steps:
+            return False
+        config = given["config"] | {"steps": steps}
+        if list(differences(stood.made_by, given | {"config": config})):
+            return False
+        before = self.config.model_copy(update={"steps": steps})
+        return steps == self.config.steps or all(
+            before.learning_rate(step) == self.config.learning_rate(step)
+            for step in range(stood.step)
+        )
 
     def save(self, path: Path) -> None:
         """Write a checkpoint that ``load`` resumes from with the same bits.
@@ -359,6 +386,24 @@ def differences(stored: Any, given: Any, path: str = "") -> Iterator[str]:
             yield from differences(*pair, f"{path}.{index}")
     elif stored != given:
         yield f"  {path}: {stored!r:.80} there, {given!r:.80} now"
+
+
+def _steps_of(stood: TrainingState) -> int | None:
+    """Return the number of steps that a run was to have; None if its state does not say it."""
+    config = stood.made_by.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    return steps if type(steps) is int and steps > 0 else None
+
+
+def _about_steps(found: list[str], path: Path) -> list[str]:
+    """Return what can be done if two runs differ in nothing but the number of steps."""
+    if len(found) != 1 or not found[0].startswith("  config.steps:"):
+        return []
+    return [
+        "A run goes on to more steps from a checkpoint up to which its learning rates stay the "
+        "same: with the schedule constant, or with wsd before the rate falls. To start a new run "
+        f"from its weights: `archdsl train {path} --steps N --out FOLDER`."
+    ]
 
 
 def _device(name: str) -> torch.device:

@@ -6,7 +6,6 @@ once, and a search that is killed and run again loses at most the rungs that wer
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from archdsl.errors import ArchdslError
 from archdsl.lang.messages import explain
 from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec, Sizes
-from archdsl.lang.strict import Strict
+from archdsl.lang.strict import Strict, parse_size
 from archdsl.model.build import build
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
 from archdsl.search.trials.result_store import StoredRun
@@ -138,14 +137,16 @@ class Proxy(Strict):
 
 def _sizes(part: str, text: str) -> tuple[str, int]:
     name, _, value = part.partition("=")
-    if name not in ("dim", "head_size", "repeat", "steps") or not re.fullmatch(
-        r"[1-9]\d{0,5}", value
-    ):
+    try:
+        size = parse_size(value)
+    except ValueError:
+        size = 0
+    if name not in ("dim", "head_size", "repeat", "steps") or not 0 < size < 10**6:
         raise ProxyError(
             f"proxy: {text}: {part!r} is not understood; write none, or some of "
-            "dim=32,head_size=16,repeat=1,steps=300"
+            "dim=32,head_size=16,repeat=1,steps=300; sizes may be written as 1k"
         )
-    return name, int(value)
+    return name, size
 
 
 def default_tasks() -> dict[str, Task]:

@@ -241,6 +241,33 @@ def test_blocks_lists_every_kind_and_shows_one(cli: Cli) -> None:
     assert "  router: {kind: prefix, capacity: [0.75, 0.5]}" in page
 
 
+def test_blocks_lists_a_family_by_its_name(cli: Cli) -> None:
+    listed = cli("blocks", "router").out
+    assert re.search(r"^  prefix +The best-scored share", listed, re.MULTILINE)
+    assert "feed_forward" not in listed
+    found = cli("blocks", "router", "--json").json
+    assert {entry["family"] for entry in found} == {"router"}
+    assert {entry["kind"] for entry in found} >= {"prefix", "top_k"}
+
+
+def test_blocks_shows_the_keys_at_the_top_of_a_spec(cli: Cli) -> None:
+    from archdsl.lang.load import load
+    from archdsl.lang.spec import ModelSpec
+
+    listed, page = cli("blocks").out, cli("blocks", "spec").out
+    for key in (*ModelSpec.model_fields, "extends", "set"):
+        assert re.search(rf"^  {key} +\w", listed, re.MULTILINE), key
+        assert re.search(rf"^  {key} +\w.*;", page, re.MULTILINE | re.DOTALL), key
+    (entry,) = cli("blocks", "spec", "--json").json
+    assert load(entry["example"]).vocab_size == 4000
+    one = cli("blocks", "vocab_size").out
+    assert "rows of the embedding" in one
+    assert "dim" not in one.partition("example")[0]
+    both = cli("blocks", "norm").out
+    assert "norm, a kind of block" in both
+    assert "the norm before the head" in both
+
+
 def test_an_unknown_kind_is_met_with_a_known_one(cli: Cli) -> None:
     found = cli("blocks", "rooter")
     assert (found.status, found.out) == (2, "")

@@ -12,7 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from archdsl.data.documents import SPLITS
 from archdsl.data.loading import load_data
-from archdsl.data.tokenizers import byte_level, encode, read_tokenizer, train_bpe
+from archdsl.data.tokenizers import (
+    byte_level,
+    encode,
+    read_tokenizer,
+    tokenizer_key,
+    train_bpe,
+)
 from archdsl.data.types import DataError
 from tests.texts import WORDS, document, documents, load_text, write_corpus
 
@@ -81,6 +87,11 @@ def test_text_that_looks_like_an_end_of_document_is_ordinary_text(corpus: Path) 
     path = corpus.parent / "words.json"
     tokenizer.save(str(path))
     assert load_text(corpus, corpus.parent, str(path)).tokens["train"][0] == 2
+
+
+def test_the_size_of_a_bpe_may_be_written_as_all_sizes_are() -> None:
+    assert tokenizer_key("bpe:8k") == tokenizer_key("bpe:8000") == "bpe:8000"
+    assert tokenizer_key("bpe:1KiB") == "bpe:1024"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_every_spec_is_valid_as_written_to_yaml(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: f"{entry.family}.{entry.kind}")
 def test_every_example_of_the_catalogue_is_valid(entry: Any) -> None:
     part = {"$ref": f"#/$defs/{entry.family}", "$defs": SCHEMA["$defs"]}
+    part = SCHEMA if entry.family == "spec" else part
     jsonschema.Draft202012Validator(part).validate(parse(entry.example, "example").value)
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,60 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     renamed = spec("name=other")
     watched = config(log_every=3, keep_last=9, eval_every=0, checkpoint_every=1, device="cpu")
     assert train(renamed, SKILL, watched, tmp_path).resumed_from == (12 if killed_at is None else 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "killed_at", "start"),
+    [
+        ({"schedule": "constant"}, None, 12),
+        ({"schedule": "constant"}, 11, 10),
+        ({"schedule": "wsd", "decay_share": 0.5}, None, 5),  # before the rate falls
+        ({"schedule": "wsd", "decay_share": 0.5}, 11, 5),
+    ],
+)
+def test_a_run_goes_on_to_more_steps_where_the_rates_so_far_are_the_same(
+    tmp_path: Path, changes: dict[str, Any], killed_at: int | None, start: int
+) -> None:
+    changes |= {"warmup_steps": 2, "keep_last": 3}
+    data = SKILL if killed_at is None else HookedData(SKILL.skill, killed_at, kill)
+    with nullcontext() if killed_at is None else pytest.raises(Killed):
+        train(spec(), data, config(**changes), tmp_path / "run")
+    whole = train(spec(), SKILL, config(steps=20, **changes), tmp_path / "whole")
+    more = train(spec(), SKILL, config(steps=20, **changes), tmp_path / "run")
+    assert (more.resumed_from, more.steps) == (start, 20)
+    assert same(whole.model, more.model)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    kept = [
+        sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir())
+        for run in ("run", "whole")
+    ]
+    assert kept[0][-2:] == kept[1][-2:]
+    assert len(kept[0]) <= 3
+    assert train(spec(), SKILL, config(steps=20, **changes), tmp_path / "run").resumed_from == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 20),  # every rate of a cosine depends on the number of steps
+        ({"schedule": "constant", "warmup_steps": 2}, 8),
+        ({"schedule": "wsd", "decay_share": 1.0, "warmup_steps": 2}, 20),
+        ({"schedule": "constant", "warmup_steps": None}, 20),  # a tenth of the steps: 1, then 2
+    ],
+)
+def test_where_a_run_cannot_have_other_steps_the_error_says_what_can_be_done(
+    tmp_path: Path, changes: dict[str, Any], steps: int
+) -> None:
+    train(spec(), SKILL, config(**changes), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RunMismatchError) as refused:
+        train(spec(), SKILL, config(**changes, steps=steps), tmp_path)
+    final = tmp_path / "final"
+    assert f"config.steps: 12 there, {steps} now" in str(refused.value)
+    assert f"from its weights: `archdsl train {final} --steps N --out FOLDER`." in str(
+        refused.value
+    )
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 # Starting from a checkpoint
