@@ -147,9 +147,9 @@ def eval_(
 ) -> None:
     """Score a checkpoint on held-out text, at several settings of its compute dial, or on tasks.
 
-    On text it prints loss, perplexity and bits per byte; without --data, on the data that the
-    checkpoint was trained on. A model whose router sees later tokens is scored on text with that
-    sight and also causally; on tasks only causally. Examples:
+    On text it prints loss, perplexity and bits per byte; without --data, on the embedded corpus or
+    the skill that the checkpoint was trained on. A model whose router sees later tokens is scored
+    on text with that sight and also causally; on tasks only causally. Examples:
 
       archdsl eval runs/tiny/final --split test
 

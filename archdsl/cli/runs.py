@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,8 +136,17 @@ def checkpoint_at(
 
 
 def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
-    """The data of ``source``, else that which the checkpoint was trained on, in its tokens."""
+    """The data of ``source``, else that which the checkpoint was trained on, in its tokens.
+
+    Whoever made a checkpoint must not decide which files or data sets are read: raises ArchdslError
+    if it was trained on other data than the embedded corpus or a skill, and ``source`` is None.
+    """
     trained_on = checkpoint.provenance.get("data", {}).get("name")
+    if not source and trained_on and not is_embedded(trained_on):
+        raise ArchdslError(
+            f"{checkpoint.path} was trained on {trained_on!r}. A checkpoint does not decide which "
+            f"data are read: name them, as in --data {shlex.quote(trained_on)}"
+        )
     tokenizer = str(checkpoint.tokenizer) if checkpoint.tokenizer else None
     return data_for(checkpoint.spec, source or trained_on, tokenizer)
 
@@ -156,6 +166,13 @@ def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data
             f"vocab_size of {spec.vocab_size:,}. Use {' or '.join(fixes)}"
         )
     return data
+
+
+def is_embedded(source: str) -> bool:
+    """Whether data come with archdsl: the embedded corpus, or a skill."""
+    from archdsl.data.documents import EMBEDDED
+
+    return source == EMBEDDED or source.startswith("skill:")
 
 
 BYTES = 257  # tokens of the tokenizer `bytes`: 256, and one that ends a document

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from archdsl.data.tokenizer_limits import MAX_BYTES, Allowance, check_content, check_parts
 from archdsl.data.types import DataError
 from archdsl.lang.strict import SIZE, parse_size
 
@@ -62,16 +64,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer.json and configures it so that text never becomes a special token.
 
-    Raises DataError if the file cannot be read or is not a tokenizer.json.
+    Raises DataError if the file cannot be read, is not a tokenizer.json, or is beyond the limits of
+    `archdsl.data.tokenizer_limits`.
     """
     from tokenizers import Tokenizer
 
     content = _read(path)
     try:
-        tokenizer = Tokenizer.from_buffer(content)
+        check_content(content)
+        tokenizer = _configure(Tokenizer.from_buffer(content))
+        check_parts(tokenizer)
+    except DataError as error:
+        raise DataError(f"tokenizer {str(path)!r}: {error}") from None
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"tokenizer {str(path)!r} is not a tokenizer.json: {error}") from None
-    return _configure(tokenizer)
+    return tokenizer
 
 
 def tokenizer_key(choice: str) -> str:
@@ -122,17 +129,22 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
-    """Yields the tokens [T] of each text, without an end of document, and its size in bytes."""
+    """Yields the tokens [T] of each text, without an end of document, and its size in bytes.
+
+    Raises DataError if the tokenizer takes far too long.
+    """
     if tokenizer.to_str() == byte_level().to_str():
         for text in texts:
             content = np.frombuffer(text.encode(), np.uint8)
             yield content, len(content)
         return
-    remaining = iter(texts)
+    remaining, allowance = iter(texts), Allowance()
     while chunk := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-        for text, encoding in zip(chunk, encodings, strict=True):
-            yield np.array(encoding.ids, np.uint32), len(text.encode())
+        sizes = [len(text.encode()) for text in chunk]
+        encode_chunk = partial(tokenizer.encode_batch_fast, chunk, add_special_tokens=False)
+        encodings = allowance.run(encode_chunk, sum(sizes))
+        for encoding, size in zip(encodings, sizes, strict=True):
+            yield np.array(encoding.ids, np.uint32), size
 
 
 def _configure(tokenizer: Tokenizer) -> Tokenizer:
@@ -157,6 +169,7 @@ def _read(path: Path) -> bytes:
             "bpe:4096, or the path of a tokenizer.json"
         )
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from None

@@ -116,8 +116,26 @@ def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> N
         "  left out: 'notes.md' (another format)\n",
     ):
         assert line in trained.err
-    scored = cli("eval", "run/final", "--json")
+    scored = cli("eval", "run/final", "--data", "stories::story", "--json")
     assert scored.json["data"] == "stories::story"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "hf:owner/data", "its text.jsonl::body"])
+@pytest.mark.parametrize("command", [["eval"], ["train"], ["eval", "--sweep"]])
+def test_a_checkpoint_does_not_decide_which_data_are_read(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, command: list[str]
+) -> None:
+    """A checkpoint of a stranger may name any file of the reader."""
+    cli("build", "tiny", "--set", "vocab_size=257", "--out", "made")
+    monkeypatch.setattr("archdsl.data.loading.load_data", None)
+    about = json.loads(Path("made/provenance.json").read_text())
+    Path("made/provenance.json").write_text(json.dumps(about | {"data": {"name": name}}))
+    found = cli(command[0], "made", *command[1:])
+    assert found.status == 1
+    shown = name if " " not in name else f"'{name}'"
+    wanted = f"name them, as in --data {shown}\n"
+    assert found.err.endswith(wanted)
+    assert f"made was trained on {name!r}." in found.err
 
 
 def test_every_field_of_the_training_is_an_option(cli: Cli) -> None:
