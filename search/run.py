@@ -21,7 +21,7 @@ from archdsl.search.analysis.forecast import SearchForecast, forecast_search
 from archdsl.search.config import SECONDS, SearchConfig
 from archdsl.search.engine import VALIDATION_RUNS, Machine, SearchEngine, Watch
 from archdsl.search.report.report import SearchReport, write_report
-from archdsl.search.space.feasibility import require_feasible
+from archdsl.search.space.feasibility import require_choice, require_feasible
 from archdsl.search.space.objectives import parse_axes
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.settings import Settings, claim_folder
@@ -119,6 +119,7 @@ def search(
     Raises:
         SpecError: The space or a value given here is wrong.
         NothingFitsError: No model of the space keeps to the budget.
+        NothingToSearchError: Only one does.
         SearchFailedError: Too many trainings failed.
         StorageError: The database or the folder cannot be used.
     """
@@ -188,11 +189,13 @@ def run_search(
 ) -> SearchReport:
     """Runs the search of a config; objects that are given take the place of the config's words.
 
-    Raises SpecError, NothingFitsError, SearchFailedError or StorageError.
+    Raises SpecError, NothingFitsError, NothingToSearchError, SearchFailedError or StorageError.
     """
     given = read(space, overrides) if space else _space(config, overrides)
     settings = _settings(config, given, budget, proxy)
     require_feasible(settings.tree, settings.budget)
+    with blamed_on("space"):
+        require_choice(settings.tree, settings.budget)
     tree, folder = settings.tree, config.out or Path("runs") / settings.name
     store = config.store or folder / "proxies"
     scorer: Scorer = SeparateTraining(settings.proxy, store, config.seed)
@@ -258,15 +261,18 @@ def _machine(config: SearchConfig) -> Machine:
 def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchForecast:
     """Forecasts what a search would do and cost; this takes about half a minute.
 
-    Nothing is kept. Raises SpecError or NothingFitsError.
+    Nothing is kept. Raises SpecError, NothingFitsError or NothingToSearchError.
     """
     tree, proxy = _space(config, overrides), _proxy(config)
+    budget = budget_of(tree, config.limits)
     _axes(config)  # which no forecast depends on, but which may be wrong
+    with blamed_on("space"):
+        require_choice(tree, budget)
     with _machine(config).pool() as pool:
         return forecast_search(
             pool,
             tree,
-            budget_of(tree, config.limits),
+            budget,
             proxy,
             seconds=config.time,
             trials=config.trials,

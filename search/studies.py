@@ -48,6 +48,11 @@ class ListedStudy:
         """The name of the study, as in its storage."""
         return self.record.name
 
+    @property
+    def names(self) -> list[str]:
+        """The names by which the study is found: its own, and that of its folder."""
+        return _names(self)
+
     def _repr_html_(self) -> str:
         """Return what ``archdsl study show`` prints, for notebooks."""
         from archdsl.search.report.live import standing
@@ -95,10 +100,20 @@ class DamagedStudy:
     name: str
     error: ArchdslError
 
+    @property
+    def names(self) -> list[str]:
+        """The names by which the study is found: its own, and that of its folder."""
+        return _names(self)
+
     def as_json(self) -> dict[str, Any]:
         """Return what is known of the study as JSON values."""
         folder = str(self.folder) if self.folder else None
         return {"name": self.name, "folder": folder, "error": str(self.error)}
+
+
+def _names(one: ListedStudy | DamagedStudy) -> list[str]:
+    folder = [one.folder.resolve().name] if one.folder else []
+    return list(dict.fromkeys([one.name, *folder]))
 
 
 def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStudy | DamagedStudy]:
@@ -150,7 +165,7 @@ def _record(folder: Path, settings: FolderSettings) -> StudyRecord:
 
 
 def study(name: str, storage: str | None = None) -> ListedStudy:
-    """Return a study by its folder, its name, or a beginning of its name that is unique.
+    """Return a study by a path, by its name or that of its folder, or by how one of these begins.
 
     Raises StudyError if there is no such study, or more than one, and the study's own error if it
     is damaged.
@@ -161,16 +176,16 @@ def study(name: str, storage: str | None = None) -> ListedStudy:
             raise StudyError(f"{folder} holds no study: it has no {JOURNAL}")
         return _whole(_in_folder(folder))
     every = list(studies(storage=storage))
-    found = [one for one in every if one.name == name] or [
-        one for one in every if one.name.startswith(name)
+    found = [one for one in every if name in one.names] or [
+        one for one in every if any(known.startswith(name) for known in one.names)
     ]
     if len(found) == 1:
         return _whole(found[0])
     where = "the database" if storage else f"{RUNS}/"
     if found:
-        several = ", ".join(one.name for one in found)
-        raise StudyError(f"{name} is the beginning of several studies in {where}: {several}")
-    known = ", ".join(one.name for one in every) or "none"
+        several = ", ".join(str(one.folder or one.name) for one in found)
+        raise StudyError(f"{name} means several studies in {where}: {several}")
+    known = ", ".join(" in ".join(one.names) for one in every) or "none"
     folder_too = "" if storage else "folder or "
     raise StudyError(f"{name} is no {folder_too}name of a study in {where}; studies: {known}")
 
@@ -198,16 +213,21 @@ def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Tr
     raise StudyError("no trial that reached the last rung keeps these limits")
 
 
+def rows(listed: ListedStudy) -> list[dict[str, Any]]:
+    """Return everything that is known of each trial, as JSON values."""
+    return [trial_row(trial) for trial in listed.record.finished()]
+
+
 def export(listed: ListedStudy, form: str) -> str:
     """Return all trials as CSV with a column for each choice, or as one JSON object per line.
 
     ``form`` is ``csv`` or ``jsonl``.
     """
-    rows = [trial_row(trial) for trial in listed.record.finished()]
+    found = rows(listed)
     if form == "jsonl":
-        return "".join(f"{json.dumps(found, sort_keys=True)}\n" for found in rows)
-    flat = [_flat(found) for found in rows]
-    columns = list(dict.fromkeys(name for found in flat for name in found))
+        return "".join(f"{json.dumps(row, sort_keys=True)}\n" for row in found)
+    flat = [_flat(row) for row in found]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import Json, Overrides, print_json, print_parts
 from archdsl.cli.runs import checkpoint_at
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from archdsl.checks.check import Report, Row
+    from archdsl.reports.layout import StackingTable
 
 MARKS = {"PASS": "green", "LEAK": "bold red", "FAIL": "bold red"}
 
@@ -23,6 +23,7 @@ def check(
         typer.Argument(
             metavar="SPEC|CHECKPOINT",
             help="A YAML file, the name of a shipped spec, or the folder of a checkpoint.",
+            autocompletion=completion.specs_and_checkpoints,
         ),
     ],
     overrides: Overrides = None,
@@ -56,16 +57,13 @@ def check(
         raise typer.Exit(1)
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report) -> StackingTable:
     """The largest differences of each block, as shares of the largest output."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="fold")
-    for kind in report.rows[0].differences:
-        table.add_column(kind, justify="right", no_wrap=True)
-    table.add_column("")
+    from archdsl.reports.layout import StackingTable
+
+    table = StackingTable("", *report.rows[0].differences, "")
     for row in report.rows:
         table.add_row(row.place, *_cells(row), Text(row.mark, MARKS[row.mark]))
     return table

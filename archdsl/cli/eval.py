@@ -249,6 +249,7 @@ def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, 
     from archdsl.evaluation.evaluate import evaluate
     from archdsl.model.compute_meter import metered
     from archdsl.reports import tables
+    from archdsl.reports.layout import TwoColumns
 
     with dialled(found.model, setting), metered(found.model) as meter:
         result = evaluate(found.model, data, **windows)
@@ -265,7 +266,7 @@ def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, 
     return facts | result.model_dump(), [
         head,
         tables.evaluation(result, data.chance),
-        tables.TwoColumns(executed),
+        TwoColumns(executed),
     ]
 
 

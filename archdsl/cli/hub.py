@@ -59,7 +59,7 @@ def import_(
     """
     refuse_to_replace(out, force)
     from archdsl.interop.import_weights import import_pretrained
-    from archdsl.reports.tables import TwoColumns
+    from archdsl.reports.layout import TwoColumns
 
     facts = _imported(import_pretrained(source, out, name=name, context=context))
     if as_json:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
+from archdsl.cli import completion
 from archdsl.errors import ArchdslError, Position, Problem, SpecError
 
 if TYPE_CHECKING:
@@ -68,10 +69,18 @@ def duration(text: str) -> float:
 
 Spec = Annotated[
     str,
-    typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec such as itt."),
+    typer.Argument(
+        metavar="SPEC",
+        help="A YAML file, or the name of a shipped spec such as itt.",
+        autocompletion=completion.specs,
+    ),
 ]
 CheckpointFolder = Annotated[
-    Path, typer.Argument(help="Folder of a checkpoint, as `train` or `build --out` writes it.")
+    Path,
+    typer.Argument(
+        help="Folder of a checkpoint, as `train` or `build --out` writes it.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -216,6 +225,14 @@ def plugin_option(ctx: Any) -> list[Any]:
     return [p for p in ctx.find_root().command.params if p.name == "plugin"]
 
 
+def _not_given(params: list[Any], ctx: Any) -> list[Any]:
+    """The parameters, for completion without the arguments that stand there already."""
+    if not ctx.resilient_parsing:
+        return params
+    given = {name for name, value in ctx.params.items() if value is not None}
+    return [p for p in params if p.param_type_name == "option" or p.name not in given]
+
+
 class CommandGroup(TyperGroup):
     """Commands below a name; the options of the group itself are flags and words."""
 
@@ -230,15 +247,15 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads the arguments, unless a shell only asks for completions."""
-        if ctx.resilient_parsing:  # completion asks for the options and not for their values
-            ctx.params = dict.fromkeys(param.name for param in self.get_params(ctx))
+        if ctx.resilient_parsing:  # completion asks for what was given, and not for its values
+            ctx.params = dict(self.make_parser(ctx).parse_args(list(args))[0])
             return []
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The command's own arguments and options, then ``--plugin`` and ``--help``."""
         the_help = super().get_params(ctx)[len(self.params) :]
-        return [*self.params, *as_given([*plugin_option(ctx), *the_help])]
+        return [*_not_given(self.params, ctx), *as_given([*plugin_option(ctx), *the_help])]
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command. A wrong plugin is told also where no kind would be asked for."""
@@ -277,8 +294,8 @@ class ConfigCommand(Command):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The command's own options, then those of the config, then those of all commands."""
-        own = super().get_params(ctx)
-        return [*own[: len(self.params)], *self.options, *own[len(self.params) :]]
+        own, declared = super().get_params(ctx), len(_not_given(self.params, ctx))
+        return [*own[:declared], *self.options, *own[declared:]]
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; the values of the options of the config go to `config_from`."""
@@ -302,6 +319,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=None if is_flag else _metavar(field),
         help=f"{words[0].upper()}{words[1:]}.",
         show_default=False,
+        autocompletion=_completer(field),
     )
     return inspect.Parameter(
         name,
@@ -323,6 +341,11 @@ def _metavar(field: FieldInfo) -> str:
     if _is_size(field.annotation, *field.metadata):
         return "SIZE"
     return "PATH" if kind is Path else "VALUE"
+
+
+def _completer(field: FieldInfo) -> completion.Completer | None:
+    kind = _kind(field)
+    return completion.words(*get_args(kind)) if get_origin(kind) is Literal else None
 
 
 def _is_size(*kinds: Any) -> bool:

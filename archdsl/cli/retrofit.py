@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import (
     CheckpointFolder,
     Force,
@@ -27,7 +28,9 @@ def retrofit(
     overlay: Annotated[
         str,
         typer.Argument(
-            metavar="OVERLAY", help="A YAML file that says what to add, or the shipped itt-overlay."
+            metavar="OVERLAY",
+            help="A YAML file that says what to add, or the shipped itt-overlay.",
+            autocompletion=completion.overlays,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the new checkpoint to.")],

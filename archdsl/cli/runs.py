@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import (
     Column,
     ConfigFile,
@@ -35,6 +36,7 @@ SpecOrCheckpoint = Annotated[
         metavar="SPEC|CHECKPOINT",
         help="A YAML file, the name of a shipped spec such as itt, or the folder of a checkpoint "
         "to train further.",
+        autocompletion=completion.specs_and_checkpoints,
     ),
 ]
 Out = Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import (
     INTERRUPTED,
     ConfigFile,
@@ -63,6 +64,7 @@ def search(
         typer.Argument(
             metavar="[SPACE]",
             show_default=False,
+            autocompletion=completion.specs,
             help="The search space: a spec file, or a shipped one, that leaves values open. "
             "Default: the shipped space `search`.",
         ),

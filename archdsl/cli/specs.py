@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import (
     KV,
     BudgetOf,
@@ -143,7 +144,8 @@ def blocks(
         str | None,
         typer.Argument(
             help="A kind, such as loop; a family of kinds, such as router; a key at the top of a "
-            "spec, such as norm; or spec for all of these keys."
+            "spec, such as norm; or spec for all of these keys.",
+            autocompletion=completion.kinds,
         ),
     ] = None,
     as_json: Json = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from archdsl.cli import completion
 from archdsl.cli.options import (
     KV,
     PLAIN,
@@ -31,8 +32,9 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="STUDY",
-        help="The folder of a study, or its name, or the beginning of its name, as "
-        "`archdsl study ls` prints it.",
+        help="The name of a study or of its folder, as `archdsl study ls` prints them, or how one "
+        "of them begins, or the path of the folder.",
+        autocompletion=completion.studies,
     ),
 ]
 Storage = Annotated[
@@ -96,6 +98,7 @@ def best(
     flops: Flops = None,
     kv: KV = None,
     storage: Storage = None,
+    as_json: Json = False,
 ) -> None:
     """Print the spec of the trial with the lowest loss among those that keep to the limits.
 
@@ -103,40 +106,49 @@ def best(
 
       archdsl study best search-1a2b3c4d --flops 0.5G > best.yaml
     """
+    from archdsl.search.report.report import trial_row
     from archdsl.search.studies import best_within, study
 
     limits = {"params": params, "flops": flops, "kv": kv}
-    print(best_within(study(name, storage).record.finished(), limits).spec.to_yaml(), end="")
+    trial = best_within(study(name, storage).record.finished(), limits)
+    print_json(trial_row(trial)) if as_json else print(trial.spec.to_yaml(), end="")
 
 
 @app.command(cls=Command)
 def export(
     name: Name,
     form: Annotated[
-        Literal["csv", "jsonl"],
+        Literal["csv", "jsonl"] | None,
         typer.Option(
             "--as",
             help="csv: one column for each choice and score; jsonl: one JSON object for each "
-            "trial, with everything that is known of it.",
+            "trial, with everything that is known of it. Default: csv.",
         ),
-    ] = "csv",
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: stdout.")] = None,
     storage: Storage = None,
+    as_json: Json = False,
 ) -> None:
     """Write all trials of a study with their choices, costs, scores and specs.
 
+    --json prints a JSON list of what --as jsonl has in lines; with --out it says what was written.
     Example:
 
       archdsl study export search-1a2b3c4d --out trials.csv
     """
     from archdsl.files import write_text
-    from archdsl.search.studies import export, study
+    from archdsl.search.studies import export, rows, study
 
-    text = export(study(name, storage), form)
-    if out is None:
-        print(text, end="")
-    else:
-        write_text(out, text)
+    if as_json and form and out is None:
+        raise typer.BadParameter("--json prints the trials as a JSON list: leave --as out")
+    found = study(name, storage)
+    if out is not None:
+        write_text(out, export(found, form or "csv"))
+    if as_json:
+        trials = rows(found)
+        print_json({"file": str(out), "trials": len(trials)} if out else trials)
+    elif out is None:
+        print(export(found, form or "csv"), end="")
 
 
 @app.command(cls=Command)

@@ -16,7 +16,7 @@ from archdsl.lang.schema import OF_FILES, SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec, Part, to_tree
 from archdsl.lang.strict import Strict
-from archdsl.reports.tables import TwoColumns
+from archdsl.reports.layout import TwoColumns
 
 SPEC = "spec"  # the name under which the keys at the top of a file are listed
 EXAMPLE = """\

@@ -8,15 +8,15 @@ from itertools import zip_longest
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.source import dump_inline
 from archdsl.lang.spec import ModelSpec, Path, to_tree
 from archdsl.lang.strict import Strict
+from archdsl.reports.layout import StackingTable, TwoColumns
 from archdsl.reports.outline import OutlineNode, outline
-from archdsl.reports.tables import TwoColumns, short
+from archdsl.reports.tables import short
 
 ABSENT = "absent"
 TOTALS = {
@@ -158,8 +158,8 @@ def diff_tables(both: SpecDiff) -> RenderableType:
     return Group(*parts)
 
 
-def _totals(both: SpecDiff) -> Table:
-    table = _table("", *both.names, "change")
+def _totals(both: SpecDiff) -> StackingTable:
+    table = StackingTable("", *both.names, "change")
     for name, field in TOTALS.items():
         one, other = (getattr(receipt, field) for receipt in both.receipts)
         if field == "state_bytes" and not one and not other:
@@ -169,8 +169,8 @@ def _totals(both: SpecDiff) -> Table:
     return table
 
 
-def _nodes(both: SpecDiff) -> Table:
-    table = _table("node", "parameters", "FLOPs/token")
+def _nodes(both: SpecDiff) -> StackingTable:
+    table = StackingTable("node", "parameters", "FLOPs/token")
     for node in both.nodes:
         one = _figures(node.first, both.contexts[0])
         other = _figures(node.second, both.contexts[1])
@@ -181,11 +181,3 @@ def _nodes(both: SpecDiff) -> Table:
 
 def _arrow(first: str, second: str) -> str:
     return first if first == second else f"{first} -> {second}"
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
-    return table

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost, paper_flops
 from archdsl.lang.budget import limit_uses
 from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.reports.layout import StackingTable, TwoColumns, wrapped
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
 
@@ -33,6 +33,7 @@ COUNTED = {
     "embedding and head, although these run once",
 }
 LEAKS = "(leaks)"
+LEAST_ROOM = 36  # columns for the labels of a tree; with less its figures stand below them
 ASCII = str.maketrans("├└│─", "|`|-")
 LEAK = (
     "selects tokens by looking at later ones: this is possible in training but not in decoding; "
@@ -136,20 +137,34 @@ class CostTree:
         if self.convention == "paper":
             figures = {"parameters": 13}
         room = options.max_width - sum(figures.values()) - 2 * len(figures)
+        if narrow := room < LEAST_ROOM:
+            lines = list(self._stacked(figures, options.max_width))
+        else:
+            lines = list(self._beside(figures, room))
+        for line in lines:
+            text = Text(line.translate(ASCII) if options.ascii_only else line)
+            text.highlight_words([LEAKS], "bold red")
+            yield text if narrow or line is not lines[0] else Text(line, "dim")
+
+    def _beside(self, figures: Mapping[str, int], room: int) -> Iterator[str]:
         lines = [
             (line, node if first else None)
             for node, lead, rest in _branches(self.root)
             for first, line in _wrapped(node, lead, rest, room)
         ]
         width = max(len(line) for line, _ in lines)
-        yield Text(" " * width + _figures(figures, figures), "dim")
-        if options.ascii_only:
-            lines = [(line.translate(ASCII), node) for line, node in lines]
+        yield " " * width + _figures(figures, figures)
         for line, node in lines:
-            text = Text(line if node is None else line.ljust(width), end="")
-            text.highlight_words([LEAKS], "bold red")
-            yield text
-            yield Text("" if node is None else _figures(self._of(node), figures))
+            yield line if node is None else line.ljust(width) + _figures(self._of(node), figures)
+
+    def _stacked(self, titles: Iterable[str], width: int) -> Iterator[str]:
+        """Each node, and in the lines below it its figures without the share, which follows."""
+        for node, lead, rest in _branches(self.root):
+            yield from (line for _, line in _wrapped(node, lead, rest, width))
+            pairs = list(zip(self._of(node), titles, strict=False))[:2]
+            told = ", ".join(f"{figure}\N{NO-BREAK SPACE}{title}" for figure, title in pairs)
+            for line in wrapped(told, width - len(rest) - 2):
+                yield f"{rest}  {line}".replace("\N{NO-BREAK SPACE}", " ")
 
     def _of(self, node: OutlineNode) -> list[str]:
         flops = node.cost.flops
@@ -181,20 +196,6 @@ def _wrapped(node: OutlineNode, lead: str, rest: str, room: int) -> Iterator[tup
     )
     for i, line in enumerate(lines):
         yield i == 0, line
-
-
-@dataclass(frozen=True)
-class TwoColumns:
-    """A renderable list of names and texts in two columns; the texts are wrapped."""
-
-    facts: Sequence[tuple[str, str]]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        indent = max((len(name) for name, _ in self.facts), default=0) + 2
-        room = max(20, options.max_width - indent)
-        for name, fact in self.facts:
-            for i, line in enumerate(textwrap.wrap(fact, room, break_on_hyphens=False)):
-                yield Text.assemble(((name if i == 0 else "").ljust(indent), "dim"), line)
 
 
 def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
@@ -306,10 +307,10 @@ def dial(points: Sequence[SweepPoint]) -> RenderableType:
     return Group(*parts, TwoColumns(legend))
 
 
-def _settings(points: Sequence[SweepPoint]) -> Table:
+def _settings(points: Sequence[SweepPoint]) -> StackingTable:
     bits = any(point.bits_per_byte is not None for point in points)
     titles = ["FLOPs/token", "share", "loss", *(["bits/byte"] if bits else []), "difference"]
-    table = _table("setting", *titles)
+    table = StackingTable("setting", *titles)
     for point in points:
         table.add_row(
             str(point.setting),
@@ -326,7 +327,7 @@ def _settings(points: Sequence[SweepPoint]) -> Table:
 
 def scores(runs: Sequence[tuple[DialSetting, TaskScores]]) -> RenderableType:
     """Returns a table of the scores in tasks of lm-evaluation-harness at each dial setting."""
-    table = _table("setting", "FLOPs/token", "task", "metric", "score", "examples")
+    table = StackingTable("setting", "FLOPs/token", "task", "metric", "score", "examples")
     for setting, found in runs:
         head = str(setting), short(found.flops_per_token)
         for score in found.scores:
@@ -353,11 +354,3 @@ def _figure(value: float) -> str:
 
 def _spread(error: float | None) -> str:
     return "" if error is None else f" +- {_figure(1.96 * error)}"
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first, no_wrap=True)
-    for title in others:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table

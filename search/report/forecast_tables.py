@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from archdsl.lang.budget import LIMITS
-from archdsl.reports.tables import TwoColumns, quantity, short
+from archdsl.reports.layout import TwoColumns
+from archdsl.reports.tables import quantity, short
 from archdsl.search.analysis.forecast import SearchForecast, Spread
 from archdsl.search.analysis.timing import MANY
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from archdsl.costs.receipt import cost
-from archdsl.reports.tables import TwoColumns, parameters, short
+from archdsl.reports.layout import StackingTable, TwoColumns
+from archdsl.reports.tables import parameters, short
 from archdsl.search.analysis.conclusions import ablation_conclusion
 from archdsl.search.report.report import describe_proxy, front_trials, weighted
-from archdsl.search.report.tables import comparison_table, difference_table, failures, plain_table
+from archdsl.search.report.tables import comparison_table, difference_table, failures
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.study.spending import SEARCH
 
@@ -67,18 +67,18 @@ def _live(progress: SearchProgress) -> RenderableType:
     bar = ProgressBar(total=progress.seconds or None, completed=progress.elapsed, width=40)
     counts = ", ".join(f"{n} {what}" for what, n in progress.outcomes.items())
     head = Text(_line(progress))
-    best = [candidates(progress.best), models(progress.best)] if progress.best else []
+    best = [trial_table(progress.best), models(progress.best)] if progress.best else []
     return Group(head, bar, Text(counts, "dim"), *best)
 
 
-def candidates(trials: Sequence[Trial]) -> Table:
+def trial_table(trials: Sequence[Trial]) -> StackingTable:
     """Return a table of proxy losses and full-size costs.
 
     FLOPs per token are those executed if they were an objective of the search, else the nominal
     ones.
     """
     tasks = list(trials[0].rungs[-1]) if trials else []
-    table = plain_table("trial", "objective", *tasks, "params", "FLOPs/token")
+    table = StackingTable("trial", "objective", *tasks, "params", "FLOPs/token")
     for trial in trials:
         receipt = cost(trial.spec)
         last = trial.rungs[-1]
@@ -107,7 +107,7 @@ def result(report: SearchReport) -> RenderableType:
         *(Text(sentence, "bold") for sentence in report.sentences if sentence),
         "",
         Text("Pareto front: no other trial is better in both loss and cost", "bold"),
-        candidates(report.front),
+        trial_table(report.front),
         models(report.front),
         "",
     ]
@@ -145,17 +145,18 @@ def _facts(report: SearchReport) -> list[tuple[str, str]]:
 
 def listing(found: Sequence[ListedStudy | DamagedStudy]) -> RenderableType:
     """Return a table with a line for each study, and below it why some cannot be read."""
-    table = plain_table("study", "trials", "best", "front", "time", "training")
+    table = StackingTable("study", "folder", "trials", "best", "front", "time", "training")
     damaged = []
     for one in found:
         told = one.as_json()
         if "error" in told:
             damaged.append(Text(f"{one.name}: {told['error']}"))
-            table.add_row(one.name, "cannot be read", "", "", "", "")
+            table.add_row(one.name, told["folder"] or "", "cannot be read", "", "", "", "")
             continue
         top = told["best"]
         table.add_row(
             one.name,
+            told["folder"] or "",
             ", ".join(f"{n} {what}" for what, n in told["outcomes"].items()) or "none",
             f"{top['loss']:.3f}" if top else "",
             str(len(told["front"])),
@@ -171,7 +172,7 @@ def standing(listed: ListedStudy) -> RenderableType:
     sentences = [result["verdict"], result["trust_sentence"]] if result else []
     parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
     if trials := front_trials(listed.record.finished()):
-        parts += ["", Text("Pareto front", "bold"), candidates(trials), models(trials), ""]
+        parts += ["", Text("Pareto front", "bold"), trial_table(trials), models(trials), ""]
     told = listed.as_json()
     counts = ", ".join(f"{n} {what}" for what, n in told["outcomes"].items())
     spent = told["spent"]

@@ -10,10 +10,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from archdsl.reports.tables import TwoColumns, parameters, short
+from archdsl.reports.layout import StackingTable, TwoColumns
+from archdsl.reports.tables import parameters, short
 from archdsl.search.analysis.comparison import ComparisonEntry, differences, winner_of
 from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 
@@ -59,14 +59,14 @@ def result(found: Ablation) -> RenderableType:
     return Group(*parts)
 
 
-def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
+def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> StackingTable:
     """Return a table of costs and losses.
 
     Parameters and FLOPs per token are of full size. The column "trained" has the executed FLOPs of
     the proxy, as a share of the winner's. Losses are means over the seeds, in nats.
     """
     own = winner_of(entries)
-    table = plain_table("", "params", "FLOPs/token", "trained", *proxy.tasks)
+    table = StackingTable("", "params", "FLOPs/token", "trained", *proxy.tasks)
     for entry in entries:
         table.add_row(
             entry.name,
@@ -78,10 +78,10 @@ def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
     return table
 
 
-def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Table:
+def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> StackingTable:
     """Return a table of how many nats each loss is above the winner's, with the 95% interval."""
     found = differences(entries, proxy)
-    table = plain_table("", "objective", *proxy.tasks)
+    table = StackingTable("", "objective", *proxy.tasks)
     for entry in entries:
         if entry.name in found:
             table.add_row(entry.name, *(str(gap) for gap in found[entry.name].values()))
@@ -107,12 +107,3 @@ def _share(flops: float, of: float) -> str:
 
 def _mean(losses: Sequence[float]) -> str:
     return f"{fmean(losses):.3f}" if losses else ""
-
-
-def plain_table(first: str, *others: str) -> Table:
-    """Return a table without lines, in which all columns but the first are aligned right."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for title in others:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table

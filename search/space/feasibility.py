@@ -15,14 +15,22 @@ from archdsl.lang.source import Tree, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.lang.template import Choice, Distribution, defaults, fill, find
 from archdsl.search.space.enumerate import Point, point_from, points, space_size
+from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.optuna_space import starting_points
 
+FEW = 16  # a space with at most this many points is tried to see whether it has several models
 WHOLE = 256  # a space with at most this many points is tried completely
 SAMPLE = 64  # the number of random points that are tried of a larger space
 
 
 class NothingFitsError(ArchdslError):
     """No model of the space fits the budget, or no model could be trained."""
+
+
+class NothingToSearchError(ArchdslError):
+    """The space has only one model, or only one of its models keeps to the budget."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,26 @@ def survey(tree: Tree, budget: Budget, limit: int = WHOLE, seed: int = 0) -> Sur
         models=tuple({spec.fingerprint(): spec for spec in fitting}.values()),
         closest="" if fitting else f"{_describe_point(tree, closest.point)}: {closest.error}",
         miss=closest.miss,
+    )
+
+
+def require_choice(tree: Tree, budget: Budget) -> None:
+    """Raise NothingToSearchError if the space is so small that only one model can be tried."""
+    size = space_size(tree)
+    if size is None or size > FEW:
+        return
+    found = survey(tree, budget)
+    if found.distinct != 1:
+        return
+    why = (
+        "it leaves no value open, so it is one model"
+        if size == 1
+        else f"of its {size} points only one model keeps to the budget: {found.models[0].name}, "
+        f"{model_summary(found.models[0])}"
+    )
+    raise NothingToSearchError(
+        f"there is nothing to search in this space: {why}. `archdsl ablate` compares one model "
+        "with its baselines, and `archdsl train` trains it"
     )
 
 

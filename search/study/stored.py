@@ -106,7 +106,7 @@ def check_attempts(attempts: Iterable[FrozenTrial], axes: tuple[str, ...], where
     """Raise StorageError unless these are attempts at the trials 0, 1, 2 and so on of a search."""
     numbers = set()
     for attempt in attempts:
-        at = f"{where}: attempt {attempt.number}"
+        at = f"{where}: trial record {attempt.number}"
         found = checked(StoredTrial, attempt.user_attrs, at)
         if found.same_as is not None and found.same_as >= found.draw:
             raise StorageError(f"{at}: same_as: must be below {found.draw}, its own number")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import archdsl
-from archdsl.cli import let_idle_threads_sleep
+from archdsl.cli import let_idle_threads_sleep, study
+from archdsl.cli.app import COMMANDS
 from archdsl.lang import load as load_module
 from tests.cli.command import SKILL, Cli
 
@@ -174,6 +177,31 @@ def test_an_interrupt_says_so_in_one_line(cli: Cli, monkeypatch: pytest.MonkeyPa
     assert found.err == "interrupted: the same command goes on\n"
 
 
+FIGURE = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?[kMBGT]?(?![\w.])")
+
+
+@pytest.mark.parametrize("width", [40, 60])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "itt"],
+        ["build", "hybrid", "--budget", "100M", "--convention", "paper"],
+        ["diff", "loop", "itt"],
+        ["blocks"],
+        ["blocks", "loop"],
+    ],
+)
+def test_a_narrow_terminal_loses_no_figure(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str], width: int
+) -> None:
+    wide = re.sub(r" [0-9.]+%$", "", cli(*command).out, flags=re.MULTILINE)  # a share of the others
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = cli(*command).out
+    assert max(map(len, narrow.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    assert set(FIGURE.findall(wide)) <= set(FIGURE.findall(narrow))
+
+
 @pytest.mark.parametrize("command", [["build", "itt"], ["diff", "loop", "itt"], ["blocks", "loop"]])
 def test_a_pipe_gets_plain_text(cli: Cli, command: list[str]) -> None:
     out = cli(*command).out
@@ -196,6 +224,23 @@ def test_json_is_all_that_it_prints(cli: Cli, command: list[str]) -> None:
     found = cli(*command, *([] if command == ["schema"] else ["--json"]))
     assert found.json
     assert found.err == ""
+
+
+# what they print is no result: a schema is JSON, and a deleted study is gone
+WITHOUT_JSON = {"schema", "rm"}
+
+
+def test_every_command_with_a_result_can_print_it_as_json() -> None:
+    functions = {name: function for name, (function, _) in COMMANDS.items()}
+    functions |= {
+        str(command.name or command.callback.__name__): command.callback
+        for command in study.app.registered_commands
+        if command.callback
+    }
+    with_json = {
+        name for name, function in functions.items() if "as_json" in signature(function).parameters
+    }
+    assert set(functions) - with_json == WITHOUT_JSON
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:

@@ -94,6 +94,41 @@ def test_what_a_budget_counts_needs_a_budget(cli: Cli) -> None:
     assert "no budget is given" in found.err
 
 
+TWO = """
+name: two
+vocab_size: 300
+context: 64
+dim: {search: {choices: [16, 256], default: 16}}
+blocks: [{kind: layer, attention: {head_size: 16}}]
+"""
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    ("space", "options", "why"),
+    [
+        ("tiny", [], "it leaves no value open, so it is one model."),
+        ("two.yaml", ["--budget", "60k"], "of its 2 points only one model keeps to the budget: "),
+    ],
+)
+def test_a_space_with_nothing_to_search_says_so(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[str],
+    space: str,
+    options: list[str],
+    why: str,
+) -> None:
+    monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
+    Path("two.yaml").write_text(TWO)
+    found = cli("search", space, *options, "--data", SKILL, "--trials", "2", *plan)
+    assert (found.status, found.out) == (2, "")
+    assert found.err.startswith(f"SPACE: there is nothing to search in this space: {why}")
+    assert "`archdsl ablate` compares one model with its baselines" in found.err
+    assert "`archdsl train` trains it" in found.err
+    assert not Path("runs").exists()
+
+
 def test_a_forecast_is_of_separate_training(cli: Cli) -> None:
     found = cli("search", "--plan", "--strategy", "shared")
     assert (found.status, found.out) == (1, "")

@@ -66,11 +66,59 @@ def test_the_best_keeps_to_the_limits(cli: Cli, there: Path, tmp_path: Path) -> 
     assert (found.status, found.out) == (2, "")
 
 
-def test_draws_are_exported(cli: Cli, there: Path, tmp_path: Path) -> None:
+def test_a_study_goes_by_the_name_of_its_folder_too(
+    cli: Cli, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = cli("study", "ls", "--json").json
+    listed = cli("study", "ls").out
+    assert listed.split()[:2] == ["study", "folder"]
+    assert re.search(rf"^{found['name']} +{there} ", listed, re.MULTILINE)
+    for name in ("small", found["name"], f"./{there}", there.absolute(), "sma"):
+        assert cli("study", "best", name).status == 0, name
+    for folder in ("first", "firsts"):
+        shutil.copytree(there, tmp_path / "runs" / folder)
+    monkeypatch.chdir(tmp_path)
+    assert cli("study", "show", "first").status == 0
+    for name in (found["name"], "fir"):
+        refused = cli("study", "show", name)
+        assert refused.status == 2
+        assert refused.err == (f"{name} means several studies in runs/: runs/first, runs/firsts\n")
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_shows_studies_whole(
+    cli: Cli, there: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    (told,) = cli("study", "ls", "--json").json
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in (["ls"], ["show", "small"]):
+        shown = cli("study", *command).out
+        assert max(map(len, shown.splitlines())) <= width
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+        assert told["name"] in shown
+        assert str(there) in shown
+        assert f"{told['best']['loss']:.3f}" in shown
+
+
+def test_the_best_and_all_trials_as_json(cli: Cli, there: Path, tmp_path: Path) -> None:
+    result = json.loads((there / "result.json").read_text())
+    best = cli("study", "best", "small", "--json").json
+    assert best["trial"] == result["winner"]
+    assert load(best["spec"]).fingerprint() == best["fingerprint"]
+    assert cli("study", "export", "small", "--json").json == result["trials"]
+    out = tmp_path / "trials.csv"
+    written = cli("study", "export", "small", "--json", "--out", out).json
+    assert written == {"file": str(out), "trials": len(result["trials"])}
+    assert out.read_text() == cli("study", "export", "small").out
+    refused = cli("study", "export", "small", "--json", "--as", "csv")
+    assert (refused.status, refused.out) == (2, "")
+
+
+def test_trials_are_exported(cli: Cli, there: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(cli("study", "export", "small").out)))
     assert [row["trial"] for row in rows] == ["0", "1", "2"]
     assert float(rows[0]["value.loss"]) == pytest.approx(float(rows[0]["skill.loss"]))
-    out = tmp_path / "draws.jsonl"
+    out = tmp_path / "trials.jsonl"
     assert cli("study", "export", "small", "--as", "jsonl", "--out", str(out)).status == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["spec"] for line in lines] == [row["spec"] for row in rows]
@@ -106,7 +154,7 @@ def change_journal(folder: Path, old: bytes, new: bytes) -> None:
         ),
         (
             lambda f: change_journal(f, b'"outcome":"', b'"outcome":"un'),
-            "study.journal: attempt 0: outcome: must be ",
+            "study.journal: trial record 0: outcome: must be ",
         ),
         (
             lambda f: change_settings(f, {"name": "a", "objective": ["loss", "flops"]}),
@@ -116,7 +164,7 @@ def change_journal(folder: Path, old: bytes, new: bytes) -> None:
         (lambda f: (f / "study.journal").write_text("garbage\n"), "study.journal: line 1: must be"),
         (
             lambda f: change_journal(f, b'"draw":1', b'"draw":"1"'),
-            "study.journal: attempt 1: draw: must be a whole number, got '1'",
+            "study.journal: trial record 1: draw: must be a whole number, got '1'",
         ),
         (
             lambda f: change_journal(f, b'"draw":1', b'"draw":7'),
@@ -124,11 +172,11 @@ def change_journal(folder: Path, old: bytes, new: bytes) -> None:
         ),
         (
             lambda f: change_journal(f, b'"fingerprint":', b'"finger":'),
-            "study.journal: attempt 0: fingerprint: is required",
+            "study.journal: trial record 0: fingerprint: is required",
         ),
         (
             lambda f: change_journal(f, b'"rungs":"[', b'"rungs":"'),
-            "study.journal: attempt 0: rungs: must be the text of a JSON list",
+            "study.journal: trial record 0: rungs: must be the text of a JSON list",
         ),
         (
             lambda f: change_journal(f, b'"phases":{', b'"phasis":{'),
