@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from archdsl.errors import ArchdslError, describe
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk that takes no more
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # the names of `atomic_file`
 MAX_JSON = 2**26  # bytes
+MISSING = "no such file"
 
 
 class WriteError(ArchdslError):
@@ -52,13 +53,56 @@ def disk_fault(error: BaseException) -> str | None:
     return None
 
 
+def why_unreadable(path: Path) -> str | None:
+    """Returns why ``path`` is not a readable file, such as MISSING; None if it is one.
+
+    This does not open the file, because opening a pipe would block, and a device may be endless.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        return f"is not a valid file name: {error}"
+    if stat.S_ISREG(mode):
+        return None
+    return f"is {'a directory' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, not a file"
+
+
+def refuse_no_file(path: Path, failure: Callable[[str], Exception] = WriteError) -> None:
+    """Raises ``failure`` if something other than a file has this name. It may not exist."""
+    if path.exists() and (why := why_unreadable(path)):
+        raise failure(f"{path} {why}")
+
+
+def read_bytes(path: Path, failure: Callable[[str], Exception], most: int = MAX_JSON) -> bytes:
+    """Reads a file that may come from an untrusted source.
+
+    Raises ``failure`` if it does not exist, cannot be read, or is larger than ``most`` bytes.
+    """
+    if why := why_unreadable(path):
+        missing = f"{path.parent} has no {path.name}"
+        raise failure(missing if why == MISSING else f"{path} {why}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise failure(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise failure(f"{path} cannot be read: longer than {most:,} bytes")
+    return content
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the name of a temporary file, which is renamed to ``path`` if there is no error.
 
     Several processes may do so at once. Raises WriteError, after removing the temporary file, if
-    it cannot be written.
+    it cannot be written, or ``path`` is a folder, a pipe or a device.
     """
+    refuse_no_file(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         try:
@@ -95,18 +139,11 @@ def read_json(path: Path, failure: type[ArchdslError]) -> dict[str, Any]:
     Raises ``failure`` if the file does not exist, is larger than MAX_JSON bytes, or holds anything
     other than one JSON object.
     """
+    text = read_bytes(path, failure)
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
-            raise ValueError(f"longer than {MAX_JSON:,} bytes")
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"an object was expected, got a {type(value).__name__}")
-    except FileNotFoundError:
-        raise failure(f"{path.parent} has no {path.name}") from None
-    except OSError as error:
-        raise failure(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise failure(f"{path} cannot be read: {error}") from None
     return value
@@ -163,26 +200,34 @@ def remove_folder(path: Path) -> None:
 
     Raises OSError if the folder does not exist or cannot be removed.
     """
-    shutil.rmtree(_move_aside(path))
+    _remove(_move_aside(path))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder with everything in it, or whatever else has the name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _move_aside(path: Path) -> Path:
     old = path.with_name(f".{path.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     return path.rename(old)
 
 
 def remove_leftovers(parent: Path) -> None:
     """Removes the temporary files and folders that crashed writes have left in ``parent``."""
     for path in parent.glob(".*.tmp"):
-        path.unlink() if path.is_file() else shutil.rmtree(path)
+        _remove(path)
 
 
 def remove_temporary_files(parent: Path) -> None:
     """Removes the temporary files that crashed calls of `atomic_file` have left in ``parent``."""
     for path in parent.glob(".*.tmp"):
         if TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 @contextmanager
@@ -192,6 +237,7 @@ def exclusive(folder: Path, refusal: ArchdslError) -> Iterator[None]:
     Raises ``refusal`` if another process has locked it, and WriteError if it cannot be locked.
     """
     path = folder / "lock"
+    refuse_no_file(path)
     with writing(path):
         file = path.open("w")
     with file:
@@ -266,6 +312,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    refuse_no_file(path, ArchdslError)
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     found = [(line, _object(path, number, line)) for number, line in enumerate(lines[:-1], 1)]
     with suppress(ArchdslError):  # a crash has cut it short

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.storages import BaseStorage
 
 from archdsl.errors import ArchdslError
-from archdsl.files import read_json
+from archdsl.files import MISSING, read_json, why_unreadable
 from archdsl.lang.budget import LIMITS
 from archdsl.reports.notebook import as_html
 from archdsl.search.report.report import best, front_trials, trial_row
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from optuna.study._frozen import FrozenStudy
 
 RUNS = Path("runs")
+SETTINGS = "settings.json"
 
 
 class StudyError(ArchdslError):
@@ -94,11 +97,12 @@ class ListedStudy:
 
 @dataclass(frozen=True)
 class DamagedStudy:
-    """A study that cannot be read, and why."""
+    """A study that cannot be read, and why. ``storage``: the database that it is in, if any."""
 
     folder: Path | None
     name: str
     error: ArchdslError
+    storage: BaseStorage | None = None
 
     @property
     def names(self) -> list[str]:
@@ -127,9 +131,8 @@ def studies(runs: Path = RUNS, storage: str | None = None) -> Iterator[ListedStu
             if "settings" in found.user_attrs:
                 yield _in_database(backend, found)
         return
-    for file in sorted({*runs.glob("settings.json"), *runs.glob("*/settings.json")}):
-        if (file.parent / JOURNAL).exists():
-            yield _in_folder(file.parent)
+    for file in sorted({*runs.glob(JOURNAL), *runs.glob(f"*/{JOURNAL}")}):
+        yield _in_folder(file.parent)
 
 
 def _in_database(backend: BaseStorage, found: FrozenStudy) -> ListedStudy | DamagedStudy:
@@ -141,12 +144,14 @@ def _in_database(backend: BaseStorage, found: FrozenStudy) -> ListedStudy | Dama
         record.check(name)
         return ListedStudy(record, None)
     except ArchdslError as error:
-        return DamagedStudy(None, name, error)
+        return DamagedStudy(None, name, error, backend)
 
 
 def _in_folder(folder: Path) -> ListedStudy | DamagedStudy:
     try:
-        file = folder / "settings.json"
+        if not os.path.lexists(folder / JOURNAL):
+            raise StudyError(f"{folder} holds no study: it has no {JOURNAL}")
+        file = folder / SETTINGS
         settings = checked(FolderSettings, read_json(file, StudyError), str(file))
         return ListedStudy(_record(folder, settings), folder)
     except ArchdslError as error:
@@ -170,17 +175,26 @@ def study(name: str, storage: str | None = None) -> ListedStudy:
     Raises StudyError if there is no such study, or more than one, and the study's own error if it
     is damaged.
     """
+    found = find(name, storage)
+    if isinstance(found, DamagedStudy):
+        raise found.error
+    return found
+
+
+def find(name: str, storage: str | None = None) -> ListedStudy | DamagedStudy:
+    """Return a study as `study` does, also if it is damaged.
+
+    Raises StudyError if there is no such study, or more than one.
+    """
     folder = Path(name)
-    if storage is None and (folder / "settings.json").exists():
-        if not (folder / JOURNAL).exists():
-            raise StudyError(f"{folder} holds no study: it has no {JOURNAL}")
-        return _whole(_in_folder(folder))
+    if storage is None and any(os.path.lexists(folder / file) for file in (SETTINGS, JOURNAL)):
+        return _in_folder(folder)
     every = list(studies(storage=storage))
     found = [one for one in every if name in one.names] or [
         one for one in every if any(known.startswith(name) for known in one.names)
     ]
     if len(found) == 1:
-        return _whole(found[0])
+        return found[0]
     where = "the database" if storage else f"{RUNS}/"
     if found:
         several = ", ".join(str(one.folder or one.name) for one in found)
@@ -188,12 +202,6 @@ def study(name: str, storage: str | None = None) -> ListedStudy:
     known = ", ".join(" in ".join(one.names) for one in every) or "none"
     folder_too = "" if storage else "folder or "
     raise StudyError(f"{name} is no {folder_too}name of a study in {where}; studies: {known}")
-
-
-def _whole(found: ListedStudy | DamagedStudy) -> ListedStudy:
-    if isinstance(found, DamagedStudy):
-        raise found.error
-    return found
 
 
 def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Trial:
@@ -246,13 +254,33 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
     return plain | values | last | {f"choice.{k}": v for k, v in found["choices"].items()}
 
 
-def remove(listed: ListedStudy) -> None:
-    """Delete a study, and its folder with everything in it.
+def remove(found: ListedStudy | DamagedStudy) -> None:
+    """Delete a study, also a damaged one, and its folder with everything in it.
 
-    Raises StorageError if another process is searching in the folder.
+    Raises StorageError if another process is searching in the folder, StudyError if the folder does
+    not look like one of a search, or cannot be deleted.
     """
-    if listed.folder is None:
-        listed.record.storage.delete_study(listed.record.id)
+    if found.folder is None:
+        storage = found.storage if isinstance(found, DamagedStudy) else found.record.storage
+        assert storage is not None
+        storage.delete_study(storage.get_study_id_from_name(found.name))
         return
-    with exclusive(listed.folder):
-        shutil.rmtree(listed.folder)
+    if isinstance(found, DamagedStudy) and not _is_of_a_search(found.folder):
+        raise found.error
+    lock = why_unreadable(found.folder / "lock")  # what is no file can be locked by nobody
+    with exclusive(found.folder) if lock in (None, MISSING) else nullcontext():
+        try:
+            shutil.rmtree(found.folder)
+        except OSError as error:
+            raise StudyError(f"{error.filename} cannot be deleted: {error.strerror}") from None
+
+
+def _is_of_a_search(folder: Path) -> bool:
+    """Whether a folder has a journal, or at least the settings that a search writes first."""
+    if os.path.lexists(folder / JOURNAL):
+        return True
+    try:
+        checked(FolderSettings, read_json(folder / SETTINGS, StudyError), "")
+    except ArchdslError:
+        return False
+    return True

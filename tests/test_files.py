@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,18 @@ import torch
 from safetensors.torch import save_file
 
 from archdsl.errors import ArchdslError
-from archdsl.files import JsonLines, WriteError, atomic_folder, disk_fault, read_lines, write_text
+from archdsl.files import (
+    JsonLines,
+    WriteError,
+    atomic_folder,
+    disk_fault,
+    exclusive,
+    read_json,
+    read_lines,
+    remove_leftovers,
+    remove_temporary_files,
+    write_text,
+)
 
 
 @contextmanager
@@ -130,3 +141,47 @@ def test_only_a_full_disk_is_blamed() -> None:
         assert disk_fault(OSError(number, "")) == os.strerror(number)
     assert disk_fault(OSError(2, "")) is None
     assert disk_fault(ValueError("(os error 2)")) is None
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path: Path, kind: str) -> None:
+    """Reading a pipe or a device may have no end; root could replace /dev/null."""
+    path = tmp_path / "odd"
+    ODD[kind](path)
+    before = path.lstat().st_ino
+    wanted = rf"^{path} is a (directory|pipe, socket or device), not a file$"
+    for use in (
+        lambda: write_text(path, "text"),
+        lambda: read_json(path, ArchdslError),
+        lambda: read_lines(path),
+        lambda: JsonLines(path, 0),
+    ):
+        with pytest.raises(ArchdslError, match=wanted):
+            use()
+    assert path.lstat().st_ino == before
+    assert names(tmp_path) == ["odd"]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_lock_locks_nobody_out_for_ever(tmp_path: Path, kind: str) -> None:
+    ODD[kind](tmp_path / "lock")
+    with (
+        pytest.raises(WriteError, match=f"^{tmp_path}/lock is a "),
+        exclusive(tmp_path, ArchdslError()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_leftovers_of_any_kind_are_removed(tmp_path: Path, kind: str) -> None:
+    for remove in (remove_leftovers, remove_temporary_files):
+        ODD[kind](tmp_path / f".text.{'0' * 32}.tmp")
+        remove(tmp_path)
+        assert names(tmp_path) == []

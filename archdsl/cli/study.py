@@ -165,10 +165,13 @@ def rm(
 
       archdsl study rm runs/search-1a2b3c4d
     """
-    from archdsl.search.studies import remove, study
+    from archdsl.search.studies import DamagedStudy, find, remove
 
-    found = study(name, storage)
-    trials = sum(found.record.outcomes().values())
+    found = find(name, storage)
+    if isinstance(found, DamagedStudy):
+        content = f", which cannot be read ({found.error})"
+    else:
+        content = f" with its {sum(found.record.outcomes().values())} trials"
     if not yes:
-        typer.confirm(f"Delete {found.folder or found.name} with its {trials} trials?", abort=True)
+        typer.confirm(f"Delete {found.folder or found.name}{content}?", abort=True)
     remove(found)

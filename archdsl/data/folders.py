@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archdsl.data.types import DataError, Split
+from archdsl.files import read_bytes, why_unreadable
 
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -65,8 +66,11 @@ def find_files(path: Path) -> FoundFiles:
     """
     if os.path.isdir(path):  # for a name that cannot be one, the methods of Path raise OSError
         return _in_folder(path)
-    if not os.path.isfile(path):
-        raise DataError(f"no file or folder {str(path)!r}; {ACCEPTED}")
+    if why := why_unreadable(path):
+        found = (
+            f"{str(path)!r} {why}" if os.path.exists(path) else f"no file or folder {str(path)!r}"
+        )
+        raise DataError(f"{found}; {ACCEPTED}")
     if format_of(path) is None:
         raise DataError(f"{str(path)!r} does not end in {', '.join(FORMATS)}; {ACCEPTED}")
     return FoundFiles({"train": [path]}, {})
@@ -160,9 +164,9 @@ def _unlisted(files: list[Path]) -> set[Path]:
         if state.name != "state.json":
             continue
         try:
-            entries = json.loads(state.read_bytes())["_data_files"]
+            entries = json.loads(read_bytes(state, DataError))["_data_files"]
             listed = {state.with_name(entry["filename"]) for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{str(state)!r} is not as save_to_disk writes it: {error!r}") from None
         if missing := sorted(file.name for file in listed - tables):
             raise DataError(f"{str(state.parent)!r} lacks {few(missing)}, which state.json lists")

@@ -36,6 +36,7 @@ from archdsl.data.tokenizers import (
 )
 from archdsl.data.types import Batch, Data, DataError, HeldOut, Split
 from archdsl.errors import blamed_on
+from archdsl.files import read_bytes, why_unreadable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -287,7 +288,7 @@ class DamagedError(Exception):
 class SplitIndex(BaseModel):
     """The number of tokens, the checksum and the size of the text of one split."""
 
-    tokens: int
+    tokens: int = Field(ge=1)
     crc32: int
     text_bytes: int
 
@@ -322,10 +323,10 @@ class TokenCache:
         that were written under older ``rules`` are not opened.
         """
         try:
-            index = CacheIndex.model_validate_json(self.path("json").read_bytes())
+            index = CacheIndex.model_validate_json(read_bytes(self.path("json"), DamagedError))
             tokens = {split: self._map(split, index, verified) for split in index.splits}
-            tokenizer = self.path("tokenizer.json").read_bytes()
-        except (FileNotFoundError, ValidationError, DamagedError):
+            tokenizer = read_bytes(self.path("tokenizer.json"), DamagedError)
+        except (ValidationError, DamagedError):
             return None
         if index.rules < rules:
             return None
@@ -342,7 +343,10 @@ class TokenCache:
 
     def _map(self, split: Split, index: CacheIndex, verified: bool) -> Tokens:
         path, entry = self.path(f"{split}.bin"), index.splits[split]
-        if path.stat().st_size != entry.tokens * np.dtype(index.dtype).itemsize:
+        if (
+            why_unreadable(path)
+            or path.stat().st_size != entry.tokens * np.dtype(index.dtype).itemsize
+        ):
             raise DamagedError(path)
         tokens = np.memmap(path, index.dtype, mode="r")
         # after a power failure a file may have the right length and hold zeros

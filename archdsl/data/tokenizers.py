@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from archdsl.data.tokenizer_limits import MAX_BYTES, Allowance, check_content, check_parts
 from archdsl.data.types import DataError
+from archdsl.files import read_bytes, why_unreadable
 from archdsl.lang.strict import SIZE, parse_size
 
 if TYPE_CHECKING:
@@ -163,13 +164,9 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
+    if why := why_unreadable(path):
         raise DataError(
-            f"tokenizer {str(path)!r}: no such file; expected 'bytes', 'bpe:SIZE' such as "
+            f"tokenizer {str(path)!r}: {why}; expected 'bytes', 'bpe:SIZE' such as "
             "bpe:4096, or the path of a tokenizer.json"
         )
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from None
+    return read_bytes(path, DataError, MAX_BYTES)

@@ -28,6 +28,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from archdsl.errors import ArchdslError, describe, did_you_mean
+from archdsl.files import refuse_no_file
 
 
 class TaskError(ArchdslError):
@@ -182,6 +183,7 @@ def _splits(task: Any, folder: Path) -> Any:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Return the examples in a file; none if the file does not exist."""
+    refuse_no_file(path, TaskError)
     if not path.exists():
         return []
     try:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from archdsl.errors import ArchdslError, describe
+from archdsl.files import MISSING, read_bytes, why_unreadable
 
 MAX_BYTES = 2**28
 
@@ -40,17 +41,12 @@ def _prompt(line: str, place: str) -> str:
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
+    if why := why_unreadable(path):
+        found = "does not exist" if why == MISSING else why
         raise PromptError(
-            f"{path} does not exist; expected a text file with one prompt per line, or .jsonl"
+            f"{path} {found}; expected a text file with one prompt per line, or .jsonl"
         )
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise PromptError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+    content = read_bytes(path, PromptError, MAX_BYTES)
     if not content:
         raise PromptError(f"{path} is empty; expected one prompt per line, or .jsonl")
     return decoded(content, str(path))

@@ -28,6 +28,8 @@ RULES = {
     "string_too_long": "must have at most {max_length} characters",
     "string_pattern_mismatch": "must match {pattern}",
     "literal_error": "must be {expected}",
+    "dict_type": "must be a mapping",
+    "list_type": "must be a list",
     "tuple_type": "must be a list",
     "model_type": "must be a mapping",
     "too_short": "needs at least {min_length} entries",

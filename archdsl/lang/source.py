@@ -10,12 +10,12 @@ import os
 import pathlib
 import re
 import reprlib
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from archdsl.errors import Position, Problem, SpecError, describe, did_you_mean
+from archdsl.files import MISSING, why_unreadable
 from archdsl.lang.yaml import (
     MAX_CHARS,
     MAX_DEPTH,
@@ -50,7 +50,6 @@ __all__ = [
 SPECS = pathlib.Path(__file__).parents[1] / "specs"
 MAX_LEVELS = 16
 MAX_NAME = 300
-MISSING = "no such file"
 OVERLAY = "-overlay"  # the end of the name of a file that changes a trained model
 FORMS = (
     "the path of a YAML file, the name of a shipped spec such as itt, a YAML text, a dict, or what "
@@ -83,7 +82,7 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
 
 def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
     # A folder does not hide a shipped spec of the same name, such as the folder search/.
-    if (reason := _unreadable(path)) is None:
+    if (reason := why_unreadable(path)) is None:
         return path
     shipped = _shipped()
     short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
@@ -95,24 +94,6 @@ def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
         hint = did_you_mean(short, shipped)
         reason += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"
     raise _fail(path, reason)
-
-
-def _unreadable(path: pathlib.Path) -> str | None:
-    """Returns why ``path`` is not a readable file, or None if it is one.
-
-    This does not open the file, because opening a pipe would block.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return MISSING
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    except ValueError as error:
-        return f"is not a valid file name: {error}"
-    if stat.S_ISREG(mode):
-        return None
-    return f"is {'a directory' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, not a file"
 
 
 def _fail(path: pathlib.Path, message: str) -> SpecError:
@@ -153,13 +134,13 @@ def read_file(path: str | os.PathLike[str], what: str) -> Tree:
     ``what`` the file is, such as "a spec", is named in the error of a file that holds no mapping.
     """
     file = pathlib.Path(path)
-    if reason := _unreadable(file):
+    if reason := why_unreadable(file):
         raise _fail(file, reason)
     return _mapping(parse(_text(file), str(file)), what)
 
 
 def _is_text(spec: str) -> bool:
-    return bool(TEXT.search(spec)) and _unreadable(pathlib.Path(spec)) is not None
+    return bool(TEXT.search(spec)) and why_unreadable(pathlib.Path(spec)) is not None
 
 
 def _mapping(tree: Tree, what: str) -> Tree:

@@ -33,7 +33,14 @@ from torch import Tensor
 from archdsl import __version__
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError, Position, Problem, SpecError, describe
-from archdsl.files import WriteError, atomic_folder, read_json
+from archdsl.files import (
+    MISSING,
+    WriteError,
+    atomic_folder,
+    read_json,
+    refuse_no_file,
+    why_unreadable,
+)
 from archdsl.lang.registry import how_to_load, modules_of, plugin_modules
 from archdsl.lang.source import read, shipped_specs
 from archdsl.lang.spec import ModelSpec, parse_spec, walk
@@ -238,6 +245,7 @@ def load_training(path: Path) -> dict[str, Any]:
 
 def _verified(path: Path, *names: str) -> dict[str, Any]:
     """The provenance, once the named files are known to be as they were written."""
+    refuse_no_file(path / PROVENANCE, CheckpointError)
     if not (path / PROVENANCE).is_file():
         raise CheckpointError(_not_one(path))
     provenance = read_json(path / PROVENANCE, CheckpointError)
@@ -251,8 +259,8 @@ def _verified(path: Path, *names: str) -> dict[str, Any]:
         raise CheckpointError(f"{path / PROVENANCE} does not say which files belong to it")
     for name in names:
         file, wanted = path / name, recorded.get(name)
-        if wanted is not None and not file.is_file():
-            raise CheckpointError(f"{file} is missing")
+        if wanted is not None and (why := why_unreadable(file)):
+            raise CheckpointError(f"{file} {'is missing' if why == MISSING else why}")
         if wanted is None and file.exists():
             raise CheckpointError(f"{file} does not belong to this checkpoint")
         if wanted is not None and _sha256(file) != wanted:

@@ -1,11 +1,13 @@
 """The file behind a journal storage of Optuna's: one JSON object on each line, only ever appended.
 
 Optuna's own file backend appends to a line that a full disk or a crash has left unfinished, after
-which nothing can read the file.
+which nothing can read the file. Its lock outlives a process that is killed, and if the path of the
+journal is relative, all others then wait for it without an end.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,10 +16,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from optuna.storages.journal import BaseJournalBackend, JournalFileSymlinkLock
+from optuna.storages.journal import BaseJournalBackend
 
 from archdsl.errors import ArchdslError, describe
-from archdsl.files import write_all, writing
+from archdsl.files import refuse_no_file, write_all, writing
 
 CHUNK = 65_536  # bytes read at once in search of the end of the last line
 
@@ -36,8 +38,8 @@ class JournalFile(BaseJournalBackend):
 
     def __init__(self, path: Path) -> None:
         self.path, self.line = path, 0
-        self._lock = JournalFileSymlinkLock(str(path))
         self._starts = {0: 0}  # of lines, in bytes, by how many lines there are before
+        refuse_no_file(path, JournalError)
         if not path.exists():
             with writing(path):
                 path.touch()
@@ -98,13 +100,9 @@ class JournalFile(BaseJournalBackend):
 
     @contextmanager
     def _locked(self) -> Iterator[FileIO]:
-        with writing(self.path):
-            self._lock.acquire()
-            try:
-                with FileIO(self.path, "r+") as file:
-                    yield file
-            finally:
-                self._lock.release()
+        with writing(self.path), FileIO(self.path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, also by the end of the process
+            yield file
 
 
 def _end_of_lines(file: FileIO) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archdsl.errors import ArchdslError
-from archdsl.files import make_folder, write_text
+from archdsl.files import make_folder, read_bytes, write_text
 from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget
 from archdsl.search.trials.proxy import Proxy
@@ -69,7 +69,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     made_by = json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)
     if not file.exists():
         write_text(file, made_by)
-    elif file.read_bytes() != made_by.encode():
+    elif read_bytes(file, ArchdslError) != made_by.encode():
         raise ArchdslError(
             f"{folder} holds a search with other settings (see {file}); "
             "choose another --out, or delete the folder"

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from archdsl.costs.receipt import sequence_cost
 from archdsl.errors import ArchdslError
-from archdsl.files import remove_folder, write_text
+from archdsl.files import read_bytes, remove_folder, write_text
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import CheckpointError, load_training, save_checkpoint
@@ -103,7 +103,7 @@ def read_score(file: Path) -> ProxyScore | None:
     if not file.exists():
         return None
     try:
-        score = ProxyScore.model_validate_json(file.read_bytes())
+        score = ProxyScore.model_validate_json(read_bytes(file, ArchdslError))
     except ValidationError as error:
         field, why = explain(error, ProxyScore.model_fields)[0]
         what = f"{'.'.join(map(str, field))}: {why}" if field else "is no score"

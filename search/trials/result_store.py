@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from archdsl.files import write_text
+from archdsl.files import make_folder, refuse_no_file, write_text
 
 SECONDS_BETWEEN_TRIES = 0.1  # a blocking wait for the file lock would send no heartbeats
 
@@ -58,7 +58,7 @@ class StoredRun:
     @property
     def in_use(self) -> bool:
         """Whether a process holds the lock of this run at present."""
-        if not (self.folder / "lock").exists():
+        if not (self.folder / "lock").is_file():
             return False
         with (self.folder / "lock").open("a") as file:
             return not _try_lock(file.fileno())
@@ -70,7 +70,8 @@ class StoredRun:
         While another process holds the lock, this process waits and calls ``heartbeat``. The
         operating system releases the lock of a process that dies.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        refuse_no_file(self.folder / "lock")
         with (self.folder / "lock").open("a") as file:
             while not _try_lock(file.fileno()):
                 heartbeat()

@@ -161,6 +161,7 @@ def change_journal(folder: Path, old: bytes, new: bytes) -> None:
             "study.journal has no study named a",
         ),
         (lambda f: (f / "settings.json").write_text("["), "settings.json cannot be read: "),
+        (lambda f: (f / "settings.json").unlink(), "runs/bad has no settings.json"),
         (lambda f: (f / "study.journal").write_text("garbage\n"), "study.journal: line 1: must be"),
         (
             lambda f: change_journal(f, b'"draw":1', b'"draw":"1"'),
@@ -198,7 +199,7 @@ def test_a_damaged_study_is_a_row_that_says_so_and_the_others_are_listed(
     damage(Path("runs/bad"))
     bad, good = json.loads(cli("study", "ls", "--json").out)
     assert bad["folder"] == "runs/bad"
-    assert re.match(r"runs/bad/(settings.json|study.journal)", bad["error"])
+    assert re.match(r"runs/bad(/settings.json|/study.journal| has no)", bad["error"])
     assert complaint in bad["error"]
     assert good["outcomes"] == {"complete": 3}
     assert "cannot be read" in (shown := cli("study", "ls")).out
@@ -207,6 +208,23 @@ def test_a_damaged_study_is_a_row_that_says_so_and_the_others_are_listed(
         found = cli("study", command, "runs/bad")
         assert (found.status, found.out, found.err) == (2, "", bad["error"] + "\n")
         assert cli("study", command, "small-").status == 0
+    assert cli("study", "rm", "runs/bad", "--yes").status == 0
+    assert not Path("runs/bad").exists()
+
+
+def test_only_folders_of_searches_are_deleted(
+    cli: Cli, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (there / "settings.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("editor", '{"tab": 4}'), ("begun", settings)):
+        Path(name).mkdir()
+        Path(name, "settings.json").write_text(content)
+    found = cli("study", "rm", "editor", "--yes")
+    assert (found.status, found.err) == (2, "editor holds no study: it has no study.journal\n")
+    assert Path("editor").exists()
+    assert cli("study", "rm", "begun", "--yes").status == 0
+    assert not Path("begun").exists()
 
 
 @pytest.mark.parametrize(

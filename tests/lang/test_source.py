@@ -90,7 +90,7 @@ def test_a_file_that_may_not_be_read_or_became_a_pipe_is_an_error(
         raise PermissionError(13, "Permission denied")
 
     os.mkfifo("pipe.yaml")
-    monkeypatch.setattr(source, "_unreadable", lambda path: None)
+    monkeypatch.setattr(source, "why_unreadable", lambda path: None)
     with pytest.raises(SpecError, match=r"pipe.yaml: is empty"):
         source.read("pipe.yaml")
     monkeypatch.setattr(os, "open", denied)

@@ -60,6 +60,13 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]  # no lock is left
 
 
+def test_a_lock_that_a_killed_process_has_left_holds_up_nobody(tmp_path: Path) -> None:
+    """Optuna's own lock waits for ever if the path was relative: its link then leads nowhere."""
+    (tmp_path / "journal.lock").symlink_to("runs/journal")
+    JournalFile(tmp_path / "journal").append_logs([ENTRY])
+    assert read(tmp_path / "journal") == [ENTRY]
+
+
 def test_several_may_append_and_read_at_once(tmp_path: Path) -> None:
     file = tmp_path / "journal"
     file.write_bytes(LINE[:9])
