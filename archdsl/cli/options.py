@@ -37,7 +37,7 @@ Config = TypeVar("Config", bound="Strict")
 
 def size(text: str) -> int:
     """``162M`` as a number above zero."""
-    from archdsl.lang.strict import parse_size
+    from archdsl.sizes import parse_size
 
     try:
         number = parse_size(text)

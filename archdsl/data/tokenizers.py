@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from archdsl.data.tokenizer_limits import MAX_BYTES, Allowance, check_content, check_parts
 from archdsl.data.types import DataError
 from archdsl.files import read_bytes, why_unreadable
-from archdsl.lang.strict import SIZE, parse_size
+from archdsl.sizes import SIZE, parse_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

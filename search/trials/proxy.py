@@ -19,11 +19,12 @@ from archdsl.errors import ArchdslError
 from archdsl.lang.messages import explain
 from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec, Sizes
-from archdsl.lang.strict import Strict, parse_size
+from archdsl.lang.strict import Strict
 from archdsl.model.build import build
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
 from archdsl.search.trials.result_store import StoredRun
 from archdsl.search.workers.worker import Heartbeat
+from archdsl.sizes import parse_size
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archdsl import sizes
 from archdsl.errors import Position, Problem, SpecError, did_you_mean
-from archdsl.lang import source, strict
+from archdsl.lang import source
 
 KEYS = st.sampled_from("abc")
 VALUES = st.integers(0, 3) | st.none() | st.lists(st.integers(0, 3), max_size=2)
@@ -280,7 +281,7 @@ def test_a_python_value_becomes_an_independent_tree() -> None:
     ],
 )
 def test_sizes_may_be_written_with_units(size: object, number: int) -> None:
-    got = strict.parse_size(size)
+    got = sizes.parse_size(size)
     assert (got, type(got)) == (number, int)
 
 
@@ -294,7 +295,7 @@ def test_sizes_may_be_written_with_units(size: object, number: int) -> None:
 )
 def test_sizes_that_are_not_whole_or_not_sizes_are_refused(size: object) -> None:
     with pytest.raises(ValueError, match=r"must be a whole number, also written as 162M.*; got "):
-        strict.parse_size(size)
+        sizes.parse_size(size)
 
 
 def test_errors_are_sorted_by_position_and_leave_out_unknown_positions() -> None:
