@@ -30,13 +30,17 @@ def import_(
         Path,
         typer.Argument(
             metavar="DIR_OR_GGUF",
-            help="A folder with config.json, safetensors and tokenizer.json, or a .gguf file.",
+            help="A folder with config.json, safetensors and tokenizer.json, also one that "
+            "archdsl export wrote, or a .gguf file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")],
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the spec. Default: the name of the folder or file."),
+        typer.Option(
+            help="Name of the spec. Default: the name of the folder or file, or the own name of an "
+            "exported model."
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -49,13 +53,17 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Convert pretrained weights of the LLaMA family into a checkpoint with its spec.
+    """Convert pretrained weights of the LLaMA family, or an exported model, into a checkpoint.
 
-    The logits of the checkpoint equal those that transformers computes in float32. Examples:
+    The logits of the checkpoint equal those that transformers computes in float32. An exported
+    folder comes back as it is, also after it was trained or given more tokens by other libraries;
+    no code in it is run. Examples:
 
       archdsl import Llama-3.2-1B --out runs/llama --context 4k
 
       archdsl import SmolLM2-135M.gguf --out runs/smol
+
+      archdsl import exported --out runs/back
     """
     refuse_to_replace(out, force)
     from archdsl.interop.import_weights import import_pretrained
@@ -68,7 +76,9 @@ def import_(
         words = {key: f"{value:,}" for key, value in facts.items() if isinstance(value, int)}
         words["tokenizer"] = f"{facts['tokenizer']:,} tokens of {facts['vocab_size']:,}"
         del words["vocab_size"]
-        print(f"{facts['name']}, a pretrained {facts['architecture']}")
+        own = facts["architecture"] == "archdsl"
+        what = "an exported archdsl model" if own else f"a pretrained {facts['architecture']}"
+        print(f"{facts['name']}, {what}")
         print_parts(TwoColumns([(f"  {key}", value) for key, value in words.items()]))
     print(f"wrote {out}; next: archdsl build {out}/spec.yaml", file=sys.stderr)
 

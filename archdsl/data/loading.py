@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 from archdsl.data.documents import PLAIN, SPLITS, TextSource, find_source
 from archdsl.data.folders import ACCEPTED, few
 from archdsl.data.skills import Skill, parse_skill
+from archdsl.data.text_format import TextFormat, text_format_of
 from archdsl.data.tokenizers import (
     Tokens,
     encode,
@@ -157,6 +158,8 @@ class TextData:
     def save_tokenizer(self, path: Path) -> None:
         """See `Data.save_tokenizer`."""
         self.tokenizer.save(str(path))
+        if text_format := text_format_of(self.tokenizer):
+            text_format.write(path.parent)
 
     def bytes_per_token(self, split: Split) -> float:
         """See `Data.bytes_per_token`."""
@@ -300,6 +303,7 @@ class CacheIndex(BaseModel):
     tokenizer: str  # sha256 of tokenizer.json
     splits: dict[Split, SplitIndex] = Field(min_length=len(SPLITS))
     rules: int = PLAIN  # see `TextSource`
+    text_format: TextFormat | None = None  # what belongs to the tokenizer
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,7 @@ class TokenCache:
             return None
         return TextData(
             name=name,
-            tokenizer=read_tokenizer(self.path("tokenizer.json")),
+            tokenizer=read_tokenizer(self.path("tokenizer.json"), index.text_format),
             fingerprint=_sha256(self.key, index.tokenizer),
             tokens=tokens,
             text_bytes={split: entry.text_bytes for split, entry in index.splits.items()},
@@ -372,7 +376,13 @@ class TokenCache:
                 )
         content = tokenizer.to_str(pretty=True).encode()
         digest = hashlib.sha256(content).hexdigest()
-        index = CacheIndex(dtype=dtype, tokenizer=digest, splits=splits, rules=source.rules)
+        index = CacheIndex(
+            dtype=dtype,
+            tokenizer=digest,
+            splits=splits,
+            rules=source.rules,
+            text_format=text_format_of(tokenizer),
+        )
         for name, written in (
             ("tokenizer.json", content),
             ("json", index.model_dump_json().encode()),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from archdsl.data.text_format import TextFormat, attach, text_format_beside, text_format_of
 from archdsl.data.tokenizer_limits import MAX_BYTES, Allowance, check_content, check_parts
 from archdsl.data.types import DataError
 from archdsl.files import read_bytes, why_unreadable
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.unsignedinteger]
 
 END_OF_DOCUMENT = "<|endoftext|>"
-KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # without a format
+PROBES = ("a", "0", " ", "\n", "\u7684")  # texts; most tokenizers have a token for each
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # the smallest has all bytes and the end of a document
 DOCUMENTS_AT_ONCE = 64  # limits the memory that encoding needs
 
@@ -62,19 +64,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _configure(tokenizer)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path, text_format: TextFormat | None = None) -> Tokenizer:
     """Reads a tokenizer.json and configures it so that text never becomes a special token.
 
-    Raises DataError if the file cannot be read, is not a tokenizer.json, or is beyond the limits of
-    `archdsl.data.tokenizer_limits`.
+    ``text_format``: says which tokens end a text; default: the text_format.json beside the file.
+    Without either, a tokenizer that knows no end gets one. Raises DataError if a file cannot be
+    read, is damaged, or is beyond the limits of `archdsl.data.tokenizer_limits`.
     """
     from tokenizers import Tokenizer
 
+    text_format = text_format or text_format_beside(path)
     content = _read(path)
     try:
         check_content(content)
-        tokenizer = _configure(Tokenizer.from_buffer(content))
-        check_parts(tokenizer)
+        tokenizer = Tokenizer.from_buffer(content)
+        if text_format is not None:
+            attach(tokenizer, text_format)
+        check_parts(_configure(tokenizer))
     except DataError as error:
         raise DataError(f"tokenizer {str(path)!r}: {error}") from None
     except Exception as error:  # the library raises nothing narrower
@@ -85,8 +91,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_key(choice: str) -> str:
     """Returns what identifies the tokenizer ``choice`` in the cache.
 
-    This is "bytes", "bpe:SIZE" or the SHA-256 of a tokenizer.json. Raises DataError if the choice
-    is not valid.
+    This is "bytes", "bpe:SIZE" or the SHA-256 of a tokenizer.json, with its text format if there
+    is one. Raises DataError if the choice is not valid.
     """
     if choice == "bytes":
         return choice
@@ -97,7 +103,10 @@ def tokenizer_key(choice: str) -> str:
                 f"tokenizer {choice!r}: the size must be from {SMALLEST_BPE} to {LARGEST_BPE}"
             )
         return f"bpe:{size}"
-    return hashlib.sha256(_read(Path(choice))).hexdigest()
+    digest = hashlib.sha256(_read(Path(choice)))
+    if text_format := text_format_beside(Path(choice)):
+        digest.update(text_format.to_json().encode())
+    return digest.hexdigest()
 
 
 def make_tokenizer(choice: str, texts: Iterable[str]) -> Tokenizer:
@@ -113,20 +122,43 @@ def make_tokenizer(choice: str, texts: Iterable[str]) -> Tokenizer:
     return read_tokenizer(Path(choice))
 
 
+def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end a text; a model that makes any of them has finished.
+
+    They are those of the text format, or else the one of KNOWN_ENDS that the tokenizer has.
+    """
+    if text_format := text_format_of(tokenizer):
+        return text_format.ends
+    return known_ends(tokenizer)[:1]
+
+
 def end_of_document(tokenizer: Tokenizer) -> int:
-    """Returns the token that ends a document."""
-    special = _special_tokens(tokenizer)
-    return next(special[end] for end in KNOWN_ENDS if end in special)
+    """Returns the token that stands between documents. Raises DataError if there is none."""
+    ends = ends_of(tokenizer)
+    if not ends:
+        raise DataError(
+            "the tokenizer has no token that ends a text: name one as eos_token_id in the "
+            "generation_config.json of the model, and import the model again"
+        )
+    return ends[0]
 
 
 def beginning_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that a pretrained model expects before every text, such as LLaMA's <s>."""
+    """Returns the tokens that a pretrained model expects before every text, such as LLaMA's <s>.
+
+    What the tokenizer adds after a text, such as </s>, is left out: the text goes on.
+    """
+    for probe in PROBES:
+        found = tokenizer.encode(probe)
+        added = [special == 1 for special in found.special_tokens_mask]
+        if not all(added):
+            return list(found.ids[: added.index(False)])
     return list(tokenizer.encode("").ids)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Returns one more than the largest token, because a vocabulary may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(*tokenizer.get_vocab().values(), *ends_of(tokenizer), 0) + 1
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
@@ -152,15 +184,16 @@ def _configure(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is encoded as ordinary characters
-    if not _special_tokens(tokenizer).keys() & set(KNOWN_ENDS):
+    if text_format_of(tokenizer) is None and not known_ends(tokenizer):
         tokenizer.add_special_tokens([END_OF_DOCUMENT])
     return tokenizer
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the special tokens. Added tokens that are ordinary words are left out."""
+def known_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the special tokens among KNOWN_ENDS. Added tokens that are words are left out."""
     added = tokenizer.get_added_tokens_decoder()
-    return {token.content: number for number, token in added.items() if token.special}
+    special = {token.content: number for number, token in added.items() if token.special}
+    return tuple(special[end] for end in KNOWN_ENDS if end in special)
 
 
 def _read(path: Path) -> bytes:

@@ -70,4 +70,4 @@ class Data(Protocol):
         """
 
     def save_tokenizer(self, path: Path) -> None:
-        """Writes the tokenizer as a tokenizer.json; skills write nothing."""
+        """Writes the tokenizer as a tokenizer.json, with its text format; skills write nothing."""

@@ -163,7 +163,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
     @property
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context."""
-        return [self.eot_token_id, *beginning_tokens(self.text)][-1]
+        begun = beginning_tokens(self.text)
+        return begun[-1] if begun else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object

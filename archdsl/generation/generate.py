@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from archdsl.data.tokenizers import beginning_tokens, encode, end_of_document, vocab_size
+from archdsl.data.tokenizers import beginning_tokens, encode, ends_of, vocab_size
 from archdsl.errors import ArchdslError
 from archdsl.generation.detokenize import StopStringFilter, StreamingDecoder
 from archdsl.generation.sampling import generators, probabilities, sample_tokens
@@ -48,7 +48,7 @@ class GenerateError(ArchdslError):
 class Generation:
     """A prompt and its continuation.
 
-    ``tokens``: the new tokens, without the token that ends a document.
+    ``tokens``: the new tokens, without a token that ends a text.
     ``text``: the new text; None without a tokenizer.
     ``stopped``: why generation ended: ``end`` (the end of the document), ``stop`` (a stop string),
     ``length`` (the largest number of new tokens) or ``context`` (the context is full).
@@ -126,8 +126,8 @@ def generate(
     """Continue each of the prompts, which are texts or lists of tokens.
 
     ``sampling``: the sampling settings; default: ``Sampling()``.
-    ``tokenizer``: required if the prompts are texts. Its end-of-document token ends a generation,
-    and stands for an empty prompt.
+    ``tokenizer``: required if the prompts are texts. Each of its tokens that end a text ends a
+    generation; the first stands for an empty prompt if no token begins texts.
     ``stop``: strings that end a generation; they are not part of the text.
     ``batch_size``: prompts that are continued together; default: all.
 
@@ -191,7 +191,7 @@ class GenerationRun:
     ) -> None:
         self.model, self.sampling = model, sampling
         self.rows = [Generation(tokens) for tokens in prompts]
-        self.end = end_of_document(tokenizer) if tokenizer else None
+        self.ends = frozenset(ends_of(tokenizer)) if tokenizer else frozenset()
         self.texts = [
             StopStringFilter(StreamingDecoder(tokenizer, p), stop) if tokenizer else None
             for p in prompts
@@ -294,7 +294,7 @@ class GenerationRun:
         """Append the token to row ``i`` and decide whether the row ends here."""
         row, text = self.rows[i], self.texts[i]
         new_text = ""
-        if token == self.end:
+        if token in self.ends:
             row.stopped = "end"
         else:
             row.tokens.append(token)
@@ -323,8 +323,8 @@ def _tokenized(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]
     for number, text in enumerate(texts, 1):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise GenerateError(f"{_which(number, texts)} is not valid UTF-8 text")
-    begun, ended = beginning_tokens(tokenizer), [end_of_document(tokenizer)]
-    return [begun + tokens.tolist() or ended for tokens, _ in encode(tokenizer, texts)]
+    begun, ended = beginning_tokens(tokenizer), ends_of(tokenizer)[:1]
+    return [begun + tokens.tolist() or list(ended) for tokens, _ in encode(tokenizer, texts)]
 
 
 def _which(number: int, prompts: Sequence[object]) -> str:

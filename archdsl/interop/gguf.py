@@ -6,15 +6,22 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from archdsl.data.text_format import TOKENIZER
+from archdsl.data.tokenizers import beginning_tokens
 from archdsl.interop.llama_config import PretrainedError
+from archdsl.interop.model_text import text_format
+from archdsl.interop.stored import Stored
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CONFIG = {
     "block_count": "num_hidden_layers",
@@ -30,6 +37,16 @@ CONFIG = {
 HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 WITHOUT_EFFECT = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "none"}
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+NUMBERS = {  # tokens of tokenizer.ggml; an eot or eom token ends a turn, and so a text
+    "eos_token_id": ("eos_token_id", "eot_token_id", "eom_token_id"),
+    "bos_token_id": ("bos_token_id",),
+    "pad_token_id": ("padding_token_id",),
+    "unk_token_id": ("unknown_token_id",),
+}
+TEXT_FIELDS = {"tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre", ADD_BOS} | {
+    f"tokenizer.ggml.{key}" for keys in NUMBERS.values() for key in keys
+}
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -41,8 +58,34 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Tokenizers of llama.cpp that make each digit a token, which the reader of transformers ignores.
-DIGIT_BY_DIGIT = ("smollm",)
+# How the kinds of llama.cpp (tokenizer.ggml.pre) split a text before its bytes are merged, as in
+# its src/llama-vocab.cpp. Other kinds are refused.
+GPT2 = (
+    "gpt-2 phi-2 gigachat jina-es jina-de jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+    "exaone4 mpt olmo jais trillion granite-docling"
+)
+DIGIT_BY_DIGIT = "smollm starcoder refact command-r codeshell exaone minerva-7b"
+LLAMA3 = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+REGEX = {
+    **dict.fromkeys([*LLAMA3.split(), "dbrx", "smaug-bpe"], LLAMA3_SPLIT),
+    **dict.fromkeys(
+        ["qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"], LLAMA3_SPLIT.replace("{1,3}", "")
+    ),
+    "tekken": TEKKEN_SPLIT,
+}
+# Texts of these begin with a token unless the file says otherwise, and what is a token as a whole
+# is not merged from its bytes.
+BEGUN_AND_WHOLE = frozenset([*LLAMA3.split(), "tekken"])
+NOT_FLOATS = {"I8", "I16", "I32", "I64", "F64"}  # types of tensors
 
 
 class GgufFile:
@@ -61,13 +104,17 @@ class GgufFile:
             fields = {
                 name: field.contents()
                 for name, field in reader.fields.items()
-                if not name.startswith("tokenizer.ggml.")
+                if not name.startswith("tokenizer.") or name in TEXT_FIELDS
             }
-            splitting = reader.fields.get("tokenizer.ggml.pre")
-            self.splitting = splitting and splitting.contents()
-            stored = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
-        self.shapes = {_name(name): tuple(shape) for name, shape in stored.items()}
-        self.config = _config(path, fields, self.shapes)
+            found = [
+                (one.name, one.shape.tolist()[::-1], one.tensor_type) for one in reader.tensors
+            ]
+        self.text = {name: fields.pop(name) for name in TEXT_FIELDS if name in fields}
+        self.stored = {
+            _name(name): Stored(path, tuple(shape), kind.name if kind.name in NOT_FLOATS else "F32")
+            for name, shape, kind in found
+        }
+        self.config = _config(path, fields, self.stored)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and values of the weights, dequantised to float32."""
@@ -85,10 +132,12 @@ class GgufFile:
         while found:
             yield found.popitem()
 
-    def tokenizer(self, scratch: Path) -> Path:
-        """Write tokenizer.json to the folder ``scratch`` and return its path."""
-        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    def tokenizer(self, scratch: Path, vocab_size: int) -> Path:
+        """Write tokenizer.json and text_format.json to the folder ``scratch``.
 
+        Raises PretrainedError if the file's way to split texts is not known.
+        """
+        kind = self._kind()
         # Link it into an empty folder, so that no file beside it is taken for a part of it.
         (scratch / "model.gguf").symlink_to(self.path.resolve())
         with _reading(self.path):
@@ -97,11 +146,73 @@ class GgufFile:
             found = AutoTokenizer.from_pretrained(
                 str(scratch), gguf_file="model.gguf", trust_remote_code=False
             ).backend_tokenizer
-        if self.splitting in DIGIT_BY_DIGIT:
-            digits = Digits(individual_digits=True)
-            found.pre_tokenizer = Sequence([digits, ByteLevel(add_prefix_space=False)])
-        found.save(str(scratch / "tokenizer.json"))
-        return scratch / "tokenizer.json"
+        if kind is not None:
+            _split_like(kind, found)
+        numbers = dict(self._numbers(vocab_size))
+        if self.text.get(ADD_BOS, kind in BEGUN_AND_WHOLE) and not beginning_tokens(found):
+            _begin_with(numbers.get("bos_token_id", ()), found)
+        template = self.text.get("tokenizer.chat_template")
+        text_format(found, numbers, {}, template, {}).write(scratch)
+        found.save(str(scratch / TOKENIZER))
+        return scratch / TOKENIZER
+
+    def _kind(self) -> str | None:
+        """Return how the tokenizer splits texts; None for SentencePiece, which does not."""
+        model, kind = (self.text.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+        if model == "llama":
+            return None
+        if model != "gpt2":
+            raise PretrainedError(
+                f"{self.path}: the tokenizer is of the kind {model!r}; supported: llama, gpt2"
+            )
+        if kind not in {*GPT2.split(), *DIGIT_BY_DIGIT.split(), *REGEX}:
+            told = f"is {kind!r}, which is not known" if kind else "is missing"
+            raise PretrainedError(
+                f"{self.path}: tokenizer.ggml.pre, which says how texts are split into words, "
+                f"{told}: import the safetensors folder of the model instead, or, if you know "
+                "that another kind splits alike, write it into the file with gguf-new-metadata "
+                "--pre-tokenizer KIND"
+            )
+        return str(kind)
+
+    def _numbers(self, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, keys in NUMBERS.items():
+            given = {key: self.text.get(f"tokenizer.ggml.{key}") for key in keys}
+            for key, value in given.items():
+                if value is not None and not 0 <= value < vocab_size:
+                    raise PretrainedError(
+                        f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, but the model has "
+                        f"only the tokens 0 to {vocab_size - 1:,}"
+                    )
+            if found := tuple(value for value in given.values() if value is not None):
+                yield name, found
+
+
+def _split_like(kind: str, tokenizer: Tokenizer) -> None:
+    """Split texts as llama.cpp does. The reader of transformers knows few of its kinds."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if kind in REGEX:
+        words = Split(Regex(REGEX[kind]), behavior="isolated")
+        tokenizer.pre_tokenizer = Sequence(
+            [words, ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    else:
+        digits = [Digits(individual_digits=True)] if kind in DIGIT_BY_DIGIT.split() else []
+        tokenizer.pre_tokenizer = Sequence([*digits, ByteLevel(add_prefix_space=False)])
+    if kind in BEGUN_AND_WHOLE:
+        tokenizer.model.ignore_merges = True
+
+
+def _begin_with(tokens: Sequence[int], tokenizer: Tokenizer) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    for token in tokens:
+        word = tokenizer.id_to_token(token)
+        tokenizer.post_processor = TemplateProcessing(
+            single=[word, "$A"], special_tokens=[(word, token)]
+        )
 
 
 @contextmanager
@@ -128,19 +239,18 @@ def _name(name: str) -> str:
     return name
 
 
-def _config(
-    path: Path, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
+def _config(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
     """Return the config with the keys and values of a config.json."""
     architecture = fields.get("general.architecture")
+    embedding = stored.get("model.embed_tokens.weight")
     config: dict[str, Any] = {
         "model_type": architecture,
-        "tie_word_embeddings": "lm_head.weight" not in shapes,
-        "vocab_size": shapes.get("model.embed_tokens.weight", (0,))[0],
+        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "vocab_size": embedding.shape[0] if embedding else 0,
     }
     if architecture != "llama":
         return config  # `llama_spec` rejects other architectures
-    if "rope_freqs.weight" in shapes:
+    if "rope_freqs.weight" in stored:
         raise PretrainedError(
             f"{path} stores its rotary scaling as a tensor (rope_freqs.weight), which the reader "
             "of transformers ignores: import the safetensors folder of the model instead"

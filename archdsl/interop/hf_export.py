@@ -26,7 +26,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from archdsl import __version__
-from archdsl.data.tokenizers import end_of_document, read_tokenizer
+from archdsl.data.text_format import TextFormat, text_format_of
+from archdsl.data.tokenizers import ends_of, read_tokenizer
 from archdsl.errors import ArchdslError
 from archdsl.files import atomic_folder
 from archdsl.interop.hf_model import ArchdslCache, ArchdslConfig, ArchdslForCausalLM
@@ -37,6 +38,8 @@ from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from archdsl.model.language_model import LanguageModel
 
 CODE = "modeling_archdsl"
@@ -82,9 +85,12 @@ def _is_export(path: Path) -> bool:
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     hub = in_transformers(checkpoint.model)
-    end = None if checkpoint.tokenizer is None else _tokenizer(folder, checkpoint)
-    hub.generation_config = GenerationConfig(use_cache=True, eos_token_id=end, pad_token_id=end)
+    hub.generation_config = GenerationConfig(use_cache=True)
     hub.save_pretrained(folder)
+    if checkpoint.tokenizer is not None:
+        tokenizer = read_tokenizer(checkpoint.tokenizer)
+        _write_tokenizer(folder, tokenizer, checkpoint.spec.context)
+        _write_generation(folder, tokenizer)
     used = sorted({_package(type(part)) for _, part in walk(checkpoint.model.spec)} - {"archdsl"})
     (folder / f"{CODE}.py").write_text(code(*used), encoding="utf-8")
 
@@ -142,22 +148,40 @@ def plain(value: Any) -> Any:
             return value
 
 
-def _tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
-    """Writes it, and returns the token that ends a text."""
-    assert checkpoint.tokenizer is not None
-    backend = read_tokenizer(checkpoint.tokenizer)
-    backend.encode_special_tokens = False  # as transformers' tokenizers have it
-    end = end_of_document(backend)
-    word = backend.id_to_token(end)
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
+    """Writes the tokenizer with the special tokens and the chat template of its model."""
+    text_format = text_format_of(tokenizer) or TextFormat()
+    added = tokenizer.get_added_tokens_decoder()
+    words = [added[end].content for end in ends_of(tokenizer) if end in added][:1]
+    tokenizer.encode_special_tokens = False  # as transformers' tokenizers have it
     PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=word,
-        pad_token=word,
+        tokenizer_object=tokenizer,
+        **dict.fromkeys(("eos_token", "pad_token") if words else (), *words)
+        | text_format.special_tokens,
         padding_side="left",
-        model_max_length=checkpoint.spec.context,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
+        chat_template=text_format.chat_template,
     ).save_pretrained(folder)
-    return end
+
+
+def _write_generation(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes generation_config.json: every token that ends a text, and the settings of sampling.
+
+    It is not left to transformers, which refuses to save some settings that it loads.
+    """
+    ends = ends_of(tokenizer)
+    fields: dict[str, Any] = {"use_cache": True}
+    if ends:
+        fields |= {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]}
+        fields |= {"pad_token_id": ends[0]}
+    if text_format := text_format_of(tokenizer):
+        fields |= text_format.generation
+    try:
+        GenerationConfig(**fields).to_json_file(folder / "generation_config.json")
+    except (TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ExportError(f"the settings of generation of the imported model: {reason}") from None
 
 
 def _compare(folder: Path, model: LanguageModel) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, describe
 from archdsl.lang import source
 from archdsl.lang.messages import explain
 from archdsl.lang.spec import ModelSpec, parse_spec
@@ -153,6 +153,26 @@ def llama_spec(
         ],
     }
     return parse_spec(source.from_value(tree, file))
+
+
+def own_spec(
+    config: Mapping[str, Any], file: str, *, name: str | None = None, context: int | None = None
+) -> ModelSpec:
+    """Return the spec of a model that `archdsl export` wrote. Its vocabulary may have grown since.
+
+    The parameters and errors are those of `llama_spec`; the default of ``name`` is the spec's own.
+    """
+    tree = config.get("spec")
+    if not isinstance(tree, Mapping):
+        raise PretrainedError(f"{file}: spec: must be a mapping, got {describe(tree)}")
+    tree = {**tree, "vocab_size": config.get("vocab_size", tree.get("vocab_size"))}
+    spec = parse_spec(source.from_value(tree, f"{file}: spec"))
+    if context is not None and context > spec.context:
+        raise PretrainedError(
+            f"{file}: the model has a context of {spec.context} tokens, not {context}"
+        )
+    new = {"name": name or spec.name, "context": context or spec.context}
+    return parse_spec(source.from_value(tree | new, f"{file}: spec"))
 
 
 def _read(config: Mapping[str, Any], file: str) -> LlamaConfig:

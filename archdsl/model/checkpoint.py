@@ -3,6 +3,7 @@
     model.safetensors       the weights, shared ones once
     spec.yaml               the model, as ``archdsl build`` takes it
     tokenizer.json          unless the data has none
+    text_format.json        for imported models: which tokens end a text, and the chat template
     training.json, .safetensors     where training stood, if it is to go on
     provenance.json         what made it, the plugins that define its kinds, and the SHA-256 of each
                             file above
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from archdsl import __version__
+from archdsl.data.text_format import TEXT_FORMAT
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError, Position, Problem, SpecError, describe
 from archdsl.files import (
@@ -118,10 +120,10 @@ def save_checkpoint(
 ) -> None:
     """Writes the folder ``path``, in place of an older checkpoint of that name.
 
-    ``tokenizer_from``: data, or a tokenizer.json. ``training`` maps names to tensors or JSON
-    values. Not ``durable``: a kill harms nothing, but after a power failure it may be damaged, as
-    whoever loads it is then told. Raises CheckpointError if the folder holds something else, or
-    if it cannot be written.
+    ``tokenizer_from``: data, or a tokenizer.json with its text format. ``training`` maps names to
+    tensors or JSON values. Not ``durable``: a kill harms nothing, but after a power failure it may
+    be damaged, as whoever loads it is then told. Raises CheckpointError if the folder holds
+    something else, or if it cannot be written.
     """
     path = Path(path)
     empty = path.is_dir() and not any(path.iterdir())
@@ -147,6 +149,8 @@ def _write(
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
     if isinstance(tokenizer, Path):
         shutil.copyfile(tokenizer, folder / TOKENIZER)
+        if (beside := tokenizer.with_name(TEXT_FORMAT)).exists():
+            shutil.copyfile(beside, folder / TEXT_FORMAT)
     elif tokenizer is not None:
         tokenizer.save_tokenizer(folder / TOKENIZER)
     if training is not None:
@@ -187,7 +191,7 @@ def load_checkpoint(
     Raises CheckpointError if the folder is no valid checkpoint, SpecError if its spec is wrong.
     """
     path = Path(path)
-    provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER)
+    provenance = _verified(path, WEIGHTS, SPEC, TOKENIZER, TEXT_FORMAT)
     spec = _spec(path, provenance)
     # on the device meta first, so that a spec of another size costs no memory
     _check_tensors(path, meta_model(spec))

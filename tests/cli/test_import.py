@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from archdsl.data.loading import load_data
+from archdsl.interop.hf_export import export
 from tests.cli.command import Cli
+from tests.interop.test_hf_export import saved
 from tests.interop.test_import_weights import pretrained
 
 
@@ -52,3 +55,15 @@ def test_a_mistake_is_one_line(cli: Cli) -> None:
     assert (found.status, found.out) == (1, "")
     assert found.err.startswith("nowhere does not exist: expected a folder with config.json")
     assert not Path("made").exists()
+
+
+def test_the_commands_go_on_with_what_was_exported(cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "words.txt"
+    data.write_text("some words\n" * 200)
+    export(saved(tmp_path / "own", load_data(str(data))), tmp_path / "exported")
+    found = cli("import", tmp_path / "exported", "--out", "back")
+    assert found.status == 0, found.err
+    assert found.out.splitlines()[0] == "tiny, an exported archdsl model"
+    assert cli("generate", "back", "some", "--max-tokens", "3").status == 0
+    swept = cli("eval", "back", "--data", data, "--sweep", "--tokens", "256")
+    assert swept.status == 0, swept.err

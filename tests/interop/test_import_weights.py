@@ -58,7 +58,7 @@ Theirs = Any  # a model of transformers, which has few types
 
 def pretrained(folder: Path, **config: Any) -> Theirs:
     """Save a random model in ``folder``. No weight keeps its initial value."""
-    fields: dict[str, Any] = {"model_type": "llama"} | TINY | config
+    fields: dict[str, Any] = {"model_type": "llama", "eos_token_id": 256} | TINY | config
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     with torch.no_grad():
         for weight in model.parameters():
@@ -117,8 +117,9 @@ def test_half_precision_becomes_the_same_numbers(tmp_path: Path) -> None:
 def test_shards_are_one_model(tmp_path: Path) -> None:
     theirs = pretrained(tmp_path / "model")
     whole = imported(tmp_path / "model")
-    (tmp_path / "model/model.safetensors").unlink()
     theirs.save_pretrained(tmp_path / "model", max_shard_size="9KB")
+    refused(tmp_path, tmp_path / "model", "has both model.safetensors and model.safetensors.index")
+    (tmp_path / "model/model.safetensors").unlink()
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     sharded = imported(tmp_path / "model")
     for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
@@ -146,6 +147,7 @@ def test_writes_a_spec_that_builds_and_says_where_it_came_from(tmp_path: Path) -
     assert provenance(tmp_path)["architecture"] == "llama"
     assert set(provenance(tmp_path)["files"]) == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
     }
@@ -348,7 +350,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
-    pretrained(tmp_path / "model", vocab_size=256)
+    pretrained(tmp_path / "model", vocab_size=256, eos_token_id=None)
     refused(tmp_path, tmp_path / "model", "tokenizer has 257 tokens, but the model has only")
 
 
