@@ -69,9 +69,10 @@ def import_(
     from archdsl.interop.import_weights import import_pretrained
     from archdsl.reports.layout import TwoColumns
 
-    facts = _imported(import_pretrained(source, out, name=name, context=context))
+    imported = import_pretrained(source, out, name=name, context=context)
+    facts = _imported(imported)
     if as_json:
-        print_json({"checkpoint": str(out)} | facts)
+        print_json({"checkpoint": str(out)} | facts | {"notes": imported.notes})
     else:
         words = {key: f"{value:,}" for key, value in facts.items() if isinstance(value, int)}
         words["tokenizer"] = f"{facts['tokenizer']:,} tokens of {facts['vocab_size']:,}"
@@ -80,6 +81,8 @@ def import_(
         what = "an exported archdsl model" if own else f"a pretrained {facts['architecture']}"
         print(f"{facts['name']}, {what}")
         print_parts(TwoColumns([(f"  {key}", value) for key, value in words.items()]))
+    for note in imported.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"wrote {out}; next: archdsl build {out}/spec.yaml", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from archdsl.data.text_format import TOKENIZER
 from archdsl.data.tokenizers import beginning_tokens
 from archdsl.interop.llama_config import PretrainedError
-from archdsl.interop.model_text import text_format
+from archdsl.interop.model_text import checked_template, text_format
 from archdsl.interop.stored import Stored
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class GgufFile:
 
         Raises PretrainedError if the file's way to split texts is not known.
         """
-        kind = self._kind()
+        kind, numbers = self._kind(), dict(self._numbers(vocab_size))
         # Link it into an empty folder, so that no file beside it is taken for a part of it.
         (scratch / "model.gguf").symlink_to(self.path.resolve())
         with _reading(self.path):
@@ -148,42 +148,42 @@ class GgufFile:
             ).backend_tokenizer
         if kind is not None:
             _split_like(kind, found)
-        numbers = dict(self._numbers(vocab_size))
         if self.text.get(ADD_BOS, kind in BEGUN_AND_WHOLE) and not beginning_tokens(found):
             _begin_with(numbers.get("bos_token_id", ()), found)
-        template = self.text.get("tokenizer.chat_template")
+        template = checked_template(self.path, self.text.get("tokenizer.chat_template"))
         text_format(found, numbers, {}, template, {}).write(scratch)
         found.save(str(scratch / TOKENIZER))
         return scratch / TOKENIZER
 
     def _kind(self) -> str | None:
         """Return how the tokenizer splits texts; None for SentencePiece, which does not."""
-        model, kind = (self.text.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+        model, kind = (str(self.text.get(f"tokenizer.ggml.{n}", "")) for n in ("model", "pre"))
         if model == "llama":
             return None
         if model != "gpt2":
             raise PretrainedError(
-                f"{self.path}: the tokenizer is of the kind {model!r}; supported: llama, gpt2"
+                f"{self.path}: the tokenizer is of the kind {model[:60]!r}; supported: llama, gpt2"
             )
         if kind not in {*GPT2.split(), *DIGIT_BY_DIGIT.split(), *REGEX}:
-            told = f"is {kind!r}, which is not known" if kind else "is missing"
+            told = f"is {kind[:60]!r}, which is not known" if kind else "is missing"
             raise PretrainedError(
                 f"{self.path}: tokenizer.ggml.pre, which says how texts are split into words, "
                 f"{told}: import the safetensors folder of the model instead, or, if you know "
                 "that another kind splits alike, write it into the file with gguf-new-metadata "
                 "--pre-tokenizer KIND"
             )
-        return str(kind)
+        return kind
 
     def _numbers(self, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, keys in NUMBERS.items():
             given = {key: self.text.get(f"tokenizer.ggml.{key}") for key in keys}
             for key, value in given.items():
-                if value is not None and not 0 <= value < vocab_size:
-                    raise PretrainedError(
-                        f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, but the model has "
-                        f"only the tokens 0 to {vocab_size - 1:,}"
-                    )
+                if value is None or (isinstance(value, int) and 0 <= value < vocab_size):
+                    continue
+                raise PretrainedError(
+                    f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, but the model has only "
+                    f"the tokens 0 to {vocab_size - 1:,}"
+                )
             if found := tuple(value for value in given.values() if value is not None):
                 yield name, found
 
@@ -208,8 +208,9 @@ def _split_like(kind: str, tokenizer: Tokenizer) -> None:
 def _begin_with(tokens: Sequence[int], tokenizer: Tokenizer) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    for token in tokens:
-        word = tokenizer.id_to_token(token)
+    for word, token in ((tokenizer.id_to_token(token), token) for token in tokens):
+        if word is None:
+            continue
         tokenizer.post_processor = TemplateProcessing(
             single=[word, "$A"], special_tokens=[(word, token)]
         )

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from archdsl.data.folders import few
 from archdsl.data.text_format import TOKENIZER, TextFormat
-from archdsl.data.tokenizers import read_tokenizer, vocab_size
+from archdsl.data.tokenizers import ends_of, read_tokenizer, vocab_size
 from archdsl.files import read_json
 from archdsl.interop.gguf import GgufFile
 from archdsl.interop.llama_config import (
@@ -29,6 +30,7 @@ from archdsl.interop.llama_config import (
     llama_spec,
     own_spec,
     transformers_name,
+    unused_fields,
 )
 from archdsl.interop.model_text import text_format_in
 from archdsl.interop.stored import Stored
@@ -78,12 +80,14 @@ class ImportedModel:
 
     ``architecture``: the model type in the config. ``tokens``: the size of the tokenizer's
     vocabulary; 0 without one. ``files``: the SHA-256 of each file that was read, by name.
+    ``notes``: what the files say and archdsl does not use.
     """
 
     spec: ModelSpec
     architecture: str
     tokens: int
     files: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def import_pretrained(
@@ -107,7 +111,8 @@ def import_pretrained(
         tokenizer = source.tokenizer(Path(scratch), spec.vocab_size)
         tokens = _count_tokens(tokenizer, path, spec) if tokenizer else 0
         files = {file.name: _sha256(file) for file in source.files}
-        imported = ImportedModel(spec, source.config["model_type"], tokens, files)
+        notes = tuple(_notes(source, tokenizer))
+        imported = ImportedModel(spec, source.config["model_type"], tokens, files, notes)
         about = {"source": path.name, "architecture": imported.architecture, "files": files}
         save_checkpoint(
             out,
@@ -141,6 +146,20 @@ def _names(source: PretrainedSource, spec: ModelSpec) -> dict[str, str]:
         return {name: transformers_name(name) for name in names}
     head = HEAD if HEAD in source.stored else "model.head.weight"  # the latter in older exports
     return {name: head if name == "head.weight" else f"model.{name}" for name in names}
+
+
+def _notes(source: PretrainedSource, tokenizer: Path | None) -> Iterator[str]:
+    unused = unused_fields(source.config) if source.config["model_type"] != OWN else []
+    if unused:
+        yield f"{source.config_file} has fields that archdsl does not know: {few(unused)}"
+    backend = read_tokenizer(tokenizer) if tokenizer else None
+    special = backend.get_added_tokens_decoder() if backend else {}
+    for end in ends_of(backend) if backend else ():
+        if end not in special:
+            yield (
+                f"token {end}, which ends texts by eos_token_id, is an ordinary token of the "
+                "tokenizer: it may also stand inside of a text"
+            )
 
 
 def _name(path: Path) -> str:

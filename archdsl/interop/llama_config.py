@@ -20,6 +20,31 @@ from archdsl.lang.spec import ModelSpec, parse_spec
 ARCHITECTURES = ("llama", "mistral")
 MISTRAL_WINDOW = 4096  # the default of transformers
 SCALINGS = ("linear", "llama3")
+OF_SCALING = {  # the rotary parameters that each type uses
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
+OF_ANY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+ORIGINAL = "original_max_position_embeddings"
+
+# Fields that change no logit, as transformers and the tools around it write them.
+WITHOUT_EFFECT = (
+    "architectures _name_or_path transformers_version torch_dtype dtype use_cache bos_token_id "
+    "eos_token_id pad_token_id initializer_range pretraining_tp output_attentions "
+    "output_hidden_states return_dict return_dict_in_generate id2label label2id problem_type "
+    "chunk_size_feed_forward gradient_checkpointing is_encoder_decoder is_decoder "
+    "max_sequence_length max_length attn_implementation _attn_implementation "
+    "_attn_implementation_autoset"
+)
+# The names of other fields that may change the logits have one of these words.
+EFFECTS = re.compile(
+    "multiplier|scal|factor|cap|bias|norm|rope|rotary|window|layer|expert|moe|activation|hidden_act"
+    "|causal|bidirectional|attention|alibi|position|parallel|residual|quant|compress|lora|mup|head"
+    "|sink|embedding|prun"
+)
+HARMLESS = re.compile("drop|flash|loss|sdpa")  # in training alone, or another way to the same
+ONE_IS_NEUTRAL = re.compile("multiplier|scal|factor")
 
 TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 LAYER = {
@@ -64,6 +89,9 @@ class LlamaConfig(BaseModel):
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None  # in files from before transformers 5
     rope_parameters: dict[str, Any] | None = None  # since transformers 5, including rope_theta
+    original_max_position_embeddings: int | None = None
+    layer_types: list[str] | None = None
+    use_sliding_window: bool | None = None
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -87,6 +115,36 @@ class LlamaConfig(BaseModel):
         )
         return all(newer.get(name) == older[name] for name in older if name != "type")
 
+    def _wrong_rope(self) -> Iterator[str]:
+        """Yield each rotary parameter that contradicts another or that its type does not use."""
+        rope = self.rope
+        spellings = ({"rope_theta": self.rope_theta}, self.rope_scaling, self.rope_parameters)
+        thetas = [one["rope_theta"] for one in spellings if one and one.get("rope_theta")]
+        if any(theta != thetas[0] for theta in thetas):
+            yield "rope_theta with different values (leave one of them)"
+        used = OF_ANY_ROPE | OF_SCALING[self.rope_type] | {ORIGINAL}
+        for name in sorted(name for name in rope.keys() - used if rope[name] not in (None, 1)):
+            yield f"{name}: {rope[name]!r:.60} (no rotary parameter of type {self.rope_type})"
+        outer = self.original_max_position_embeddings
+        if self.rope_type == "llama3" and outer not in (None, rope.get(ORIGINAL)):
+            yield f"{ORIGINAL}: {outer} beside rope_parameters with another value"
+
+    def _wrong_window(self) -> Iterator[str]:
+        """Yield what contradicts the window, which is the same in all layers."""
+        windowed = self.model_type == "mistral" and self._window is not None
+        if self.use_sliding_window is not None and self.use_sliding_window != windowed:
+            yield f"use_sliding_window: {str(self.use_sliding_window).lower()} (the model has " + (
+                "a sliding_window)" if windowed else "none)"
+            )
+        wanted = "sliding_attention" if windowed else "full_attention"
+        if other := set(self.layer_types or ()) - {wanted}:
+            yield f"layer_types: {min(other)!r:.60} (supported here: {wanted} in every layer)"
+
+    @property
+    def _window(self) -> int | None:
+        missing = "sliding_window" not in self.model_fields_set
+        return MISTRAL_WINDOW if missing else self.sliding_window
+
     @property
     def kv_heads(self) -> int:
         """The number of key/value heads."""
@@ -94,8 +152,7 @@ class LlamaConfig(BaseModel):
 
     def window(self, context: int) -> int | None:
         """Return the attention window in tokens; None if it covers the whole context."""
-        missing = "sliding_window" not in self.model_fields_set
-        window = MISTRAL_WINDOW if missing else self.sliding_window
+        window = self._window
         matters = self.model_type == "mistral" and window is not None and window < context
         return window if matters else None
 
@@ -109,7 +166,7 @@ class LlamaConfig(BaseModel):
         for name in ("attention_bias", "mlp_bias"):
             if getattr(self, name):
                 yield f"{name}: true (archdsl has no biases)"
-        if self.hidden_act != "silu":
+        if self.hidden_act not in ("silu", "swish"):  # two names of one function
             yield f"hidden_act: {self.hidden_act} (supported: silu)"
         if self.quantization_config is not None:
             yield "quantization_config (quantised weights are not supported)"
@@ -123,6 +180,9 @@ class LlamaConfig(BaseModel):
         elif self.rope_type not in ("default", *SCALINGS):
             known = ", ".join(SCALINGS)
             yield f"rotary scaling of type {self.rope_type!r} (supported: {known})"
+        else:
+            yield from self._wrong_rope()
+        yield from self._wrong_window()
 
 
 def llama_spec(
@@ -187,9 +247,33 @@ def _read(config: Mapping[str, Any], file: str) -> LlamaConfig:
     except ValidationError as error:
         path, message = explain(error, LlamaConfig.model_fields)[0]
         raise PretrainedError(f"{file}: {'.'.join(map(str, path))}: {message}") from None
-    if reasons := "; ".join(read.unsupported()):
+    reasons = "; ".join([*read.unsupported(), *_unknown_effects(config)])
+    if reasons:
         raise PretrainedError(f"{file} has properties that archdsl does not support: {reasons}")
     return read
+
+
+def unused_fields(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the fields that archdsl does not know and whose values say something."""
+    known = {*LlamaConfig.model_fields, *WITHOUT_EFFECT.split()}
+    others = sorted(name for name in config.keys() - known if not HARMLESS.search(name))
+    return [name for name in others if not _is_neutral(name, config[name])]
+
+
+def _unknown_effects(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the unknown fields whose names say that they may change the logits."""
+    for name in filter(EFFECTS.search, unused_fields(config)):
+        yield f"{name}: {config[name]!r:.60} (a field that archdsl does not know)"
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if "causal" in name:
+        return value is True
+    if ONE_IS_NEUTRAL.search(name):
+        return value is False or (value == 1 and value is not True)
+    return not value
 
 
 def _layer(config: LlamaConfig, context: int | None) -> dict[str, Any]:

@@ -85,7 +85,9 @@ def text_format(
         found = [special[number] for number in of if number in special]
         if name not in known and found:
             known[name] = found[0]
-    kept: dict[str, Any] = {name: of[0] for name, of in numbers.items() if name != "eos_token_id"}
+    kept: dict[str, Any] = {
+        name: numbers[name][0] for name in ("bos_token_id", "pad_token_id") if name in numbers
+    }
     kept |= generation
     return TextFormat.model_validate(
         {"ends": ends, "special_tokens": known, "chat_template": template, "generation": kept}
@@ -130,12 +132,12 @@ def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Return the chat template; of several that have names, the one named ``default``."""
     path = folder / TEMPLATE
     if path.is_file():
-        return _checked(path, _read(path))
+        return checked_template(path, _read(path))
     found = about.get("chat_template")
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
-        found = named.get("default")
-    return _checked(folder / TOKENIZER_CONFIG, found) if isinstance(found, str) else None
+        named = {str(one.get("name")): one for one in found if isinstance(one, Mapping)}
+        found = named.get("default", {}).get("template")
+    return checked_template(folder / TOKENIZER_CONFIG, found)
 
 
 def _read(path: Path) -> str:
@@ -146,7 +148,11 @@ def _read(path: Path) -> str:
         raise PretrainedError(f"{path} cannot be read: {error}") from None
 
 
-def _checked(path: Path, template: str) -> str:
+def checked_template(path: Path, template: Any) -> str | None:
+    """Return the chat template of a file; None if it is no text. Raises PretrainedError if it is
+    too long."""
+    if not isinstance(template, str):
+        return None
     if len(template) > MAX_TEMPLATE:
         raise PretrainedError(
             f"{path}: the chat template has more than {MAX_TEMPLATE:,} characters"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,8 +29,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import archdsl
 from archdsl.data.documents import find_source
-from archdsl.data.tokenizers import byte_level, read_tokenizer
+from archdsl.data.text_format import text_format_of
+from archdsl.data.tokenizers import beginning_tokens, byte_level, ends_of, read_tokenizer
 from archdsl.errors import ArchdslError
+from archdsl.interop.gguf import GgufFile
 from archdsl.interop.import_weights import import_pretrained
 from archdsl.model.checkpoint import load_checkpoint
 from archdsl.model.language_model import LanguageModel
@@ -230,6 +233,42 @@ def refused(tmp_path: Path, source: Path, complaint: str) -> None:
             },
             "rope_scaling and rope_parameters with different values",
         ),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_theta with different values",
+        ),
+        ({"rope_parameters": {"factor": 8.0, "rope_theta": 1e4}}, "factor: 8.0 .no rotary param"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 0.7}},
+            "mscale: 0.7 .no rotary parameter of type linear",
+        ),
+        (
+            {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+            "original_max_position_embeddings: 32 beside rope_parameters with another value",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: 'sliding_att"),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"]},
+            "layer_types: 'full_attention' .supported here: sliding_attention in every layer",
+        ),
+        (
+            {"model_type": "mistral", "use_sliding_window": False},
+            "use_sliding_window: false .the model has a sliding_window",
+        ),
+        ({"attention_multiplier": 0.0078125}, "attention_multiplier: 0.0078125 .a field that"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier: 12 .a field that archdsl does not"),
+        ({"logits_scaling": 8.0}, "logits_scaling: 8.0 .a field"),
+        ({"logit_scale": 0.0}, "logit_scale: 0.0 .a field"),
+        ({"scale_embeddings": True}, "scale_embeddings: True .a field"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier: 0.22 .a field"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 .a field"),
+        ({"qkv_bias": True}, "qkv_bias: True .a field"),
+        ({"use_qk_norm": True}, "use_qk_norm: True .a field"),
+        ({"is_causal": False}, "is_causal: False .a field"),
+        ({"no_rope_layers": [1, 0, 1]}, r"no_rope_layers: \[1, 0, 1\] .a field"),
+        ({"num_local_experts": 8}, "num_local_experts: 8 .a field"),
+        ({"compression_config": {"bits": 4}}, "compression_config: {'bits': 4} .a field"),
+        ({"hidden_activation": "gelu"}, "hidden_activation: 'gelu' .a field"),
         ({"num_key_value_heads": 4}, "4 key/value heads, which do not divide the 6 heads"),
         ({"num_attention_heads": 18, "head_dim": None}, "18 heads, which do not divide the hid"),
         ({"head_dim": 5}, "head_size: must be a multiple of 2, got 5"),
@@ -248,6 +287,37 @@ def test_a_config_that_does_not_map_is_refused(
     pretrained(tmp_path / "model")
     change(tmp_path / "model", lambda config: config | wrong)
     refused(tmp_path, tmp_path / "model", complaint)
+
+
+def test_fields_that_change_nothing_are_passed_by_and_unknown_ones_are_named(
+    tmp_path: Path,
+) -> None:
+    pretrained(tmp_path / "model")
+    wanted = import_pretrained(tmp_path / "model", tmp_path / "imported")
+    assert wanted.notes == ()
+    neutral = {
+        "hidden_act": "swish",
+        "torch_dtype": "float16",
+        "attention_dropout": 0.1,
+        "logits_scaling": 1.0,
+        "attention_multiplier": None,
+        "qkv_bias": False,
+        "pruned_heads": {},
+        "is_causal": True,
+        "layer_types": ["full_attention"] * 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 1.0},
+    }
+    change(tmp_path / "model", lambda config: config | neutral | {"tool_version": "2024.9"})
+    found = import_pretrained(tmp_path / "model", tmp_path / "imported")
+    assert found.spec == wanted.spec
+    [note] = found.notes
+    assert note.endswith("has fields that archdsl does not know: 'tool_version'")
+
+
+def test_an_end_that_is_an_ordinary_token_is_noted(tmp_path: Path) -> None:
+    pretrained(tmp_path / "model", eos_token_id=2)
+    [note] = import_pretrained(tmp_path / "model", tmp_path / "imported").notes
+    assert note.startswith("token 2, which ends texts by eos_token_id, is an ordinary token")
 
 
 def test_a_config_without_a_size_is_refused(tmp_path: Path) -> None:
@@ -404,15 +474,21 @@ def write_gguf(path: Path, model: Theirs, **fields: Any) -> None:
     vocabulary = sorted(byte_level().get_vocab().items(), key=lambda item: item[1])
     tokens = [token for token, _ in vocabulary] + ["ab"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.pop("pre", "gpt-2"))
+    if pre := fields.pop("pre", "gpt-2"):
+        writer.add_tokenizer_pre(pre)
+    if template := fields.pop("template", None):
+        writer.add_chat_template(template)
+    whole = fields.pop("whole", None)  # a type that a norm is stored in
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges(["a b"])
     for name, value in fields.items():
-        writer.add_uint32(name, value)
+        writer.add_bool(name, value) if isinstance(value, bool) else writer.add_uint32(name, value)
     for name, weight in model.state_dict().items():
         if ".q_proj" in name or ".k_proj" in name:
             weight = interleaved(weight, weight.size(0) // config.head_dim)
+        if whole and name == NORM:
+            weight = weight.to(whole)
         writer.add_tensor(gguf_name(name), weight.numpy())
     if fields.get("rope_freqs"):
         writer.add_tensor("rope_freqs.weight", torch.ones(2).numpy())
@@ -442,13 +518,73 @@ def test_a_gguf_file_is_the_same_model(tmp_path: Path, small: Theirs) -> None:
     assert tokenizer.decode(found) == "ab ba é"
 
 
-def test_digits_stand_alone_where_the_file_says_so(tmp_path: Path, small: Theirs) -> None:
-    write_gguf(tmp_path / "small.gguf", small, pre="smollm")
-    imported(tmp_path / "small.gguf")
-    splits = read_tokenizer(tmp_path / "imported/tokenizer.json").pre_tokenizer
+GPT2 = "I|'|LL|Ġ'|tis|Ġa|12345|b|ĠĠ|Ġx|!|Ċ|y"
+SINGLE = "I|'|LL|Ġ'|tis|Ġa|1|2|3|4|5|b|ĠĠ|Ġx|!|Ċ|y"
+LLAMA3_WORDS = "I|'LL|Ġ'|tis|Ġa|123|45|b|ĠĠ|Ġx|!Ċ|y"
+QWEN2 = "I|'LL|Ġ'|tis|Ġa|1|2|3|4|5|b|ĠĠ|Ġx|!Ċ|y"
+TEKKEN = "I|'LL|Ġ'|tis|Ġa|1|2|3|4|5|b|ĠĠ|Ġx|!Ċ|y"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        *((kind, SINGLE) for kind in ("smollm", "starcoder", "refact", "command-r", "exaone")),
+        *((kind, SINGLE) for kind in ("minerva-7b", "codeshell")),
+        *((kind, GPT2) for kind in ("gpt-2", "olmo", "mpt", "exaone4")),
+        *((kind, LLAMA3_WORDS) for kind in ("llama-bpe", "falcon3", "smaug-bpe")),
+        ("qwen2", QWEN2),
+        ("tekken", TEKKEN),
+    ],
+)
+def test_a_gguf_splits_texts_as_llama_cpp_does(
+    tmp_path: Path, small: Theirs, kind: str, words: str
+) -> None:
+    splits = gguf_tokenizer(tmp_path, small, pre=kind).pre_tokenizer
     assert splits is not None
-    found = [word for word, _ in splits.pre_tokenize_str("a  12")]
-    assert found == ["a", "\u0120\u0120", "1", "2"]
+    found = splits.pre_tokenize_str("I'LL 'tis a12345b   x!\ny")
+    assert "|".join(word for word, _ in found) == words
+
+
+def gguf_tokenizer(tmp_path: Path, model: Theirs, **fields: Any) -> Tokenizer:
+    write_gguf(tmp_path / "small.gguf", model, **fields)
+    (tmp_path / "scratch").mkdir()
+    return read_tokenizer(GgufFile(tmp_path / "small.gguf").tokenizer(tmp_path / "scratch", 300))
+
+
+def test_a_gguf_says_how_texts_begin_and_end(tmp_path: Path, small: Theirs) -> None:
+    numbers = {"bos_token_id": 256, "eos_token_id": 257, "eot_token_id": 10, "padding_token_id": 0}
+    fields = {f"tokenizer.ggml.{name}": value for name, value in numbers.items()}
+    found = gguf_tokenizer(tmp_path, small, pre="llama-bpe", template="{{ x }}", **fields)
+    assert ends_of(found) == (257, 10)
+    assert beginning_tokens(found) == [256]  # llama.cpp adds it for this kind
+    text_format = text_format_of(found)
+    assert text_format is not None
+    assert text_format.chat_template == "{{ x }}"
+    assert text_format.special_tokens["bos_token"] == "<|endoftext|>"
+
+
+def test_a_gguf_begins_texts_only_where_it_does(tmp_path: Path, small: Theirs) -> None:
+    fields = {"tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.add_bos_token": False}
+    assert beginning_tokens(gguf_tokenizer(tmp_path, small, pre="llama-bpe", **fields)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"pre": "default"}, "tokenizer.ggml.pre, .* is 'default', which is not known: import"),
+        ({"pre": "deepseek-llm"}, "is 'deepseek-llm', which is not known: import the safetensors"),
+        ({"pre": None}, "is missing: import the safetensors folder of the model instead"),
+        ({"tokenizer.ggml.eos_token_id": 300}, "eos_token_id is 300, .* only the tokens 0 to 299"),
+        ({"whole": torch.int32}, "model.norm.weight is I32, expected F32"),
+        ({"whole": torch.float64}, "model.norm.weight is F64, expected F32"),
+    ],
+    ids=str,
+)
+def test_a_gguf_whose_text_or_weights_are_not_known_is_refused(
+    tmp_path: Path, small: Theirs, fields: dict[str, Any], complaint: str
+) -> None:
+    write_gguf(tmp_path / "small.gguf", small, **fields)
+    refused(tmp_path, tmp_path / "small.gguf", complaint)
 
 
 @pytest.mark.parametrize(
