@@ -1,0 +1,197 @@
+"""The blocks of a language model as one: what is in common with and without embedding and head.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from archdsl.lang.spec import ModelSpec
+from archdsl.nn.block import Block, Context, Primitive, Trace
+from archdsl.nn.cache import Cache, ContextFullError, Stream
+from archdsl.nn.gather import take
+from archdsl.nn.loop import DialError, Loop, Router, selecting_causally
+
+
+class Backbone(nn.Module):
+    """Maps embedded tokens to the stream after all ``blocks``. Whoever inherits from it builds
+    ``spec`` and ``blocks``, and calls `find_parts` at the end.
+
+    ``layers``: the blocks in their order, those of a stack one by one. ``loops`` and ``routers``:
+    all loops and all routers, in their order. ``checkpoint_activations``: whether the backward pass
+    recomputes each layer instead of storing its activations. ``trace``: of the last pass.
+    """
+
+    spec: ModelSpec
+    blocks: nn.ModuleList
+    layers: list[nn.Module]
+    loops: list[Loop]
+    routers: list[Router]
+    trace: Trace
+    checkpoint_activations: bool = False
+
+    def find_parts(self) -> None:
+        """Finds the layers, loops and routers, and numbers all primitives. Called once all modules
+        of the model are there."""
+        self.trace = Trace()
+        # lists, because every decoded token needs them
+        self.layers = [layer for block in self.blocks for layer in cast(Block, block).unrolled()]
+        self.loops = [module for module in self.modules() if isinstance(module, Loop)]
+        self.routers = [loop.router for loop in self.loops if loop.router is not None]
+        for number, (name, module) in enumerate(self.named_modules()):
+            if isinstance(module, Primitive):
+                module.number = number
+            if isinstance(module, Loop):
+                module.label = name
+                module.dial()
+        for salt, router in enumerate(self.routers):
+            router.salt = salt
+
+    def hidden(
+        self,
+        x_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        each: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The stream [B, T, D] after the blocks and before the last norm.
+
+        ``x_BTD``: the embedded tokens. ``each``: a list to which the stream after each layer is
+        added. See `forward` for ``mask_BT``, ``cache`` and the errors.
+        """
+        if self.training:
+            for router in self.routers:
+                router.begin_pass()
+        index_BT, length_B = _real_first(mask_BT)
+        if index_BT is not None:
+            x_BTD = take(x_BTD, index_BT)
+        ctx = self._context(x_BTD, length_B, cache)
+        for layer in self.layers:
+            x_BTD = self.run_layer(layer, x_BTD, ctx)
+            if each is not None:
+                each.append(_as_before(x_BTD, index_BT))
+        if cache is not None:
+            cache.move(ctx.stream.after(x_BTD.size(1)))
+        self.trace = ctx.trace
+        if self.trace.steps_BT is not None and index_BT is not None:
+            self.trace.steps_BT = self.trace.steps_BT.gather(1, index_BT.argsort(1))
+        return _as_before(x_BTD, index_BT)
+
+    def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The stream after one of the layers, [B, T, D]."""
+        if self.checkpoint_activations and self.training:
+            return cast(Tensor, checkpoint(layer, x_BTD, ctx, use_reentrant=False))
+        return cast(Tensor, layer(x_BTD, ctx))
+
+    def _context(self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None) -> Context:
+        B, T, _ = x_BTD.shape
+        trace = Trace()
+        if not torch.is_grad_enabled():
+            trace.steps_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTD.device)
+        if cache is None:
+            if self.spec.context < T:
+                raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
+            return Context(Stream(length_B=length_B), trace=trace)
+        self.check_dial(cache)
+        cache.check_rows(B)
+        stream = cache.stream(T, length_B)
+        pos_BT = None if stream.begins else stream.order(x_BTD)
+        return Context(stream, pos_BT, cache=cache, trace=trace)
+
+    def check_dial(self, cache: Cache) -> None:
+        """Raises DialError unless all tokens of a cache were computed at the same dial setting."""
+        settings = [loop.passes for loop in self.loops]
+        if cache.settings not in (None, settings):
+            raise DialError("the dial was turned while a cache was in use; begin with a new one")
+        cache.settings = settings
+
+    def new_cache(self, max_length: int | None = None) -> Cache:
+        """An empty cache for ``max_length`` tokens of each row; default: the context.
+
+        Raises ContextFullError if that is more than the context.
+        """
+        context = self.spec.context
+        if max_length is not None and max_length > context:
+            raise ContextFullError(f"{max_length:,} tokens exceed the context of {context:,}")
+        return Cache(max_length or context)
+
+    def dial(
+        self,
+        capacity: Sequence[float] | float | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Turns the compute dial: the capacities and the number of steps of all loops.
+
+        ``capacity``: one for all routed steps, or one for each; 0 skips a step, 1 takes all tokens.
+        ``steps``: steps beyond the trained ones use the weights of the last one. None: as trained.
+        Raises DialError, and changes nothing, if a loop cannot be run so.
+        """
+        if not self.loops and not (capacity is None and steps is None):
+            raise DialError(f"{self.spec.name} has no loops: there is nothing to dial")
+        if capacity is not None and not self.routers:
+            raise DialError(f"{self.spec.name} has no routers, so there is no capacity to dial")
+        before = [loop.passes for loop in self.loops]
+        try:
+            for loop in self.loops:
+                loop.dial(capacity, steps)
+        except DialError:
+            for loop, passes in zip(self.loops, before, strict=True):
+                loop.passes = passes
+            raise
+        self.trace = Trace()
+
+    @property
+    def leaks(self) -> bool:
+        """Whether a router looks at later tokens when the model is used."""
+        return any(router.leaks for router in self.routers)
+
+    @contextmanager
+    def causal_routing(self) -> Iterator[None]:
+        """Within the block, routers that see later tokens select causally, as in decoding."""
+        with selecting_causally(self.routers):
+            yield
+
+    def router_shares(self) -> dict[str, float]:
+        """The share of tokens that each routed step selected in the last pass, by loop and step."""
+        shares = self.trace.shares
+        there = {name: share for name, share in shares.items() if isinstance(share, Tensor)}
+        told = torch.stack(list(there.values())).tolist() if there else []  # one transfer for all
+        known = shares | dict(zip(there, told, strict=True))
+        return {name: float(share) for name, share in known.items()}
+
+    def predictor_accuracies(self) -> dict[str, float]:
+        """The share of correct predictions of predictor routers, by loop and step."""
+        return {name: share.item() for name, share in self.trace.accuracies.items()}
+
+    def commit(self) -> None:
+        """Adds to the statistics of the routers what the last batch showed.
+
+        The first training pass after the weights changed does that for the batch before: passes
+        with equal weights are parts of one batch, and what they show counts once.
+        """
+        for router in self.routers:
+            router.commit()
+
+
+def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Indices [B, T] that put padding last in each row, and the number of other tokens, [B].
+
+    None stands for rows that are in order, and for rows without padding.
+    """
+    if mask_BT is None:
+        return None, None
+    mask_BT = mask_BT.bool()
+    if mask_BT.size(1) == 1:
+        return None, mask_BT.sum(1)
+    return (~mask_BT).to(torch.int8).sort(dim=1, stable=True).indices, mask_BT.sum(1)
+
+
+def _as_before(x_BTD: Tensor, index_BT: Tensor | None) -> Tensor:
+    return x_BTD if index_BT is None else take(x_BTD, index_BT.argsort(1))
