@@ -9,23 +9,33 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.initialization import guard_torch_init_functions
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.layer import Layer
+from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec
-from archdsl.model.language_model import LanguageModel
-from archdsl.nn.block import Primitive, stream_depth
-from archdsl.nn.cache import Cache
+from archdsl.model.backbone import Backbone
+from archdsl.nn.block import Block, Context, KeysValues, Primitive, normal_, stream_depth
+from archdsl.nn.cache import Cache, ContextFullError
+from archdsl.nn.norm import make_norm
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +69,26 @@ class ArchdslConfig(transformers.PreTrainedConfig):
             self.vocab_size, self.hidden_size = spec["vocab_size"], spec["dim"]
             self.max_position_embeddings = spec["context"]
         super().__init__(**more)
+
+    def describe(self, attentions: list[Attention], layers: int) -> None:
+        """Notes what caches and serving engines want to know of each attention of each pass.
+
+        ``attentions``: in their order; none where only the model itself can compute them.
+        ``layers``: the number of layers, which counts then.
+        """
+        self.num_hidden_layers = len(attentions) or layers
+        shapes = {(one.q.out_features, one.k.out_features, one.head_size) for one in attentions}
+        if len(shapes) == 1:
+            q_size, kv_size, self.head_dim = shapes.pop()
+            self.num_attention_heads = q_size // self.head_dim
+            self.num_key_value_heads = kv_size // self.head_dim
+        windows = [one.window for one in attentions]
+        if any(windows):  # a cache forgets what lies outside of the largest
+            self.sliding_window = max(window or 0 for window in windows)
+            self.layer_types = [
+                "sliding_attention" if window == self.sliding_window else "full_attention"
+                for window in windows
+            ]
 
 
 class ArchdslCache(transformers.Cache):
@@ -126,32 +156,374 @@ class ArchdslCache(transformers.Cache):
         raise UnsupportedError("the cache of an archdsl model is written by that model alone")
 
 
-class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
+class Attend(nn.Module):
+    """One attention of one pass, as transformers and serving engines know attention: without
+    parameters, with the number ``layer_idx`` of its keys and values in a cache."""
+
+    is_causal = True
+
+    def __init__(self, config: ArchdslConfig, attention: Attention, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling = attention.head_size, attention.head_size**-0.5
+        self.num_key_value_groups = attention.q.out_features // attention.k.out_features
+        self.sliding_window = attention.window
+
+    def forward(
+        self, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Any, more: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is read, [B, T, H, E], and the weights [B, H, T, S] where they are computed."""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        found: tuple[Tensor, Tensor | None] = attend(
+            self,
+            q_BHTE,
+            k_BGSE,
+            v_BGSE,
+            mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **more,
+        )
+        return found
+
+
+def eager(
+    module: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, which also returns its weights."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    score_BHTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        score_BHTS = score_BHTS + attention_mask
+    weight_BHTS = score_BHTS.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weight_BHTS @ value).transpose(1, 2).contiguous(), weight_BHTS
+
+
+@dataclass
+class InTransformers:
+    """The attention, masks and cache of transformers in a pass; a `Host`.
+
+    ``masks``: by window; made when first asked for. ``more``: what attention functions are given
+    besides.
+    """
+
+    model: ArchdslModel
+    x_BTD: Tensor
+    mask: Any
+    position_ids: Tensor
+    cache: transformers.Cache | None
+    more: dict[str, Any]
+    masks: dict[int | None, Any] = field(default_factory=dict)
+    last: dict[int, Attend] = field(default_factory=dict)  # of each attention
+
+    def keep(self, module: Primitive, path: tuple[int, ...], new: KeysValues) -> KeysValues:
+        """See `Host.keep`."""
+        call = self.last[module.number] = self.model.calls[self.model.numbers[module.number, path]]
+        if self.cache is None:
+            return new
+        return KeysValues(*self.cache.update(new.k_BGSE, new.v_BGSE, call.layer_idx), None)
+
+    def attend(self, module: Primitive, q_BHTE: Tensor, kv: KeysValues) -> Tensor:
+        """See `Host.attend`."""
+        call = self.last[module.number]
+        if call.sliding_window not in self.masks:
+            self.masks[call.sliding_window] = self._mask(call)
+        mask = self.masks[call.sliding_window]
+        return call(q_BHTE, kv.k_BGSE, kv.v_BGSE, mask, self.more)[0].transpose(1, 2)
+
+    def _mask(self, call: Attend) -> Any:
+        window, config = call.sliding_window, self.model.config
+        if isinstance(self.mask, dict):  # made by `generate` before, for each type of layer
+            return self.mask["full_attention" if window is None else "sliding_attention"]
+        if window is not None and window != config.sliding_window:  # one of several
+            config = copy.copy(config)
+            config.sliding_window = window
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        return make(
+            config=config,
+            inputs_embeds=self.x_BTD,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            position_ids=self.position_ids,
+        )
+
+
+class Embedded(nn.Module):
+    """The place where the hidden state before the first layer can be seen."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """``x_BTD``."""
+        return x_BTD
+
+
+class Stage(GradientCheckpointingLayer):
+    """Runs a layer, whose activations are recomputed in the backward pass if that is asked for."""
+
+    def forward(self, x_BTD: Tensor, layer: nn.Module, ctx: Context) -> Tensor:
+        """The stream after the layer, [B, T, D]."""
+        return cast(Tensor, layer(x_BTD, ctx))
+
+
+class ArchdslPreTrainedModel(transformers.PreTrainedModel):
+    """What the model without and with a head have in common."""
+
+    config_class = ArchdslConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _no_split_modules: ClassVar[list[str]] = ["Layer", "BodyLoop"]  # type: ignore[misc]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "hidden_states": [
+            OutputRecorder(Embedded, capture_initial_hidden_state=False),
+            OutputRecorder(Layer, capture_initial_hidden_state=False),
+        ],
+        "attentions": OutputRecorder(Attend, index=1),
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws what was not loaded, as archdsl does; by torch's own seed."""
+        rng = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        match module:
+            case Primitive():
+                if not _is_loaded(module):
+                    module.reset(rng, stream_depth(self))
+            case nn.Embedding():
+                tied = self.config.tie_word_embeddings
+                normal_(module.weight, module.embedding_dim**-0.5 if tied else 1.0, rng)
+            case nn.Linear() if module is self.get_output_embeddings():
+                normal_(module.weight, module.in_features**-0.5, rng)
+            case nn.LayerNorm() | nn.RMSNorm():
+                nn.init.ones_(module.weight)
+
+    def dial(
+        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+    ) -> None:
+        """See `Backbone.dial`."""
+        self.base_model.dial(capacity, steps)
+
+    def new_cache(self, max_length: int | None = None) -> transformers.Cache:
+        """An empty one. ``max_length``: the tokens of each row that an `ArchdslCache` has room
+        for; default: the context."""
+        return cast(transformers.Cache, self.base_model.new_cache(max_length))
+
+    def save_pretrained(self, *args: Any, **more: Any) -> None:
+        """As transformers has it, with all that the routers learned."""
+        self.base_model.commit()
+        super().save_pretrained(*args, **more)
+
+    def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
+        """As transformers has it; the spec follows, so that what is saved can be loaded again."""
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **more)
+        self.config.spec = dict(self.config.spec or {}) | {"vocab_size": embedding.num_embeddings}
+        self.base_model.spec = ModelSpec.model_validate(self.config.spec)
+        for module in (embedding, self.get_output_embeddings()):
+            if module is not None:
+                module.weight._is_hf_initialized = True  # so that `post_init` draws nothing anew
+        return embedding
+
+
+class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # dial, new_cache
+    """Tokens to hidden states: the model without its head.
+
+    ``standard``: whether the attention, masks and caches of transformers are used, which serving
+    engines replace by their own. So it is unless there is a router or a block of another package.
+    ``calls``: then each attention of each pass that keeps keys and values, in their order.
+    """
+
+    def __init__(self, config: ArchdslConfig) -> None:
+        super().__init__(config)
+        self.spec = spec = ModelSpec.model_validate(config.spec)
+        self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
+        self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
+        self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
+        self.embedded, self.stage = Embedded(), Stage()
+        self.find_parts()
+        if not self.standard and config._attn_implementation not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"attention of a model with routers or blocks of other packages is its own, so it "
+                f"cannot be {config._attn_implementation!r}; leave attn_implementation out"
+            )
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def find_parts(self) -> None:
+        """See `Backbone.find_parts`."""
+        super().find_parts()
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        self.standard = not self.routers and all(block.hosted for block in blocks)
+        self._number_calls()
+
+    def dial(
+        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+    ) -> None:
+        """See `Backbone.dial`."""
+        super().dial(capacity, steps)
+        self._number_calls()
+
+    def _number_calls(self) -> None:
+        runs = list(_runs(self, ())) if self.standard else []
+        self.numbers = {(one.number, path): i for i, (one, path) in enumerate(runs)}
+        self.calls = nn.ModuleList([Attend(self.config, one, i) for i, (one, _) in enumerate(runs)])
+        self.config.describe([one for one, _ in runs], len(self.layers))
+
+    def new_cache(self, max_length: int | None = None) -> transformers.Cache:  # type: ignore[override]
+        """See `ArchdslPreTrainedModel.new_cache`."""
+        if self.standard:
+            return transformers.DynamicCache(config=self.config)
+        return ArchdslCache(super().new_cache(max_length))
+
+    def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """See `Backbone.run_layer`."""
+        return cast(Tensor, self.stage(x_BTD, layer, ctx))
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: transformers.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **more: Any,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states [B, T, D] after the last norm.
+
+        ``attention_mask`` [B, S]: 0 is padding, on whatever side; where the model is ``standard``,
+        also a mask [B, 1, T, S]. Raises ContextFullError past the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        run = self._standard if self.standard else self._own
+        return run(x_BTD, attention_mask, position_ids, cache, **more)
+
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def _standard(
+        self,
+        x_BTD: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        cache: transformers.Cache | None,
+        **more: Any,
+    ) -> BaseModelOutputWithPast:
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None or position_ids is None:
+            _check_room(past, mask, x_BTD, self.config.max_position_embeddings)
+        if position_ids is None:
+            position_ids = _positions(past, mask, x_BTD)
+        x_BTD = self.embedded(x_BTD)
+        host = InTransformers(self, x_BTD, mask, position_ids, cache, more)
+        ctx = Context(pos_BT=position_ids, host=host)
+        for layer in self.layers:
+            x_BTD = self.run_layer(layer, x_BTD, ctx)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=cache)
+
+    def _own(
+        self,
+        x_BTD: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        cache: ArchdslCache | None,
+        **more: Any,
+    ) -> BaseModelOutputWithPast:
+        if self._wanted("output_attentions", more):
+            raise UnsupportedError(
+                "a routed step attends among the tokens it selected: its weights are not returned"
+            )
+        states = [x_BTD] if self._wanted("output_hidden_states", more) else None
+        mask_BT = _of_chunk(mask, x_BTD)
+        _refuse_other_positions(position_ids, mask, x_BTD, cache)
+        if cache is not None:
+            cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
+        sees = self.training or self.config.see_later_tokens
+        with nullcontext() if sees else self.causal_routing():
+            hidden_BTD = self.hidden(x_BTD, mask_BT, None if cache is None else cache.kept, states)
+        if cache is not None:
+            cache.seen += x_BTD.size(1)
+        normed_BTD = self.norm(hidden_BTD)
+        return BaseModelOutputWithPast(
+            last_hidden_state=normed_BTD,
+            past_key_values=cache,
+            hidden_states=None if states is None else (*states[:-1], normed_BTD),
+        )
+
+    def _cache(
+        self, given: transformers.Cache | None, use_cache: bool | None
+    ) -> transformers.Cache | None:
+        if given is not None and isinstance(given, ArchdslCache) == self.standard:
+            raise UnsupportedError(
+                f"this model cannot use a {type(given).__name__}: give it what its new_cache() "
+                "returns"
+            )
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if not wanted and given is None:
+            return None
+        if self.stage.gradient_checkpointing and self.training:
+            logger.warning_once("gradient checkpointing computes twice: nothing is kept")
+            return None
+        return self.new_cache() if given is None else given
+
+    def _wanted(self, name: str, more: dict[str, Any]) -> bool:
+        wanted = more.pop(name, None)
+        return bool(getattr(self.config, name, False) if wanted is None else wanted)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **more: Any) -> None:
+        function = more.get("gradient_checkpointing_func")
+        reentrant = isinstance(function, partial) and function.keywords.get("use_reentrant")
+        if enable and reentrant and self.routers:
+            raise UnsupportedError(
+                "use_reentrant would lose the gradient of the losses that routers learn by; set it "
+                "to False"
+            )
+        super()._set_gradient_checkpointing(enable, *args, **more)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.embedding = value
+
+
+class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
     """Tokens to the logits of their successors.
 
     A router that sees later tokens does so in training alone, unless the config says
     ``see_later_tokens``; never with a cache or in `generate`.
     """
 
-    config_class = ArchdslConfig
-    supports_gradient_checkpointing = True
-    gradient_checkpointing = False
-    _supports_sdpa = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {  # type: ignore[misc]  # one of the instance
-        "model.head.weight": "model.embedding.weight"
+        "lm_head.weight": "model.embedding.weight"
     }
 
     def __init__(self, config: ArchdslConfig) -> None:
         super().__init__(config)
-        self.model = LanguageModel(ModelSpec.model_validate(config.spec))
+        self.model = ArchdslModel(config)
+        self.lm_head = nn.Linear(self.model.spec.dim, self.model.spec.vocab_size, bias=False)
+        self._is_stateful = not self.model.standard  # no token can be forgotten again
         self.post_init()  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: ArchdslCache | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: transformers.Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -160,62 +532,26 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V]; with ``labels`` [B, T] also the loss, shifted here, -100 left out.
 
-        ``attention_mask`` [B, S]: 0 is padding, on whatever side. Raises ContextFullError past the
-        context.
+        See `ArchdslModel.forward` for the rest.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x_BTD = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
-        states = [x_BTD] if self._wanted("output_hidden_states", more) else None
-        normed_BTD = self._normed(x_BTD, attention_mask, cache, states, more)
+        found = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **more,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.model.head(normed_BTD[:, kept])
+        logits_BTV = self.lm_head(found.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(logits_BTV, labels, more),
             logits=logits_BTV,
-            past_key_values=cache,
-            hidden_states=None if states is None else (*states[:-1], normed_BTD),
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
         )
-
-    def _normed(
-        self,
-        x_BTD: Tensor,
-        mask_BS: Tensor | None,
-        cache: ArchdslCache | None,
-        states: list[Tensor] | None,
-        more: dict[str, Any],
-    ) -> Tensor:
-        mask_BT = _of_chunk(mask_BS, x_BTD)
-        _refuse_other_positions(more.pop("position_ids", None), mask_BS, x_BTD, cache)
-        self.model.checkpoint_activations = self.gradient_checkpointing
-        kept = None if cache is None else cache.kept
-        if cache is not None:
-            cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
-        sees = self.training or self.config.see_later_tokens
-        with nullcontext() if sees else self.model.causal_routing():
-            hidden_BTD = self.model.hidden(x_BTD, mask_BT, kept, states)
-        if cache is not None:
-            cache.seen += x_BTD.size(1)
-        return self.model.norm(hidden_BTD)
-
-    def _cache(self, given: ArchdslCache | None, use_cache: bool | None) -> ArchdslCache | None:
-        if given is not None and not isinstance(given, ArchdslCache):
-            raise UnsupportedError(
-                f"an archdsl model keeps more than keys and values: give it what its new_cache() "
-                f"returns, not a {type(given).__name__}"
-            )
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        if not wanted and given is None:
-            return None
-        if self.gradient_checkpointing and self.training:
-            logger.warning_once("gradient checkpointing computes twice: nothing is kept")
-            return None
-        return self.new_cache() if given is None else given
-
-    def _wanted(self, name: str, more: dict[str, Any]) -> bool:
-        wanted = more.pop(name, None)
-        return bool(getattr(self.config, name, False) if wanted is None else wanted)
 
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, more: dict[str, Any]) -> Tensor:
         loss = self.loss_function(logits_BTV, labels_BT, self.config.vocab_size, **more)
@@ -225,61 +561,18 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
             loss = loss + part * sum(self.model.trace.losses.values())
         return loss
 
-    def new_cache(self, max_length: int | None = None) -> ArchdslCache:
-        """An empty one, with room for so many tokens of each row; default: the context."""
-        return ArchdslCache(self.model.new_cache(max_length))
-
-    def dial(
-        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
-    ) -> None:
-        """See `LanguageModel.dial`."""
-        self.model.dial(capacity, steps)
-
     def generate(self, *args: Any, **more: Any) -> Any:
         """As transformers has it; routers choose causally, also without a cache."""
         with self.model.causal_routing():
             return super().generate(*args, **more)  # type: ignore[misc]  # self
 
-    def save_pretrained(self, *args: Any, **more: Any) -> None:
-        """As transformers has it, with all that the routers learned."""
-        self.model.commit()
-        super().save_pretrained(*args, **more)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.model.embedding = value
-
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
-        return self.model.head
+        return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces the head."""
-        self.model.head = new_embeddings
-
-    def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
-        """As transformers has it; the spec follows, so that what is saved can be loaded again."""
-        embedding: nn.Embedding = super().resize_token_embeddings(*args, **more)
-        self.config.spec = dict(self.config.spec or {}) | {"vocab_size": embedding.num_embeddings}
-        self.model.spec = ModelSpec.model_validate(self.config.spec)
-        weights: list[Any] = [embedding.weight, self.model.head.weight]
-        for weight in weights:
-            weight._is_hf_initialized = True  # so that `post_init` draws nothing anew
-        return embedding
-
-    @torch.no_grad()
-    @guard_torch_init_functions()
-    def initialize_weights(self) -> None:
-        """Draws what was not loaded, as archdsl does; by torch's own seed."""
-        depth = stream_depth(self.model)
-        rng = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
-        for module in self.modules():
-            if isinstance(module, Primitive) and not _is_loaded(module):
-                module.reset(rng, depth)
+        self.lm_head = new_embeddings
 
     def _prepare_cache_for_generation(
         self,
@@ -289,14 +582,32 @@ class ArchdslForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """A cache of this model, whether a dynamic or a static one is asked for."""
-        kind = generation_config.cache_implementation
-        if kind == "quantized":
+        """Where the cache is this model's own: that, whether a dynamic or a static one is asked
+        for."""
+        if self.model.standard:
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]  # self
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if generation_config.cache_implementation == "quantized":
             raise UnsupportedError("the cache of an archdsl model cannot be quantized")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             # of what is generated, the last token is not read again
             room = min(max_cache_length + 1, self.config.max_position_embeddings)
             model_kwargs["past_key_values"] = self.new_cache(max(1, room))
+        return None
+
+
+def _runs(module: nn.Module, path: tuple[int, ...]) -> Iterator[tuple[Attention, tuple[int, ...]]]:
+    """Each attention of each pass that keeps keys and values of its own, in their order."""
+    if isinstance(module, Attention):
+        yield module, path
+    elif isinstance(module, BodyLoop):
+        own = module.passes[:1] if module.spec.kv == "shared" else module.passes
+        for one in own:
+            yield from _runs(module.body(one), (*path, one.step))
+    else:
+        for child in module.children():
+            yield from _runs(child, path)
 
 
 def _is_loaded(module: nn.Module) -> bool:
@@ -316,6 +627,24 @@ def _of_chunk(mask_BS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
     return None if bool(mask_BT.all()) else mask_BT
 
 
+def _positions(past: int | Tensor, mask: Any, x_BTD: Tensor) -> Tensor:
+    """The number of real tokens before each one in its row, [1 or B, T]."""
+    T = x_BTD.size(1)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+    return (torch.arange(T, device=x_BTD.device) + past).unsqueeze(0)
+
+
+def _check_room(past: int | Tensor, mask: Any, x_BTD: Tensor, context: int) -> None:
+    """Raises ContextFullError if a row has more real tokens than the context."""
+    if isinstance(past, Tensor) or past + x_BTD.size(1) <= context:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        past = int(mask.sum(1).max()) - x_BTD.size(1)
+    if past + x_BTD.size(1) > context:
+        raise ContextFullError(f"{past + x_BTD.size(1):,} tokens exceed the context of {context:,}")
+
+
 def _refuse_other_positions(
     given: Tensor | None, mask_BS: Tensor | None, x_BTD: Tensor, cache: ArchdslCache | None
 ) -> None:
@@ -333,4 +662,5 @@ def _refuse_other_positions(
 
 
 transformers.AutoConfig.register(ArchdslConfig.model_type, ArchdslConfig, exist_ok=True)
+transformers.AutoModel.register(ArchdslConfig, ArchdslModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(ArchdslConfig, ArchdslForCausalLM, exist_ok=True)

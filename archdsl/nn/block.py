@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,12 @@ class Block(Primitive):
 
     ``writes_to_stream``: whether this block itself holds a matrix whose product is added to the
     stream, as attention and feed-forward do. Norms, and blocks that only run other blocks, set it
-    to False. See `stream_depth`.
+    to False. See `stream_depth`. ``hosted``: whether the block works with the attention and the
+    cache of a `Host`: of other tokens it learns through ``Context.host`` alone, or nothing.
     """
 
     writes_to_stream: ClassVar[bool] = True
+    hosted: ClassVar[bool] = False
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The new stream [B, T, D]."""
@@ -108,6 +110,20 @@ class KeysValues:
     order_BS: Tensor | None = None
 
 
+class Host(Protocol):
+    """The attention and the cache of a framework that a model runs in, in place of its own."""
+
+    def keep(self, module: Primitive, path: tuple[int, ...], new: KeysValues) -> KeysValues:
+        """Adds the keys and values of a chunk to the cache, and returns all that there are.
+
+        ``path``: see `Context`."""
+        ...
+
+    def attend(self, module: Primitive, q_BHTE: Tensor, kv: KeysValues) -> Tensor:
+        """What each query reads, [B, H, T, E]. ``kv``: what `keep` last returned for ``module``."""
+        ...
+
+
 @dataclass
 class Trace:
     """What happened in a pass, by loop and routed step.
@@ -137,6 +153,7 @@ class Context:
     ``cache``: the state of the tokens before; ``path``: the steps of the loops around this block,
     because each step has a state of its own.
     ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
+    ``host``: whose attention and cache are used; None: the model's own.
     """
 
     stream: Stream = Stream()  # noqa: RUF009  frozen
@@ -149,6 +166,7 @@ class Context:
     path: tuple[int, ...] = ()
     trace: Trace = field(default_factory=Trace)
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    host: Host | None = None
 
     def at(self, index_BK: Tensor, stream: Stream) -> Context:
         """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``."""

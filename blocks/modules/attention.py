@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class Attention(Block):
     """Causal attention with grouped queries, rotary positions, optional window and QK-norm."""
+
+    hosted: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec, dim: int) -> None:
         super().__init__()
@@ -65,6 +67,8 @@ class Attention(Block):
 
     def _with_past(self, new: KeysValues, ctx: Context) -> KeysValues:
         """These keys and values behind those in the cache, to which they are added."""
+        if ctx.host is not None:
+            return ctx.host.keep(self, ctx.path, new)
         memory, stream = ctx.memory(self), ctx.stream
         if memory is None:
             return new
@@ -104,6 +108,8 @@ class Attention(Block):
         queries are computed at a time, with only the keys that one of them may see, so that hidden
         keys cost little.
         """
+        if ctx.host is not None:
+            return ctx.host.attend(self, q_BHTE, kv)
         stream, T = ctx.stream, q_BHTE.size(2)
         order_BT = ctx.order_BT if ctx.reads_first else None
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)

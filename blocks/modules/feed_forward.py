@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width, F hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class FeedForward(Block):
     """SwiGLU or GELU between matrices to and from the hidden size."""
+
+    hosted: ClassVar[bool] = True
 
     def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
         super().__init__()

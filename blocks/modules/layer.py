@@ -21,6 +21,7 @@ class Layer(Block):
     """x + attention(norm(x)), then the same with feed-forward."""
 
     writes_to_stream: ClassVar[bool] = False
+    hosted: ClassVar[bool] = True
 
     def __init__(self, spec: LayerSpec, dim: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.step_encoding import Encoding
-from archdsl.nn.block import Context
+from archdsl.nn.block import Block, Context
 from archdsl.nn.gather import put, take
 from archdsl.nn.loop import Loop, Pass, Selection, Step
 
@@ -27,6 +27,7 @@ class BodyLoop(Loop):
     """Runs its body pass by pass, on all tokens or on those that its router selects."""
 
     writes_to_stream: ClassVar[bool] = False
+    hosted: ClassVar[bool] = True
     spec: LoopSpec
 
     def __init__(self, spec: LoopSpec, dim: int) -> None:
@@ -119,8 +120,11 @@ class BodyLoop(Loop):
             x = x + start
         elif one.step > 0 and self.inject is not None:
             x = self.inject(torch.cat((x, start), -1))
-        body = self.bodies[one.like if len(self.bodies) > 1 else 0]
-        return body(self.encoding.before(x, one.like), ctx)
+        return self.body(one)(self.encoding.before(x, one.like), ctx)
+
+    def body(self, one: Pass) -> Block:
+        """The block that a pass runs."""
+        return cast(Block, self.bodies[one.like if len(self.bodies) > 1 else 0])
 
     def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Selection | None) -> Selection:
         assert self.router is not None
