@@ -33,8 +33,8 @@ from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.backbone import Backbone
-from archdsl.nn.block import Block, Context, KeysValues, Primitive, normal_, stream_depth
-from archdsl.nn.cache import Cache, ContextFullError
+from archdsl.nn.block import Block, Context, KeysValues, Primitive, Trace, normal_, stream_depth
+from archdsl.nn.cache import Cache, ContextFullError, Stream
 from archdsl.nn.norm import make_norm
 
 logger = logging.get_logger(__name__)
@@ -47,8 +47,8 @@ class UnsupportedError(ArchdslError, ValueError):
 class ArchdslConfig(transformers.PreTrainedConfig):
     """``spec``: the whole spec as plain data; the sizes that tools look for are taken from it.
 
-    ``use_cache``: what a forward pass that does not say so does. Off: a cache has room for the
-    whole context. `generate` uses one anyway. ``see_later_tokens``: whether routers that see later
+    ``use_cache``: whether a forward pass that does not say so returns a cache; in training, one of
+    a model with routers does not. ``see_later_tokens``: whether routers that see later
     tokens in training do so outside of it, too. Off, because the logits then are no predictions:
     scores of likelihood would be better than any text that the model can generate.
     """
@@ -59,7 +59,7 @@ class ArchdslConfig(transformers.PreTrainedConfig):
     def __init__(
         self,
         spec: dict[str, Any] | None = None,
-        use_cache: bool = False,
+        use_cache: bool = True,
         see_later_tokens: bool = False,
         **more: Any,
     ) -> None:
@@ -225,7 +225,10 @@ class InTransformers:
 
     def keep(self, module: Primitive, path: tuple[int, ...], new: KeysValues) -> KeysValues:
         """See `Host.keep`."""
-        call = self.last[module.number] = self.model.calls[self.model.numbers[module.number, path]]
+        call = cast(Attend, self.model.calls[self.model.numbers[module.number, path]])
+        self.last[module.number] = call
+        if call.sliding_window not in self.masks:  # of how many keys, the cache says before
+            self.masks[call.sliding_window] = self._mask(call.sliding_window)
         if self.cache is None:
             return new
         return KeysValues(*self.cache.update(new.k_BGSE, new.v_BGSE, call.layer_idx), None)
@@ -233,13 +236,11 @@ class InTransformers:
     def attend(self, module: Primitive, q_BHTE: Tensor, kv: KeysValues) -> Tensor:
         """See `Host.attend`."""
         call = self.last[module.number]
-        if call.sliding_window not in self.masks:
-            self.masks[call.sliding_window] = self._mask(call)
         mask = self.masks[call.sliding_window]
         return call(q_BHTE, kv.k_BGSE, kv.v_BGSE, mask, self.more)[0].transpose(1, 2)
 
-    def _mask(self, call: Attend) -> Any:
-        window, config = call.sliding_window, self.model.config
+    def _mask(self, window: int | None) -> Any:
+        config = self.model.config
         if isinstance(self.mask, dict):  # made by `generate` before, for each type of layer
             return self.mask["full_attention" if window is None else "sliding_attention"]
         if window is not None and window != config.sliding_window:  # one of several
@@ -274,6 +275,7 @@ class Stage(GradientCheckpointingLayer):
 class ArchdslPreTrainedModel(transformers.PreTrainedModel):
     """What the model without and with a head have in common."""
 
+    config: ArchdslConfig
     config_class = ArchdslConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -302,39 +304,45 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
             case nn.Embedding():
                 tied = self.config.tie_word_embeddings
                 normal_(module.weight, module.embedding_dim**-0.5 if tied else 1.0, rng)
-            case nn.Linear() if module is self.get_output_embeddings():
+            case nn.Linear() if module in set(self.children()):  # a head
                 normal_(module.weight, module.in_features**-0.5, rng)
             case nn.LayerNorm() | nn.RMSNorm():
                 nn.init.ones_(module.weight)
+
+    @property
+    def without_head(self) -> ArchdslModel:
+        """The model without its head, which may be this one."""
+        return cast(ArchdslModel, self.base_model)
 
     def dial(
         self, capacity: Sequence[float] | float | None = None, steps: int | None = None
     ) -> None:
         """See `Backbone.dial`."""
-        self.base_model.dial(capacity, steps)
+        self.without_head.dial(capacity, steps)
 
     def new_cache(self, max_length: int | None = None) -> transformers.Cache:
         """An empty one. ``max_length``: the tokens of each row that an `ArchdslCache` has room
         for; default: the context."""
-        return cast(transformers.Cache, self.base_model.new_cache(max_length))
+        return self.without_head.new_cache(max_length)
 
     def save_pretrained(self, *args: Any, **more: Any) -> None:
         """As transformers has it, with all that the routers learned."""
-        self.base_model.commit()
+        self.without_head.commit()
         super().save_pretrained(*args, **more)
 
     def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
         """As transformers has it; the spec follows, so that what is saved can be loaded again."""
         embedding: nn.Embedding = super().resize_token_embeddings(*args, **more)
         self.config.spec = dict(self.config.spec or {}) | {"vocab_size": embedding.num_embeddings}
-        self.base_model.spec = ModelSpec.model_validate(self.config.spec)
-        for module in (embedding, self.get_output_embeddings()):
-            if module is not None:
-                module.weight._is_hf_initialized = True  # so that `post_init` draws nothing anew
+        self.without_head.spec = ModelSpec.model_validate(self.config.spec)
+        head: nn.Module | None = self.get_output_embeddings()  # type: ignore[no-untyped-call]
+        for module in (embedding, head):
+            if module is not None:  # so that `post_init` draws nothing anew
+                cast(Any, module.weight)._is_hf_initialized = True
         return embedding
 
 
-class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # dial, new_cache
+class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     """Tokens to hidden states: the model without its head.
 
     ``standard``: whether the attention, masks and caches of transformers are used, which serving
@@ -406,9 +414,10 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # d
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
-        run = self._standard if self.standard else self._own
-        return run(x_BTD, attention_mask, position_ids, cache, **more)
+        cache = self._cache(past_key_values, use_cache, x_BTD.size(1))
+        run: Any = self._standard if self.standard else self._own
+        found: BaseModelOutputWithPast = run(x_BTD, attention_mask, position_ids, cache, **more)
+        return found
 
     @capture_outputs  # type: ignore[untyped-decorator]
     def _standard(
@@ -426,7 +435,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # d
             position_ids = _positions(past, mask, x_BTD)
         x_BTD = self.embedded(x_BTD)
         host = InTransformers(self, x_BTD, mask, position_ids, cache, more)
-        ctx = Context(pos_BT=position_ids, host=host)
+        # all written out, because the compiler does not know default factories
+        ctx = Context(Stream(), position_ids, trace=Trace(), tables={}, host=host)
         for layer in self.layers:
             x_BTD = self.run_layer(layer, x_BTD, ctx)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=cache)
@@ -445,12 +455,13 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # d
             )
         states = [x_BTD] if self._wanted("output_hidden_states", more) else None
         mask_BT = _of_chunk(mask, x_BTD)
-        _refuse_other_positions(position_ids, mask, x_BTD, cache)
+        pos_BT = _own_positions(position_ids, mask, x_BTD, cache)
         if cache is not None:
             cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
         sees = self.training or self.config.see_later_tokens
         with nullcontext() if sees else self.causal_routing():
-            hidden_BTD = self.hidden(x_BTD, mask_BT, None if cache is None else cache.kept, states)
+            kept = None if cache is None else cache.kept
+            hidden_BTD = self.hidden(x_BTD, mask_BT, kept, states, pos_BT)
         if cache is not None:
             cache.seen += x_BTD.size(1)
         normed_BTD = self.norm(hidden_BTD)
@@ -461,20 +472,23 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # d
         )
 
     def _cache(
-        self, given: transformers.Cache | None, use_cache: bool | None
+        self, given: transformers.Cache | None, use_cache: bool | None, tokens: int
     ) -> transformers.Cache | None:
         if given is not None and isinstance(given, ArchdslCache) == self.standard:
             raise UnsupportedError(
                 f"this model cannot use a {type(given).__name__}: give it what its new_cache() "
                 "returns"
             )
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        if not wanted and given is None:
+        if use_cache is None:  # with a cache, no router sees later tokens
+            sees = not self.standard and (self.training or self.config.see_later_tokens)
+            use_cache = self.config.use_cache and not sees
+        if not use_cache and given is None:
             return None
         if self.stage.gradient_checkpointing and self.training:
             logger.warning_once("gradient checkpointing computes twice: nothing is kept")
             return None
-        return self.new_cache() if given is None else given
+        room = min(tokens, self.config.max_position_embeddings)
+        return self.new_cache(room) if given is None else given
 
     def _wanted(self, name: str, more: dict[str, Any]) -> bool:
         wanted = more.pop(name, None)
@@ -496,7 +510,7 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):  # type: ignore[misc]  # d
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the embedding."""
-        self.embedding = value
+        self.embedding = cast(nn.Embedding, value)
 
 
 class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
@@ -645,20 +659,26 @@ def _check_room(past: int | Tensor, mask: Any, x_BTD: Tensor, context: int) -> N
         raise ContextFullError(f"{past + x_BTD.size(1):,} tokens exceed the context of {context:,}")
 
 
-def _refuse_other_positions(
+def _own_positions(
     given: Tensor | None, mask_BS: Tensor | None, x_BTD: Tensor, cache: ArchdslCache | None
-) -> None:
-    """Positions count the real tokens of a row; those of several texts in one row would not."""
+) -> Tensor | None:
+    """The positions, [1 or B, T], where they are not the numbers of the real tokens of a row.
+
+    Raises UnsupportedError if they say that several texts stand in one row: the tokens of a row
+    compete for the same capacity.
+    """
     if given is None:
-        return
-    B, T, _ = x_BTD.shape
-    if mask_BS is None:
-        mask_BS = given.new_ones(B, T + (0 if cache is None else cache.seen))
-    count_BT = (mask_BS.long().cumsum(1) - 1)[:, -T:]
-    if bool(((given != count_BT) & (mask_BS[:, -T:] != 0)).any()):
+        return None
+    if mask_BS is None and cache is None and bool((given.diff() != 1).any()):
         raise UnsupportedError(
-            "an archdsl model counts positions by attention_mask; leave position_ids out"
+            "position_ids with several texts in a row: where tokens are routed, each text needs a "
+            "row of its own"
         )
+    past = 0 if cache is None else cache.seen
+    counts_BT = _positions(past, mask_BS, x_BTD)
+    real_BT = None if mask_BS is None else mask_BS[:, -x_BTD.size(1) :] != 0
+    other_BT = given != counts_BT if real_BT is None else (given != counts_BT) & real_BT
+    return given if bool(other_BT.any()) else None
 
 
 transformers.AutoConfig.register(ArchdslConfig.model_type, ArchdslConfig, exist_ok=True)

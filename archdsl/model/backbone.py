@@ -60,11 +60,13 @@ class Backbone(nn.Module):
         mask_BT: Tensor | None = None,
         cache: Cache | None = None,
         each: list[Tensor] | None = None,
+        pos_BT: Tensor | None = None,
     ) -> Tensor:
         """The stream [B, T, D] after the blocks and before the last norm.
 
         ``x_BTD``: the embedded tokens. ``each``: a list to which the stream after each layer is
-        added. See `forward` for ``mask_BT``, ``cache`` and the errors.
+        added. ``pos_BT`` [1 or B, T]: the position of each token; default: the number of real
+        tokens before it. See `forward` for ``mask_BT``, ``cache`` and the errors.
         """
         if self.training:
             for router in self.routers:
@@ -72,7 +74,8 @@ class Backbone(nn.Module):
         index_BT, length_B = _real_first(mask_BT)
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
-        ctx = self._context(x_BTD, length_B, cache)
+            pos_BT = None if pos_BT is None else pos_BT.expand_as(index_BT).gather(1, index_BT)
+        ctx = self._context(x_BTD, length_B, cache, pos_BT)
         for layer in self.layers:
             x_BTD = self.run_layer(layer, x_BTD, ctx)
             if each is not None:
@@ -90,7 +93,9 @@ class Backbone(nn.Module):
             return cast(Tensor, checkpoint(layer, x_BTD, ctx, use_reentrant=False))
         return cast(Tensor, layer(x_BTD, ctx))
 
-    def _context(self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None) -> Context:
+    def _context(
+        self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None, pos_BT: Tensor | None
+    ) -> Context:
         B, T, _ = x_BTD.shape
         trace = Trace()
         if not torch.is_grad_enabled():
@@ -98,11 +103,12 @@ class Backbone(nn.Module):
         if cache is None:
             if self.spec.context < T:
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
-            return Context(Stream(length_B=length_B), trace=trace)
+            return Context(Stream(length_B=length_B), pos_BT, trace=trace)
         self.check_dial(cache)
         cache.check_rows(B)
         stream = cache.stream(T, length_B)
-        pos_BT = None if stream.begins else stream.order(x_BTD)
+        if pos_BT is None and not stream.begins:
+            pos_BT = stream.order(x_BTD)
         return Context(stream, pos_BT, cache=cache, trace=trace)
 
     def check_dial(self, cache: Cache) -> None:
