@@ -9,7 +9,6 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -83,11 +82,11 @@ class ArchdslConfig(transformers.PreTrainedConfig):
             self.num_attention_heads = q_size // self.head_dim
             self.num_key_value_heads = kv_size // self.head_dim
         windows = [one.window for one in attentions]
-        if any(windows):  # a cache forgets what lies outside of the largest
-            self.sliding_window = max(window or 0 for window in windows)
+        largest = max((window or 0 for window in windows), default=0)
+        if largest > 1:  # caches of transformers forget what lies outside, but for a window of 1
+            self.sliding_window = largest
             self.layer_types = [
-                "sliding_attention" if window == self.sliding_window else "full_attention"
-                for window in windows
+                "sliding_attention" if window == largest else "full_attention" for window in windows
             ]
 
 
@@ -228,7 +227,7 @@ class InTransformers:
         call = cast(Attend, self.model.calls[self.model.numbers[module.number, path]])
         self.last[module.number] = call
         if call.sliding_window not in self.masks:  # of how many keys, the cache says before
-            self.masks[call.sliding_window] = self._mask(call.sliding_window)
+            self.masks[call.sliding_window] = self._mask(call)
         if self.cache is None:
             return new
         return KeysValues(*self.cache.update(new.k_BGSE, new.v_BGSE, call.layer_idx), None)
@@ -239,20 +238,18 @@ class InTransformers:
         mask = self.masks[call.sliding_window]
         return call(q_BHTE, kv.k_BGSE, kv.v_BGSE, mask, self.more)[0].transpose(1, 2)
 
-    def _mask(self, window: int | None) -> Any:
-        config = self.model.config
+    def _mask(self, call: Attend) -> Any:
+        window = call.sliding_window
         if isinstance(self.mask, dict):  # made by `generate` before, for each type of layer
             return self.mask["full_attention" if window is None else "sliding_attention"]
-        if window is not None and window != config.sliding_window:  # one of several
-            config = copy.copy(config)
-            config.sliding_window = window
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
         return make(
-            config=config,
+            config=self.model.config,
             inputs_embeds=self.x_BTD,
             attention_mask=self.mask,
             past_key_values=self.cache,
             position_ids=self.position_ids,
+            layer_idx=call.layer_idx,
         )
 
 
@@ -346,7 +343,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     """Tokens to hidden states: the model without its head.
 
     ``standard``: whether the attention, masks and caches of transformers are used, which serving
-    engines replace by their own. So it is unless there is a router or a block of another package.
+    engines replace by their own. So it is unless there is a router, a block of another package,
+    a window of one token, or windows of several sizes.
     ``calls``: then each attention of each pass that keeps keys and values, in their order.
     """
 
@@ -360,8 +358,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         self.find_parts()
         if not self.standard and config._attn_implementation not in ("sdpa", "eager"):
             raise UnsupportedError(
-                f"attention of a model with routers or blocks of other packages is its own, so it "
-                f"cannot be {config._attn_implementation!r}; leave attn_implementation out"
+                f"attn_implementation={config._attn_implementation!r}: this model computes its "
+                "attention itself (see ArchdslModel.standard); leave attn_implementation out"
             )
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -369,7 +367,9 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         """See `Backbone.find_parts`."""
         super().find_parts()
         blocks = [module for module in self.modules() if isinstance(module, Block)]
-        self.standard = not self.routers and all(block.hosted for block in blocks)
+        windows = {one.window for one in blocks if isinstance(one, Attention)} - {None}
+        alike = len(windows) < 2 and 1 not in windows  # as masks and caches of transformers know
+        self.standard = alike and not self.routers and all(block.hosted for block in blocks)
         self._number_calls()
 
     def dial(

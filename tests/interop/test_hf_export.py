@@ -237,7 +237,8 @@ def test_rows_of_a_cache_can_be_repeated_and_selected(there: Any) -> None:
 
 @torch.no_grad()
 def test_a_cache_that_generate_returned_goes_on(there: Any) -> None:
-    how = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    how: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    how["return_dict_in_generate"] = True
     first = there.generate(TOKENS[:, :4], max_new_tokens=3, use_cache=True, **how)
     known = torch.cat((first.sequences, TOKENS[:, :2]), 1)
     how["attention_mask"] = torch.ones_like(known)  # else a generated end would count as padding
