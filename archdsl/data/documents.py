@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from archdsl.data.folders import SPLIT_WORDS, find_files, format_of
-from archdsl.data.reading import column_of, json_rows, read_texts
+from archdsl.data.reading import Render, column_of, json_rows, read_texts
 from archdsl.data.types import DataError, Split
 
 if TYPE_CHECKING:
@@ -57,11 +57,14 @@ class TextSource:
     rules: int = PLAIN
 
 
-def find_source(source: str | None, cache: Path, column: str | None = None) -> TextSource:
+def find_source(
+    source: str | None, cache: Path, column: str | None = None, render: Render | None = None
+) -> TextSource:
     """Finds the source of text of that name. Files are hashed, but not parsed.
 
     ``source``, ``column``: see `archdsl.load_data`. ``cache``: the folder for datasets of the Hub.
-    Raises DataError if there is no such source or it cannot be read.
+    ``render``: see `archdsl.data.reading.read_texts`. Raises DataError if there is no such source
+    or it cannot be read.
     """
     if source is None or source == EMBEDDED:
         if column:
@@ -71,9 +74,9 @@ def find_source(source: str | None, cache: Path, column: str | None = None) -> T
         return _embedded()
     name = f"{source}::{column}" if column else source
     if source.startswith("hf:"):
-        return _from_hub(name, source, cache, column)
+        return _from_hub(name, source, cache, column, render)
     path = Path(source).expanduser()
-    return _from_files(f"{path}::{column}" if column else str(path), path, column)
+    return _from_files(f"{path}::{column}" if column else str(path), path, column, render)
 
 
 def _embedded() -> TextSource:
@@ -90,7 +93,7 @@ def _split_of_year(year: int) -> Split:
     return "validation" if year % 20 == 9 else "test" if year % 20 == 19 else "train"
 
 
-def _from_files(name: str, path: Path, column: str | None) -> TextSource:
+def _from_files(name: str, path: Path, column: str | None, render: Render | None) -> TextSource:
     found = find_files(path)
     formats = {format_of(file) for files in found.by_split.values() for file in files}
     if column and formats == {"text"}:
@@ -101,7 +104,10 @@ def _from_files(name: str, path: Path, column: str | None) -> TextSource:
 
     def read() -> dict[Split, Texts]:
         return _with_missing(
-            {split: partial(read_texts, files, column) for split, files in found.by_split.items()}
+            {
+                split: partial(read_texts, files, column, render)
+                for split, files in found.by_split.items()
+            }
         )
 
     return TextSource(
@@ -168,12 +174,18 @@ def _file_digest(path: Path) -> str:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def _from_hub(name: str, source: str, cache: Path, column: str | None) -> TextSource:
+def _from_hub(
+    name: str, source: str, cache: Path, column: str | None, render: Render | None
+) -> TextSource:
     named, left_out = _named_splits(_fetch(source, cache), source)
     splits = _with_missing(
         {
             split: partial(
-                _texts, rows, column_of(rows.features.arrow_schema, column, f"{source!r}")
+                _texts,
+                rows,
+                column_of(rows.features.arrow_schema, column, f"{source!r}", render),
+                f"{source!r}: split {split}",
+                render,
             )
             for split, rows in named.items()
         }
@@ -283,9 +295,16 @@ def _part_of_each(texts: Texts, missing: Sequence[Split], wanted: Split) -> Iter
             yield text[:begin]
 
 
-def _texts(rows: Dataset, column: str) -> Iterator[str]:
-    for some in rows.select_columns([column]).iter(batch_size=64):
-        yield from (text for text in some[column] if text is not None)
+def _texts(rows: Dataset, column: str, place: str, render: Render | None) -> Iterator[str]:
+    values = (
+        value
+        for some in rows.select_columns([column]).iter(batch_size=64)
+        for value in some[column]
+    )
+    for row, value in enumerate(values, 1):
+        if value is not None:
+            chat = isinstance(value, list)
+            yield render(value, f"{place}: row {row}") if render and chat else value
 
 
 def _first_cause(error: BaseException) -> str:

@@ -22,10 +22,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
+from archdsl.data.chats import ChatTemplate
 from archdsl.data.documents import PLAIN, SPLITS, TextSource, find_source
 from archdsl.data.folders import ACCEPTED, few
+from archdsl.data.reading import Render
 from archdsl.data.skills import Skill, parse_skill
-from archdsl.data.text_format import TextFormat, text_format_of
+from archdsl.data.text_format import TextFormat, text_format_beside, text_format_of
 from archdsl.data.tokenizers import (
     Tokens,
     encode,
@@ -80,7 +82,7 @@ def load_data(
     root = Path(cache) if cache else _default_cache()
     choice = tokenizer_key(tokenizer)
     try:
-        text = find_source(source, root, column)
+        text = find_source(source, root, column, _renderer(tokenizer))
         cached = TokenCache(root / "tokens", _sha256(str(FORMAT), text.digest, choice))
         data = cached.open(text.name, rules=text.rules) or cached.build(text, tokenizer)
         return replace(data, source=text)
@@ -88,6 +90,12 @@ def load_data(
         raise DataError(
             f"cache {str(root)!r}: {error}; set $ARCHDSL_CACHE to use another folder"
         ) from None
+
+
+def _renderer(tokenizer: str) -> Render | None:
+    """Returns what turns chats into text, if the tokenizer has a chat template."""
+    text_format = text_format_beside(Path(tokenizer))
+    return ChatTemplate(text_format).render if text_format and text_format.chat_template else None
 
 
 def _named_column(source: str | None, column: str | None) -> tuple[str | None, str | None]:

@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from archdsl.data.chats import CHAT_COLUMNS
 from archdsl.data.folders import few, format_of
 from archdsl.data.types import DataError
 from archdsl.errors import describe
@@ -26,24 +27,32 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT_COLUMNS = ("text", "content", "document")
+CHATS = (
+    "chats, which become text by the chat template of a tokenizer. Train a checkpoint that has "
+    "one (archdsl import keeps it), or write them as text"
+)
 NOT_TEXT = {
-    "messages": "chats. Render them as text with the chat template of a tokenizer",
-    "conversations": "chats. Render them as text with the chat template of a tokenizer",
+    **dict.fromkeys(CHAT_COLUMNS, CHATS),
     "input_ids": "tokens. Pass the text that they were made of",
 }
 COLUMNS_SHOWN = 20  # of an error
 ROWS_AT_ONCE = 64  # limits the memory that a table needs
+Render = Callable[[Any, str], str]
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a stream of arrow tables
 
 
-def read_texts(files: Sequence[Path], column: str | None = None) -> Iterator[str]:
-    """Yields the documents of the files. ``column``: that of the text, if it has an unusual name.
+def read_texts(
+    files: Sequence[Path], column: str | None = None, render: Render | None = None
+) -> Iterator[str]:
+    """Yields the documents of the files.
 
-    Raises DataError, which names the file and the place, if something is no text.
+    ``column``: that of the text, if it has an unusual name. ``render``: returns the text of a
+    chat, given its messages and its place; default: chats are refused. Raises DataError, which
+    names the file and the place, if something is no text.
     """
     for file in files:
         with _blamed_on(file):
-            yield from READERS[format_of(file) or "text"](file, column)
+            yield from READERS[format_of(file) or "text"](file, column, render)
 
 
 @contextmanager
@@ -88,13 +97,13 @@ def _open_zst(file: Path) -> IO[bytes]:
     return buffered
 
 
-def _text(file: Path, column: str | None) -> Iterator[str]:
+def _text(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
     with io.TextIOWrapper(open_bytes(file), encoding="utf-8") as content:
         text = content.read()
     yield text
 
 
-def _json(file: Path, column: str | None) -> Iterator[str]:
+def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
     name, columns = f"{str(file)!r}", dict[str, None]()
     found = False
     for place, row in json_rows(file):
@@ -103,10 +112,10 @@ def _json(file: Path, column: str | None) -> Iterator[str]:
                 f"{name}: {place} is {describe(row)}; expected an object with a text, such "
                 'as {"text": "It was"}'
             )
-        own = column or text_column(row, name)
+        own = column or _known_column(row, name, render)
         if own is not None and own in row:
             found = True
-            yield from _checked(row[own], f"{name}: {place}", own)
+            yield from _checked(row[own], f"{name}: {place}", own, render)
         elif not column and NOT_TEXT.keys() & row:
             raise _no_column(f"{name}: {place}", row, None)
         elif not found:
@@ -164,6 +173,13 @@ def text_column(columns: Iterable[str], place: str) -> str | None:
     return found[0] if found else None
 
 
+def _known_column(columns: Iterable[str], place: str, render: Render | None) -> str | None:
+    """Returns the column of the text, or else that of chats if they can be rendered."""
+    names = list(columns)
+    chats = [name for name in CHAT_COLUMNS if render and name in names]
+    return text_column(names, place) or (chats[0] if chats else None)
+
+
 def _no_column(place: str, columns: Iterable[str], wanted: str | None) -> DataError:
     names = few(columns, COLUMNS_SHOWN)
     if wanted:
@@ -180,10 +196,12 @@ def _no_column(place: str, columns: Iterable[str], wanted: str | None) -> DataEr
     )
 
 
-def _checked(value: Any, place: str, column: str) -> Iterator[str]:
-    """Yields a value if it is a text, and nothing if it is null."""
+def _checked(value: Any, place: str, column: str, render: Render | None) -> Iterator[str]:
+    """Yields a value if it is a text, a chat as text, and nothing if it is null."""
     if value is None:
         return
+    if render and isinstance(value, list):
+        value = render(value, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: the column {column!r} holds {describe(value)}; expected a text")
     try:
@@ -198,30 +216,31 @@ def _checked(value: Any, place: str, column: str) -> Iterator[str]:
 # tables
 
 
-def _parquet(file: Path, column: str | None) -> Iterator[str]:
+def _parquet(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(_table_bytes(file)) as table:
-        own = column_of(table.schema_arrow, column, f"{str(file)!r}")
-        yield from _column(table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[own]), own)
+        own = column_of(table.schema_arrow, column, f"{str(file)!r}", render)
+        batches = table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[own])
+        yield from _column(batches, own, f"{str(file)!r}", render)
 
 
-def _arrow(file: Path, column: str | None) -> Iterator[str]:
+def _arrow(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
     import pyarrow as pa
 
     content = _table_bytes(file)
     if content.read(6) == b"ARROW1":
         table = pa.ipc.open_file(content)
         batches = (table.get_batch(i) for i in range(table.num_record_batches))
-        own = column_of(table.schema, column, f"{str(file)!r}")
+        own = column_of(table.schema, column, f"{str(file)!r}", render)
     else:
         content.seek(content.size() - len(END_OF_STREAM))
         if content.read() != END_OF_STREAM:
             raise ValueError("the end of the stream is missing; copy or download the file again")
         content.seek(0)
         batches = stream = pa.ipc.open_stream(content)
-        own = column_of(stream.schema, column, f"{str(file)!r}")
-    yield from _column(batches, own)
+        own = column_of(stream.schema, column, f"{str(file)!r}", render)
+    yield from _column(batches, own, f"{str(file)!r}", render)
 
 
 def _table_bytes(file: Path) -> pa.NativeFile:
@@ -234,26 +253,36 @@ def _table_bytes(file: Path) -> pa.NativeFile:
         return pa.BufferReader(content.read())
 
 
-def _column(batches: Iterable[pa.RecordBatch], column: str) -> Iterator[str]:
+def _column(
+    batches: Iterable[pa.RecordBatch], column: str, place: str, render: Render | None
+) -> Iterator[str]:
+    row = 0
     for batch in batches:
         texts = batch.column(column)
         texts.validate(full=True)  # reading a damaged table may end the process
         for start in range(0, len(texts), ROWS_AT_ONCE):
-            some = texts.slice(start, ROWS_AT_ONCE).to_pylist()
-            yield from (text for text in some if text is not None)
+            for value in texts.slice(start, ROWS_AT_ONCE).to_pylist():
+                row += 1
+                yield from _checked(value, f"{place}: row {row}", column, render)
 
 
-def column_of(schema: pa.Schema, wanted: str | None, place: str) -> str:
-    """Returns the column of the text of a table. Raises DataError if there is none."""
+def column_of(
+    schema: pa.Schema, wanted: str | None, place: str, render: Render | None = None
+) -> str:
+    """Returns the column of the text of a table. Raises DataError if there is none.
+
+    It may be a column of chats if ``render`` is given.
+    """
     import pyarrow.types as kinds
 
-    column = wanted or text_column(schema.names, place)
+    column = wanted or _known_column(schema.names, place, render)
     if column is None or column not in schema.names:
         raise _no_column(place, schema.names, wanted)
     kind = schema.field(column).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
-    if not any(is_text(kind) for is_text in texts):
+    is_chat = render is not None and (kinds.is_list(kind) or kinds.is_large_list(kind))
+    if not is_chat and not any(is_text(kind) for is_text in texts):
         raise DataError(
             f"{place}: the column {column!r} holds values of the type {kind}; expected "
             f"texts. The columns are {few(schema.names, COLUMNS_SHOWN)}"
@@ -261,7 +290,7 @@ def column_of(schema: pa.Schema, wanted: str | None, place: str) -> str:
     return column
 
 
-READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path, str | None, Render | None], Iterator[str]]] = {
     "text": _text,
     "json": _json,
     "parquet": _parquet,

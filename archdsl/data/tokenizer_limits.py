@@ -111,9 +111,10 @@ def _check_regex(pattern: Any, where: str) -> None:
 
 
 class Allowance:
-    """The time that encoding may take, which grows with the texts."""
+    """The time that encoding, or what ``work`` names, may take, which grows with the texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, who: str = "the tokenizer", work: str = "encode") -> None:
+        self.who, self.work = who, work
         self.started, self.seconds = time.monotonic(), GRACE
 
     def run(self, work: Callable[[], R], size: int) -> R:
@@ -139,8 +140,9 @@ class Allowance:
         if results:
             return results[0]
         if failures:
-            raise DataError(f"the tokenizer cannot encode this text: {failures[0]}") from None
+            reason = str(failures[0]) or type(failures[0]).__name__
+            raise DataError(f"{self.who} cannot {self.work} this text: {reason}") from None
         raise DataError(
-            f"the tokenizer needs more than {math.ceil(self.seconds):,} s for "
+            f"{self.who} needs more than {math.ceil(self.seconds):,} s for "
             f"{(self.seconds - GRACE) * BYTES_PER_SECOND / 1e6:,.1f} MB of text: it is given up"
         )

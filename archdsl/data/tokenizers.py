@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import islice
+from functools import cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from archdsl.data.chats import Chat
 from archdsl.data.text_format import TextFormat, attach, text_format_beside, text_format_of
 from archdsl.data.tokenizer_limits import MAX_BYTES, Allowance, check_content, check_parts
 from archdsl.data.types import DataError
@@ -164,20 +165,31 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
     """Yields the tokens [T] of each text, without an end of document, and its size in bytes.
 
-    Raises DataError if the tokenizer takes far too long.
+    What looks like a special token is one in a `Chat` only. Raises DataError if the tokenizer
+    takes far too long.
     """
-    if tokenizer.to_str() == byte_level().to_str():
-        for text in texts:
-            content = np.frombuffer(text.encode(), np.uint8)
-            yield content, len(content)
-        return
-    remaining, allowance = iter(texts), Allowance()
-    while chunk := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        sizes = [len(text.encode()) for text in chunk]
-        encode_chunk = partial(tokenizer.encode_batch_fast, chunk, add_special_tokens=False)
-        encodings = allowance.run(encode_chunk, sum(sizes))
-        for encoding, size in zip(encodings, sizes, strict=True):
-            yield np.array(encoding.ids, np.uint32), size
+    are_bytes, allowance = tokenizer.to_str() == byte_level().to_str(), Allowance()
+    for_chats = cache(lambda: _for_chats(tokenizer))
+    for are_chats, some in groupby(texts, key=lambda text: isinstance(text, Chat)):
+        own = for_chats() if are_chats else tokenizer
+        while chunk := list(islice(some, DOCUMENTS_AT_ONCE)):
+            contents = [text.encode() for text in chunk]
+            if are_bytes and not are_chats:
+                yield from ((np.frombuffer(text, np.uint8), len(text)) for text in contents)
+                continue
+            encode_chunk = partial(own.encode_batch_fast, chunk, add_special_tokens=False)
+            encodings = allowance.run(encode_chunk, sum(map(len, contents)))
+            for encoding, content in zip(encodings, contents, strict=True):
+                yield np.array(encoding.ids, np.uint32), len(content)
+
+
+def _for_chats(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a copy that reads special tokens in texts as such."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
 
 
 def _configure(tokenizer: Tokenizer) -> Tokenizer:
