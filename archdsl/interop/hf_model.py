@@ -9,10 +9,12 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -322,10 +324,22 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
         for; default: the context."""
         return self.without_head.new_cache(max_length)
 
-    def save_pretrained(self, *args: Any, **more: Any) -> None:
-        """As transformers has it, with all that the routers learned."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **more: Any
+    ) -> None:
+        """As transformers has it, with all that the routers learned.
+
+        What an earlier save left is removed, one file after shards or shards after one file: it
+        would be loaded in place of what was written.
+        """
         self.without_head.commit()
-        super().save_pretrained(*args, **more)
+        before = _saved(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **more)
+        after = _saved(Path(save_directory))
+        left = [path for path, stamp in before.items() if after.get(path) == stamp]
+        if len(left) < len(after):  # something was written
+            for path in left:
+                path.unlink()
 
     def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
         """As transformers has it; the spec follows, so that what is saved can be loaded again."""
@@ -622,6 +636,13 @@ def _runs(module: nn.Module, path: tuple[int, ...]) -> Iterator[tuple[Attention,
     else:
         for child in module.children():
             yield from _runs(child, path)
+
+
+def _saved(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Which files of weights a folder has, the whole or the index of shards, and their versions."""
+    paths = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    stats = {path: path.stat() for path in paths if path.is_file()}
+    return {path: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for path, stat in stats.items()}
 
 
 def _is_loaded(module: nn.Module) -> bool:

@@ -362,6 +362,23 @@ def test_a_model_of_another_vocabulary_is_saved_and_loaded(
     assert again.config.vocab_size == again.model.spec.vocab_size == size
 
 
+@pytest.mark.parametrize("sizes", [("1GB", "20KB"), ("20KB", "1GB"), ("20KB", "40KB")])
+def test_what_is_saved_last_is_what_loads(
+    there: Any, folder: Path, tmp_path: Path, sizes: tuple[str, str]
+) -> None:
+    """In one file over shards, in shards over one file."""
+    model = type(there).from_pretrained(folder)
+    for size in sizes:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(0.1)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    again = type(there).from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    whole = (tmp_path / "model.safetensors").exists()
+    assert whole != (tmp_path / "model.safetensors.index.json").exists()
+    assert whole == (sizes[-1] == "1GB")
+
+
 def test_half_precision_is_half_precision(here: Checkpoint, there: Any, folder: Path) -> None:
     half = type(there).from_pretrained(folder, dtype=torch.bfloat16, use_cache=False)
     assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
