@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from statistics import fmean
 
 from archdsl.errors import ArchdslError
 from archdsl.search.space.objectives import others
 from archdsl.search.study.spending import Spending
 from archdsl.search.study.study import Study
 from archdsl.search.study.trial import RunningTrial
-from archdsl.search.trials.proxy import Proxy, ProxyScore, objective
+from archdsl.search.trials.proxy import Proxy, ProxyScore, mean_shares, objective
 from archdsl.search.trials.scorers import Scorer
 from archdsl.search.workers.pool import JobFailed, Pool, end_if_disk_is_full, wait_for_any
 
@@ -162,9 +161,3 @@ class RungScheduler:
         small = self.proxy.shrink(trial.spec, task)
         shares = mean_shares(list(scores.values()))
         return (loss, *others(self.study.axes, trial.spec, small, shares))
-
-
-def mean_shares(scores: Collection[ProxyScore]) -> dict[str, float]:
-    """Return the share of tokens that each router selected, as the mean over tasks."""
-    names = dict.fromkeys(name for score in scores for name in score.shares)
-    return {name: fmean(s.shares[name] for s in scores if name in s.shares) for name in names}

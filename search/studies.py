@@ -223,7 +223,7 @@ def best_within(trials: Sequence[Trial], limits: Mapping[str, int | None]) -> Tr
 
 def rows(listed: ListedStudy) -> list[dict[str, Any]]:
     """Return everything that is known of each trial, as JSON values."""
-    return [trial_row(trial) for trial in listed.record.finished()]
+    return [trial_row(trial, listed.record.axes) for trial in listed.record.finished()]
 
 
 def export(listed: ListedStudy, form: str) -> str:

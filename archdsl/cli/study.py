@@ -110,8 +110,9 @@ def best(
     from archdsl.search.studies import best_within, study
 
     limits = {"params": params, "flops": flops, "kv": kv}
-    trial = best_within(study(name, storage).record.finished(), limits)
-    print_json(trial_row(trial)) if as_json else print(trial.spec.to_yaml(), end="")
+    record = study(name, storage).record
+    trial = best_within(record.finished(), limits)
+    print_json(trial_row(trial, record.axes)) if as_json else print(trial.spec.to_yaml(), end="")
 
 
 @app.command(cls=Command)

@@ -17,8 +17,9 @@ from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.baselines import BASELINES, WINNER, compared_specs, distinct
 from archdsl.search.space.model_summary import model_summary
+from archdsl.search.space.objectives import executed_flops
 from archdsl.search.stats.paired import Difference, paired
-from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, mean_shares, objective
 from archdsl.search.workers.pool import JobFailed, Pool, end_if_disk_is_full, wait_for_any
 
 OBJECTIVE = "objective"
@@ -36,6 +37,8 @@ class ComparisonEntry:
 
     ``spec`` and ``receipt`` are of full size. ``scores`` are those of the proxy, by task, one for
     each seed. If a training failed, the lists are empty and ``error`` gives the reason.
+    ``executed`` are the forward FLOPs per token at full size, at the shares of tokens that the
+    routers of the proxies selected; None if they are not known.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ComparisonEntry:
     receipt: Receipt
     scores: dict[str, list[ProxyScore]]
     error: str = ""
+    executed: float | None = None
 
     def losses(self, task: str) -> list[float]:
         """Return the loss of each seed in nats, infinity where training diverged."""
@@ -175,7 +179,16 @@ def _entry(
                     name, role_of(name), full, cost(full), {t: [] for t in tasks}, error
                 )
             scores[task].append(result)
-    return ComparisonEntry(name, role_of(name), full, cost(full), scores)
+    small = jobs[name, next(iter(tasks)), seeds[0]].spec
+    shares = mean_shares([score for of_task in scores.values() for score in of_task])
+    return ComparisonEntry(
+        name,
+        role_of(name),
+        full,
+        cost(full),
+        scores,
+        executed=executed_flops(full, small, shares) if shares else cost(full).expected,
+    )
 
 
 def objectives(entry: ComparisonEntry, proxy: Proxy) -> list[float]:
@@ -224,6 +237,7 @@ def as_json(entries: Sequence[ComparisonEntry], proxy: Proxy) -> list[dict[str, 
             "role": entry.role,
             "params": entry.receipt.params,
             "flops_per_token": entry.receipt.expected,
+            "executed_flops_per_token": entry.executed,
             "words": model_summary(entry.spec),
             "spec": entry.spec.to_yaml(),
             "error": entry.error,

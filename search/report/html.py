@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from base64 import b64encode
+from collections.abc import Iterator
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -13,6 +14,7 @@ from string import Template
 from typing import Any
 
 from archdsl.files import write_text
+from archdsl.search.analysis.noise import MOSTLY
 
 SCRIPTS = (
     *("tools", "plots", "front", "curves", "parallel", "result", "price", "trials", "panel"),
@@ -35,12 +37,22 @@ def page(result: dict[str, Any]) -> str:
     return Template(_asset("page.html")).substitute(
         name=escape(result["name"]),
         conclusion=escape(result["verdict"]),
+        notes="\n".join(_notes(result)),
         validation=escape(result["trust_sentence"]),
         style=_asset("page.css"),
         policy=_policy(scripts),
         data=json.dumps(_finite(result), separators=(",", ":")).replace("<", "\\u003c"),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
     )
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what the winner costs and what is noise; results of earlier versions say neither."""
+    if costs := result.get("costs_sentence"):
+        yield f'<p class="costs">{escape(costs)}</p>'
+    if noisy := (result.get("noise") or {}).get("sentence"):
+        kind = "note" if result["noise"]["share"] >= MOSTLY else "validation"
+        yield f'<p class="{kind}">{escape(noisy)}</p>'
 
 
 def _asset(name: str) -> str:

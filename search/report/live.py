@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,8 +18,14 @@ from archdsl.reports.layout import StackingTable, TwoColumns
 from archdsl.reports.tables import parameters, short
 from archdsl.search.analysis.conclusions import ablation_conclusion
 from archdsl.search.report.report import describe_proxy, front_trials, weighted
-from archdsl.search.report.tables import comparison_table, difference_table, failures
+from archdsl.search.report.tables import (
+    comparison_legend,
+    comparison_table,
+    difference_table,
+    failures,
+)
 from archdsl.search.space.model_summary import model_summary
+from archdsl.search.space.objectives import FLOPS
 from archdsl.search.study.spending import SEARCH
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from archdsl.search.report.report import SearchReport
     from archdsl.search.studies import DamagedStudy, ListedStudy
     from archdsl.search.study.trial import Trial
+    from archdsl.search.trials.proxy import ProxyScore
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -75,19 +82,21 @@ def trial_table(trials: Sequence[Trial]) -> StackingTable:
     """Return a table of proxy losses and full-size costs.
 
     FLOPs per token are those executed if they were an objective of the search, else the nominal
-    ones.
+    ones. Beside a loss in nats stand the bits per byte of a text, or else the accuracy.
     """
     tasks = list(trials[0].rungs[-1]) if trials else []
-    table = StackingTable("trial", "objective", *tasks, "params", "FLOPs/token")
+    titles = [_task_title(trials[0].rungs[-1][task], task) for task in tasks]
+    which = "executed" if trials and FLOPS in (trials[0].values or {}) else "nominal"
+    table = StackingTable("trial", "objective", *titles, "params", f"{which} FLOPs")
     for trial in trials:
         receipt = cost(trial.spec)
         last = trial.rungs[-1]
         table.add_row(
             str(trial.number),
             f"{trial.value:.3f}",
-            *(_score(last[task].loss, last[task].accuracy) for task in tasks),
+            *(_score(last[task]) for task in tasks),
             parameters(receipt.params),
-            short((trial.values or {}).get("flops", receipt.expected)),
+            short((trial.values or {}).get(FLOPS, receipt.expected)),
         )
     return table
 
@@ -97,15 +106,20 @@ def models(trials: Sequence[Trial]) -> RenderableType:
     return TwoColumns([(f"{trial.number:>5}", model_summary(trial.spec)) for trial in trials])
 
 
-def _score(loss: float | None, accuracy: float | None) -> str:
-    return "diverged" if loss is None else f"{loss:.3f} ({accuracy or 0:.0%})"
+def _task_title(score: ProxyScore, task: str) -> str:
+    return f"{task} ({'accuracy' if score.bits_per_byte is None else 'bits/byte'})"
+
+
+def _score(score: ProxyScore) -> str:
+    if score.loss is None:
+        return "diverged"
+    bits = score.bits_per_byte
+    return f"{score.loss:.3f} ({f'{score.accuracy or 0:.0%}' if bits is None else f'{bits:.3f}'})"
 
 
 def result(report: SearchReport) -> RenderableType:
-    """Return what a search prints at its end, the conclusions first."""
+    """Return what a search prints at its end, the conclusions last, where a screen ends."""
     parts: list[RenderableType] = [
-        *(Text(sentence, "bold") for sentence in report.sentences if sentence),
-        "",
         Text("Pareto front: no other trial is better in both loss and cost", "bold"),
         trial_table(report.front),
         models(report.front),
@@ -117,7 +131,8 @@ def result(report: SearchReport) -> RenderableType:
     if len(report.entries) > 1:
         title = "Loss above that of the winner, with the 95% interval"
         parts += [Text(title, "bold"), difference_table(report.entries, report.proxy), ""]
-    return Group(*parts, TwoColumns(_facts(report)))
+    said = (Text(sentence, "bold") for sentence in report.sentences)
+    return Group(*parts, TwoColumns(_facts(report)), "", *said)
 
 
 def _facts(report: SearchReport) -> list[tuple[str, str]]:
@@ -134,7 +149,8 @@ def _facts(report: SearchReport) -> list[tuple[str, str]]:
             f"{short(total.train_flops)} FLOPs of training",
         ),
         ("proxy", describe_proxy(report.proxy)),
-        ("loss", f"held-out nats per prediction (accuracy); objective = {weighted(report.proxy)}"),
+        ("objective", f"held-out nats per prediction: {weighted(report.proxy)}"),
+        *comparison_legend(report.entries),
         ("winner", f"{report.folder / 'winner.yaml'}, a spec for archdsl build and archdsl train"),
         ("files", ", ".join((*report.pictures, "result.json", "trials.jsonl")) + " beside it"),
     ]
@@ -169,8 +185,7 @@ def listing(found: Sequence[ListedStudy | DamagedStudy]) -> RenderableType:
 def standing(listed: ListedStudy) -> RenderableType:
     """Return the state of a study: sentences of its last report, its front, its spending."""
     result = listed.result()
-    sentences = [result["verdict"], result["trust_sentence"]] if result else []
-    parts: list[RenderableType] = [Text(said, "bold") for said in sentences if said]
+    parts: list[RenderableType] = [Text(said, "bold") for said in sentences_of(result)]
     if trials := front_trials(listed.record.finished()):
         parts += ["", Text("Pareto front", "bold"), trial_table(trials), models(trials), ""]
     told = listed.as_json()
@@ -188,3 +203,12 @@ def standing(listed: ListedStudy) -> RenderableType:
     if listed.folder is not None:
         facts.append(("folder", str(listed.folder)))
     return Group(*parts, TwoColumns(facts))
+
+
+def sentences_of(result: Mapping[str, Any] | None) -> list[str]:
+    """Return the sentences to read first of a result.json, which may be of an earlier version."""
+    if result is None:
+        return []
+    noisy = (result.get("noise") or {}).get("sentence", "")
+    told = [result["verdict"], result.get("costs_sentence", ""), noisy, result["trust_sentence"]]
+    return [one for one in told if one]

@@ -80,9 +80,13 @@ def _ranked(result: ResultJson) -> list[dict[str, Any]]:
     return sorted(done, key=lambda trial: float(trial["values"]["loss"]))
 
 
-def _flops(trial: dict[str, Any]) -> float:
-    values = trial["values"] or {}
-    return float(values.get("flops", trial["flops_per_token"])) / 1e6
+def _flops(one: dict[str, Any], result: ResultJson) -> float:
+    """Return the MFLOPs per token of a trial or entry: executed if they were an objective."""
+    nominal = float(one["flops_per_token"])
+    if "flops" not in result["axes"]:
+        return nominal / 1e6
+    measured = (one.get("values") or {}).get("flops", one.get("executed_flops_per_token"))
+    return (nominal if measured is None else float(measured)) / 1e6
 
 
 def _front(result: ResultJson, figure: Figure) -> None:
@@ -92,23 +96,25 @@ def _front(result: ResultJson, figure: Figure) -> None:
         return
     axes = figure.add_subplot()
     axes.plot(*_columns(_stopped(result)), ".", color=GREY, label="stopped early")
-    done = [(_flops(trial), trial["values"]["loss"]) for trial in ranked]
+    done = [(_flops(trial, result), trial["values"]["loss"]) for trial in ranked]
     axes.plot(*_columns(done), "o", color=BLUE, markersize=5, label="trial")
     best = sorted(
-        (_flops(trial), trial["values"]["loss"])
+        (_flops(trial, result), trial["values"]["loss"])
         for trial in ranked
         if trial["trial"] in result["front"]
     )
     line = "-" if len(result["axes"]) <= 2 else ""  # with three axes the front is not a line
     (drawn,) = axes.step(*_columns(best), where="post", color=BLUE, label="front", linestyle=line)
     drawn.set(marker="o", markerfacecolor="none", markersize=9)
-    places = _places([float(entry["flops_per_token"]) / 1e6 for entry in result["entries"]])
+    places = _places([_flops(entry, result) for entry in result["entries"]])
     placed = list(zip(places, result["entries"], strict=True))
     for role in ("ablation", "baseline", "winner"):
         _draw_entries([(x, entry) for x, entry in placed if _role(entry) == role], role, axes)
+    _label_baselines(placed, axes)
     _limit(axes, [loss for _, loss in done], result)
+    which = "executed" if "flops" in result["axes"] else "nominal"
     axes.set(
-        xlabel="executed MFLOPs per token, full size",
+        xlabel=f"{which} MFLOPs per token, full size",
         ylabel=f"held-out loss of the proxy, nats: {result['objective']}",
         title="Bars span the seeds; models of equal FLOPs are drawn side by side",
     )
@@ -119,7 +125,7 @@ def _stopped(result: ResultJson) -> list[tuple[float, float]]:
     """Return FLOPs and loss of the trials that were stopped early."""
     weights = _weights(result)
     return [
-        (_flops(trial), loss)
+        (_flops(trial, result), loss)
         for trial in result["trials"]
         if trial["outcome"] == "pruned"
         and trial["rungs"]
@@ -154,6 +160,29 @@ def _draw_entries(placed: list[tuple[float, dict[str, Any]]], role: str, axes: A
     axes.errorbar(
         flops, middles, yerr=(below, above), fmt=mark, markersize=size, color=colour, label=label
     )
+
+
+def _label_baselines(placed: list[tuple[float, dict[str, Any]]], axes: Axes) -> None:
+    """Write the name of each baseline beside its mark, on the side with more room."""
+    from matplotlib.patheffects import withStroke
+
+    left, right = axes.get_xlim()
+    for x, entry in placed:
+        losses = [loss for loss in entry["objective"] if loss is not None]
+        if _role(entry) == "baseline" and losses:
+            on_left = x > (left + right) / 2
+            axes.annotate(
+                entry["name"],
+                (x, fmean(losses)),
+                xytext=(-8 if on_left else 8, 0),
+                textcoords="offset points",
+                ha="right" if on_left else "left",
+                va="center",
+                fontsize=8,
+                color=GREEN,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+                zorder=5,
+            )
 
 
 def _limit(axes: Axes, losses: list[float], result: ResultJson) -> None:

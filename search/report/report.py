@@ -17,17 +17,19 @@ from archdsl.reports.notebook import as_html
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.search.analysis import comparison
 from archdsl.search.analysis.comparison import ComparisonEntry
-from archdsl.search.analysis.conclusions import conclusion
+from archdsl.search.analysis.conclusions import conclusion, costs_sentence
+from archdsl.search.analysis.noise import Noise, noise
 from archdsl.search.analysis.proxy_validation import ProxyValidation
 from archdsl.search.analysis.supernet_validation import SupernetValidation
 from archdsl.search.report.html import write_page
 from archdsl.search.report.png import plot
 from archdsl.search.space.model_summary import model_summary
+from archdsl.search.space.objectives import FLOPS
 from archdsl.search.stats.pareto import pareto_front
 from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits, SpendingSummary
 from archdsl.search.study.trial import UNTRAINED, Trial
-from archdsl.search.trials.proxy import Proxy, ProxyScore
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,31 @@ class SearchReport:
                 "The search stopped before the best model found was compared with its baselines. "
                 "Run the same command again to continue, with a longer --time if it was used up."
             )
-        return conclusion(self.entries, self.proxy)
+        return conclusion(self.entries, self.proxy, f"the winner, trial {self.top.number},")
+
+    @property
+    def costs(self) -> str:
+        """Say what the winner costs of what was allowed."""
+        own = comparison.winner_of(self.entries)
+        executed = own.executed if own else executed_flops(self.top, self.settings.axes)
+        return costs_sentence(self.top.spec, self.settings.budget, executed)
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """How much of the differences between trials seeds alone may explain, if that is known."""
+        return noise(self.trials, self.entries, self.proxy)
+
+    @property
+    def validations(self) -> str:
+        """Say whether the proxy, and the supernets, rank models rightly."""
+        told = [self.supernet_validation, self.proxy_validation]
+        return " ".join(one.sentence() for one in told if one is not None)
 
     @property
     def sentences(self) -> list[str]:
-        """The sentences to read first: the conclusion, then the validations."""
-        told = [self.supernet_validation, self.proxy_validation]
-        return [self.conclusion, *(one.sentence() for one in told if one is not None)]
+        """The sentences to read first: the conclusion, the costs, the noise, the validations."""
+        noisy = self.noise.sentence() if self.noise else ""
+        return [one for one in (self.conclusion, self.costs, noisy, self.validations) if one]
 
     @property
     def trained_share(self) -> float:
@@ -111,7 +131,9 @@ class SearchReport:
         return {
             "name": self.settings.name,
             "verdict": self.conclusion,
-            "trust_sentence": " ".join(self.sentences[1:]),
+            "costs_sentence": self.costs,
+            "noise": self.noise.as_json() if self.noise else None,
+            "trust_sentence": self.validations,
             "interrupted": self.interrupted,
             "winner": self.top.number,
             "winner_spec": str(self.folder / "winner.yaml"),
@@ -130,7 +152,7 @@ class SearchReport:
             else None,
             "importance": self.importance,
             "tree": _tree(self.winner),
-            "trials": [trial_row(trial) for trial in self.trials],
+            "trials": [trial_row(trial, self.settings.axes) for trial in self.trials],
             "command": self.command,
             "settings": self.settings.as_json(),
             "versions": _versions(),
@@ -203,11 +225,23 @@ def describe_proxy(proxy: Proxy) -> str:
     else:
         sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
     tasks = [
-        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} tokens of "
+        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} {_units(task)} of "
         f"{task.data or 'the embedded corpus'}"
         for name, task in proxy.tasks.items()
     ]
-    return f"{sizes}; {'; '.join(tasks)}"
+    return f"{sizes}; {'; '.join(tasks)}{_reads_bytes(proxy)}"
+
+
+def _units(task: Task) -> str:
+    """Return what a text is cut into; a skill has tokens of its own."""
+    is_text = not (task.data or "").startswith("skill:")
+    return "bytes" if is_text and task.tokenizer == "bytes" else "tokens"
+
+
+def _reads_bytes(proxy: Proxy) -> str:
+    if all(_units(task) == "tokens" for task in proxy.tasks.values()):
+        return ""
+    return "; proxies read text as bytes, whatever the vocabulary of the full-size model"
 
 
 def weighted(proxy: Proxy) -> str:
@@ -216,8 +250,17 @@ def weighted(proxy: Proxy) -> str:
     return " + ".join(n if weight == 1 else f"{weight:g} x {n}" for n, weight in weights.items())
 
 
-def trial_row(trial: Trial) -> dict[str, Any]:
-    """Return a trial as a line of trials.jsonl: choices, full-size costs, scores and spec."""
+def executed_flops(trial: Trial, axes: Sequence[str]) -> float | None:
+    """Return the full-size FLOPs per token that a trial executed; None if they are no objective."""
+    known = trial.values or dict(zip(axes[1:], trial.others, strict=False))
+    return known.get(FLOPS)
+
+
+def trial_row(trial: Trial, axes: Sequence[str]) -> dict[str, Any]:
+    """Return a trial as a line of trials.jsonl: choices, full-size costs, scores and spec.
+
+    ``axes`` are the objectives of the search.
+    """
     receipt = cost(trial.spec)
     return {
         "trial": trial.number,
@@ -227,6 +270,7 @@ def trial_row(trial: Trial) -> dict[str, Any]:
         "values": trial.values,
         "params": receipt.params,
         "flops_per_token": receipt.expected,
+        "executed_flops_per_token": executed_flops(trial, axes),
         "kv_bytes_per_token": receipt.kv_bytes_per_token,
         "rungs": [_scores(rung) for rung in trial.rungs[:-1]]
         + [_scores(rung, curve=True) for rung in trial.rungs[-1:]],

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from archdsl.search.trials.proxy import Proxy
 
 
+FLOPS_LEGEND = (
+    "of a forward pass, per token; nominal: full size, at the routers' capacities; executed: full "
+    "size, at the shares of tokens that the routers of the proxies selected; proxy: executed by "
+    "the proxy, as a share of the winner's"
+)
+LOSS_LEGEND = "held-out nats per prediction, mean over the seeds"
+
+
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
     """Show progress on stderr: one changing line in a terminal, else a line for each change."""
@@ -41,39 +49,37 @@ def saying() -> Iterator[Callable[[str], None]]:
 
 def result(found: Ablation) -> RenderableType:
     """Return what ``archdsl ablate`` prints at its end."""
-    facts = [("conclusion", conclusion(found.entries, found.proxy))]
-    if matters := ablation_conclusion(found.entries, found.proxy):
-        facts.append(("parts", matters))
+    parts: list[RenderableType] = []
+    if found.entries:
+        own = found.entries[0].name
+        parts += [Text("Held-out loss in nats, mean over the seeds", "bold")]
+        parts += [comparison_table(found.entries, found.proxy), ""]
+        parts += [Text(f"Loss above that of the {own}, with the 95% interval", "bold")]
+        parts += [difference_table(found.entries, found.proxy), ""]
+    facts = comparison_legend(found.entries)
     facts += failures(found.entries)
     if found.missing:
         missing = f"{found.missing} trainings; run the same command again to continue"
         facts.append(("missing", missing))
     facts.append(("files", str(found.folder / "result.json")))
-    parts: list[RenderableType] = [TwoColumns(facts)]
-    if found.entries:
-        own = found.entries[0].name
-        parts += ["", Text("Held-out loss, mean over the seeds", "bold")]
-        parts += [comparison_table(found.entries, found.proxy), ""]
-        parts += [Text(f"Loss above that of the {own}, with the 95% interval", "bold")]
-        parts += [difference_table(found.entries, found.proxy)]
-    return Group(*parts)
+    if matters := ablation_conclusion(found.entries, found.proxy):
+        facts.append(("parts", matters))
+    facts.append(("conclusion", conclusion(found.entries, found.proxy)))
+    return Group(*parts, TwoColumns(facts))
 
 
 def comparison_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> StackingTable:
-    """Return a table of costs and losses.
-
-    Parameters and FLOPs per token are of full size. The column "trained" has the executed FLOPs of
-    the proxy, as a share of the winner's. Losses are means over the seeds, in nats.
-    """
+    """Return a table of costs and losses, which `comparison_legend` explains."""
     own = winner_of(entries)
-    table = StackingTable("", "params", "FLOPs/token", "trained", *proxy.tasks)
+    table = StackingTable("", "params", "nominal", "executed", "proxy", *proxy.tasks)
     for entry in entries:
         table.add_row(
             entry.name,
             parameters(entry.receipt.params),
             short(entry.receipt.expected),
+            "" if entry.executed is None else short(entry.executed),
             _share(_flops(entry), _flops(own) if own else 0.0),
-            *(_mean(entry.losses(task)) for task in proxy.tasks),
+            *(_mean(entry, task) for task in proxy.tasks),
         )
     return table
 
@@ -88,6 +94,15 @@ def difference_table(entries: Sequence[ComparisonEntry], proxy: Proxy) -> Stacki
         elif entry.error:
             table.add_row(entry.name, "failed")
     return table
+
+
+def comparison_legend(entries: Sequence[ComparisonEntry]) -> list[tuple[str, str]]:
+    """Return what the figures of a `comparison_table` are; nothing for an empty table."""
+    if not entries:
+        return []
+    of_text = any(_bits(entry, task) for entry in entries for task in entry.scores)
+    bits = "; in brackets the bits per byte of a text" if of_text else ""
+    return [("FLOPs", FLOPS_LEGEND), ("losses", f"{LOSS_LEGEND}{bits}")]
 
 
 def failures(entries: Sequence[ComparisonEntry]) -> list[tuple[str, str]]:
@@ -105,5 +120,12 @@ def _share(flops: float, of: float) -> str:
     return f"{flops / of:.0%}" if flops and of else ""
 
 
-def _mean(losses: Sequence[float]) -> str:
-    return f"{fmean(losses):.3f}" if losses else ""
+def _bits(entry: ComparisonEntry, task: str) -> list[float]:
+    return [s.bits_per_byte for s in entry.scores[task] if s.bits_per_byte is not None]
+
+
+def _mean(entry: ComparisonEntry, task: str) -> str:
+    losses, bits = entry.losses(task), _bits(entry, task)
+    if not losses:
+        return ""
+    return f"{fmean(losses):.3f}{f' ({fmean(bits):.3f})' if bits else ''}"

@@ -58,6 +58,11 @@ def others(
     return tuple(float(COSTS[axis][0](found)) for axis in axes[1:])
 
 
+def executed_flops(full: ModelSpec, small: ModelSpec, shares: Mapping[str, float]) -> float:
+    """Return the forward FLOPs per token of a full-size model, with arguments as ``executed``."""
+    return float(COSTS[FLOPS][0](executed(full, small, shares)))
+
+
 def executed(full: ModelSpec, small: ModelSpec, shares: Mapping[str, float]) -> ModelSpec:
     """Return the full-size spec with the capacities that were measured on its proxy.
 

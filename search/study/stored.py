@@ -84,12 +84,20 @@ class FolderSettings(StoredSettings):
     name: str = Field(min_length=1)
 
 
+class StoredNoise(Stored):
+    """What is read of the noise in the result of a search."""
+
+    sentence: str
+
+
 class StoredResult(Stored):
     """What is read from the result of a search."""
 
     name: str
     verdict: str
     trust_sentence: str
+    costs_sentence: str = ""
+    noise: StoredNoise | None = None
 
 
 def checked(kind: type[S], value: Any, where: str) -> S:

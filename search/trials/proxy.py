@@ -6,9 +6,11 @@ once, and a search that is killed and run again loses at most the rungs that wer
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Self
 
 from pydantic import Field, ValidationError
@@ -28,7 +30,16 @@ from archdsl.sizes import parse_size
 from archdsl.training.config import TrainConfig
 from archdsl.training.trainer import Trainer
 
-__all__ = ["Job", "Proxy", "ProxyError", "ProxyScore", "Task", "default_tasks", "objective"]
+__all__ = [
+    "Job",
+    "Proxy",
+    "ProxyError",
+    "ProxyScore",
+    "Task",
+    "default_tasks",
+    "mean_shares",
+    "objective",
+]
 
 
 class ProxyError(ArchdslError):
@@ -248,3 +259,9 @@ def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:
             return None
         total += task.weight * loss
     return total
+
+
+def mean_shares(scores: Collection[ProxyScore]) -> dict[str, float]:
+    """Return the share of tokens that each router selected, as the mean over tasks."""
+    names = dict.fromkeys(name for score in scores for name in score.shares)
+    return {name: fmean(s.shares[name] for s in scores if name in s.shares) for name in names}

@@ -13,11 +13,11 @@ from optuna.storages import InMemoryStorage
 from archdsl.files import WriteError
 from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget, ModelSpec
-from archdsl.search.rung_scheduler import FAILURES, RungScheduler, SearchFailedError, mean_shares
+from archdsl.search.rung_scheduler import FAILURES, RungScheduler, SearchFailedError
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.spending import Limits, Spending
 from archdsl.search.study.study import Study
-from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
+from archdsl.search.trials.proxy import Proxy, ProxyScore, Task, mean_shares
 from archdsl.search.workers.pool import InProcess, JobFailed, Work
 from tests.search.study.test_sampler import SPACE
 

@@ -5,7 +5,7 @@ function hover(one) {
   const said = [
     `<b>trial ${one.trial}</b> ${escaped(one.outcome)}`,
     wrapped(one.words),
-    `loss ${nats(lossOf(one))}, ${short(flopsOf(one))} FLOPs/token, ${parameters(one.params)} parameters`,
+    `loss ${nats(lossOf(one))}, ${short(flopsOf(one))} ${known(executedOf(one)) && MEASURED ? "executed" : "nominal"} FLOPs/token, ${parameters(one.params)} parameters`,
   ];
   return said.join("<br>");
 }
@@ -65,44 +65,65 @@ function frontPicture() {
   };
 }
 
+// One series for each baseline, so that the legend names it; where there is room a label does, too.
+const SYMBOLS = ["square", "cross", "x", "triangle-up"];
 function entryPoints(role) {
   const some = R.entries
     .map((entry, i) => [entry, i])
     .filter(([entry]) => entry.role === role && finite(entry.objective).length);
-  if (!some.length) return [];
+  const groups = role === "baseline" ? some.map((one) => [one]) : some.length ? [some] : [];
+  return groups.map((group, i) => entrySeries(role, group, SYMBOLS[i % SYMBOLS.length]));
+}
+
+function entrySeries(role, some, symbol) {
   const losses = some.map(([entry]) => finite(entry.objective));
   const middle = losses.map(mean);
-  const mark = { winner: ["star", 18], baseline: ["square", 10], ablation: ["diamond", 9] }[role];
-  return [
-    {
-      type: "scatter",
-      mode: "markers",
-      hoverinfo: "text",
-      name: role === "winner" ? "winner" : `${role}s`,
-      x: some.map(([entry, i]) => entry.flops_per_token * (1 + 0.012 * before(i))),
-      y: middle,
-      customdata: some.map(([, i]) => `entry-${i}`),
-      error_y: {
-        type: "data",
-        symmetric: false,
-        array: losses.map((l, i) => Math.max(...l) - middle[i]),
-        arrayminus: losses.map((l, i) => middle[i] - Math.min(...l)),
-        color: colour(role),
-        thickness: 1.5,
-      },
-      text: some.map(
-        ([entry], i) =>
-          `<b>${escaped(entry.name)}</b><br>${wrapped(entry.words)}<br>loss ${nats(middle[i])} over ${losses[i].length} seeds, ${short(entry.flops_per_token)} FLOPs/token`,
-      ),
-      marker: { symbol: mark[0], size: mark[1], color: colour(role), line: { color: colour("paper"), width: 1 } },
+  const x = some.map(([entry, i]) => flopsOf(entry) * (1 + 0.012 * before(i)));
+  const mark = { winner: ["star", 18], baseline: [symbol, 10], ablation: ["diamond", 9] }[role];
+  const labelled = role === "baseline" && innerWidth >= 900;
+  return {
+    type: "scatter",
+    mode: labelled ? "markers+text" : "markers",
+    text: some.map(([entry]) => (labelled ? escaped(entry.name) : "")),
+    textposition: x.map((at) => (at > middleOfPlot() ? "middle left" : "middle right")),
+    textfont: { size: 12, color: colour(role), shadow: "auto" },
+    hoverinfo: "text",
+    name: { winner: "winner", ablation: "ablations" }[role] || escaped(some[0][0].name),
+    x,
+    y: middle,
+    customdata: some.map(([, i]) => `entry-${i}`),
+    error_y: {
+      type: "data",
+      symmetric: false,
+      array: losses.map((l, i) => Math.max(...l) - middle[i]),
+      arrayminus: losses.map((l, i) => middle[i] - Math.min(...l)),
+      color: colour(role),
+      thickness: 1.5,
     },
-  ];
+    hovertext: some.map(
+      ([entry], i) =>
+        `<b>${escaped(entry.name)}</b><br>${wrapped(entry.words)}<br>loss ${nats(middle[i])} over ${losses[i].length} seeds, ${bothFlops(entry)}`,
+    ),
+    marker: { symbol: mark[0], size: mark[1], color: colour(role), line: { color: colour("paper"), width: 1 } },
+  };
+}
+
+function bothFlops(one) {
+  const executed = executedOf(one);
+  const nominal = `${short(one.flops_per_token)} nominal FLOPs/token`;
+  return known(executed) ? `${short(executed)} executed, ${nominal}` : nominal;
+}
+
+// A label stands on the side of its point where there is more room.
+function middleOfPlot() {
+  const all = [...ranked, ...R.entries].map(flopsOf);
+  return (Math.min(...all) + Math.max(...all)) / 2;
 }
 
 // Entries of equal FLOPs are drawn side by side, because their bars would hide one another.
 function before(i) {
-  const own = R.entries[i].flops_per_token;
-  return R.entries.slice(0, i).filter((entry) => Math.abs(entry.flops_per_token - own) < 0.01 * own).length;
+  const own = flopsOf(R.entries[i]);
+  return R.entries.slice(0, i).filter((entry) => Math.abs(flopsOf(entry) - own) < 0.01 * own).length;
 }
 
 function flopsAxis(data) {

@@ -33,7 +33,7 @@ function showPanel() {
       ? facts(trialFacts(one))
       : facts([
           ["parameters", one.params.toLocaleString("en")],
-          ["FLOPs/token", short(one.flops_per_token)],
+          ["FLOPs/token", bothFlops(one)],
         ]),
     ...specOf(one),
     ...(known(one.trial) ? details(one) : []),
@@ -47,7 +47,7 @@ function showPanel() {
 function trialFacts(one) {
   const found = [
     ["loss", nats(lossOf(one)) + (rank.has(one.trial) ? `, rank ${rank.get(one.trial) + 1} of ${ranked.length}` : "")],
-    ["FLOPs/token", short(flopsOf(one))],
+    ["FLOPs/token", bothFlops(one)],
     ["parameters", one.params.toLocaleString("en")],
     ["KV cache", `${one.kv_bytes_per_token.toLocaleString("en")} bytes per token`],
   ];
@@ -64,6 +64,7 @@ function details(one) {
       el("td", { class: "left" }, task),
       String(score.steps),
       known(score.loss) ? nats(score.loss) : "diverged",
+      known(score.bits_per_byte) ? score.bits_per_byte.toFixed(3) : "–",
       known(score.accuracy) ? percent(score.accuracy) : "–",
       duration(score.seconds),
     ]),
@@ -71,7 +72,7 @@ function details(one) {
   const parts = scores.length
     ? [
         el("h3", {}, "Scores"),
-        table(["rung", el("th", { class: "left", scope: "col" }, "task"), "steps", "loss", "accuracy", "time"], scores),
+        table(["rung", el("th", { class: "left", scope: "col" }, "task"), "steps", "loss", "bits/byte", "accuracy", "time"], scores),
       ]
     : [];
   const choices = Object.entries(one.choices).map(([leaf, of]) => [el("code", {}, leaf), value(of)]);

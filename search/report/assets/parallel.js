@@ -41,7 +41,7 @@ function parallel(room) {
     .slice(0, AXES_AT_MOST);
   const scales = [
     ...varied.map((leaf) => scale(leaf, (one) => one.choices[leaf], some)),
-    scale("FLOPs/token", flopsOf, some),
+    scale(`${WHICH} FLOPs/token`, flopsOf, some),
     scale("loss", lossOf, some),
   ];
   const step = Math.max(92, (room - LEFT - RIGHT) / (scales.length - 1));

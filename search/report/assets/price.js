@@ -17,7 +17,7 @@ function showWinner() {
       el("span", { class: "track" }, inside),
     ];
   });
-  $("winner-tree").append(table(["", "parameters", "FLOPs/token", "share", ""], rows, { class: "tree" }));
+  $("winner-tree").append(table(["", "parameters", "nominal FLOPs/token", "share", ""], rows, { class: "tree" }));
 }
 
 function tauText(found) {

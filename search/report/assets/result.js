@@ -14,13 +14,17 @@ function showFigures() {
     [
       "Loss of the winner",
       losses.length ? nats(mean(losses)) : "diverged",
-      losses.length > 1
+      (losses.length > 1
         ? `nats; ${nats(Math.min(...losses))} to ${nats(Math.max(...losses))} over ${losses.length} seeds`
-        : "nats, one seed",
+        : "nats; one seed: no interval") + bitsOfTexts(own),
     ],
-    ["Parameters", parameters(own.params), `${own.params.toLocaleString("en")}`],
-    ["FLOPs per token", short(own.flops_per_token), "forward, full size"],
-    ["KV cache", known(kv) ? `${short(kv)}B` : "–", "per token"],
+    ["Parameters", parameters(own.params), allowed("params") || own.params.toLocaleString("en")],
+    [
+      "FLOPs per token",
+      short(own.flops_per_token),
+      `nominal ${allowed("flops")}`.trim() + (known(executedOf(own)) ? `; ${short(executedOf(own))} executed` : ""),
+    ],
+    ["KV cache", known(kv) ? `${short(kv)}B` : "–", allowed("kv", "B per token") || "per token"],
     ["Trials trained", String(trained), `of ${R.trials.length} trials; ${R.front.length} on the front`],
     ["Spending", duration(R.spent.wall_seconds), `${flops(R.spent.train_flops)} training FLOPs`],
   ];
@@ -33,12 +37,22 @@ function showFigures() {
     $("figures").before(el("p", { class: "note" }, "The search was interrupted. Run the same command again to continue it."));
 }
 
+const allowed = (limit, unit = "") => (known(R.budget?.[limit]) ? `of ${short(R.budget[limit])}${unit} allowed` : "");
+
+function bitsOfTexts(own) {
+  const scores = (task) => (winner ? own.scores[task] || [] : [last(own)?.[task]]);
+  const bits = TASKS.map((task) => [task, finite(scores(task).map((score) => score?.bits_per_byte))]);
+  return bits.map(([task, found]) => (found.length ? `; ${task}: ${bitsPerByte(mean(found))}` : "")).join("");
+}
+
 function showFront() {
   plot($("plot-front"), frontPicture);
   const unscored = R.trials.filter((one) => !known(lossOf(one)) && one.outcome !== "reused").length;
   const reused = R.trials.filter((one) => one.outcome === "reused").length;
   const said = [`Proxies: ${R.proxy}.`];
   if (unscored) said.push(`Trials without a score, which only the table shows: ${unscored}.`);
+  if (MEASURED && R.entries.some((entry) => finite(entry.objective).length && !known(executedOf(entry))))
+    said.push("Models whose executed FLOPs were not measured stand at their nominal FLOPs.");
   if (reused) said.push(`Trials that repeated an earlier model and were not trained again: ${reused}.`);
   $("front-note").textContent = said.join(" ");
 }
@@ -60,7 +74,7 @@ function showBaselines() {
     el("th", { class: "left", scope: "col" }, "above the winner"),
     "loss",
     ...TASKS,
-    "FLOPs/token",
+    "nominal FLOPs/token",
     "parameters",
   ];
   const rows = R.entries.map((entry, i) => [
@@ -75,7 +89,10 @@ function showBaselines() {
     gapCell(entry, low, high),
     over(finite(entry.objective), entry.objective.length),
     ...TASKS.map((task) => overTask(entry.scores[task] || [])),
-    short(entry.flops_per_token),
+    [
+      short(entry.flops_per_token),
+      known(executedOf(entry)) ? el("small", {}, `${short(executedOf(entry))} executed`) : null,
+    ],
     parameters(entry.params),
   ]);
   $("baselines-table").append(table(head, rows));
@@ -91,9 +108,14 @@ function over(losses, seeds) {
 }
 function overTask(scores) {
   const losses = finite(scores.map((score) => score.loss)),
-    hits = finite(scores.map((score) => score.accuracy));
+    hits = finite(scores.map((score) => score.accuracy)),
+    bits = finite(scores.map((score) => score.bits_per_byte));
   if (!losses.length) return "–";
-  return [nats(mean(losses)), hits.length ? el("small", {}, percent(mean(hits)) + " accuracy") : null];
+  return [
+    nats(mean(losses)),
+    bits.length ? el("small", {}, `${mean(bits).toFixed(3)} bits/byte`) : null,
+    hits.length ? el("small", {}, percent(mean(hits)) + " accuracy") : null,
+  ];
 }
 
 function gapCell(entry, low, high) {
@@ -156,6 +178,7 @@ function showChoices() {
   $("importance-bars").append(...found.map(([leaf, share]) => bar(el("code", {}, leaf), share / most, percent(share))));
   if (!found.length)
     $("importance-bars").append(el("p", { class: "soft" }, "Too few trials reached the last rung to estimate this."));
+  if (R.noise?.share >= 0.5) $("importance-bars").before(el("p", { class: "note" }, R.noise.sentence));
   if (ranked.length) $("parallel").append(parallel($("parallel").clientWidth));
 }
 

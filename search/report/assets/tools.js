@@ -37,6 +37,7 @@ const parameters = (number) => short(number).replace("G", "B");
 const flops = (number) => (number >= 1e15 ? (number / 1e15).toFixed(2) + "P" : short(number));
 const nats = (number) => (known(number) ? number.toFixed(3) : "–");
 const signed = (number) => (number < 0 ? "−" : "+") + Math.abs(number).toFixed(3);
+const bitsPerByte = (number) => `${number.toFixed(3)} bits per byte`;
 const percent = (share) => (100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0) + "%";
 function duration(seconds) {
   if (seconds < 120) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
@@ -70,12 +71,17 @@ function objective(rung) {
   return sum;
 }
 const lossOf = (one) => (one.values && known(one.values.loss) ? one.values.loss : objective(last(one)));
-const flopsOf = (one) => (one.values && known(one.values.flops) ? one.values.flops : one.flops_per_token);
+// FLOPs are nominal at the routers' capacities, and executed at the shares that routers selected. Those
+// of trials were measured if they were an objective; results of earlier versions have none of entries.
+const MEASURED = R.axes.includes("flops");
+const WHICH = MEASURED ? "executed" : "nominal";
+const executedOf = (one) => (known(one.values?.flops) ? one.values.flops : (one.executed_flops_per_token ?? null));
+const flopsOf = (one) => (MEASURED ? (executedOf(one) ?? one.flops_per_token) : one.flops_per_token);
 const finite = (numbers) => numbers.filter(known);
 
 const AXES = {
   loss: `held-out loss: ${R.objective}`,
-  flops: "executed FLOPs per token",
+  flops: `${WHICH} FLOPs per token`,
   params: "parameters",
   kv: "KV cache bytes per token",
   heaviest: "FLOPs of the heaviest token",

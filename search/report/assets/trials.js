@@ -5,7 +5,8 @@ const COLUMNS = [
   ["trial", (one) => one.trial],
   ["outcome", (one) => one.outcome],
   ["loss", lossOf],
-  ["FLOPs/token", flopsOf],
+  ...(MEASURED ? [["executed FLOPs/token", executedOf]] : []),
+  ["nominal FLOPs/token", (one) => one.flops_per_token],
   ...R.axes
     .filter((axis) => !["loss", "flops", "params", "kv"].includes(axis))
     .map((axis) => [words(axis), (one) => one.values?.[axis]]),
@@ -14,7 +15,7 @@ const COLUMNS = [
   ...(TASKS.length > 1 ? TASKS.map((task) => [task, (one) => last(one)?.[task]?.loss]) : []),
   ["model", (one) => one.words],
 ];
-const SAID = { loss: nats, "FLOPs/token": short, parameters, "KV/token": (n) => short(n) + "B" };
+const SAID = { loss: nats, parameters, "KV/token": (n) => short(n) + "B" };
 
 function trialRow(one) {
   const cells = COLUMNS.map(([name, read]) => {

@@ -6,17 +6,21 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import archdsl
 from archdsl.costs.receipt import cost, sequence_cost
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.model.build import build
+from archdsl.reports.tables import short
 from archdsl.search.analysis.baselines import (
     EQUAL_FLOPS,
     EQUAL_FLOPS_LOOP,
@@ -36,8 +40,15 @@ from archdsl.search.analysis.comparison import (
     run_comparison,
     stored_scores,
 )
-from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
-from archdsl.search.report.tables import comparison_table, difference_table, failures
+from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion, costs_sentence
+from archdsl.search.analysis.noise import noise
+from archdsl.search.report.tables import (
+    comparison_legend,
+    comparison_table,
+    difference_table,
+    failures,
+)
+from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import InProcess, JobFailed
 
@@ -214,6 +225,9 @@ def test_differences_are_paired_by_seed_over_those_that_both_have() -> None:
     assert found["without x"]["a"].half_width == math.inf
 
 
+SEEDS = "over 3 seeds that the search did not use (95% interval for each difference)"
+NOT_WORSE = f"Cheaper and not shown to be worse: the {EQUAL_PARAMS} baseline (20 nominal FLOPs per"
+ROUTER = "blocks.1.router.capacity"
 OWN = (1.0, 1.1, 1.2)
 ABOVE, BELOW, AROUND = (1.3, 1.41, 1.5), (0.7, 0.81, 0.9), (1.0, 1.2, 1.1)
 
@@ -226,20 +240,20 @@ def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
     )
     yield (
         [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE), entry(EQUAL_FLOPS, *ABOVE)],
-        "With 3 seeds that were not used in the search, the best model found is better than all of "
-        f"its 2 baselines: it is better than the {EQUAL_PARAMS} baseline and the {EQUAL_FLOPS} "
-        "baseline.",
+        f"The best model found is better than all of its 2 baselines: {SEEDS}, its loss is 0.303 ± "
+        f"0.014 nats below the {EQUAL_PARAMS} baseline and 0.303 ± 0.014 nats below the "
+        f"{EQUAL_FLOPS} baseline.",
     )
     yield (
         [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE)],
-        "With 3 seeds that were not used in the search, the best model found is better than its "
-        f"only baseline: it is better than the {EQUAL_PARAMS} baseline.",
+        f"The best model found is better than its only baseline: {SEEDS}, its loss is 0.303 ± "
+        f"0.014 nats below the {EQUAL_PARAMS} baseline.",
     )
     yield (
         [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *BELOW), entry(EQUAL_FLOPS, *BELOW)],
-        "With 3 seeds that were not used in the search, the best model found is not shown to be "
-        f"better than any of its 2 baselines: it is worse than the {EQUAL_PARAMS} baseline and the "
-        f"{EQUAL_FLOPS} baseline (each comparison by its own 95% interval).",
+        f"The best model found is not shown to be better than any of its 2 baselines: {SEEDS}, its "
+        f"loss is 0.297 ± 0.014 nats above the {EQUAL_PARAMS} baseline and 0.297 ± 0.014 nats "
+        f"above the {EQUAL_FLOPS} baseline.",
     )
     yield (
         [
@@ -249,20 +263,25 @@ def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
             entry(EQUAL_FLOPS_LOOP, *AROUND),
             entry(RANDOM_ROUTING, 1.3, None, 1.5),
         ],
-        "With 3 seeds that were not used in the search, the best model found is better than 1 of "
-        f"its 4 baselines: it is better than the {EQUAL_PARAMS} baseline; it is worse than the "
-        f"{EQUAL_FLOPS} baseline; no clear difference from the {EQUAL_FLOPS_LOOP} baseline; the "
-        f"{RANDOM_ROUTING} baseline diverged (each comparison by its own 95% interval).",
+        f"The best model found is better than 1 of its 4 baselines: {SEEDS}, its loss is 0.303 ± "
+        f"0.014 nats below the {EQUAL_PARAMS} baseline and 0.297 ± 0.014 nats above the "
+        f"{EQUAL_FLOPS} baseline, not clearly different from the {EQUAL_FLOPS_LOOP} baseline "
+        f"(0.000 ± 0.248 nats below); the {RANDOM_ROUTING} baseline diverged.",
     )
     yield (
         [entry(WINNER, 1.0), entry(EQUAL_PARAMS, 9.0)],
-        "With one seed that was not used in the search, the best model found is not shown to be "
-        f"better than its only baseline: no clear difference from the {EQUAL_PARAMS} baseline "
-        "(each comparison by its own 95% interval).",
+        "The best model found is not shown to be better than its only baseline: with one seed that "
+        "the search did not use (one seed: no interval), its loss is 8.000 nats below the "
+        f"{EQUAL_PARAMS} baseline.",
+    )
+    yield (
+        [replace(entry(WINNER, 1.0), name="model"), entry(EQUAL_PARAMS, 9.0)],
+        "The model is not shown to be better than its only baseline: with one seed (one seed: no "
+        f"interval), its loss is 8.000 nats below the {EQUAL_PARAMS} baseline.",
     )
     yield (
         [entry(WINNER, 1.0, None), entry(EQUAL_PARAMS, 2.0, 2.0)],
-        "The best model found diverged when trained with 2 seeds that were not used in the search.",
+        "The best model found diverged when trained with 2 seeds that the search did not use.",
     )
     yield (
         [entry(WINNER, error="a, seed 1: crash: x"), entry(EQUAL_PARAMS, 2.0, 2.0)],
@@ -275,6 +294,100 @@ def test_the_conclusion_says_no_more_than_the_intervals(
     found: list[ComparisonEntry], sentence: str
 ) -> None:
     assert conclusion(found, PROXY) == sentence
+
+
+def test_the_conclusion_says_which_trial_won() -> None:
+    found = [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *ABOVE)]
+    said = conclusion(found, PROXY, "the winner, trial 7,")
+    assert said.startswith("The winner, trial 7, is better than its only baseline: over 3 seeds ")
+
+
+@pytest.mark.parametrize(
+    ("losses", "share", "said"),
+    [
+        (AROUND, 0.5, NOT_WORSE),
+        (BELOW, 0.5, f"Cheaper and better: the {EQUAL_PARAMS} baseline (20 nominal FLOPs per"),
+        (ABOVE, 0.5, ""),  # cheaper, but worse
+        (AROUND, 0.995, ""),  # a difference that rounding to whole layers makes
+        (BELOW, 1.5, ""),
+        ((1.0,), 0.5, NOT_WORSE),
+        ((1.5,), 0.5, ""),  # one seed, in which it is worse
+    ],
+)
+def test_a_baseline_that_is_cheaper_and_not_worse_is_named(
+    losses: tuple[float, ...], share: float, said: str
+) -> None:
+    own, other = entry(WINNER, *OWN[: len(losses)]), entry(EQUAL_PARAMS, *losses)
+    own = replace(own, receipt=own.receipt._replace(expected=40.0))
+    other = replace(other, receipt=other.receipt._replace(expected=40 * share))
+    told = conclusion([own, other], PROXY)
+    assert said in told
+    assert ("Cheaper" in told) == bool(said)
+    more = replace(other, receipt=other.receipt._replace(params=2 * other.receipt.params))
+    assert "Cheaper" not in conclusion([own, more], PROXY)  # it costs more in something else
+
+
+def test_what_the_winner_costs_of_what_was_allowed() -> None:
+    spec = archdsl.load("tiny")
+    receipt = cost(spec)
+    limits = Budget(params=200_000, flops=1_000_000)
+    assert costs_sentence(spec, limits, 123_456.0) == (
+        f"It costs {short(receipt.params)} of the 200.0k parameters allowed and "
+        f"{short(receipt.expected)} of the 1.00M nominal FLOPs per token allowed. A token takes "
+        f"{short(receipt.expected)} FLOPs at the routers' capacities (nominal), and 123.5k at the "
+        "shares of tokens that its proxies' routers selected (executed)."
+    )
+    said = costs_sentence(spec, Budget(kv=10_000), receipt.expected)
+    assert "of the 10.0k bytes of KV cache per token allowed" in said
+    assert f"It has {short(receipt.params)} parameters." in said
+    assert said.endswith(" FLOPs, nominal and executed.")
+    said = costs_sentence(spec, Budget(), None)
+    assert said.startswith("No limit on its costs was set. It has ")
+    assert said.endswith("those executed were not measured.")
+
+
+def trial(number: int, loss: float) -> Trial:
+    return Trial(number, {}, fingerprint=str(number), outcome="complete", values={"loss": loss})
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((1.0, 1.1, 1.2), "Warning: the trials differ by 0.100 nats (standard deviation), and one"),
+        ((1.0, 1.1, 3.0, 4.0), "The seed alone may order the best trial and 1 of the 3 others"),
+        ((1.0, 3.0, 5.0), ""),
+        ((1.0, 1.1), None),  # too few models
+    ],
+)
+def test_a_ranking_within_the_spread_of_seeds_is_called_noise(
+    losses: tuple[float, ...], said: str | None
+) -> None:
+    trials = [trial(number, loss) for number, loss in enumerate(losses)]
+    found = noise(trials, [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *OWN)], PROXY)
+    if said is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.between_seeds == pytest.approx(0.1)
+    assert found.sentence().startswith(said)
+    assert bool(found.sentence()) == bool(said)
+    assert noise(trials, [entry(WINNER, 1.0)], PROXY) is None  # one seed has no spread
+
+
+def test_an_entry_knows_the_flops_that_its_proxies_executed(
+    winner: ModelSpec, jobs: dict[Key, Job]
+) -> None:
+    small = jobs[WINNER, "a", 7].spec
+    model = build(small.canonical())
+    model(torch.zeros(1, 4, dtype=torch.long))  # its routers are named when they have run
+    shares = dict.fromkeys(model.router_shares(), 0.25)
+    selective = score(1.0).model_copy(update={"shares": shares})
+    results = {key: selective if key[0] == WINNER else score(1.0) for key in jobs}
+    own, plain = entries(winner, jobs, results)[:2]
+    assert own.executed == pytest.approx(cost(winner.patch(ROUTER, 0.25)).expected, rel=1e-6)
+    assert own.executed != own.receipt.expected
+    assert as_json([own], PROXY)[0]["executed_flops_per_token"] == own.executed
+    assert plain.executed == plain.receipt.expected
 
 
 def test_what_matters_is_what_the_winner_is_worse_without() -> None:
@@ -299,13 +412,21 @@ def test_tables_show_what_failed_and_what_only_some_seeds_say() -> None:
         entry(EQUAL_FLOPS_LOOP, error="a, seed 1: crash: x"),
         entry("without router", 1.5),
     ]
+    read = {"a": [one.model_copy(update={"bits_per_byte": 2.5}) for one in found[0].scores["a"]]}
+    found[0] = replace(found[0], scores=found[0].scores | read)
     table = Console(width=80, record=True, file=StringIO())
     table.print(comparison_table(found, PROXY), difference_table(found, PROXY))
     text = table.export_text()
     assert re.search(rf"{EQUAL_PARAMS} +\+0.303 ± 0.014", text)
     assert re.search(rf"{EQUAL_FLOPS_LOOP} +failed", text)
     assert re.search(r"without router +\+0.500, one seed", text)
-    assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 +1.000", text)
+    assert re.search(r"params +nominal +executed +proxy +a +b", text)
+    assert re.search(rf"{WINNER} +127.7k +\S+ +1.100 \(2.500\) +1.000", text)
+    assert comparison_legend(found)[1] == (
+        "losses",
+        "held-out nats per prediction, mean over the seeds; in brackets the bits per byte of a "
+        "text",
+    )
     assert failures(found) == [("failed", f"{EQUAL_FLOPS_LOOP}: a, seed 1: crash: x")]
 
 

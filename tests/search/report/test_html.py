@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -198,7 +199,9 @@ def test_every_section_is_drawn_and_nothing_is_fetched(
 ) -> None:
     reader.open(result)
     assert reader.one("h1").text == result["verdict"]
-    assert reader.one("p.validation").text == result["trust_sentence"]
+    assert reader.one("p.costs").text == result["costs_sentence"]
+    notes = [str(node.text) for node in reader.all("p.validation")]
+    assert notes == [result["noise"]["sentence"], result["trust_sentence"]]
     reader.read_through()
     for section, (selector, least) in MARKS.items():
         assert len(reader.all(f"#{section} {selector}")) >= least, section
@@ -207,8 +210,44 @@ def test_every_section_is_drawn_and_nothing_is_fetched(
     assert len(reader.all("#front .scatterlayer .point")) == points
     assert len(reader.all("#front .errorbars path.yerror")) == 5
     assert reader.one("#baselines tbody tr:last-child .warn").text == "out of memory"
+    baselines = [entry["name"] for entry in result["entries"] if entry["role"] == "baseline"]
+    assert [str(label.text) for label in reader.all("#front .textpoint")] == baselines
+    assert {str(label.text) for label in reader.all("#front .legendtext")} >= set(baselines)
+    wide = reader.one("#baselines-table")
+    assert reader.js_on(wide, "return arguments[0].scrollWidth <= arguments[0].clientWidth")
     assert reader.complaints() == []
     assert reader.requests() <= {"file", "data", "blob"}
+
+
+@pytest.mark.usefixtures("bare")
+def test_the_first_screen_says_what_was_allowed_and_what_was_executed(
+    reader: Reader, result: dict[str, Any]
+) -> None:
+    noisy = {"share": 0.9, "sentence": "Warning: mostly noise."}
+    reader.open(result | {"noise": noisy})
+    told = {
+        str(figure.find_element(By.TAG_NAME, "dt").text): str(figure.text)
+        for figure in reader.all("#figures > div")
+    }
+    assert told["Parameters"].endswith("of 162.0M allowed")
+    assert re.search(r"nominal; [\d.]+[MG] executed", told["FLOPs per token"])
+    assert re.search(r"over 3 seeds; text: \d\.\d+ bits per byte", told["Loss of the winner"])
+    for place in ("header", "#choices"):
+        assert reader.one(f"{place} p.note").text == noisy["sentence"]
+    assert "bits/byte" in reader.one("#baselines tbody tr").text
+    assert re.search(r"\d[MG]?\n[\d.]+[MG] executed", reader.one("#baselines tbody tr").text)
+    assert "proxies read text as bytes" in reader.one("#front-note").text
+    heads = [str(head.text) for head in reader.all("#trials-table thead th")]
+    assert {"executed FLOPs/token", "nominal FLOPs/token"} <= set(heads)
+    assert reader.complaints() == []
+
+
+@pytest.mark.usefixtures("bare")
+def test_one_seed_has_no_interval(reader: Reader) -> None:
+    reader.open(made_up(12, seeds=1))
+    assert "one seed: no interval" in reader.one("h1").text
+    assert "one seed: no interval" in reader.one("#figures").text
+    assert reader.complaints() == []
 
 
 @pytest.mark.usefixtures("bare")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 
 import archdsl
 from archdsl.lang.load import load
+from archdsl.reports.notebook import as_text
 from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetValidation
+from archdsl.search.report.live import result
 from archdsl.search.report.report import (
     SearchReport,
     best,
     front_trials,
+    trial_row,
     winning_trial,
     write_report,
 )
@@ -78,6 +82,33 @@ def test_winner_yaml_is_the_model_that_the_report_names(
     assert given.as_json()["winner"] == second.number
     assert load(tmp_path / "winner.yaml").fingerprint() == second.fingerprint
     assert f"trial {second.number}" in load(tmp_path / "winner.yaml").description
+
+
+def test_the_last_screen_says_who_won_and_what_it_costs(report: SearchReport) -> None:
+    shown = as_text(result(report))
+    said = " ".join(shown.split())
+    assert said.endswith(" ".join(report.sentences))
+    assert report.conclusion.startswith(f"The winner, trial {report.top.number}, is ")
+    assert "of the 162.0M parameters allowed" in report.costs
+    assert "(nominal)" in report.costs
+    assert "params nominal executed proxy text skill" in said
+    heads = r"trial objective text \(bits/byte\) skill \(accuracy\) params executed FLOPs"
+    assert re.search(heads, said)
+    assert "16 x 128 bytes of the embedded corpus" in said
+    assert "proxies read text as bytes, whatever the vocabulary of the full-size model" in said
+
+
+def test_a_search_without_flops_as_objective_shows_nominal_ones() -> None:
+    said = " ".join(as_text(result(made_up_report(12, axes=("loss",)))).split())
+    assert "params nominal FLOPs" in said
+    assert "executed FLOPs" not in said
+
+
+def test_a_stopped_trial_keeps_the_flops_that_it_executed() -> None:
+    stopped = replace(trial(0, None), others=(7.0,))
+    assert trial_row(stopped, ("loss", "flops"))["executed_flops_per_token"] == 7.0
+    assert trial_row(trial(0, 1.0), ("loss", "flops"))["executed_flops_per_token"] == 1.0
+    assert trial_row(stopped, ("loss", "kv"))["executed_flops_per_token"] is None
 
 
 def test_the_share_of_trained_trials_leaves_out_all_that_cost_no_training(
