@@ -35,7 +35,12 @@ CONFIG = {
     "vocab_size": "vocab_size",
 }
 HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-WITHOUT_EFFECT = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "none"}
+WITHOUT_EFFECT = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.type": "none",
+    "attention.causal": True,
+}
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 NUMBERS = {  # tokens of tokenizer.ggml; an eot or eom token ends a turn, and so a text

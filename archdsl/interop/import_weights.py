@@ -40,6 +40,7 @@ from archdsl.model.checkpoint import save_checkpoint
 from archdsl.model.language_model import LanguageModel
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FLOATS = ("F32", "F16", "BF16")  # all of their values are exact in float32
 OTHERS = {"BOOL": torch.bool, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
 UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in files from 2023
@@ -247,6 +248,11 @@ class SafetensorsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / CONFIG
+        if not self.config_file.exists() and (path / ADAPTER).exists():
+            raise PretrainedError(
+                f"{path} holds an adapter ({ADAPTER}), not a model: merge it into its model with "
+                "merge_and_unload() of peft and save that"
+            )
         self.config = read_json(self.config_file, PretrainedError)
         self.shards = self._shards(path / INDEX)
         self.stored: dict[str, Stored] = {}

@@ -96,6 +96,29 @@ def test_what_transformers_saved_in_shards_with_more_tokens_comes_back(
         assert torch.equal(found.model.eval()(TOKENS), model.eval()(TOKENS).logits)
 
 
+def test_what_a_trainer_saved_comes_back(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    model: Any = ArchdslForCausalLM.from_pretrained(tmp_path / "exported")
+    row = {"input_ids": TOKENS[0], "labels": TOKENS[0]}
+    settings: dict[str, Any] = {"max_steps": 2, "use_cpu": True, "report_to": []}
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path / "runs"), save_strategy="no", **settings),
+        train_dataset=[row] * 8,
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "exported"),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    found = back(tmp_path / "trained")
+    assert found.spec == checkpoint.spec
+    assert found.tokenizer is not None
+    with found.model.causal_routing():
+        assert torch.equal(found.model.eval()(TOKENS), model.eval()(TOKENS).logits)
+    assert not torch.equal(found.model(TOKENS), checkpoint.model.eval()(TOKENS))
+
+
 def test_a_spec_from_before_its_vocabulary_grew_follows_the_config(
     tmp_path: Path, checkpoint: Checkpoint
 ) -> None:

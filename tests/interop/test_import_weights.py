@@ -428,6 +428,9 @@ def test_a_place_where_nothing_is_and_one_where_something_else_is(tmp_path: Path
     refused(tmp_path, tmp_path / "nowhere", "nowhere does not exist: expected a folder")
     (tmp_path / "notes.txt").write_text("x")
     refused(tmp_path, tmp_path / "notes.txt", "notes.txt is neither: expected a folder")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    refused(tmp_path, tmp_path / "adapter", "adapter holds an adapter .*: merge it into its model")
     pretrained(tmp_path / "model")
     with pytest.raises(ArchdslError, match="exists and is no checkpoint; it is left as it is"):
         import_pretrained(tmp_path / "model", tmp_path / "model")

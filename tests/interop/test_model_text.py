@@ -172,6 +172,28 @@ def test_a_text_is_begun_but_not_ended(single: str, begun: list[int]) -> None:
     assert beginning_tokens(chat_tokenizer(single)) == begun
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"add_bos_token": False},
+        {"add_bos_token": True, "add_eos_token": True},
+    ],
+    ids=str,
+)
+def test_what_is_added_to_texts_is_what_transformers_adds(
+    tmp_path: Path, told: dict[str, Any]
+) -> None:
+    """The tokenizer.json decides, whatever else is told."""
+    instruct(tmp_path / "chat", tokenizer_config=told)
+    import_pretrained(tmp_path / "chat", tmp_path / "imported")
+    found = tokenizer_of(load_checkpoint(tmp_path / "imported"))
+    wanted = AutoTokenizer.from_pretrained(tmp_path / "chat")("a").input_ids
+    assert found.encode("a").ids == wanted
+    assert beginning_tokens(found) == wanted[: wanted.index(97)]
+    export(load_checkpoint(tmp_path / "imported"), tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")("a").input_ids == wanted
+
+
 def test_the_first_end_stands_between_documents_and_goes_on_with_the_training(
     tmp_path: Path, chat: Checkpoint
 ) -> None:
