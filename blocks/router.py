@@ -43,19 +43,27 @@ class RouterSpec(Part):
     fills: ClassVar[bool] = True  # whether fewer than its share may be selected, and others fill up
 
     capacity: PerStep[Annotated[float, Field(gt=0, le=1)]] = Field(
-        (0.5,), min_length=1, max_length=64, description="share of the tokens selected, per step"
+        (0.5,), min_length=1, max_length=64, description="share of all tokens that a step selects"
     )
     alpha: PerStep[Positive] = Field(
         (1.0,), min_length=1, max_length=64, description="scale of a selected token's new value"
     )
     nested: bool = Field(
-        False, description="a token that was left out stays out (Mixture-of-Recursions)"
+        False,
+        description="a token that was left out stays out (Mixture-of-Recursions); capacities are "
+        "shares of all tokens, not of those that are left",
     )
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
         """Nested capacities that rise."""
         if self.nested and list(self.capacity) != sorted(self.capacity, reverse=True):
-            yield ("capacity",), f"must not rise when nested, got {list(self.capacity)}"
+            yield (
+                ("capacity",),
+                (
+                    "must not rise when nested, as all are shares of all tokens; got "
+                    f"{list(self.capacity)}"
+                ),
+            )
 
     def canonical(self, dim: int) -> RouterSpec | None:
         """None where every token is selected, because that needs no router."""

@@ -51,7 +51,8 @@ class Receipt(NamedTuple):
     token that no router selects, at the routers' capacities, and that every router selects.
     ``kv_bytes_per_token``: what a cache holds after the context, over its tokens.
     ``state_bytes``: what a cache holds besides for each sequence, however long it is, such as the
-    state of a recurrence.
+    state of a recurrence. ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` are those of
+    all parameters in training; fewer gradients exist at the peak of a step's memory.
     """
 
     params: int

@@ -103,6 +103,8 @@ def _label(part: Part, slot: str) -> str:
     }
     always = {key: getattr(part, key) for key in ALWAYS_SHOWN if key in type(part).model_fields}
     words += [f"{key}={_value(value)}" for key, value in (always | own).items()]
+    if getattr(part, "nested", False):
+        words.append("(shares of all tokens)")
     return " ".join(words)
 
 

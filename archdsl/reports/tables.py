@@ -33,7 +33,7 @@ COUNTED = {
     "embedding and head, although these run once",
 }
 LEAKS = "(leaks)"
-LEAST_ROOM = 36  # columns for the labels of a tree; with less its figures stand below them
+LEAST_ROOM = 24  # columns for the labels of a tree; with less its figures stand below them
 ASCII = str.maketrans("├└│─", "|`|-")
 LEAK = (
     "selects tokens by looking at later ones: this is possible in training but not in decoding; "
@@ -217,8 +217,13 @@ def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
 
 
 def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    sizes = asdict(training_memory(spec))
-    sizes["AdamW"] = sizes.pop("optimizer")
+    need = training_memory(spec)
+    sizes = {
+        "weights": need.weights,
+        "gradients at the peak": need.gradients_at_peak,
+        "activations": need.activations,
+        "AdamW": need.optimizer,
+    }
     parts = ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
     yield "memory", f"training in float32 on one sequence of {spec.context:,} tokens: {parts}"
     for how in ("", " with activation checkpointing"):

@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 class TrainingMemory:
     """The memory in bytes at the peak of a training step.
 
-    ``optimizer``: the two moments of AdamW. ``gradients``: those that exist at the peak.
+    ``optimizer``: the two moments of AdamW. ``gradients_at_peak``: those that exist at the peak,
+    which are at most those of all weights, ``gradient_bytes`` of the receipt.
     ``activations``: everything else, including the part of the logits that exists at one time.
     """
 
     weights: int
     optimizer: int
-    gradients: int
+    gradients_at_peak: int
     activations: int
 
     @property
     def peak(self) -> int:
         """The sum of all parts in bytes."""
-        return self.weights + self.optimizer + self.gradients + self.activations
+        return self.weights + self.optimizer + self.gradients_at_peak + self.activations
 
 
 def training_memory(

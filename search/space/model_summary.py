@@ -68,7 +68,8 @@ def _loop(loop: LoopSpec) -> list[str]:
         used = loop.router.capacity[: max(1, loop.steps - loop.full_steps)]
         shares = [f"{share:g}".removeprefix("0") for share in used]
         shown = shares[:1] if len(set(shares)) == 1 else shares
-        said.append(f"{getattr(loop.router, 'kind', '')} {'/'.join(shown)}")
+        nested = " of all tokens nested" if loop.router.nested else ""
+        said.append(f"{getattr(loop.router, 'kind', '')} {'/'.join(shown)}{nested}")
     said.append(str(getattr(loop.residual, "kind", "")))
     if loop.encoding is not None:
         said.append(str(getattr(loop.encoding, "kind", "")))

@@ -14,6 +14,7 @@ from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
+from archdsl.search.space.model_summary import model_summary
 from tests.cli.command import Cli
 from tests.strategies import specs
 
@@ -100,12 +101,33 @@ def test_counts_at_another_length(cli: Cli) -> None:
     assert found["flops_per_context"] == archdsl.cost(spec).flops_per_context
 
 
+def test_gradients_are_said_to_be_those_at_the_peak(cli: Cli) -> None:
+    assert "gradients at the peak 179.3 MB" in " ".join(cli("build", "itt").out.split())
+
+
+def test_nested_capacities_are_said_to_be_shares_of_all_tokens(cli: Cli) -> None:
+    found = cli("build", "hybrid", "--json").json
+    (label,) = [
+        router["label"]
+        for block in found["tree"]["below"]
+        for router in block["below"]
+        if "nested" in router["label"]
+    ]
+    assert label == "router: prefix capacity=[0.5, 0.25] nested=true (shares of all tokens)"
+    page = " ".join(cli("blocks", "prefix").out.split())
+    assert "share of all tokens that a step selects" in page
+    assert "capacities are shares of all tokens, not of those that are left" in page
+    assert ".5/.25 of all tokens nested" in model_summary(archdsl.load("hybrid"))
+
+
 def test_json_holds_the_same_facts(cli: Cli) -> None:
     found = cli("build", "itt", "--json").json
     receipt = archdsl.cost(archdsl.load("itt"))
     assert found["receipt"]["expected"] == receipt.expected
     assert found["paper"]["flops_per_context"] / 1e12 == pytest.approx(3.85, abs=0.005)
     assert found["leaks"] == ["blocks.0.body.1.router"]
+    stored = found["training_memory"]["stored"]
+    assert stored["gradients_at_peak"] < found["receipt"]["gradient_bytes"] == 4 * receipt.params
     memory = training_memory(archdsl.load("itt"), checkpointed=True)
     assert found["training_memory"]["checkpointed"]["peak"] == memory.peak
     assert found["tree"]["params"] == receipt.params

@@ -158,7 +158,8 @@ def test_all_conflicts_between_values_are_reported_at_once() -> None:
     )
     assert message.splitlines() == [
         "my.yaml:6:42: blocks.0.attention.head_size: must divide dim 30, got 8",
-        "my.yaml:9:38: blocks.1.router.capacity: must not rise when nested, got [0.2, 0.7]",
+        "my.yaml:9:38: blocks.1.router.capacity: must not rise when nested, as all are shares "
+        "of all tokens; got [0.2, 0.7]",
         "my.yaml:10:48: blocks.1.body.attention.head_size: must divide dim 30, got 8",
     ]
 
