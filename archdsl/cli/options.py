@@ -200,6 +200,8 @@ def check_output(path: Path) -> None:
         raise ArchdslError(
             f"{path} cannot be written: it must name a file, and the folder of the file must exist"
         )
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ArchdslError(f"{path} cannot be written: its folder is read-only")
 
 
 class TextOption(TyperOption):

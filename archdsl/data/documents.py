@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def find_source(
     name = f"{source}::{column}" if column else source
     if source.startswith("hf:"):
         return _from_hub(name, source, cache, column, render)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # it leaves a user whom nobody knows as it is
     return _from_files(f"{path}::{column}" if column else str(path), path, column, render)
 
 

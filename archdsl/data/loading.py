@@ -109,7 +109,12 @@ def _named_column(source: str | None, column: str | None) -> tuple[str | None, s
 def _default_cache() -> Path:
     if chosen := os.environ.get("ARCHDSL_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "archdsl"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "archdsl"
+    except RuntimeError:  # a user of a container may be known by a number alone
+        raise DataError(
+            "there is no home folder for the cache of tokens: set $ARCHDSL_CACHE to a folder"
+        ) from None
 
 
 def _sha256(*parts: str) -> str:

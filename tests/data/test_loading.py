@@ -137,3 +137,15 @@ def test_a_skill_needs_a_long_enough_context_and_its_name_has_all_options() -> N
     assert (data.chance, data.vocab_size, data.bytes_per_token("test")) == (0.25, 4, None)
     with pytest.raises(DataError, match="needs a context of 32, got 31"):
         data.batch(0, 1, 31, 0)
+
+
+def test_without_a_home_folder_the_cache_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "ARCHDSL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # nobody has this number
+    with pytest.raises(DataError, match=r"no home folder .* set \$ARCHDSL_CACHE"):
+        load_data("skill.txt")
+    with pytest.raises(DataError, match=r"no file or folder .~nobody-knows/text.txt"):
+        load_data("~nobody-knows/text.txt", cache=tmp_path)
