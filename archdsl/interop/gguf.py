@@ -183,7 +183,7 @@ class GgufFile:
         for name, keys in NUMBERS.items():
             given = {key: self.text.get(f"tokenizer.ggml.{key}") for key in keys}
             for key, value in given.items():
-                if value is None or (isinstance(value, int) and 0 <= value < vocab_size):
+                if value is None or (type(value) is int and 0 <= value < vocab_size):
                     continue
                 raise PretrainedError(
                     f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, but the model has only "
@@ -231,7 +231,8 @@ def _reading(path: Path) -> Iterator[None]:
             "pip install 'archdsl[transformers]'"
         ) from None
     except Exception as error:  # the libraries raise nothing narrower
-        raise PretrainedError(f"{path} is not a GGUF file, or is damaged: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise PretrainedError(f"{path} is not a GGUF file, or is damaged: {reason}") from None
 
 
 def _name(name: str) -> str:

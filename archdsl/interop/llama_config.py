@@ -119,7 +119,9 @@ class LlamaConfig(BaseModel):
         """Yield each rotary parameter that contradicts another or that its type does not use."""
         rope = self.rope
         spellings = ({"rope_theta": self.rope_theta}, self.rope_scaling, self.rope_parameters)
-        thetas = [one["rope_theta"] for one in spellings if one and one.get("rope_theta")]
+        thetas = [
+            one["rope_theta"] for one in spellings if one and one.get("rope_theta") is not None
+        ]
         if any(theta != thetas[0] for theta in thetas):
             yield "rope_theta with different values (leave one of them)"
         used = OF_ANY_ROPE | OF_SCALING[self.rope_type] | {ORIGINAL}
@@ -284,7 +286,7 @@ def _layer(config: LlamaConfig, context: int | None) -> dict[str, Any]:
         "heads": None if heads * head_size == dim else heads,
         "queries_per_kv": heads // config.kv_heads,
         "window": config.window(context or config.max_position_embeddings),
-        "rope_theta": config.rope["rope_theta"] or 10_000.0,
+        "rope_theta": 10_000.0 if config.rope["rope_theta"] is None else config.rope["rope_theta"],
         "rope_scaling": _scaling(config),
     }
     ffn = {"hidden": config.intermediate_size}
