@@ -174,10 +174,10 @@ def _label_baselines(placed: list[tuple[float, dict[str, Any]]], axes: Axes) -> 
             axes.annotate(
                 entry["name"],
                 (x, fmean(losses)),
-                xytext=(-8 if on_left else 8, 0),
+                xytext=(-6 if on_left else 6, -4),
                 textcoords="offset points",
                 ha="right" if on_left else "left",
-                va="center",
+                va="top",
                 fontsize=8,
                 color=GREEN,
                 path_effects=[withStroke(linewidth=3, foreground="white")],

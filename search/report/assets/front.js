@@ -85,7 +85,7 @@ function entrySeries(role, some, symbol) {
     type: "scatter",
     mode: labelled ? "markers+text" : "markers",
     text: some.map(([entry]) => (labelled ? escaped(entry.name) : "")),
-    textposition: x.map((at) => (at > middleOfPlot() ? "middle left" : "middle right")),
+    textposition: x.map((at) => (at > middleOfPlot() ? "bottom left" : "bottom right")),
     textfont: { size: 12, color: colour(role), shadow: "auto" },
     hoverinfo: "text",
     name: { winner: "winner", ablation: "ablations" }[role] || escaped(some[0][0].name),

@@ -353,7 +353,7 @@ def trial(number: int, loss: float) -> Trial:
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ((1.0, 1.1, 1.2), "Warning: the trials differ by 0.100 nats (standard deviation), and one"),
+        ((1.0, 1.1, 1.2), "Warning: the trials differ by 0.100 nats (standard deviation), and the"),
         ((1.0, 1.1, 3.0, 4.0), "The seed alone may order the best trial and 1 of the 3 others"),
         ((1.0, 3.0, 5.0), ""),
         ((1.0, 1.1), None),  # too few models
@@ -363,15 +363,19 @@ def test_a_ranking_within_the_spread_of_seeds_is_called_noise(
     losses: tuple[float, ...], said: str | None
 ) -> None:
     trials = [trial(number, loss) for number, loss in enumerate(losses)]
-    found = noise(trials, [entry(WINNER, *OWN), entry(EQUAL_PARAMS, *OWN)], PROXY)
+    # the second seed moves both models alike, and the third one by .2 against the other
+    rivals = [entry(WINNER, 1.0, 2.0, 1.1), entry(EQUAL_PARAMS, 1.0, 2.0, 1.3)]
+    others = [entry("without x", 9.0), entry(EQUAL_FLOPS, 1.0, None, 1.0)]  # which do not count
+    found = noise(trials, [*rivals, *others], PROXY)
     if said is None:
         assert found is None
         return
     assert found is not None
-    assert found.between_seeds == pytest.approx(0.1)
+    assert found.between_seeds == pytest.approx(math.sqrt(0.2**2 / 3 / 2))
     assert found.sentence().startswith(said)
     assert bool(found.sentence()) == bool(said)
-    assert noise(trials, [entry(WINNER, 1.0)], PROXY) is None  # one seed has no spread
+    assert noise(trials, [entry(WINNER, 1.0), entry(EQUAL_PARAMS, 2.0)], PROXY) is None  # one seed
+    assert noise(trials, rivals[:1], PROXY) is None  # no other model
 
 
 def test_an_entry_knows_the_flops_that_its_proxies_executed(
