@@ -30,7 +30,7 @@ from archdsl.data.text_format import TextFormat, text_format_of
 from archdsl.data.tokenizers import ends_of, read_tokenizer
 from archdsl.errors import ArchdslError
 from archdsl.files import atomic_folder
-from archdsl.interop.hf_model import ArchdslCache, ArchdslConfig, ArchdslForCausalLM, ArchdslModel
+from archdsl.interop.hf_model import CLASSES, ArchdslCache, ArchdslConfig, ArchdslForCausalLM
 from archdsl.interop.source_bundle import bundle
 from archdsl.lang.registry import families
 from archdsl.lang.spec import Part, walk
@@ -111,7 +111,7 @@ def _code(plugins: tuple[str, ...], kinds: tuple[type[Part], ...]) -> str:
     if plugins:
         origin = f"Its blocks are also those of {', '.join(plugins)}, whose licences apply to them."
         header = HEADER.removesuffix('"""') + f'{origin}\n"""'
-    return bundle([ArchdslConfig, ArchdslCache, ArchdslModel, ArchdslForCausalLM, *kinds], header)
+    return bundle([*CLASSES.values(), ArchdslCache, *kinds], header)
 
 
 def _package(kind: type[Part]) -> str:
@@ -134,15 +134,10 @@ def in_transformers(model: LanguageModel) -> ArchdslForCausalLM:
 
 def config_of(model: LanguageModel) -> ArchdslConfig:
     """The config of transformers for a model: its spec, and the classes that load it."""
-    classes = {
-        "AutoConfig": ArchdslConfig,
-        "AutoModel": ArchdslModel,
-        "AutoModelForCausalLM": ArchdslForCausalLM,
-    }
     return ArchdslConfig(
         plain(model.spec),
         archdsl_version=__version__,
-        auto_map={auto: f"{CODE}.{cls.__name__}" for auto, cls in classes.items()},
+        auto_map={auto: f"{CODE}.{cls.__name__}" for auto, cls in CLASSES.items()},
     )
 
 

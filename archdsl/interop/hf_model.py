@@ -10,6 +10,7 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -29,6 +35,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.errors import ArchdslError
@@ -71,6 +78,12 @@ class ArchdslConfig(transformers.PreTrainedConfig):
             self.max_position_embeddings = spec["context"]
         super().__init__(**more)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Where the vocabulary is changed, the spec follows."""
+        if name == "vocab_size" and (spec := self.__dict__.get("spec")):
+            self.__dict__["spec"] = spec | {"vocab_size": value}
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+
     def describe(self, attentions: list[Attention], layers: int) -> None:
         """Notes what caches and serving engines want to know of each attention of each pass.
 
@@ -83,12 +96,11 @@ class ArchdslConfig(transformers.PreTrainedConfig):
             q_size, kv_size, self.head_dim = shapes.pop()
             self.num_attention_heads = q_size // self.head_dim
             self.num_key_value_heads = kv_size // self.head_dim
-        windows = [one.window for one in attentions]
-        largest = max((window or 0 for window in windows), default=0)
-        if largest > 1:  # caches of transformers forget what lies outside, but for a window of 1
-            self.sliding_window = largest
+        windows = {one.window for one in attentions if one.window is not None}
+        self.sliding_window = max(windows, default=None)
+        if windows:
             self.layer_types = [
-                "sliding_attention" if window == largest else "full_attention" for window in windows
+                "sliding_attention" if one.window else "full_attention" for one in attentions
             ]
 
 
@@ -305,6 +317,8 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
                 normal_(module.weight, module.embedding_dim**-0.5 if tied else 1.0, rng)
             case nn.Linear() if module in set(self.children()):  # a head
                 normal_(module.weight, module.in_features**-0.5, rng)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             case nn.LayerNorm() | nn.RMSNorm():
                 nn.init.ones_(module.weight)
 
@@ -344,7 +358,7 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **more: Any) -> nn.Embedding:
         """As transformers has it; the spec follows, so that what is saved can be loaded again."""
         embedding: nn.Embedding = super().resize_token_embeddings(*args, **more)
-        self.config.spec = dict(self.config.spec or {}) | {"vocab_size": embedding.num_embeddings}
+        self.config.vocab_size = embedding.num_embeddings
         self.without_head.spec = ModelSpec.model_validate(self.config.spec)
         head: nn.Module | None = self.get_output_embeddings()  # type: ignore[no-untyped-call]
         for module in (embedding, head):
@@ -398,6 +412,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         self.numbers = {(one.number, path): i for i, (one, path) in enumerate(runs)}
         self.calls = nn.ModuleList([Attend(self.config, one, i) for i, (one, _) in enumerate(runs)])
         self.config.describe([one for one, _ in runs], len(self.layers))
+        if self.standard:
+            vars(self.config)["base_model_tp_plan"] = _tensor_parallel_plan(self)
 
     def new_cache(self, max_length: int | None = None) -> transformers.Cache:  # type: ignore[override]
         """See `ArchdslPreTrainedModel.new_cache`."""
@@ -440,6 +456,7 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         mask: Any,
         position_ids: Tensor | None,
         cache: transformers.Cache | None,
+        /,  # an engine may have a `cache` of its own in ``more``
         **more: Any,
     ) -> BaseModelOutputWithPast:
         past = 0 if cache is None else cache.get_seq_length()
@@ -534,6 +551,7 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
     ``see_later_tokens``; never with a cache or in `generate`.
     """
 
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}  # type: ignore[misc]
     _tied_weights_keys: ClassVar[dict[str, str]] = {  # type: ignore[misc]  # one of the instance
         "lm_head.weight": "model.embedding.weight"
     }
@@ -625,6 +643,60 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
         return None
 
 
+class ArchdslForSequenceClassification(GenericForSequenceClassification, ArchdslPreTrainedModel):
+    """A text to a score for each of ``config.num_labels``, read at its last token."""
+
+    def __init__(self, config: ArchdslConfig) -> None:
+        ArchdslPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ArchdslModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 0, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+
+class ArchdslForTokenClassification(GenericForTokenClassification, ArchdslPreTrainedModel):
+    """Each token to a score for each of ``config.num_labels``."""
+
+    def __init__(self, config: ArchdslConfig) -> None:
+        ArchdslPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ArchdslModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 0)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+
+class ArchdslForQuestionAnswering(GenericForQuestionAnswering, ArchdslPreTrainedModel):
+    """Each token to the scores of being the first and the last one of the answer."""
+
+    def __init__(self, config: ArchdslConfig) -> None:
+        ArchdslPreTrainedModel.__init__(self, config)
+        self.model = ArchdslModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.model.set_input_embeddings(value)
+
+
+def _tensor_parallel_plan(model: nn.Module) -> dict[str, str]:
+    """How each matrix is cut for tensor parallelism, by its name with ``*`` for numbers."""
+    cuts = {"q": "colwise", "k": "colwise", "v": "colwise", "o": "rowwise"}
+    cuts |= {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+    return {"embedding": "embedding_rowwise"} | {
+        re.sub(r"\b\d+\b", "*", f"{name}.{part}"): cuts[part]
+        for name, module in model.named_modules()
+        if isinstance(module, Attention | FeedForward)
+        for part, _ in module.named_children()
+        if part in cuts
+    }
+
+
 def _runs(module: nn.Module, path: tuple[int, ...]) -> Iterator[tuple[Attention, tuple[int, ...]]]:
     """Each attention of each pass that keeps keys and values of its own, in their order."""
     if isinstance(module, Attention):
@@ -702,6 +774,16 @@ def _own_positions(
     return given if bool(other_BT.any()) else None
 
 
+CLASSES = {
+    "AutoConfig": ArchdslConfig,
+    "AutoModel": ArchdslModel,
+    "AutoModelForCausalLM": ArchdslForCausalLM,
+    "AutoModelForSequenceClassification": ArchdslForSequenceClassification,
+    "AutoModelForTokenClassification": ArchdslForTokenClassification,
+    "AutoModelForQuestionAnswering": ArchdslForQuestionAnswering,
+}
+
 transformers.AutoConfig.register(ArchdslConfig.model_type, ArchdslConfig, exist_ok=True)
-transformers.AutoModel.register(ArchdslConfig, ArchdslModel, exist_ok=True)
-transformers.AutoModelForCausalLM.register(ArchdslConfig, ArchdslForCausalLM, exist_ok=True)
+for name, model in CLASSES.items():
+    if name != "AutoConfig":
+        getattr(transformers, name).register(ArchdslConfig, model, exist_ok=True)

@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from typer.testing import CliRunner
 
 import archdsl.interop.hf_export
@@ -24,7 +33,7 @@ from archdsl.cli.app import app
 from archdsl.data.loading import load_data
 from archdsl.data.tokenizers import encode, read_tokenizer
 from archdsl.data.types import Data
-from archdsl.interop.hf_export import ExportError, export, loaded
+from archdsl.interop.hf_export import ExportError, export, in_transformers, loaded
 from archdsl.interop.hf_model import ArchdslConfig, ArchdslForCausalLM
 from archdsl.lang.load import load
 from archdsl.model.build import build
@@ -432,6 +441,140 @@ def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder:
     assert model.model.spec == here.spec
     with here.model.causal_routing():
         assert torch.equal(model(TOKENS).logits, here.model(TOKENS))
+
+
+STANDARD = {
+    "plain": "[{kind: stack, repeat: 2, body: [{kind: layer, attention: {head_size: 8}}]}]",
+    "looped": "[{kind: layer, attention: {head_size: 8, window: 6, queries_per_kv: 2}}, "
+    "{kind: loop, steps: 3, residual: thinking, body: {kind: layer, "
+    "attention: {head_size: 8, queries_per_kv: 2}}}]",
+    "shared": "[{kind: loop, steps: 3, kv: shared, body: "
+    "{kind: layer, attention: {head_size: 8}}}]",
+}
+
+
+@pytest.fixture(params=STANDARD)
+def standard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """An exported model without routers, by its own code."""
+    checkpoint = saved(tmp_path / "checkpoint", None, f"blocks={STANDARD[request.param]}")
+    export(checkpoint, tmp_path / "exported")
+    with loaded(tmp_path / "exported") as hub:
+        yield hub.eval()
+
+
+GREEDY: dict[str, Any] = NEW | {"do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 2, "use_cache": False},
+    ],
+    ids=str,
+)
+def test_without_routers_transformers_own_caches_serve(standard: Any, how: dict[str, Any]) -> None:
+    one = GREEDY | {"attention_mask": torch.ones_like(TOKENS[:1])}
+    same = {"num_beams": how["num_beams"]} if "num_beams" in how else {}
+    wanted = standard.generate(TOKENS[:1], **one, **same)
+    assert torch.equal(standard.generate(TOKENS[:1], **one, **how), wanted)
+
+
+@torch.no_grad()
+def test_an_assistant_changes_no_token(standard: Any) -> None:
+    one = GREEDY | {"attention_mask": torch.ones_like(TOKENS[:1])}
+    wanted = standard.generate(TOKENS[:1], **one)
+    for assistant in (standard, llama()):
+        found = standard.generate(TOKENS[:1], assistant_model=assistant, **one)
+        assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_a_dynamic_cache_can_be_cropped(standard: Any) -> None:
+    cache = DynamicCache(config=standard.config)
+    standard(TOKENS, past_key_values=cache)
+    if standard.config.sliding_window is None:  # what a window forgot is gone
+        cache.crop(-5)
+        found = standard(TOKENS[:, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(found, standard(TOKENS).logits[:, 7:])
+    assert len(cache) == standard.config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_texts_in_one_row_do_not_see_each_other(standard: Any) -> None:
+    apart = standard(TOKENS, use_cache=False).logits.flatten(0, 1)
+    positions = torch.arange(12).repeat(2)[None]
+    packed = standard(TOKENS.reshape(1, -1), position_ids=positions, use_cache=False).logits[0]
+    torch.testing.assert_close(packed, apart)
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_is_used_as_it_is(standard: Any) -> None:
+    place = torch.arange(12)
+    seen = place[:, None] >= place
+    if standard.config.sliding_window is not None:
+        pytest.skip("one mask for layers with and without a window is none of either")
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None].expand(2, 1, -1, -1)
+    found = standard(TOKENS, attention_mask=mask).logits
+    torch.testing.assert_close(found, standard(TOKENS).logits)
+    blind = mask.masked_fill(place < 3, torch.finfo(torch.float32).min)
+    assert not torch.allclose(standard(TOKENS, attention_mask=blind).logits, found)
+
+
+@torch.no_grad()
+def test_eager_attention_returns_weights(standard: Any) -> None:
+    wanted = standard(TOKENS).logits
+    standard.set_attn_implementation("eager")
+    found = standard(TOKENS, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, wanted)
+    for weights in found.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        assert weights.shape == (2, 4, 12, 12)
+        assert not weights.triu(1).any()
+    assert len(found.hidden_states) == len(found.attentions) + 1, "one for each pass of each layer"
+    assert torch.equal(found.hidden_states[0], standard.get_input_embeddings()(TOKENS))
+
+
+@torch.no_grad()
+def test_requests_are_batched_continuously(standard: Any) -> None:
+    prompts = [TOKENS[0, :5].tolist(), TOKENS[1].tolist(), TOKENS[0, 4:7].tolist()]
+    how = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    answers = standard.generate_batch(prompts, generation_config=how, progress_bar=False)
+    for prompt, name in zip(prompts, sorted(answers), strict=True):
+        given = torch.tensor([prompt])
+        alone = standard.generate(
+            given, **NEW | {"max_new_tokens": 6}, attention_mask=torch.ones_like(given)
+        )
+        assert answers[name].generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+def test_the_base_model_and_other_heads_load(standard: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    states = AutoModel.from_pretrained(folder)(TOKENS).last_hidden_state
+    torch.testing.assert_close(standard.lm_head(states), standard(TOKENS).logits)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model.config.pad_token_id = 0
+    model(TOKENS, labels=torch.tensor([0, 2])).loss.backward()
+    assert model.get_input_embeddings().weight.grad.any()
+    model.save_pretrained(tmp_path / "classifier")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(again.score.weight, model.score.weight)
+
+
+@torch.no_grad()
+def test_steps_that_are_dialled_have_caches_of_their_own(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None, f"blocks={STANDARD['looped']}")
+    model: Any = in_transformers(checkpoint.model)
+    model.eval()
+    assert model.config.num_hidden_layers == 4
+    model.dial(steps=5)
+    assert model.config.num_hidden_layers == 6
+    one = GREEDY | {"attention_mask": torch.ones_like(TOKENS[:1])}
+    wanted = model.generate(TOKENS[:1], **one, use_cache=False)
+    assert torch.equal(model.generate(TOKENS[:1], **one), wanted)
 
 
 def test_what_cannot_be_is_said_in_one_line(there: Any) -> None:
