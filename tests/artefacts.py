@@ -59,6 +59,10 @@ loop: {steps: 2, router: {kind: prefix, capacity: 0.5}, residual: {kind: thinkin
 """
 TEXTS = [f"It was the {number}th of many days, and the sun shone." for number in range(40)]
 
+CHATS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in TEXTS
+)
+
 Command = Callable[[Path], None]  # runs in a copy of the artefacts, with the altered file
 
 
@@ -209,6 +213,15 @@ ARTEFACTS: Mapping[str, Artefact] = {
     "foreign folder": Artefact(
         "foreign/*.*", [cli("import foreign --out imported")], all_is_read=True
     ),
+    "imported checkpoint": Artefact(
+        "kept/text_format.json",
+        [
+            cli("generate kept It --max-tokens 2"),
+            cli(f"eval kept {ON_TEXT}"),
+            cli("export kept written"),
+            cli("train kept --data chats.jsonl --steps 1 --batch-size 1 --out new"),
+        ],
+    ),
     "spec": Artefact(
         "{small,base,overlay,space}.yaml",
         [
@@ -253,6 +266,7 @@ def make(folder: Path, patch: pytest.MonkeyPatch) -> None:
         "training.yaml": TRAINING,
         "search.yaml": "trials: 2\nproxy: dim=16,head_size=8,steps=2\nobjective: loss\nseeds: 2\n",
         "text.txt": "\n".join(TEXTS),
+        "chats.jsonl": CHATS,
         "prompts.txt": "It was\nand then",
         "prompts.jsonl": '{"prompt": "It was"}\n{"prompt": "and then"}\n',
     }.items():
@@ -265,6 +279,10 @@ def make(folder: Path, patch: pytest.MonkeyPatch) -> None:
     go(Path("space.yaml"), Path("found"), trials=2)
     run("build plain.yaml --out plain")
     run("export plain exported")
+    Path("exported/chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    run("import exported --out kept")
     pretrained(Path("foreign"))
     own = train_bpe(TEXTS, 257)
     Path("own").mkdir()
