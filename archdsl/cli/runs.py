@@ -64,7 +64,9 @@ def train(
 ) -> None:
     """Train a model from a spec, or train a checkpoint further.
 
-    The same command continues after a crash, Ctrl-C or SIGTERM from the last checkpoint. Examples:
+    The same command continues after a crash, Ctrl-C or SIGTERM from the last checkpoint. With more
+    --steps it goes on where the learning rates so far stay the same: with --schedule constant, or
+    wsd before the rate falls. Examples:
 
       archdsl train tiny --steps 300
 

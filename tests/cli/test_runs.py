@@ -31,6 +31,20 @@ def test_trains_goes_on_and_evaluates(cli: Cli) -> None:
     assert "guessing reaches 33.3%" in cli("eval", "run/final", "--context", "8").out
 
 
+def test_more_steps_go_on_or_the_error_says_how_to(cli: Cli) -> None:
+    small = ["train", "tiny", "--data", SKILL, "--context", "8", "--eval-tokens", "64"]
+    for schedule in ("constant", "cosine"):
+        schedules = [*small, "--schedule", schedule, "--warmup-steps", "1", "--out", schedule]
+        assert cli(*schedules, "--steps", "2").status == 0
+        more = cli(*schedules, "--steps", "3", "--json")
+        if schedule == "constant":
+            assert (more.json["steps"], more.json["resumed_from"]) == (3, 2)
+        else:
+            assert (more.status, more.out) == (2, "")
+            assert "config.steps: 2 there, 3 now" in more.err
+            assert "`archdsl train cosine/final --steps N --out FOLDER`" in more.err
+
+
 def test_a_leaking_model_is_scored_both_ways(cli: Cli) -> None:
     cli("build", "tiny", "--set", f"{ROUTER}=top_k", "--out", "made")
     found = cli("eval", "made", "--data", SKILL, "--context", "8")
