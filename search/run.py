@@ -230,7 +230,7 @@ def _settings(
     return Settings(
         tree,
         budget_of(tree, budget.with_limits(config.limits) if budget else config.limits),
-        proxy or _proxy(config),
+        proxy or proxy_of(config),
         axes=_axes(config),
         strategy=config.strategy,
         layouts=config.layouts,
@@ -239,7 +239,7 @@ def _settings(
     )
 
 
-def _proxy(config: SearchConfig) -> Proxy:
+def proxy_of(config: SearchConfig) -> Proxy:
     """The proxy of the config's words. Its data are loaded, once per process."""
     with blamed_on("proxy"):
         proxy = Proxy.parse(config.proxy, config.data)
@@ -263,7 +263,7 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
 
     Nothing is kept. Raises SpecError, NothingFitsError or NothingToSearchError.
     """
-    tree, proxy = _space(config, overrides), _proxy(config)
+    tree, proxy = _space(config, overrides), proxy_of(config)
     budget = budget_of(tree, config.limits)
     _axes(config)  # which no forecast depends on, but which may be wrong
     with blamed_on("space"):

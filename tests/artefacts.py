@@ -29,7 +29,7 @@ from tests.interop.test_import_weights import pretrained
 from tests.search.test_search import SPACE, go
 from tests.training.test_run import CONFIG, SKILL, HookedData, Killed, kill, spec
 
-SECONDS = 20  # that a command may take
+SECONDS = 60  # that a command may take
 SMALL = """
 name: small
 vocab_size: 257

@@ -17,7 +17,7 @@ from archdsl.cli.options import (
     print_json,
     print_parts,
 )
-from archdsl.cli.search import check_and_start_server
+from archdsl.cli.search import check_and_start_server, say_what_is_trained_on
 
 ProxySizes = Annotated[
     str | None,
@@ -73,11 +73,13 @@ def ablate(
     from archdsl.search.report.tables import result, saying
     from archdsl.search.trials.proxy import Proxy
 
+    small = Proxy.parse(proxy, source)
+    say_what_is_trained_on(small)
     with saying() as tell:
         found = ablate(
             spec,
             overrides=overrides or (),
-            proxy=Proxy.parse(proxy, source),
+            proxy=small,
             seeds=seeds,
             seconds=time,
             workers=workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, sp
 from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED, PLAIN, SETTINGS, Command, CommandGroup, with_options_of
 from archdsl.errors import ArchdslError
+from archdsl.files import disk_fault
 
 COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
     "build": (specs.build, Command),
@@ -64,7 +66,15 @@ class Commands(CommandGroup):
     def invoke(self, ctx: Any) -> Any:
         """Prints an error that the user can correct without a traceback."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except OSError as error:
+            if error.filename is None and (reason := disk_fault(error)):
+                print(f"the output could not be written: {reason}", file=sys.stderr)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+                raise typer.Exit(1) from None
+            raise
         except ArchdslError as error:
             if settings := ctx.meta.get(SETTINGS):
                 from archdsl.lang.config import say_where

@@ -78,7 +78,6 @@ def train(
     """
     config = config_from(ctx, config_class(), config_file)
     from archdsl.data.documents import EMBEDDED
-    from archdsl.data.loading import TextData
     from archdsl.lang.load import load
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
@@ -92,8 +91,7 @@ def train(
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
-    for line in data.summary() if isinstance(data, TextData) else ():
-        print(f"  {line}", file=sys.stderr)
+    say_what_is_in(data)
     result = train(start or model, data, config, folder, progress=True)
     if result.resumed_from == result.steps:
         print("the run was complete already: no step was trained", file=sys.stderr)
@@ -118,6 +116,14 @@ def _in_float32_on_cpu(config: TrainConfig) -> bool:
 
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     return on_cpu and config.dtype != "bfloat16"
+
+
+def say_what_is_in(data: Data) -> None:
+    """Prints to stderr what each split of a text has, and what is left out and why."""
+    from archdsl.data.loading import TextData
+
+    for line in data.summary() if isinstance(data, TextData) else ():
+        print(f"  {line}", file=sys.stderr)
 
 
 def checkpoint_at(

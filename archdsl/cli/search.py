@@ -21,11 +21,13 @@ from archdsl.cli.options import (
     print_json,
     print_parts,
 )
+from archdsl.cli.runs import say_what_is_in
 from archdsl.errors import ArchdslError, blamed_on
 
 if TYPE_CHECKING:
     from archdsl.search.config import SearchConfig
     from archdsl.search.report.report import SearchReport
+    from archdsl.search.trials.proxy import Proxy
 
 
 def config_class() -> type[SearchConfig]:
@@ -119,11 +121,23 @@ def _print_forecast(config: SearchConfig, overrides: list[str] | None, as_json: 
 
 def _run(config: SearchConfig, overrides: list[str] | None) -> SearchReport:
     from archdsl.search.report.live import watching
-    from archdsl.search.run import run_search
+    from archdsl.search.run import proxy_of, run_search
+
+    say_what_is_trained_on(proxy_of(config))
 
     command = shlex.join(["archdsl", *sys.argv[1:]])
     with sigterm_as_interrupt(), watching() as watch:
         return run_search(config, overrides=overrides or (), watch=watch, command=command)
+
+
+def say_what_is_trained_on(proxy: Proxy) -> None:
+    """Prints to stderr the texts of the tasks of a proxy, and what they hold."""
+    from archdsl.data.loading import TextData
+
+    for name, task in proxy.tasks.items():
+        if isinstance(data := task.load(), TextData):
+            print(f"{name}: {data.name}", file=sys.stderr)
+            say_what_is_in(data)
 
 
 def _print_report(report: SearchReport, as_json: bool) -> None:

@@ -56,6 +56,7 @@ class TextSource:
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     rules: int = PLAIN
+    without_text: Mapping[Path, int] = field(default_factory=dict)  # rows, of files read so far
 
 
 def find_source(
@@ -102,11 +103,12 @@ def _from_files(name: str, path: Path, column: str | None, render: Render | None
 
     content = {file: _file_digest(file) for files in found.by_split.values() for file in files}
     notes = _equal_files(found.by_split, content)
+    without_text: dict[Path, int] = {}
 
     def read() -> dict[Split, Texts]:
         return _with_missing(
             {
-                split: partial(read_texts, files, column, render)
+                split: partial(read_texts, files, column, render, without_text)
                 for split, files in found.by_split.items()
             }
         )
@@ -120,6 +122,7 @@ def _from_files(name: str, path: Path, column: str | None, render: Render | None
         left_out=found.left_out,
         notes=notes,
         rules=PLAIN if formats == {"text"} else BY_NAME,
+        without_text=without_text,
     )
 
 

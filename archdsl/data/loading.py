@@ -132,6 +132,7 @@ class TextData:
     text_bytes: Mapping[Split, int]
     chance: None = None
     token_cache: TokenCache | None = None  # the files of the tokens
+    without_text: int = 0  # rows that were passed over
     source: TextSource | None = None  # what was found, in the process that loaded it
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,6 +167,9 @@ class TextData:
             left_out.setdefault(why, []).append(name)
         lines += [f"left out: {few(names)} ({why})" for why, names in left_out.items()]
         lines += [f"note: {note}" for note in (self.source.notes if self.source else ())]
+        if rows := self.without_text:
+            what = "1 row has no text" if rows == 1 else f"{rows:,} rows have no text"
+            lines.append(f"left out: {what} (null or missing)")
         return lines
 
     def save_tokenizer(self, path: Path) -> None:
@@ -316,6 +320,7 @@ class CacheIndex(BaseModel):
     tokenizer: str  # sha256 of tokenizer.json
     splits: dict[Split, SplitIndex] = Field(min_length=len(SPLITS))
     rules: int = PLAIN  # see `TextSource`
+    without_text: int = Field(0, ge=0)
     text_format: TextFormat | None = None  # what belongs to the tokenizer
 
 
@@ -356,6 +361,7 @@ class TokenCache:
             tokens=tokens,
             text_bytes={split: entry.text_bytes for split, entry in index.splits.items()},
             token_cache=self,
+            without_text=index.without_text,
         )
 
     def _map(self, split: Split, index: CacheIndex, verified: bool) -> Tokens:
@@ -395,6 +401,7 @@ class TokenCache:
             splits=splits,
             rules=source.rules,
             text_format=text_format_of(tokenizer),
+            without_text=sum(source.without_text.values()),
         )
         for name, written in (
             ("tokenizer.json", content),

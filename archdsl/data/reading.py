@@ -42,17 +42,28 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a strea
 
 
 def read_texts(
-    files: Sequence[Path], column: str | None = None, render: Render | None = None
+    files: Sequence[Path],
+    column: str | None = None,
+    render: Render | None = None,
+    without_text: dict[Path, int] | None = None,
 ) -> Iterator[str]:
     """Yields the documents of the files.
 
     ``column``: that of the text, if it has an unusual name. ``render``: returns the text of a
-    chat, given its messages and its place; default: chats are refused. Raises DataError, which
-    names the file and the place, if something is no text.
+    chat, given its messages and its place; default: chats are refused. ``without_text`` is given
+    the number of rows of each file that have no text, because it is null or missing.
+    Raises DataError, which names the file and the place, if something is no text.
     """
     for file in files:
+        missing = 0
         with _blamed_on(file):
-            yield from READERS[format_of(file) or "text"](file, column, render)
+            for text in READERS[format_of(file) or "text"](file, column, render):
+                if text is None:
+                    missing += 1
+                else:
+                    yield text
+        if without_text is not None:
+            without_text[file] = missing
 
 
 @contextmanager
@@ -103,7 +114,7 @@ def _text(file: Path, column: str | None, render: Render | None) -> Iterator[str
     yield text
 
 
-def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
+def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
     name, columns = f"{str(file)!r}", dict[str, None]()
     found = False
     for place, row in json_rows(file):
@@ -118,8 +129,9 @@ def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str
             yield from _checked(row[own], f"{name}: {place}", own, render)
         elif not column and NOT_TEXT.keys() & row:
             raise _no_column(f"{name}: {place}", row, None)
-        elif not found:
-            columns |= dict.fromkeys(row)
+        else:
+            columns |= {} if found else dict.fromkeys(row)
+            yield None
     if columns and not found:
         raise _no_column(name, columns, column)
 
@@ -196,9 +208,10 @@ def _no_column(place: str, columns: Iterable[str], wanted: str | None) -> DataEr
     )
 
 
-def _checked(value: Any, place: str, column: str, render: Render | None) -> Iterator[str]:
-    """Yields a value if it is a text, a chat as text, and nothing if it is null."""
+def _checked(value: Any, place: str, column: str, render: Render | None) -> Iterator[str | None]:
+    """Yields a value if it is a text or null, and a chat as text."""
     if value is None:
+        yield None
         return
     if render and isinstance(value, list):
         value = render(value, place)
@@ -216,7 +229,7 @@ def _checked(value: Any, place: str, column: str, render: Render | None) -> Iter
 # tables
 
 
-def _parquet(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
+def _parquet(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(_table_bytes(file)) as table:
@@ -225,7 +238,7 @@ def _parquet(file: Path, column: str | None, render: Render | None) -> Iterator[
         yield from _column(batches, own, f"{str(file)!r}", render)
 
 
-def _arrow(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
+def _arrow(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
     import pyarrow as pa
 
     content = _table_bytes(file)
@@ -255,7 +268,7 @@ def _table_bytes(file: Path) -> pa.NativeFile:
 
 def _column(
     batches: Iterable[pa.RecordBatch], column: str, place: str, render: Render | None
-) -> Iterator[str]:
+) -> Iterator[str | None]:
     row = 0
     for batch in batches:
         texts = batch.column(column)
@@ -290,7 +303,7 @@ def column_of(
     return column
 
 
-READERS: dict[str, Callable[[Path, str | None, Render | None], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path, str | None, Render | None], Iterator[str | None]]] = {
     "text": _text,
     "json": _json,
     "parquet": _parquet,

@@ -72,3 +72,14 @@ def test_three_interrupts_in_a_row_end_a_training_without_a_traceback(tmp_path: 
     assert "Traceback" not in said
     left = {path.name for path in (tmp_path / "run").rglob("*.tmp")}
     assert left <= {".step-000001.tmp"}  # the third one may end the process at once
+
+
+@pytest.mark.parametrize("command", ["schema", "blocks router"])  # more, and less than a buffer
+def test_a_full_disk_behind_stdout_is_one_line(command: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has /dev/full")
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "archdsl", *command.split()]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the output could not be written: No space left on device\n"

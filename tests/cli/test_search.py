@@ -157,3 +157,19 @@ def test_a_search_that_is_told_to_end_loses_and_spoils_nothing(tmp_path: Path) -
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "5 complete" in done.stdout  # all that the space has
     assert "failed" not in done.stdout
+
+
+def test_a_search_begins_with_what_it_trains_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.txt").write_text("It was. " * 400)
+    Path("mine.yaml").write_text(SPACE)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archdsl.search.run.run_search", stop)
+    monkeypatch.setattr("archdsl.search.analysis.ablation.ablate", stop)
+    monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
+    for command in ("search", "ablate"):
+        found = cli(command, "mine.yaml", "--data", "mine.txt")
+        assert found.status == 130
+        assert "mine.txt\n  train: 1 file, 1 document, 2,882 tokens\n" in found.err
