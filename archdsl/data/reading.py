@@ -109,7 +109,7 @@ def _open_zst(file: Path) -> IO[bytes]:
 
 
 def _text(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
-    with io.TextIOWrapper(open_bytes(file), encoding="utf-8") as content:
+    with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as content:  # without a mark
         text = content.read()
     yield text
 
@@ -291,6 +291,8 @@ def column_of(
     column = wanted or _known_column(schema.names, place, render)
     if column is None or column not in schema.names:
         raise _no_column(place, schema.names, wanted)
+    if (count := schema.names.count(column)) > 1:
+        raise DataError(f"{place}: {count} columns are called {column!r}: rename all but one")
     kind = schema.field(column).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)

@@ -275,3 +275,21 @@ def test_a_damaged_table_does_not_end_the_process(
     path.write_bytes(content.tobytes())
     with contextlib.suppress(DataError):
         assert len(list(read_texts([path]))) <= 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_two_columns_of_the_same_name_are_refused(tmp_path: Path, kind: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match="2 columns are called 'text': rename all but one"):
+        list(read_texts([file]))
+
+
+def test_the_mark_before_a_utf_8_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfIt was")
+    assert list(read_texts([tmp_path / "a.txt"])) == ["It was"]
