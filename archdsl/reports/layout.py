@@ -41,13 +41,15 @@ class StackingTable(Table):
         titles = [str(column.header) for column in self.columns]
         for row in zip(*(map(str, column.cells) for column in self.columns), strict=True):
             untitled = [cell for title, cell in zip(titles[1:], row[1:], strict=True) if not title]
-            yield from textwrap.wrap("  ".join(filter(None, [row[0], *untitled])), width)
-            titled = [
-                f"{title} {cell}".replace(" ", "\N{NO-BREAK SPACE}")
-                for title, cell in zip(titles[1:], row[1:], strict=True)
-                if title and cell
+            named = f"{titles[0]} {row[0]}".strip() if row[0] else ""
+            yield from textwrap.wrap("  ".join(filter(None, [named, *untitled])), width)
+            pairs = zip(titles[1:], row[1:], strict=True)
+            titled = [f"{title} {cell}" for title, cell in pairs if title and cell]
+            glued = [  # a pair stays on one line if it has room there, with its semicolon
+                pair.replace(" ", "\N{NO-BREAK SPACE}") if len(pair) < width - 2 else pair
+                for pair in titled
             ]
-            for line in wrapped("; ".join(titled), width - 2):
+            for line in wrapped("; ".join(glued), width - 2):
                 yield f"  {line}".replace("\N{NO-BREAK SPACE}", " ")
 
 

@@ -46,6 +46,12 @@ def test_a_table_that_does_not_fit_is_stacked_without_empty_cells() -> None:
     ]
 
 
+def test_a_stacked_row_says_what_its_first_cell_is() -> None:
+    made = StackingTable("trial", "loss")
+    made.add_row("7", "3.229")
+    assert at(9, made) == ["trial 7", "  loss", "  3.229"]
+
+
 @pytest.mark.parametrize("width", [30, 40, 60, 80])
 def test_a_list_keeps_to_the_width_and_loses_no_word(width: int) -> None:
     facts = [("  blocks.0.body.1.encoding", "null -> {kind: scale}"), ("loss", "one " * 30)]

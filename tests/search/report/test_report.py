@@ -11,6 +11,8 @@ import pytest
 import archdsl
 from archdsl.lang.load import load
 from archdsl.reports.notebook import as_text
+from archdsl.reports.tables import short
+from archdsl.search.analysis.comparison import differences
 from archdsl.search.analysis.supernet_validation import SupernetPoint, SupernetValidation
 from archdsl.search.report.live import result
 from archdsl.search.report.report import (
@@ -96,6 +98,20 @@ def test_the_last_screen_says_who_won_and_what_it_costs(report: SearchReport) ->
     assert re.search(heads, said)
     assert "16 x 128 bytes of the embedded corpus" in said
     assert "proxies read text as bytes, whatever the vocabulary of the full-size model" in said
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_shows_the_result_whole(
+    report: SearchReport, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = as_text(result(report))
+    assert max(map(len, shown.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    for entry in report.entries:
+        assert short(entry.receipt.expected) in shown
+        for gap in differences(report.entries, report.proxy).get(entry.name, {}).values():
+            assert str(gap) in shown
 
 
 def test_a_search_without_flops_as_objective_shows_nominal_ones() -> None:
