@@ -36,6 +36,7 @@ EMBEDDED = "sotu"
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 20  # one document in 20 for each missing split
 NOTES = 3  # at most
+MAX_KEPT = 2**28  # characters
 PLAIN, BY_NAME = 1, 2  # how text was chosen: there was no choice, or by the name of a column
 
 
@@ -167,7 +168,32 @@ def _files_digest(
 
 def _with_missing(found: dict[Split, Texts]) -> dict[Split, Texts]:
     missing = [split for split in SPLITS if split not in found]
-    return found | divide(found["train"], missing) if missing else found
+    return found | divide(KeptTexts(found["train"]), missing) if missing else found
+
+
+class KeptTexts:
+    """Documents that stay in memory once they were read, up to MAX_KEPT characters in all.
+
+    Files are parsed once then, and not again for each split that is taken from them.
+    """
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+        self.kept: list[str] | None = None
+
+    def __call__(self) -> Iterator[str]:
+        """Return a new iterator over the documents."""
+        return self._read() if self.kept is None else iter(self.kept)
+
+    def _read(self) -> Iterator[str]:
+        kept, size = list[str](), 0
+        for text in self.texts():
+            size += len(text)
+            if size <= MAX_KEPT:
+                kept.append(text)
+            yield text
+        if size <= MAX_KEPT:
+            self.kept = kept
 
 
 def _file_digest(path: Path) -> str:

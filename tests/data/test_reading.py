@@ -7,7 +7,7 @@ import contextlib
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from archdsl.data.loading import load_data
-from archdsl.data.reading import read_texts
+from archdsl.data.reading import json_rows, read_texts
 from archdsl.data.types import DataError
 from tests.texts import document, documents, load_text, text_of
 
@@ -293,3 +293,23 @@ def test_two_columns_of_the_same_name_are_refused(tmp_path: Path, kind: str) -> 
 def test_the_mark_before_a_utf_8_text_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfIt was")
     assert list(read_texts([tmp_path / "a.txt"])) == ["It was"]
+
+
+@pytest.mark.parametrize(("most", "times"), [(2**28, 1), (100, 4)])
+def test_rows_are_parsed_once_unless_they_are_too_many_to_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, times: int
+) -> None:
+    lines = "".join(json.dumps({"text": document(n)}) + "\n" for n in range(60))
+    (tmp_path / "a.jsonl").write_text(lines)
+    whole = load_text(tmp_path / "a.jsonl", tmp_path / "whole")
+    parsed: list[Path] = []
+
+    def noted(file: Path) -> Iterator[tuple[str, Any]]:
+        parsed.append(file)
+        return json_rows(file)
+
+    monkeypatch.setattr("archdsl.data.documents.MAX_KEPT", most)
+    monkeypatch.setattr("archdsl.data.reading.json_rows", noted)
+    data = load_text(tmp_path / "a.jsonl", tmp_path / "cache")
+    assert len(parsed) == times
+    assert text_of(data) == text_of(whole)
