@@ -453,13 +453,22 @@ STANDARD = {
 }
 
 
-@pytest.fixture(params=STANDARD)
-def standard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """An exported model without routers, by its own code."""
-    checkpoint = saved(tmp_path / "checkpoint", None, f"blocks={STANDARD[request.param]}")
-    export(checkpoint, tmp_path / "exported")
-    with loaded(tmp_path / "exported") as hub:
+@pytest.fixture(scope="module", params=STANDARD)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = saved(folder / "checkpoint", None, f"blocks={STANDARD[request.param]}")
+    export(checkpoint, folder / "exported")
+    with loaded(folder / "exported") as hub:
         yield hub.eval()
+
+
+@pytest.fixture
+def standard(exported: Any) -> Any:
+    """An exported model without routers, by its own code."""
+    exported.set_attn_implementation("sdpa")
+    return exported
 
 
 GREEDY: dict[str, Any] = NEW | {"do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
@@ -552,7 +561,7 @@ def test_requests_are_batched_continuously(standard: Any) -> None:
 
 
 def test_the_base_model_and_other_heads_load(standard: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "exported"
+    folder = standard.name_or_path
     states = AutoModel.from_pretrained(folder)(TOKENS).last_hidden_state
     torch.testing.assert_close(standard.lm_head(states), standard(TOKENS).logits)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
