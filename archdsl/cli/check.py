@@ -12,6 +12,7 @@ from archdsl.cli.runs import checkpoint_at
 
 if TYPE_CHECKING:
     from archdsl.checks.check import Report, Row
+    from archdsl.lang.spec import ModelSpec
     from archdsl.reports.layout import StackingTable
 
 MARKS = {"PASS": "green", "LEAK": "bold red", "FAIL": "bold red"}
@@ -27,6 +28,14 @@ def check(
         ),
     ],
     overrides: Overrides = None,
+    serving: Annotated[
+        bool,
+        typer.Option(
+            "--serving",
+            help="Ask only whether engines with paged attention can serve an export of it, and "
+            "what stands in the way.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Test that no block uses later tokens, and that decoding gives the outputs of one pass.
@@ -39,11 +48,16 @@ def check(
       archdsl check itt --set "blocks.0.body.1.router.kind=prefix"
 
       archdsl check runs/tiny/final --json
+
+      archdsl check itt --serving
     """
     from archdsl.checks.check import check
     from archdsl.lang.load import load
 
     start = checkpoint_at(subject, overrides)
+    if serving:
+        spec = start.spec if start else load(subject, overrides=overrides or ())
+        raise typer.Exit(_say_serving(spec, subject, overrides or [], as_json))
     report = check(start.model if start else load(subject, overrides=overrides or ()))
     if as_json:
         said = [{"said": str(fault)} | fault.model_dump() for fault in report.faults]
@@ -55,6 +69,31 @@ def check(
         print(_words(report))
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _say_serving(spec: ModelSpec, subject: str, overrides: list[str], as_json: bool) -> int:
+    """Prints what stands in the way of serving the model. Returns the exit status."""
+    from dataclasses import asdict
+
+    from archdsl.checks.serving import obstacles
+    from archdsl.reports.layout import StackingTable
+
+    found = obstacles(spec)
+    if as_json:
+        print_json({"servable": not found, "obstacles": [asdict(one) for one in found]})
+        return bool(found)
+    if not found:
+        print(f"{spec.name}: engines with paged attention can serve an export of it")
+        return 0
+    table = StackingTable("node", "why engines cannot serve it", "change")
+    for one in found:
+        table.add_row(one.path, one.why, one.change or "no value removes it")
+    print_parts(table)
+    changes = [*overrides, *(one.change for one in found if one.change)]
+    words = " ".join(f'--set "{change}"' for change in changes)
+    whole = all(one.change for one in found)
+    print(f"\nnearest {'servable ' if whole else ''}spec: archdsl build {subject} {words}")
+    return 1
 
 
 def _table(report: Report) -> StackingTable:

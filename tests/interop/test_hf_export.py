@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
@@ -551,7 +552,8 @@ def test_eager_attention_returns_weights(standard: Any) -> None:
 def test_requests_are_batched_continuously(standard: Any) -> None:
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1].tolist(), TOKENS[0, 4:7].tolist()]
     how = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    answers = standard.generate_batch(prompts, generation_config=how, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=64)
+    answers = standard.generate_batch(prompts, how, small, progress_bar=False)
     for prompt, name in zip(prompts, sorted(answers), strict=True):
         given = torch.tensor([prompt])
         alone = standard.generate(
