@@ -607,6 +607,19 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
             loss = loss + part * sum(self.model.trace.losses.values())
         return loss
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **more: Any) -> Any:
+        """As transformers has it. Raises UnsupportedError for a folder whose head has the name
+        that archdsl gave it once: the head would be drawn at random."""
+        found: Any = super().from_pretrained(*args, output_loading_info=True, **more)
+        model, info = found
+        if "model.head.weight" in info["unexpected_keys"]:
+            raise UnsupportedError(
+                "the folder was exported by an earlier archdsl; load it by its own code "
+                "(trust_remote_code=True), or bring it back by archdsl import and export it again"
+            )
+        return (model, info) if output_loading_info else model
+
     def generate(self, *args: Any, **more: Any) -> Any:
         """As transformers has it; routers choose causally, also without a cache."""
         with self.model.causal_routing():

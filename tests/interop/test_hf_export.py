@@ -421,6 +421,16 @@ def test_what_is_missing_is_drawn_and_the_rest_is_kept(
     assert all(torch.equal(found[name], there.state_dict()[name]) for name in found)
 
 
+def test_a_head_with_its_earlier_name_is_not_drawn_at_random(tmp_path: Path) -> None:
+    model = in_transformers(saved(tmp_path / "checkpoint", None, "tie_embeddings=false").model)
+    model.save_pretrained(tmp_path / "exported")
+    stored = load_file(tmp_path / "exported" / "model.safetensors")
+    stored["model.head.weight"] = stored.pop("lm_head.weight")
+    save_file(stored, tmp_path / "exported" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="exported by an earlier archdsl"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+
+
 def test_the_tokenizer_is_the_checkpoints(here: Checkpoint, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = "some words, täglich\n"
