@@ -33,7 +33,7 @@ from archdsl.files import atomic_folder
 from archdsl.interop.hf_model import CLASSES, ArchdslCache, ArchdslConfig, ArchdslForCausalLM
 from archdsl.interop.source_bundle import bundle
 from archdsl.lang.registry import families
-from archdsl.lang.spec import Part, walk
+from archdsl.lang.spec import ModelSpec, Part, walk
 from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import Checkpoint
 
@@ -86,12 +86,16 @@ def _is_export(path: Path) -> bool:
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     hub = in_transformers(checkpoint.model)
     hub.generation_config = GenerationConfig(use_cache=True)
-    hub.save_pretrained(folder)
+    hub.save_pretrained(folder)  # with the code
     if checkpoint.tokenizer is not None:
         tokenizer = read_tokenizer(checkpoint.tokenizer)
         _write_tokenizer(folder, tokenizer, checkpoint.spec.context)
         _write_generation(folder, tokenizer)
-    used = sorted({_package(type(part)) for _, part in walk(checkpoint.model.spec)} - {"archdsl"})
+
+
+def write_code(folder: Path, spec: ModelSpec) -> None:
+    """Writes the source that loads a model of this spec without archdsl."""
+    used = sorted({_package(type(part)) for _, part in walk(spec)} - {"archdsl"})
     (folder / f"{CODE}.py").write_text(code(*used), encoding="utf-8")
 
 

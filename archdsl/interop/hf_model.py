@@ -9,10 +9,11 @@ Shapes: B batch, T tokens of a chunk, S tokens so far with the chunk, D width, V
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,13 +44,23 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.model.backbone import Backbone
 from archdsl.nn.block import Block, Context, KeysValues, Primitive, Trace, normal_, stream_depth
 from archdsl.nn.cache import Cache, ContextFullError, Stream
+from archdsl.nn.loop import DialError
 from archdsl.nn.norm import make_norm
 
 logger = logging.get_logger(__name__)
+INSTALLED = "archdsl.interop.hf_model"  # not so where this is the code of an export
+MASK = "attention_mask must be [batch, tokens so far]"
 
 
 class UnsupportedError(ArchdslError, ValueError):
     """Something that transformers offers and these models cannot do."""
+
+
+IN_SPEC = {  # what a config and its spec both say, by its two names
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context",
+    "tie_word_embeddings": "tie_embeddings",
+}
 
 
 class ArchdslConfig(transformers.PreTrainedConfig):
@@ -63,6 +74,10 @@ class ArchdslConfig(transformers.PreTrainedConfig):
 
     model_type: ClassVar[str] = "archdsl"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # as Llama's has them: `from_pretrained` takes them, and other tools read them
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __init__(
         self,
@@ -79,9 +94,9 @@ class ArchdslConfig(transformers.PreTrainedConfig):
         super().__init__(**more)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Where the vocabulary is changed, the spec follows."""
-        if name == "vocab_size" and (spec := self.__dict__.get("spec")):
-            self.__dict__["spec"] = spec | {"vocab_size": value}
+        """Where the vocabulary, the context or the tying is changed, the spec follows."""
+        if name in IN_SPEC and (spec := self.__dict__.get("spec")):
+            self.__dict__["spec"] = spec | {IN_SPEC[name]: value}
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     def describe(self, attentions: list[Attention], layers: int) -> None:
@@ -341,14 +356,19 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **more: Any
     ) -> None:
-        """As transformers has it, with all that the routers learned.
+        """As transformers has it, with all that the routers learned, as it was trained: a setting
+        of the dial is not saved. If the config names the code, that is written, too.
 
         What an earlier save left is removed, one file after shards or shards after one file: it
         would be loaded in place of what was written.
         """
         self.without_head.commit()
         before = _saved(Path(save_directory))
-        super().save_pretrained(save_directory, *args, **more)
+        with self.without_head.as_trained():
+            super().save_pretrained(save_directory, *args, **more)
+        if __name__ == INSTALLED and getattr(self.config, "auto_map", None):
+            exporter: Any = importlib.import_module("archdsl.interop.hf_export")
+            exporter.write_code(Path(save_directory), self.without_head.spec)
         after = _saved(Path(save_directory))
         left = [path for path, stamp in before.items() if after.get(path) == stamp]
         if len(left) < len(after):  # something was written
@@ -407,6 +427,21 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         super().dial(capacity, steps)
         self._number_calls()
 
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Within the block, all loops have the steps that they were trained with."""
+        before = [loop.passes for loop in self.loops]
+        if all(len(loop.passes) == loop.steps for loop in self.loops):
+            yield
+            return
+        self.dial()
+        try:
+            yield
+        finally:
+            for loop, passes in zip(self.loops, before, strict=True):
+                loop.passes = passes
+            self._number_calls()
+
     def _number_calls(self) -> None:
         runs = list(_runs(self, ())) if self.standard else []
         self.numbers = {(one.number, path): i for i, (one, path) in enumerate(runs)}
@@ -460,6 +495,9 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         **more: Any,
     ) -> BaseModelOutputWithPast:
         past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            self._check_passes(cache)
+        _check_mask(past, mask, x_BTD)
         if cache is not None or position_ids is None:
             _check_room(past, mask, x_BTD, self.config.max_position_embeddings)
         if position_ids is None:
@@ -471,6 +509,13 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         for layer in self.layers:
             x_BTD = self.run_layer(layer, x_BTD, ctx)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=cache)
+
+    def _check_passes(self, cache: transformers.Cache) -> None:
+        """Raises DialError unless all tokens of a cache were computed in as many passes."""
+        passes = [len(loop.passes) for loop in self.loops]
+        if getattr(cache, "archdsl_passes", passes) != passes:
+            raise DialError("the dial was turned while a cache was in use; begin with a new one")
+        cast(Any, cache).archdsl_passes = passes
 
     def _own(
         self,
@@ -485,7 +530,7 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
                 "a routed step attends among the tokens it selected: its weights are not returned"
             )
         states = [x_BTD] if self._wanted("output_hidden_states", more) else None
-        mask_BT = _of_chunk(mask, x_BTD)
+        mask_BT = _of_chunk(0 if cache is None else cache.seen, mask, x_BTD)
         pos_BT = _own_positions(position_ids, mask, x_BTD, cache)
         if cache is not None:
             cache.make_room(x_BTD.size(1), self.config.max_position_embeddings)
@@ -735,24 +780,32 @@ def _is_loaded(module: nn.Module) -> bool:
     return all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
 
 
-def _of_chunk(mask_BS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
-    """The mask of the last T tokens; None where they are all real."""
+def _of_chunk(past: int, mask_BS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
+    """The mask of the T tokens after ``past``; None where they are all real."""
     if mask_BS is None:
         return None
-    if mask_BS.dim() != 2 or mask_BS.size(1) < x_BTD.size(1):
-        raise UnsupportedError(
-            f"attention_mask must be [batch, tokens so far], got {list(mask_BS.shape)}"
-        )
-    mask_BT = mask_BS[:, -x_BTD.size(1) :].bool()
+    T = x_BTD.size(1)
+    if mask_BS.dim() != 2:
+        raise UnsupportedError(f"{MASK}, got {list(mask_BS.shape)}")
+    _check_mask(past, mask_BS, x_BTD)
+    mask_BT = mask_BS[:, past : past + T].bool()
     return None if bool(mask_BT.all()) else mask_BT
+
+
+def _check_mask(past: int | Tensor, mask: Any, x_BTD: Tensor) -> None:
+    """Raises UnsupportedError if a mask lacks tokens. It may have more, as a static cache has."""
+    if isinstance(past, int) and isinstance(mask, Tensor) and mask.dim() == 2:
+        so_far = past + x_BTD.size(1)
+        if mask.size(1) < so_far:
+            raise UnsupportedError(f"{MASK}, here [.., {so_far}], got {list(mask.shape)}")
 
 
 def _positions(past: int | Tensor, mask: Any, x_BTD: Tensor) -> Tensor:
     """The number of real tokens before each one in its row, [1 or B, T]."""
-    T = x_BTD.size(1)
+    place_T = torch.arange(x_BTD.size(1), device=x_BTD.device) + past
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
-    return (torch.arange(T, device=x_BTD.device) + past).unsqueeze(0)
+        return (mask.long().cumsum(1) - 1).clamp(min=0).index_select(1, place_T)
+    return place_T.unsqueeze(0)
 
 
 def _check_room(past: int | Tensor, mask: Any, x_BTD: Tensor, context: int) -> None:
@@ -760,7 +813,7 @@ def _check_room(past: int | Tensor, mask: Any, x_BTD: Tensor, context: int) -> N
     if isinstance(past, Tensor) or past + x_BTD.size(1) <= context:
         return
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        past = int(mask.sum(1).max()) - x_BTD.size(1)
+        past = int(mask[:, : past + x_BTD.size(1)].sum(1).max()) - x_BTD.size(1)
     if past + x_BTD.size(1) > context:
         raise ContextFullError(f"{past + x_BTD.size(1):,} tokens exceed the context of {context:,}")
 
@@ -782,7 +835,7 @@ def _own_positions(
         )
     past = 0 if cache is None else cache.seen
     counts_BT = _positions(past, mask_BS, x_BTD)
-    real_BT = None if mask_BS is None else mask_BS[:, -x_BTD.size(1) :] != 0
+    real_BT = None if mask_BS is None else mask_BS[:, past : past + x_BTD.size(1)] != 0
     other_BT = given != counts_BT if real_BT is None else (given != counts_BT) & real_BT
     return given if bool(other_BT.any()) else None
 

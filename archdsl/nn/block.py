@@ -200,7 +200,8 @@ class Context:
         The sines of the first half of a head are negative. They are computed once a pass.
         """
         T, E = x_BHTE.shape[-2:]
-        key = (theta, scaling, T, E, x_BHTE.dtype)
+        # T only where it counts: as a symbol, it cannot be looked up
+        key = (theta, scaling, T if self.pos_BT is None else None, E, x_BHTE.dtype)
         if key not in self.tables:
             self.tables[key] = self._angles(x_BHTE, theta, scaling)
         return self.tables[key]

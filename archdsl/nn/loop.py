@@ -86,7 +86,8 @@ class Router(Primitive):
 
     ``learned``: whether `scores` are the log-odds of a learned choice.
     ``sees_later_tokens_in_training``: whether it does so in training and never otherwise.
-    ``salt``: the number of this router in its model. ``causal``: while it is True, a router that
+    ``salt``: the number of this router in its model. ``causal``: an entry for each
+    `selecting_causally` block that runs now, in whatever thread; while there is one, a router that
     otherwise looks at later tokens (``leaks``) selects without them.
     """
 
@@ -96,7 +97,7 @@ class Router(Primitive):
     def __init__(self) -> None:
         super().__init__()
         self.salt = 0
-        self.causal = False
+        self.causal: list[None] = []
 
     def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:
         """Selects the tokens of the pass ``at``, only among ``active_BT`` [B, T] if it is given."""
@@ -163,11 +164,10 @@ class Loop(Block):
 def selecting_causally(routers: Iterable[Router]) -> Iterator[None]:
     """Within the block, these routers select without sight of later tokens."""
     changed = list(routers)
-    before = [router.causal for router in changed]
     for router in changed:
-        router.causal = True
+        router.causal.append(None)
     try:
         yield
     finally:
-        for router, causal in zip(changed, before, strict=True):
-            router.causal = causal
+        for router in changed:
+            router.causal.pop()

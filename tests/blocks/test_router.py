@@ -177,7 +177,7 @@ def test_top_k_chooses_by_threshold_when_told_to_be_causal() -> None:
     x_BTD = naive.stream(3, 13, D)
     assert selected_by(top_k, x_BTD) != selected_by(threshold, x_BTD)
     assert top_k.leaks
-    top_k.causal = True
+    top_k.causal.append(None)
     assert not top_k.leaks
     assert selected_by(top_k, x_BTD) == selected_by(threshold, x_BTD)
 
@@ -192,7 +192,7 @@ def test_a_trained_threshold_selects_any_share_that_is_dialled(
         router(x_BTD, at(0.5), Context(), None)
         router.commit()
     router.eval()
-    router.causal = True
+    router.causal.append(None)
     for capacity in (0.05, 0.3, 0.8, 0.97):
         # the running budget takes off what chance brings too much
         share = router(x_BTD, at(capacity), Context(), None).stream.length_B.double().mean() / 512

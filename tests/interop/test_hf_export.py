@@ -26,6 +26,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
 )
 from typer.testing import CliRunner
 
@@ -39,6 +40,7 @@ from archdsl.interop.hf_model import ArchdslConfig, ArchdslForCausalLM
 from archdsl.lang.load import load
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from archdsl.nn.loop import DialError
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251 + 1
 NEW: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
@@ -753,3 +755,80 @@ def test_the_folders_need_torch_and_transformers_alone(tmp_path: Path, text: Dat
         assert found["greedy"] == greedy(checkpoint, TOKENS, 10).tolist(), name
         assert found["text"] == list(b"some words"), name
         assert "modeling_archdsl.py" in found["files"], name
+
+
+@torch.no_grad()
+def test_what_is_saved_of_a_dialled_model_says_what_it_was_trained_with(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None, f"blocks={STANDARD['looped']}")
+    model: Any = in_transformers(checkpoint.model)
+    model.dial(steps=5)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.num_hidden_layers == len(model.model.calls) == 6
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(config["layer_types"]) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["looped", "shared"])
+def test_no_cache_goes_on_at_another_setting_of_the_dial(kind: str, tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", None, f"blocks={STANDARD[kind]}")
+    model: Any = in_transformers(checkpoint.model)
+    for steps in (2, 5):
+        model.dial()
+        cache = model(TOKENS, use_cache=True).past_key_values
+        model.dial(steps=steps)
+        with pytest.raises(DialError, match="begin with a new one"):
+            model(TOKENS, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_may_have_more_tokens_but_not_fewer(standard: Any) -> None:
+    wanted = standard(TOKENS).logits
+    long = torch.ones(2, 20)
+    cache = StaticCache(config=standard.config, max_cache_len=20)
+    for part in (slice(0, 8), slice(8, 12)):
+        found = standard(TOKENS[:, part], attention_mask=long, past_key_values=cache).logits
+        torch.testing.assert_close(found, wanted[:, part])
+    cache = standard(TOKENS[:, :8], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"tokens so far\], here \[.., 12\], got \[2, 4\]"):
+        standard(TOKENS[:, 8:], attention_mask=long[:, :4], past_key_values=cache)
+
+
+def test_it_is_exported_by_torch_for_any_number_of_tokens(standard: Any) -> None:
+    length = {1: torch.export.Dim.DYNAMIC}
+    inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "use_cache": False}
+    shapes = {"input_ids": length, "attention_mask": length, "use_cache": None}
+    program = torch.export.export(standard, (), inputs, dynamic_shapes=shapes).module()
+    short = TOKENS[:, :7]
+    found = program(input_ids=short, attention_mask=torch.ones_like(short), use_cache=False)
+    torch.testing.assert_close(found.logits, standard(short).logits)
+
+
+def test_in_threads_no_router_is_left_as_another_thread_found_it() -> None:
+    model: Any = in_transformers(build(load("tiny", overrides=LEAKING), seed=1))
+    first, second = model.model.causal_routing(), model.model.causal_routing()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not model.model.leaks, "the second block still runs"
+    second.__exit__(None, None, None)
+    assert model.model.leaks
+
+
+def test_what_the_installed_class_saves_has_the_code(folder: Path, tmp_path: Path) -> None:
+    ArchdslForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    code = "modeling_archdsl.py"
+    assert (tmp_path / code).read_bytes() == (folder / code).read_bytes()
+
+
+def test_a_setting_given_at_loading_is_also_of_what_is_saved(tmp_path: Path) -> None:
+    model: Any = in_transformers(build(load("tiny", overrides=LEAKING), seed=1))
+    model.save_pretrained(tmp_path / "tied")
+    changed = {"tie_word_embeddings": False, "max_position_embeddings": 64, "pad_token_id": 3}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", **changed)
+    model.save_pretrained(tmp_path / "untied")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not again.model.spec.tie_embeddings
+    assert again.model.spec.context == 64
+    assert again.config.pad_token_id == 3
