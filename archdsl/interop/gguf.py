@@ -42,15 +42,17 @@ WITHOUT_EFFECT = {
     "attention.causal": True,
 }
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ADD_BOS = "tokenizer.ggml.add_bos_token"
+ADD_BOS, ADD_SPACE = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"
+PARTS = "split.count"
 NUMBERS = {  # tokens of tokenizer.ggml; an eot or eom token ends a turn, and so a text
     "eos_token_id": ("eos_token_id", "eot_token_id", "eom_token_id"),
     "bos_token_id": ("bos_token_id",),
     "pad_token_id": ("padding_token_id",),
     "unk_token_id": ("unknown_token_id",),
 }
-TEXT_FIELDS = {"tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre", ADD_BOS} | {
-    f"tokenizer.ggml.{key}" for keys in NUMBERS.values() for key in keys
+TEXT_FIELDS = {"tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre"} | {
+    *(ADD_BOS, ADD_SPACE),
+    *(f"tokenizer.ggml.{key}" for keys in NUMBERS.values() for key in keys),
 }
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -153,6 +155,8 @@ class GgufFile:
             ).backend_tokenizer
         if kind is not None:
             _split_like(kind, found)
+        elif not self.text.get(ADD_SPACE, True):
+            _without_space(found)
         if self.text.get(ADD_BOS, kind in BEGUN_AND_WHOLE) and not beginning_tokens(found):
             _begin_with(numbers.get("bos_token_id", ()), found)
         template = checked_template(self.path, self.text.get("tokenizer.chat_template"))
@@ -210,6 +214,15 @@ def _split_like(kind: str, tokenizer: Tokenizer) -> None:
         tokenizer.model.ignore_merges = True
 
 
+def _without_space(tokenizer: Tokenizer) -> None:
+    """Put no space before a text, which the reader of transformers always does."""
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    as_space = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([as_space, decoders.ByteFallback(), decoders.Fuse()])
+
+
 def _begin_with(tokens: Sequence[int], tokenizer: Tokenizer) -> None:
     from tokenizers.processors import TemplateProcessing
 
@@ -248,6 +261,11 @@ def _name(name: str) -> str:
 
 def _config(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
     """Return the config with the keys and values of a config.json."""
+    if (parts := fields.get(PARTS, 1)) != 1:
+        raise PretrainedError(
+            f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge "
+            "FIRST_PART MODEL.gguf, and import that file"
+        )
     architecture = fields.get("general.architecture")
     embedding = stored.get("model.embed_tokens.weight")
     config: dict[str, Any] = {

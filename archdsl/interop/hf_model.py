@@ -31,6 +31,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -88,7 +89,7 @@ class ArchdslConfig(transformers.PreTrainedConfig):
     ) -> None:
         self.spec, self.use_cache, self.see_later_tokens = spec, use_cache, see_later_tokens
         if spec is not None:
-            more |= {"tie_word_embeddings": spec["tie_embeddings"]}
+            more = {"tie_word_embeddings": spec["tie_embeddings"]} | more
             self.vocab_size, self.hidden_size = spec["vocab_size"], spec["dim"]
             self.max_position_embeddings = spec["context"]
         super().__init__(**more)
@@ -99,14 +100,15 @@ class ArchdslConfig(transformers.PreTrainedConfig):
             self.__dict__["spec"] = spec | {IN_SPEC[name]: value}
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
-    def describe(self, attentions: list[Attention], layers: int) -> None:
+    def describe(self, attentions: list[Attention], layers: int, modules: list[Attention]) -> None:
         """Notes what caches and serving engines want to know of each attention of each pass.
 
         ``attentions``: in their order; none where only the model itself can compute them.
-        ``layers``: the number of layers, which counts then.
+        ``layers``: the number of layers, which counts then. ``modules``: all attention of the
+        model; the numbers and sizes of heads are noted if all are alike.
         """
         self.num_hidden_layers = len(attentions) or layers
-        shapes = {(one.q.out_features, one.k.out_features, one.head_size) for one in attentions}
+        shapes = {(one.q.out_features, one.k.out_features, one.head_size) for one in modules}
         if len(shapes) == 1:
             q_size, kv_size, self.head_dim = shapes.pop()
             self.num_attention_heads = q_size // self.head_dim
@@ -446,7 +448,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         runs = list(_runs(self, ())) if self.standard else []
         self.numbers = {(one.number, path): i for i, (one, path) in enumerate(runs)}
         self.calls = nn.ModuleList([Attend(self.config, one, i) for i, (one, _) in enumerate(runs)])
-        self.config.describe([one for one, _ in runs], len(self.layers))
+        modules = [one for one in self.modules() if isinstance(one, Attention)]
+        self.config.describe([one for one, _ in runs], len(self.layers), modules)
         if self.standard:
             vars(self.config)["base_model_tp_plan"] = _tensor_parallel_plan(self)
 
@@ -560,7 +563,13 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
             use_cache = self.config.use_cache and not sees
         if not use_cache and given is None:
             return None
-        if self.stage.gradient_checkpointing and self.training:
+        recomputes = self.stage.gradient_checkpointing and self.training
+        if recomputes and torch.is_grad_enabled():  # not so in `generate`
+            if given is not None:
+                raise UnsupportedError(
+                    "gradient checkpointing computes each layer twice, so it cannot be used with "
+                    "a cache; switch it off, or call the model under torch.no_grad()"
+                )
             logger.warning_once("gradient checkpointing computes twice: nothing is kept")
             return None
         room = min(tokens, self.config.max_position_embeddings)
@@ -603,6 +612,8 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
 
     def __init__(self, config: ArchdslConfig) -> None:
         super().__init__(config)
+        # Trainer shifts the labels for label smoothing only if it finds the class here.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, type(self).__name__)
         self.model = ArchdslModel(config)
         self.lm_head = nn.Linear(self.model.spec.dim, self.model.spec.vocab_size, bias=False)
         self._is_stateful = not self.model.standard  # no token can be forgotten again
@@ -634,6 +645,11 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
             use_cache=use_cache,
             **more,
         )
+        if labels is None and self.training and torch.is_grad_enabled() and self.model.trace.losses:
+            logger.warning_once(
+                "without labels there is no loss in the output, and so none by which the routers "
+                "learn: add sum(model.model.trace.losses.values()) to your own loss"
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(found.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(
@@ -701,7 +717,30 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
         return None
 
 
-class ArchdslForSequenceClassification(GenericForSequenceClassification, ArchdslPreTrainedModel):
+class ArchdslClassifier(ArchdslPreTrainedModel):
+    """What the models that classify have in common.
+
+    Their losses are means. `Trainer` averages those over the parts of an accumulated batch only
+    where ``accepts_loss_kwargs`` is false; else it would add them up.
+    """
+
+    accepts_loss_kwargs = False
+
+    @property
+    def loss_function(self) -> Any:
+        """The loss of the head; in training, those by which the routers learn are added."""
+        return partial(self._with_routers, super().loss_function)
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
+
+    def _with_routers(self, of_head: Any, *args: Any, **more: Any) -> Tensor:
+        loss: Tensor = of_head(*args, **more)
+        return loss + sum(self.without_head.trace.losses.values()) if self.training else loss
+
+
+class ArchdslForSequenceClassification(GenericForSequenceClassification, ArchdslClassifier):
     """A text to a score for each of ``config.num_labels``, read at its last token."""
 
     def __init__(self, config: ArchdslConfig) -> None:
@@ -712,7 +751,7 @@ class ArchdslForSequenceClassification(GenericForSequenceClassification, Archdsl
         self.post_init()  # type: ignore[no-untyped-call]
 
 
-class ArchdslForTokenClassification(GenericForTokenClassification, ArchdslPreTrainedModel):
+class ArchdslForTokenClassification(GenericForTokenClassification, ArchdslClassifier):
     """Each token to a score for each of ``config.num_labels``."""
 
     def __init__(self, config: ArchdslConfig) -> None:
@@ -724,7 +763,7 @@ class ArchdslForTokenClassification(GenericForTokenClassification, ArchdslPreTra
         self.post_init()  # type: ignore[no-untyped-call]
 
 
-class ArchdslForQuestionAnswering(GenericForQuestionAnswering, ArchdslPreTrainedModel):
+class ArchdslForQuestionAnswering(GenericForQuestionAnswering, ArchdslClassifier):
     """Each token to the scores of being the first and the last one of the answer."""
 
     def __init__(self, config: ArchdslConfig) -> None:

@@ -226,7 +226,8 @@ def _filled(spec: ModelSpec, source: PretrainedSource, names: Mapping[str, str])
         if not state.get("head.weight", embedding).equal(embedding):
             raise PretrainedError(
                 f"{source.stored[names['head.weight']].file}: {names['head.weight']} and "
-                f"{names['embedding.weight']} differ, but the config ties them"
+                f"{names['embedding.weight']} differ, but the config ties them: if both were "
+                f"trained, set tie_word_embeddings to false in {source.config_file}"
             )
         state["head.weight"] = embedding  # some files contain it twice
     model.load_state_dict(state, assign=True)  # without a second copy in memory

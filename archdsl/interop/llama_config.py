@@ -220,14 +220,17 @@ def llama_spec(
 def own_spec(
     config: Mapping[str, Any], file: str, *, name: str | None = None, context: int | None = None
 ) -> ModelSpec:
-    """Return the spec of a model that `archdsl export` wrote. Its vocabulary may have grown since.
+    """Return the spec of a model that `archdsl export` wrote.
+
+    Since then its vocabulary may have grown, and its head may have been untied from the embedding.
 
     The parameters and errors are those of `llama_spec`; the default of ``name`` is the spec's own.
     """
     tree = config.get("spec")
     if not isinstance(tree, Mapping):
         raise PretrainedError(f"{file}: spec: must be a mapping, got {describe(tree)}")
-    tree = {**tree, "vocab_size": config.get("vocab_size", tree.get("vocab_size"))}
+    since = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
+    tree = {**tree, **{own: config[name] for own, name in since.items() if name in config}}
     spec = parse_spec(source.from_value(tree, f"{file}: spec"))
     if context is not None and context > spec.context:
         raise PretrainedError(

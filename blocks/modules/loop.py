@@ -92,7 +92,7 @@ class BodyLoop(Loop):
     def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
         y_BTD = self._body(x_BTD, start_BTD, one, ctx)
         if one.step == 0:
-            return self.encoding.after(y_BTD, 0)
+            return cast(Tensor, self.encoding(y_BTD, 0, after=True))
         ctx.count_step(x_BTD)
         return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
 
@@ -120,7 +120,7 @@ class BodyLoop(Loop):
             x = x + start
         elif one.step > 0 and self.inject is not None:
             x = self.inject(torch.cat((x, start), -1))
-        return self.body(one)(self.encoding.before(x, one.like), ctx)
+        return self.body(one)(self.encoding(x, one.like), ctx)
 
     def body(self, one: Pass) -> Block:
         """The block that a pass runs."""
@@ -142,4 +142,4 @@ class BodyLoop(Loop):
         return chosen
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
-        return lambda y: self.encoding.after(y, one.like)
+        return lambda y: cast(Tensor, self.encoding(y, one.like, after=True))

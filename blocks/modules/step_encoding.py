@@ -14,6 +14,11 @@ from archdsl.nn.block import Primitive, normal_
 class Encoding(Primitive):
     """No encoding: every step looks the same."""
 
+    def forward(self, x: Tensor, step: int, *, after: bool = False) -> Tensor:
+        """`after` or `before`. A loop calls the module and not these methods, because the hooks
+        that bring offloaded weights run when a module is called."""
+        return self.after(x, step) if after else self.before(x, step)
+
     def before(self, x: Tensor, step: int) -> Tensor:
         """The input of the body in pass ``step``, of the same shape as ``x``."""
         return x

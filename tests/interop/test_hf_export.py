@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     ContinuousBatchingConfig,
     DynamicCache,
@@ -292,6 +295,88 @@ def test_in_training_the_loss_is_also_the_routers(there: Any, folder: Path) -> N
     assert (own > 0) == ("predictor" in json.dumps(model.config.spec))
 
 
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model whose router learns by a loss of its own."""
+    folder = tmp_path_factory.mktemp("predicting")
+    checkpoint = saved(folder / "checkpoint", None, "blocks.1.router.kind=predictor")
+    export(checkpoint, folder / "exported")
+    return folder / "exported"
+
+
+def trainer_loss(model: Any, rows: list[dict[str, Any]], parts: int, **settings: Any) -> float:
+    """The loss of one batch as Trainer reports it; nothing is learned."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    settings |= {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "use_cpu": True}
+    settings |= {"gradient_accumulation_steps": parts, "report_to": [], "save_strategy": "no"}
+    with TemporaryDirectory() as folder:
+        size = len(rows) // parts
+        args = TrainingArguments(folder, per_device_train_batch_size=size, **settings)
+        trainer = Trainer(model, args, train_dataset=rows)
+        trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
+
+
+CLASSIFIERS: dict[str, tuple[Any, dict[str, Any], Callable[..., Any]]] = {
+    "sequence": (
+        AutoModelForSequenceClassification,
+        {"labels": [0, 1, 1, 1]},
+        lambda found, labels: F.cross_entropy(found.logits, labels),
+    ),
+    "token": (
+        AutoModelForTokenClassification,
+        {"labels": torch.cat((TOKENS, TOKENS)) % 2},
+        lambda found, labels: F.cross_entropy(found.logits.flatten(0, 1), labels.flatten()),
+    ),
+    "answer": (
+        AutoModelForQuestionAnswering,
+        {"start_positions": [0, 1, 2, 3], "end_positions": [3, 4, 5, 6]},
+        lambda found, start_positions, end_positions: (
+            (
+                F.cross_entropy(found.start_logits, start_positions)
+                + F.cross_entropy(found.end_logits, end_positions)
+            )
+            / 2
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("head", CLASSIFIERS)
+def test_a_classifier_has_the_losses_of_the_routers_and_the_same_loss_in_parts(
+    predicting: Path, head: str
+) -> None:
+    cls, targets, loss_of_head = CLASSIFIERS[head]
+    model = cls.from_pretrained(predicting, num_labels=2)
+    model.config.pad_token_id = 0
+    inputs = {"input_ids": torch.cat((TOKENS, TOKENS + 1))}
+    inputs |= {name: torch.as_tensor(values) for name, values in targets.items()}
+    rows = [{name: values[i] for name, values in inputs.items()} for i in range(4)]
+    losses = [trainer_loss(model, rows, parts) for parts in (1, 2, 4)]
+    torch.testing.assert_close(losses, losses[:1] * 3, rtol=1e-3, atol=0)
+    found = model.train()(**inputs)
+    own = sum(model.model.trace.losses.values())
+    assert own > 0
+    del inputs["input_ids"]
+    torch.testing.assert_close(found.loss, loss_of_head(found, **inputs) + own)
+
+
+def test_smoothed_labels_are_those_of_the_next_tokens(
+    predicting: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer computes this loss itself, and shifts the labels of classes that it knows."""
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    model: Any = ArchdslForCausalLM.from_pretrained(predicting)
+    smoothing = 1e-9
+    found = trainer_loss(model, rows, 1, label_smoothing_factor=smoothing)
+    assert "none by which the routers learn: add sum(model.model.trace.losses" in caplog.text
+    logits = model(TOKENS).logits
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert found == pytest.approx(wanted.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("router", ["prefix", "threshold", "top_k", "predictor"])
 def test_the_loss_of_a_batch_is_the_same_in_parts(router: str) -> None:
     """The Trainer passes the number of targets in all parts that one step accumulates."""
@@ -334,6 +419,24 @@ def test_checkpointing_changes_memory_and_no_gradient(there: Any, folder: Path) 
         return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
     torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def test_checkpointing_does_not_change_what_is_generated(there: Any, folder: Path) -> None:
+    """Samples are drawn from models in training mode, where nothing of a pass was kept."""
+    model = type(there).from_pretrained(folder)
+    wanted = model.generate(TOKENS, **NEW, do_sample=False)
+    model.train().activation_checkpointing_enable()
+    assert torch.equal(model.generate(TOKENS, **NEW, do_sample=False), wanted)
+    with pytest.raises(ValueError, match="cannot be used with a cache"):
+        model(TOKENS, past_key_values=model.new_cache())
+
+
+def test_weights_may_be_offloaded(there: Any, folder: Path, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = type(there).from_pretrained(folder).eval()
+    wanted = model(TOKENS).logits
+    accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(model(TOKENS).logits, wanted)
 
 
 def test_what_training_taught_the_routers_is_saved(
@@ -446,6 +549,21 @@ def test_the_tokenizer_is_the_checkpoints(here: Checkpoint, folder: Path) -> Non
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 256
     assert generation["use_cache"]
+
+
+def test_the_config_says_what_heads_there_are(there: Any) -> None:
+    """Tools that know a model by its config ask for them, adapters of prompts for example."""
+    heads = {(one.q.out_features, one.k.out_features) for one in attentions(there)}
+    if len(heads) == 1:
+        [(q_size, kv_size)] = heads
+        assert there.config.num_attention_heads * there.config.head_dim == q_size
+        assert there.config.num_key_value_heads * there.config.head_dim == kv_size
+    else:
+        assert not hasattr(there.config, "num_attention_heads")
+
+
+def attentions(model: Any) -> list[Any]:
+    return [one for one in model.modules() if type(one).__name__ == "Attention"]
 
 
 def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder: Path) -> None:

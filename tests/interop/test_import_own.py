@@ -133,6 +133,34 @@ def test_a_spec_from_before_its_vocabulary_grew_follows_the_config(
     assert back(tmp_path / "exported").spec.vocab_size == 300
 
 
+def test_a_head_that_was_trained_apart_from_the_embedding_comes_back(
+    tmp_path: Path, text: Data
+) -> None:
+    """An adapter that trains both matrices of a tied model unties them."""
+    export(saved(tmp_path / "checkpoint", text, "tie_embeddings=true"), tmp_path / "exported")
+    model: Any = ArchdslForCausalLM.from_pretrained(tmp_path / "exported")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    model.save_pretrained(tmp_path / "exported")  # the config still ties them
+    complaint = r"differ, but .* set tie_word_embeddings to false in .*config\.json"
+    with pytest.raises(ArchdslError, match=complaint):
+        back(tmp_path / "exported")
+    model.config.tie_word_embeddings = False
+    assert not model.config.spec["tie_embeddings"]
+    model.save_pretrained(tmp_path / "exported")
+    wanted = model.eval()(TOKENS).logits
+    again: Any = ArchdslForCausalLM.from_pretrained(tmp_path / "exported")
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again.eval()(TOKENS).logits, wanted)
+    path = tmp_path / "exported/config.json"
+    config = json.loads(path.read_text())
+    config["spec"]["tie_embeddings"] = True  # where it was edited by hand
+    path.write_text(json.dumps(config))
+    found = back(tmp_path / "exported")
+    assert not found.spec.tie_embeddings
+    with found.model.causal_routing():
+        assert torch.equal(found.model.eval()(TOKENS), wanted)
+
+
 def test_no_code_in_the_folder_is_run(tmp_path: Path, checkpoint: Checkpoint) -> None:
     for path in (tmp_path / "exported").glob("*.py"):
         path.write_text("raise SystemExit('this was run')")

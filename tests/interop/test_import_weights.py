@@ -464,6 +464,25 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
+def add_words(writer: gguf.GGUFWriter) -> None:
+    vocabulary = sorted(byte_level().get_vocab().items(), key=lambda item: item[1])
+    tokens = [token for token, _ in vocabulary] + ["ab"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+
+
+def add_pieces(writer: gguf.GGUFWriter) -> None:
+    """A SentencePiece tokenizer of few pieces."""
+    pieces = ["\u2581", "a", "b", "\u2581a", "ab", "\u2581ab"]
+    whole = [f"<0x{byte:02X}>" for byte in range(256)]
+    writer.add_token_list(["<unk>", "<s>", "</s>", *whole, *pieces])
+    writer.add_token_types([2, 3, 3] + [6] * len(whole) + [1] * len(pieces))
+    writer.add_token_scores([0.0] * 259 + [-5.0, -6.0, -7.0, -1.0, -2.0, -3.0])
+    for name, token in (("unknown", 0), ("bos", 1), ("eos", 2)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+
+
 def write_gguf(path: Path, model: Theirs, **fields: Any) -> None:
     writer = gguf.GGUFWriter(path, fields.pop("architecture", "llama"))
     config = model.config
@@ -476,17 +495,13 @@ def write_gguf(path: Path, model: Theirs, **fields: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(3000.0)
-    vocabulary = sorted(byte_level().get_vocab().items(), key=lambda item: item[1])
-    tokens = [token for token, _ in vocabulary] + ["ab"]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(kind := fields.pop("tokenizer", "gpt2"))
     if pre := fields.pop("pre", "gpt-2"):
         writer.add_tokenizer_pre(pre)
     if template := fields.pop("template", None):
         writer.add_chat_template(template)
     whole = fields.pop("whole", None)  # a type that a norm is stored in
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
+    add_words(writer) if kind == "gpt2" else add_pieces(writer)
     for name, value in fields.items():
         writer.add_bool(name, value) if isinstance(value, bool) else writer.add_uint32(name, value)
     for name, weight in model.state_dict().items():
@@ -554,6 +569,31 @@ def gguf_tokenizer(tmp_path: Path, model: Theirs, **fields: Any) -> Tokenizer:
     write_gguf(tmp_path / "small.gguf", model, **fields)
     (tmp_path / "scratch").mkdir()
     return read_tokenizer(GgufFile(tmp_path / "small.gguf").tokenizer(tmp_path / "scratch", 300))
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces"),
+    [
+        ({}, ["\u2581ab", "\u2581a"]),
+        ({"tokenizer.ggml.add_space_prefix": True}, ["\u2581ab", "\u2581a"]),
+        ({"tokenizer.ggml.add_space_prefix": False}, ["ab", "\u2581a"]),
+    ],
+    ids=str,
+)
+def test_a_gguf_puts_a_space_before_texts_only_where_it_does(
+    tmp_path: Path, small: Theirs, fields: dict[str, Any], pieces: list[str]
+) -> None:
+    tokenizer = gguf_tokenizer(tmp_path, small, tokenizer="llama", pre=None, **fields)
+    found = tokenizer.encode("ab a", add_special_tokens=False)
+    assert found.tokens == pieces
+    assert tokenizer.decode(found.ids) == "ab a"
+    assert tokenizer.decode(tokenizer.encode("\u00e9b").ids) == "\u00e9b"
+
+
+def test_a_part_of_a_gguf_is_refused(tmp_path: Path, small: Theirs) -> None:
+    write_gguf(tmp_path / "small.gguf", small, **{"split.count": 3})
+    complaint = "small.gguf is one of 3 parts of a model: join them with llama-gguf-split"
+    refused(tmp_path, tmp_path / "small.gguf", complaint)
 
 
 def test_a_gguf_says_how_texts_begin_and_end(tmp_path: Path, small: Theirs) -> None:
