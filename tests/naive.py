@@ -75,10 +75,18 @@ def run(module: nn.Module, xs: Stream, pos: list[int], first: Memory | None, rea
 
 @defines(Layer)
 def layer(module: Layer, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
-    ys = run(module.attention, [norm(module.attention_norm, x) for x in xs], pos, first, reads)
-    xs = [x + y for x, y in zip(xs, ys, strict=True)]
-    ys = run(module.ffn, [norm(module.ffn_norm, x) for x in xs], pos, first, reads)
-    return [x + y for x, y in zip(xs, ys, strict=True)]
+    place = module.norm_place
+    for name in ("attention", "ffn"):
+        inner, one = getattr(module, name), getattr(module, f"{name}_norm")
+        other = getattr(module, f"{name}_norm2", None)
+        read = xs if place == "post" else [norm(one, x) for x in xs]
+        ys = run(inner, read, pos, first, reads)
+        if place == "sandwich":
+            ys = [norm(other, y) for y in ys]
+        xs = [x + y for x, y in zip(xs, ys, strict=True)]
+        if place in ("post", "pre_post"):
+            xs = [norm(one if place == "post" else other, x) for x in xs]
+    return xs
 
 
 @defines(Stack)

@@ -76,7 +76,9 @@ def bare() -> st.SearchStrategy[Tree]:
 
 def layers(slots: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
     """Layers with one of ``slots`` as attention, as feed-forward or as both."""
-    more = {"norm": st.sampled_from(["rms", "layer"]), "norm_eps": EPSILONS}
+    places = st.sampled_from(["pre", "post", "sandwich", "pre_post"])
+    kinds = st.sampled_from(["rms", "layer"])
+    more = {"norm": kinds, "norm_eps": EPSILONS, "norm_place": places}
     usual = {"attention": attentions(), "ffn": feed_forwards()}
 
     def layer(**changed: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:

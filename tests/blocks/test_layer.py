@@ -18,6 +18,9 @@ ATTENTION = {"head_size": 2}
     [
         {},
         {"norm": "layer"},
+        {"norm_place": "post"},
+        {"norm_place": "sandwich"},
+        {"norm_place": "pre_post", "norm": "layer"},
         {"attention": {"head_size": 2, "queries_per_kv": 3, "window": 3}},
         {"attention": {"kind": "feed_forward", "hidden": 3}},
         {"ffn": {"kind": "attention", "head_size": 6}},

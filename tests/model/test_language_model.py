@@ -44,9 +44,9 @@ def test_any_model_equals_its_definition(random: ModelSpec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(specs())
-def test_40_models_equal_their_definition(random: ModelSpec) -> None:
+def test_30_models_equal_their_definition(random: ModelSpec) -> None:
     is_its_definition(random)
 
 
