@@ -78,7 +78,7 @@ def layer(module: Layer, xs: Stream, pos: list[int], first: Memory | None, reads
     place = module.norm_place
     for name in ("attention", "ffn"):
         inner, one = getattr(module, name), getattr(module, f"{name}_norm")
-        other = getattr(module, f"{name}_norm2", None)
+        other: Any = getattr(module, f"{name}_norm2", None)
         read = xs if place == "post" else [norm(one, x) for x in xs]
         ys = run(inner, read, pos, first, reads)
         if place == "sandwich":
