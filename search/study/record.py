@@ -183,6 +183,10 @@ def trial_of(attempt: FrozenTrial, axes: tuple[str, ...]) -> Trial:
     outcome = attrs.get("outcome", "")
     if not is_finished(attempt) and outcome not in UNTRAINED:
         outcome = ""  # the worker wrote it, but died before it told Optuna
+    rungs = tuple(_scores(rung) for rung in json.loads(attrs.get("rungs", "[]")))
+    losses = tuple(attrs.get("losses", ()))
+    if not is_finished(attempt):
+        losses = losses[: len(rungs)]  # a rung whose scores are not there counts for nothing
     return Trial(
         number=attrs["draw"],
         params=attempt.params,
@@ -191,8 +195,8 @@ def trial_of(attempt: FrozenTrial, axes: tuple[str, ...]) -> Trial:
         spec_yaml=attrs.get("spec", ""),
         fingerprint=attrs["fingerprint"],
         outcome=outcome,
-        rungs=tuple(_scores(rung) for rung in json.loads(attrs.get("rungs", "[]"))),
-        losses=tuple(attrs.get("losses", ())),
+        rungs=rungs,
+        losses=losses,
         others=tuple(attrs.get("others", ())),
         values=dict(zip(axes, attempt.values, strict=True)) if outcome == "complete" else None,
         error=attrs.get("error", ""),

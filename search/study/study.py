@@ -165,20 +165,20 @@ class Study(StudyRecord):
         ``values``: the objectives in the order of ``axes``; None if the training diverged.
         """
         trial = replace(trial, rungs=(*trial.rungs, scores))
+        if values is not None:
+            trial = replace(trial, losses=(*trial.losses, values[0]), others=values[1:])
+            if len(self.axes) == 1:  # for people who look at the storage
+                self._unless_finished(
+                    self.storage.set_trial_intermediate_value,
+                    trial.attempt_id,
+                    len(trial.rungs),
+                    values[0],
+                )
+            self._set_attr(trial.attempt_id, "losses", list(trial.losses))
+            self._set_attr(trial.attempt_id, "others", list(trial.others))
+        # last, because a rung counts once its scores are there: a kill before loses all of it
         dumped = [{k: s.model_dump(mode="json") for k, s in rung.items()} for rung in trial.rungs]
         self._set_attr(trial.attempt_id, "rungs", json.dumps(dumped))
-        if values is None:
-            return trial
-        trial = replace(trial, losses=(*trial.losses, values[0]), others=values[1:])
-        self._set_attr(trial.attempt_id, "losses", list(trial.losses))
-        self._set_attr(trial.attempt_id, "others", list(trial.others))
-        if len(self.axes) == 1:  # for people who look at the storage
-            self._unless_finished(
-                self.storage.set_trial_intermediate_value,
-                trial.attempt_id,
-                len(trial.rungs),
-                values[0],
-            )
         return trial
 
     def is_promoted(self, trial: RunningTrial) -> bool:

@@ -77,6 +77,33 @@ def test_a_released_trial_is_continued(study: Study) -> None:
     assert (again.number, again.losses, again.rungs) == (0, (2.5,), ({"skill": SCORE},))
 
 
+@pytest.mark.parametrize("writes", range(4))
+def test_a_kill_between_two_writes_of_a_rung_loses_none_of_them(
+    study: Study, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    trial, done = take(study), 0
+
+    def counted(write: Any, *given: Any) -> None:
+        nonlocal done
+        if done == writes:
+            raise KeyboardInterrupt
+        done += 1
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_unless_finished", counted)
+        with pytest.raises(KeyboardInterrupt):
+            study.record_rung(trial, {"skill": SCORE}, (2.5,))
+    study.release(trial)
+    again = take(study)
+    assert len(again.rungs) == len(again.losses)
+    if not again.losses:
+        study.record_rung(again, {"skill": SCORE}, (2.5,))
+    (attempt,) = study.attempts().values()
+    assert attempt.intermediate_values == {1: 2.5}
+    assert attempt.user_attrs["losses"] == [2.5]
+
+
 def test_an_outcome_that_was_not_told_is_forgotten_when_the_trial_is_taken_again(
     study: Study,
 ) -> None:
