@@ -55,10 +55,10 @@ def check(
     from archdsl.lang.load import load
 
     start = checkpoint_at(subject, overrides)
+    spec = start.spec if start else load(subject, overrides=overrides or ())
     if serving:
-        spec = start.spec if start else load(subject, overrides=overrides or ())
         raise typer.Exit(_say_serving(spec, subject, overrides or [], as_json))
-    report = check(start.model if start else load(subject, overrides=overrides or ()))
+    report = check(start.model if start else spec)
     if as_json:
         said = [{"said": str(fault)} | fault.model_dump() for fault in report.faults]
         verdict = {"passed": report.passed, "verdict": report.verdict}
