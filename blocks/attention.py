@@ -111,15 +111,18 @@ class AttentionSpec(BlockSpec):
     def footprint(self, rows: Rows) -> Footprint:
         """Saved: queries, keys and values as they are multiplied, the result, a sum per query."""
         heads, E = self.head_count(rows.dim), self.head_size
-        q, kv = rows.floats(heads * E), rows.floats(heads // self.queries_per_kv * E)
+        kv_size = heads // self.queries_per_kv * E
+        q, kv = rows.floats(heads * E), rows.floats(kv_size)
         among_all = rows.among_keys and self.window is None and rows.tokens > MOST * rows.keys
         in_parts = (rows.among_keys and not among_all) or self.window is not None
         asks = rows._replace(tokens=rows.keys) if among_all else rows
-        made = asks.floats(heads * E) + (2 * kv if rows.projects else 0)
+        made = asks.floats(heads * E) + (2 * rows.of_keys(kv_size) if rows.projects else 0)
         kept = made + asks.floats(heads * E) + asks.floats(heads)
         if in_parts:
             kept += self._masks(rows)
         if among_all:  # the places of the queries
+            kept += rows.indices
+        if rows.among_keys and rows.projects:  # the places of the new keys among those before
             kept += rows.indices
         if self.qk_norm:  # the inputs of the norms, the scaled inputs, and the scales
             normed = q + kv if rows.projects else q

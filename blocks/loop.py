@@ -66,10 +66,11 @@ class LoopSpec(BlockSpec):
         slot("encoding"),
         WithJsonSchema({"x-family": "encoding"}),
     ] = Field(None, description="how the body can tell the passes apart; default: it cannot")
-    kv: Literal["own", "shared"] = Field(
+    kv: Literal["own", "shared", "last"] = Field(
         "own",
         description="own: the tokens of a pass attend to each other; shared: to the keys and "
-        "values of all tokens of the first pass, which costs no further projection",
+        "values of all tokens of the first pass, which costs no further projection; last: to "
+        "those of all tokens, each from the latest pass so far that it took",
     )
     parameters: Literal["shared", "per_step"] = Field(
         "shared", description="per_step: each pass has weights of its own"
@@ -128,7 +129,7 @@ class LoopSpec(BlockSpec):
         return [share for share in shares if share != 1] if 1 in shares else shares
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
-        """Lists of values that are too short for the passes, and what ``kv: shared`` excludes."""
+        """Lists of values that are too short for the passes, and what ``kv`` excludes."""
         if self.router is not None:
             further = max(0, self.steps - self.full_steps)
             for name in ("capacity", "alpha"):
@@ -139,18 +140,21 @@ class LoopSpec(BlockSpec):
                         f"needs one value, or one for each of the {further} passes after the "
                         f"first {self.full_steps}; got {given}",
                     )
-        if self.kv == "shared":
-            yield from self._sharing_conflicts()
+        if self.kv != "own":
+            yield from self._kv_conflicts()
 
-    def _sharing_conflicts(self) -> Iterator[tuple[Path, str]]:
+    def _kv_conflicts(self) -> Iterator[tuple[Path, str]]:
         if self.full_steps < 1:
-            yield ("kv",), "shared needs a first pass over all tokens: full_steps of at least 1"
-        if self.parameters == "per_step":
+            yield (
+                ("kv",),
+                f"{self.kv} needs a first pass over all tokens: full_steps of at least 1",
+            )
+        if self.kv == "shared" and self.parameters == "per_step":
             yield ("kv",), "shared leaves per_step keys and values unused: parameters: shared"
         if any(isinstance(part, LoopSpec) for _, part in walk(self.body)) or isinstance(
             self.body, LoopSpec
         ):
-            yield ("kv",), "shared is not defined for a loop inside the body: kv: own"
+            yield ("kv",), f"{self.kv} is not defined for a loop inside the body: kv: own"
 
     def canonical(self, dim: int) -> BlockSpec:
         """Its body where it is one; else the loop without settings that have no effect."""
@@ -164,6 +168,8 @@ class LoopSpec(BlockSpec):
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):
                 update["residual"] = ThinkingSpec()
+            if loop.kv == "last":  # every token took every pass
+                update["kv"] = "own"
         else:
             update["router"] = loop.router.model_copy(
                 update={
@@ -212,13 +218,14 @@ class LoopSpec(BlockSpec):
     def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
         """The runs of the body: ``full`` on all tokens, and one on each of ``shares``."""
         lengths, pairs = whole.lengths * full, whole.pairs * full
-        shared = self.kv == "shared"
+        kept = whole.lengths * full
         for tokens in whole.lengths:
             for share in shares:
                 if taken := share_of(share, tokens):
                     lengths.append(taken)
-                    pairs += taken * (tokens if shared else taken)
-        return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)))
+                    pairs += taken * (taken if self.kv == "own" else tokens)
+                    kept.append(tokens if self.kv == "last" else taken)
+        return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)), kept)
 
     def footprint(self, rows: Rows) -> Footprint:
         """Its passes one after the other."""
@@ -244,8 +251,8 @@ class LoopSpec(BlockSpec):
         """Saved besides the body: the places of the tokens, and what is multiplied."""
         assert self.router is not None
         padded = self.router.fills or rows.padded
-        shared = self.kv == "shared" and step > 0
-        at = rows.routed(self.router.tokens(rows.tokens, row), shared, padded)
+        taken = self.router.tokens(rows.tokens, row)
+        at = rows.routed(taken, "own" if step == 0 else self.kv, padded)
         choice = self.router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)

@@ -37,9 +37,27 @@ from archdsl.testing import randomise as randomise
 
 Stream = list[Tensor]
 Scaled = Callable[[Tensor], Tensor]
-Memory = dict[
-    nn.Module, list[tuple[int, Tensor, Tensor]]
-]  # of a first pass: position, keys, values
+
+
+class Memory:
+    """What passes leave to later ones: position, keys and values, by the place in the body."""
+
+    def __init__(self, kv: str, body: nn.Module) -> None:
+        self.kv, self.body = kv, body  # of the pass that runs now
+        self.left: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+
+    def seen(
+        self, module: nn.Module, new: list[tuple[int, Tensor, Tensor]]
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        place = list(self.body.modules()).index(module)
+        before = self.left.get(place, [])
+        if self.kv == "shared":
+            new = before or new
+        if self.kv == "last":
+            taken = {p for p, *_ in new}
+            new = [*(one for one in before if one[0] not in taken), *new]
+        self.left[place] = new
+        return new
 
 
 Definition = TypeVar("Definition", bound=Callable[..., Any])
@@ -49,7 +67,7 @@ _definitions: dict[type, Callable[..., Any]] = {}
 def defines(*defined: type) -> Callable[[Definition], Definition]:
     """Marks the definition of a kind, which for a new kind may stand in its own test.
 
-    Of a block, it is that of the module: ``(module, xs, pos, first, reads) -> xs``. Of a router, a
+    Of a block, it is that of the module: ``(module, xs, pos, memory) -> xs``. Of a router, a
     residual or a rotary scaling, it is that of the spec: see `chosen`, `joined` and `slowed`.
     """
 
@@ -69,18 +87,18 @@ def definition_of(one: object) -> Callable[..., Any]:
     return _definitions[type(one)]
 
 
-def run(module: nn.Module, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
-    return definition_of(module)(module, xs, pos, first, reads)
+def run(module: nn.Module, xs: Stream, pos: list[int], memory: Memory | None) -> Stream:
+    return definition_of(module)(module, xs, pos, memory)
 
 
 @defines(Layer)
-def layer(module: Layer, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
+def layer(module: Layer, xs: Stream, pos: list[int], memory: Memory | None) -> Stream:
     place = module.norm_place
     for name in ("attention", "ffn"):
         inner, one = getattr(module, name), getattr(module, f"{name}_norm")
         other: Any = getattr(module, f"{name}_norm2", None)
         read = xs if place == "post" else [norm(one, x) for x in xs]
-        ys = run(inner, read, pos, first, reads)
+        ys = run(inner, read, pos, memory)
         if place == "sandwich":
             ys = [norm(other, y) for y in ys]
         xs = [x + y for x, y in zip(xs, ys, strict=True)]
@@ -90,9 +108,9 @@ def layer(module: Layer, xs: Stream, pos: list[int], first: Memory | None, reads
 
 
 @defines(Stack)
-def stack(module: Stack, xs: Stream, pos: list[int], first: Memory | None, reads: bool) -> Stream:
+def stack(module: Stack, xs: Stream, pos: list[int], memory: Memory | None) -> Stream:
     for inner in module.blocks:
-        xs = run(inner, xs, pos, first, reads)
+        xs = run(inner, xs, pos, memory)
     return xs
 
 
@@ -110,7 +128,7 @@ def block(module: Block, x_BTD: Tensor) -> Tensor:
     """The block on every sequence of a batch."""
     T = x_BTD.size(1)
     return torch.stack(
-        [torch.stack(run(module, list(x_TD), list(range(T)), None, False)) for x_TD in x_BTD]
+        [torch.stack(run(module, list(x_TD), list(range(T)), None)) for x_TD in x_BTD]
     )
 
 
@@ -144,18 +162,12 @@ def feed_forward(module: FeedForward, x_D: Tensor) -> Tensor:
 
 
 @defines(Attention)
-def attention(
-    module: Attention, xs: Stream, pos: list[int], first: Memory | None, reads: bool
-) -> Stream:
-    if first is not None and reads:
-        seen = first[module]
-    else:
-        seen = [
-            (p, turned(module, module.k_norm, module.k, x, p), heads(module, module.v, x))
-            for x, p in zip(xs, pos, strict=True)
-        ]
-        if first is not None:
-            first[module] = seen
+def attention(module: Attention, xs: Stream, pos: list[int], memory: Memory | None) -> Stream:
+    own = [
+        (p, turned(module, module.k_norm, module.k, x, p), heads(module, module.v, x))
+        for x, p in zip(xs, pos, strict=True)
+    ]
+    seen = own if memory is None else memory.seen(module, own)
     out = []
     for x, p in zip(xs, pos, strict=True):
         query = turned(module, module.q_norm, module.q, x, p)
@@ -224,7 +236,7 @@ def slowed_as_in_llama3(scaling: Llama3Spec, freq: float) -> float:
 def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
     """Y(0) = f(X) * phi(0); then step by step what the residual says for those selected."""
     spec, start = module.spec, xs
-    first: Memory | None = {} if spec.kv == "shared" else None
+    memory = None if spec.kv == "own" else Memory(spec.kv, module.bodies[0])
     left = set(range(len(xs)))  # who may still be selected, where the router is nested
     learned = 0  # routed steps that select, so far
     among = 1.0  # the share of the tokens that a nested router has left
@@ -244,9 +256,9 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
                 left, among = set(gates), capacity
         into = [body_input(module, xs[t], start[t], step) for t in gates]
         body = module.bodies[step if spec.parameters == "per_step" else 0]
-        ys = dict(
-            zip(gates, run(body, into, [pos[t] for t in gates], first, step > 0), strict=True)
-        )
+        if memory is not None:
+            memory.body = body
+        ys = dict(zip(gates, run(body, into, [pos[t] for t in gates], memory), strict=True))
         whole = step == 0 and capacity == 1
         xs = [
             scaled(module, ys[t], step)

@@ -131,7 +131,9 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     }
     tree |= draw(st.fixed_dictionaries({}, optional=slots))
     if sharing:
-        return tree | {"kv": "shared"}
+        tree["kv"] = draw(st.sampled_from(["shared", "last"]))
+    if tree.get("kv") == "shared":
+        return tree
     return tree | draw(
         st.fixed_dictionaries({}, optional={"parameters": st.sampled_from(["shared", "per_step"])})
     )

@@ -25,10 +25,11 @@ class Rows(NamedTuple):
     """The input of a block: ``batch`` rows of ``tokens`` tokens of width ``dim``.
 
     ``keys``: the number of tokens that attention attends to. It is larger than ``tokens`` if a
-    routed step uses the keys and values of the first pass; then the block projects no keys and
-    values (``projects`` is False). ``selected``: whether a router selected the tokens, so that each
-    row has its own positions. ``padded``: whether some tokens are padding. ``among_keys``: whether
-    a router selected these tokens from those whose keys they attend to; a mask is needed then.
+    routed step uses keys and values of passes before. ``projects``: whether the block makes keys
+    and values, which it does not if it uses those of the first pass alone. ``selected``: whether a
+    router selected the tokens, so that each row has its own positions. ``padded``: whether some
+    tokens are padding. ``among_keys``: whether a router selected these tokens from those whose keys
+    they attend to; a mask is needed then.
     """
 
     dim: int
@@ -39,6 +40,10 @@ class Rows(NamedTuple):
     selected: bool = False
     padded: bool = False
     among_keys: bool = False
+
+    def of_keys(self, width: int) -> int:
+        """Returns the bytes of a float tensor [B, S, width] for the S tokens attended to."""
+        return FLOAT * self.batch * self.keys * width
 
     def floats(self, width: int = 1) -> int:
         """Returns the bytes of a float tensor [B, T, width]."""
@@ -54,13 +59,14 @@ class Rows(NamedTuple):
         """The bytes of an int64 tensor [B, T]."""
         return LONG * self.batch * self.tokens
 
-    def routed(self, tokens: int, shared: bool, padded: bool) -> Rows:
+    def routed(self, tokens: int, kv: str, padded: bool) -> Rows:
         """Returns the rows of ``tokens`` tokens that a router selects from these.
 
-        ``shared``: whether they attend to the keys of the first pass.
+        ``kv``: what they attend to, as a loop says.
         """
-        keys = self.keys if shared else tokens
-        return Rows(self.dim, self.batch, tokens, keys, not shared, True, padded, shared)
+        among = kv != "own"
+        keys = self.keys if among else tokens
+        return Rows(self.dim, self.batch, tokens, keys, kv != "shared", True, padded, among)
 
     def tables(self, angles: frozenset[Angles]) -> int:
         """Returns the bytes of the cosines and sines of rotary angles. All blocks that run on these

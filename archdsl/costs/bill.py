@@ -41,13 +41,15 @@ class Runs(NamedTuple):
     ``lengths``: the number of tokens of each run at the capacities of the routers. ``pairs``: the
     number of pairs of a query and a key in all runs. ``fewest`` and ``most``: the number of runs
     if the routers select no token, and if they select every token; these are runs on the whole
-    sequence.
+    sequence. ``kept``: for each run, the number of tokens whose keys and values it keeps in a
+    cache; None: those that it runs on.
     """
 
     lengths: list[int]
     pairs: int
     fewest: int = 1
     most: int = 1
+    kept: list[int] | None = None
 
 
 class Bill:
@@ -108,7 +110,7 @@ class Bill:
 
         With ``window``, only the last ``window`` tokens of each run are.
         """
-        made = self.makers.lengths
+        made = self.makers.lengths if self.makers.kept is None else self.makers.kept
         return sum(made) if window is None else sum([min(tokens, window) for tokens in made])
 
     def total(self) -> Cost:
@@ -117,7 +119,7 @@ class Bill:
         bills, T = [self], self.tokens
         for bill in bills:
             bills += bill.below  # the loop reaches these bills later
-            lengths, pairs, fewest, most = bill.runs
+            lengths, pairs, fewest, most, _ = bill.runs
             makers, copies, tokens = bill.makers, bill.copies, sum(lengths)
             numbers = bill.matrices + bill.projections + bill.tables
             params += bill.weights * (numbers + bill.vectors)

@@ -66,6 +66,12 @@ class Block(Primitive):
         """The new stream [B, T, D]."""
         raise NotImplementedError
 
+    def pass_over(self, ctx: Context) -> None:
+        """Brings what it keeps for a pass up to date where no token of the chunk takes the pass.
+
+        Called only for blocks that have written to ``Context.handed``. By default, does nothing.
+        """
+
     def unrolled(self) -> Iterable[nn.Module]:
         """The blocks that this one runs one after the other and nothing else; default: itself."""
         return (self,)
@@ -148,8 +154,10 @@ class Context:
     ``pos_BT``: the position of each token in the sequence, also after routing; None: 0, 1, 2, ...
     ``place_BT``: the index of each token in the chunk that the model was given; None: 0, 1, 2, ...
     ``order_BT``: the index of each token in the stream that the last router selected it from.
-    ``first``: where a loop shares keys and values, those of its first pass, by attention module.
-    ``reads_first``: whether this pass reads ``first``; otherwise it writes to it.
+    ``whole``: the context of the stream that the last router selected from, and which tokens it
+    selected; None: every token takes the pass.
+    ``handed``: the keys and values that the passes of a loop so far hand on, by attention module;
+    None: a pass reads only those that it computes. ``kv``: see `LoopSpec`.
     ``cache``: the state of the tokens before; ``path``: the steps of the loops around this block,
     because each step has a state of its own.
     ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
@@ -160,18 +168,23 @@ class Context:
     pos_BT: Tensor | None = None
     place_BT: Tensor | None = None
     order_BT: Tensor | None = None
-    first: dict[nn.Module, KeysValues] | None = None
-    reads_first: bool = False
+    whole: tuple[Context, Tensor, Tensor | None] | None = None
+    handed: dict[Block, KeysValues] | None = None
+    kv: str = "own"
     cache: Cache | None = None
     path: tuple[int, ...] = ()
     trace: Trace = field(default_factory=Trace)
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     host: Host | None = None
 
-    def at(self, index_BK: Tensor, stream: Stream) -> Context:
-        """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``."""
+    def at(self, index_BK: Tensor, stream: Stream, keep_BK: Tensor | None = None) -> Context:
+        """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``.
+
+        ``keep_BK``: False where an entry only fills up its row; None: all are selected.
+        """
         return replace(
             self,
+            whole=(self, index_BK, keep_BK),
             stream=stream,
             pos_BT=_picked(self.pos_BT, index_BK),
             place_BT=_picked(self.place_BT, index_BK),

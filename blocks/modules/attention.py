@@ -57,13 +57,29 @@ class Attention(Block):
         return self.o(y_BHTE.transpose(1, 2).flatten(2))
 
     def _keys_values(self, x_BTD: Tensor, ctx: Context) -> KeysValues:
-        if ctx.first is not None and ctx.reads_first:
-            return ctx.first[self]
+        handed = ctx.handed
+        if handed is not None and ctx.kv == "shared" and self in handed:
+            return handed[self]
         k_BGTE = self._turn(self.k_norm(self._heads(self.k(x_BTD))), ctx)
-        kv = self._with_past(KeysValues(k_BGTE, self._heads(self.v(x_BTD)), ctx.pos_BT), ctx)
-        if ctx.first is not None:
-            ctx.first[self] = kv
-        return kv
+        new = KeysValues(k_BGTE, self._heads(self.v(x_BTD)), ctx.pos_BT)
+        if handed is None:
+            return self._with_past(new, ctx)
+        if ctx.kv == "shared":
+            handed[self] = self._with_past(new, ctx)
+            return handed[self]
+        if ctx.whole is not None:
+            ctx, index_BK, keep_BK = ctx.whole
+            new = _replaced(handed[self], index_BK, keep_BK, new)
+        handed[self] = new
+        return self._with_past(new, ctx)
+
+    def pass_over(self, ctx: Context) -> None:
+        """With ``kv: last``, the cache of this pass gets what the tokens have from passes before.
+
+        See `Block.pass_over`.
+        """
+        if ctx.kv == "last" and ctx.handed is not None:
+            self._with_past(ctx.handed[self], ctx)
 
     def _with_past(self, new: KeysValues, ctx: Context) -> KeysValues:
         """These keys and values behind those in the cache, to which they are added."""
@@ -111,7 +127,7 @@ class Attention(Block):
         if ctx.host is not None:
             return ctx.host.attend(self, q_BHTE, kv)
         stream, T = ctx.stream, q_BHTE.size(2)
-        order_BT = ctx.order_BT if ctx.reads_first else None
+        order_BT = _order_among_keys(ctx)
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
         if order_BT is None and same_past and self.window is None:
             return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
@@ -148,7 +164,7 @@ class Attention(Block):
         """
         S, back = kv.k_BGSE.size(2), (self.window or kv.k_BGSE.size(2)) - 1
         parts = [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
-        order_BT = ctx.order_BT if ctx.reads_first else None
+        order_BT = _order_among_keys(ctx)
         if kv.order_BS is not None or ctx.stream.static:
             return ((part, slice(0, S)) for part in parts)
         if order_BT is None:
@@ -195,6 +211,27 @@ class Attention(Block):
         if self.theta is None:
             return x_BHTE
         return rotate(x_BHTE, ctx.rope(x_BHTE, self.theta, self.scaling))
+
+
+def _order_among_keys(ctx: Context) -> Tensor | None:
+    """The places of selected queries among the keys, [B, T]; None: the keys are of these tokens."""
+    return None if ctx.handed is None else ctx.order_BT
+
+
+def _replaced(
+    old: KeysValues, index_BK: Tensor, keep_BK: Tensor | None, new: KeysValues
+) -> KeysValues:
+    """``old`` with the keys and values of the tokens that took the pass replaced by ``new``."""
+    places = index_BK.clone()[:, None, :, None]  # a part of a larger tensor would be saved whole
+
+    def put(old_BGSE: Tensor, new_BGKE: Tensor) -> Tensor:
+        index = places.expand_as(new_BGKE)
+        if keep_BK is not None:
+            kept_BGKE = old_BGSE.gather(2, index)
+            new_BGKE = torch.where(keep_BK[:, None, :, None], new_BGKE, kept_BGKE)
+        return old_BGSE.scatter(2, index, new_BGKE)
+
+    return KeysValues(put(old.k_BGSE, new.k_BGSE), put(old.v_BGSE, new.v_BGSE), old.pos_BS)
 
 
 def _places(kv: KeysValues, ctx: Context) -> Tensor:

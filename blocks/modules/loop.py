@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.step_encoding import Encoding
-from archdsl.nn.block import Block, Context
+from archdsl.nn.block import Block, Context, KeysValues
 from archdsl.nn.gather import put, take
 from archdsl.nn.loop import Loop, Pass, Selection, Step
 
@@ -74,12 +74,12 @@ class BodyLoop(Loop):
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The stream after all passes, [B, T, D]."""
         start_BTD, chosen = x_BTD, None
-        first = {} if self.spec.kv == "shared" else ctx.first
-        for one in self.passes:
-            reads = one.step > 0 if self.spec.kv == "shared" else ctx.reads_first
-            now = replace(
-                ctx, first=first, reads_first=reads, order_BT=None, path=(*ctx.path, one.step)
-            )
+        ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None)
+        handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
+        for before, one in zip((None, *self.passes), self.passes, strict=False):
+            if handed and before and self.body(before) is not self.body(one):
+                handed = _moved(handed, self.body(before), self.body(one))
+            now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
             if one.routed is None:
                 x_BTD = self._full(x_BTD, start_BTD, one, now)
             elif one.routed.capacity == 0:
@@ -102,8 +102,10 @@ class BodyLoop(Loop):
         scale, index_BK = self._scale(one), chosen.index_BK
         rest_BTD = self.spec.residual.rest(x_BTD, scale)
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
+            for block in ctx.handed or ():
+                block.pass_over(ctx)
             return rest_BTD
-        inner = ctx.at(index_BK, chosen.stream)
+        inner = ctx.at(index_BK, chosen.stream, chosen.keep_BK)
         x_BKD = take(x_BTD, index_BK)
         inner.count_step(x_BKD)
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
@@ -143,3 +145,9 @@ class BodyLoop(Loop):
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
         return lambda y: cast(Tensor, self.encoding(y, one.like, after=True))
+
+
+def _moved(handed: dict[Block, KeysValues], before: Block, body: Block) -> dict[Block, KeysValues]:
+    """What blocks of the body ``before`` handed on, by the blocks at their places in ``body``."""
+    pairs = zip(before.modules(), body.modules(), strict=True)
+    return {cast(Block, now): handed[old] for old, now in pairs if old in handed}

@@ -160,13 +160,18 @@ def _unnested(loop: LoopSpec) -> LoopSpec:
     return _with(loop, router=loop.router.model_copy(update={"nested": False}))
 
 
+def _with_own_kv(loop: LoopSpec, instead_of: str) -> LoopSpec:
+    return _with(loop, kv="own") if loop.kv == instead_of else loop
+
+
 ABLATIONS: dict[str, Change] = {
     "router": lambda loop: _with(loop, router=None),
     "nesting": _unnested,
     "residual": lambda loop: _with(loop, residual=OverwriteSpec()),
     "encoding": lambda loop: _with(loop, encoding=None),
     "injection": lambda loop: _with(loop, injection=None),
-    "shared kv": lambda loop: _with(loop, kv="own"),
+    "shared kv": lambda loop: _with_own_kv(loop, "shared"),
+    "last kv": lambda loop: _with_own_kv(loop, "last"),
     "weights per step": lambda loop: _with(loop, parameters="shared"),
 }
 

@@ -73,6 +73,6 @@ def _loop(loop: LoopSpec) -> list[str]:
     said.append(str(getattr(loop.residual, "kind", "")))
     if loop.encoding is not None:
         said.append(str(getattr(loop.encoding, "kind", "")))
-    if loop.kv == "shared":
-        said.append("shared kv")
+    if loop.kv != "own":
+        said.append(f"{loop.kv} kv")
     return said

@@ -54,7 +54,7 @@ def test_selected_tokens_keep_their_places_in_the_sequence(fields: dict[str, Any
     x_BTD = naive.stream(2, 5, D)
     want = torch.stack(
         [
-            torch.stack(naive.run(module, list(x_TD), pos, None, False))
+            torch.stack(naive.run(module, list(x_TD), pos, None))
             for x_TD, pos in zip(x_BTD, POS, strict=True)
         ]
     )
@@ -77,15 +77,15 @@ def test_a_later_pass_reads_the_keys_and_values_of_the_first(fields: dict[str, A
     x_BTD, later_BKD = naive.stream(2, 10, D), naive.stream(2, 5, D, seed=5)
     picked = torch.tensor([[0, 3, 4, 8, 9], [1, 2, 6, 7, 8]])
 
-    first: dict[Any, Any] = {}
-    module(x_BTD, Context(first=first))
-    got = module(later_BKD, Context(first=first, reads_first=True).at(picked, Stream()))
+    ctx = Context(handed={}, kv="shared")
+    module(x_BTD, ctx)
+    got = module(later_BKD, ctx.at(picked, Stream()))
 
     def rows() -> Iterator[torch.Tensor]:
         for x_TD, later_KD, pos in zip(x_BTD, later_BKD, picked.tolist(), strict=True):
-            memory: naive.Memory = {}
-            naive.run(module, list(x_TD), list(range(10)), memory, False)
-            yield torch.stack(naive.run(module, list(later_KD), pos, memory, True))
+            memory = naive.Memory("shared", module)
+            naive.run(module, list(x_TD), list(range(10)), memory)
+            yield torch.stack(naive.run(module, list(later_KD), pos, memory))
 
     naive.agree(got, torch.stack(list(rows())), [x_BTD, later_BKD, *module.parameters()])
 

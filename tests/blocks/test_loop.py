@@ -59,6 +59,10 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"kv": "shared", "router": router("top_k"), "body": STACK},
         {"kv": "shared", "router": router("prefix"), "body": WINDOW},
         {"kv": "shared", "full_steps": 2, "router": router("random")},
+        {"kv": "last", "router": router("prefix")},
+        {"kv": "last", "router": router("prefix", capacity=[0.4, 1.0, 0.7]), "steps": 4},
+        {"kv": "last", "router": router("random"), "body": WINDOW, "parameters": "per_step"},
+        {"body": ROUTED | {"kv": "last", "body": STACK}, "router": router("prefix")},
         {"router": router("prefix"), "body": WINDOW},
         {"router": router("top_k"), "body": WINDOW},
         {"router": router("random"), "body": WINDOW},
@@ -114,11 +118,12 @@ def loops(draw: st.DrawFn, inner: bool = True) -> dict[str, Any]:
     if inner and draw(st.booleans()):
         body = draw(loops(inner=False))
     own = {"kv": "own", "parameters": draw(st.sampled_from(["shared", "per_step"]))}
-    kv = own if body["kind"] == "loop" else draw(st.sampled_from([own, {"kv": "shared"}]))
+    others = [own, {"kv": "shared"}, own | {"kv": "last"}]
+    kv = own if body["kind"] == "loop" else draw(st.sampled_from(others))
     return {
         "kind": "loop",
         "steps": draw(st.integers(1, 4)),
-        "full_steps": draw(st.integers(1 if kv["kv"] == "shared" else 0, 2)),
+        "full_steps": draw(st.integers(0 if kv["kv"] == "own" else 1, 2)),
         "router": draw(st.none() | routers),
         "residual": draw(st.sampled_from(["overwrite", "delta", "thinking", LITERAL])),
         "encoding": draw(st.sampled_from([None, "scale", "add"])),
@@ -207,6 +212,8 @@ def test_one_step_for_every_token_is_the_body(fields: dict[str, Any], more: dict
         ({"router": router("prefix", capacity=[0.5, 0.9], nested=True)}, "must not rise"),
         ({"kv": "shared", "full_steps": 0}, "full_steps of at least 1"),
         ({"kv": "shared", "parameters": "per_step"}, "parameters: shared"),
+        ({"kv": "last", "full_steps": 0}, "last needs a first pass over all tokens"),
+        ({"kv": "last", "body": ROUTED}, "last is not defined for a loop inside"),
         ({"kv": "shared", "body": ROUTED}, "not defined for a loop inside"),
         ({"kv": "shared", "body": {"kind": "stack", "body": [ROUTED]}}, "not defined for a loop"),
     ],

@@ -80,9 +80,10 @@ SAMPLINGS = st.builds(
         [f"{ROUTER}=predictor"],
         [f"{ROUTER}=random"],
         ["blocks.1.kv=shared"],
+        ["blocks.1.kv=last"],
         ["blocks=[{kind: layer, attention: {head_size: 8}}]"],
     ],
-    ids=["prefix", "top_k", "threshold", "predictor", "random", "shared", "plain"],
+    ids=["prefix", "top_k", "threshold", "predictor", "random", "shared", "last", "plain"],
 )
 def test_a_cache_changes_no_token(overrides: list[str]) -> None:
     model = tiny(*overrides)

@@ -106,7 +106,7 @@ def test_the_logits_are_the_same_bits_whatever_is_grafted_and_where(
     assert count == cost(grown.model.spec).params - cost(base.spec).params
 
 
-@pytest.mark.parametrize("kv", ["own", "shared"])
+@pytest.mark.parametrize("kv", ["own", "shared", "last"])
 def test_the_steps_are_there_once_phi_is(kv: str) -> None:
     base = checkpoint()
     grown = retrofit(base, overlay([2], router={"kind": "prefix", "capacity": 0.7}, kv=kv)).model

@@ -118,7 +118,7 @@ def message_for(*changes: tuple[str, str]) -> str:
         ),
         (
             ("steps: 3", "steps: 3\n    kv: both"),
-            "my.yaml:9:9: blocks.1.kv: must be 'own' or 'shared', got 'both'",
+            "my.yaml:9:9: blocks.1.kv: must be 'own', 'shared' or 'last', got 'both'",
         ),
         (
             ("name: example", "name: my example"),

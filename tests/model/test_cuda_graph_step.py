@@ -36,6 +36,8 @@ CASES = {
 } | {
     "shared": small_model(LOOP | {"body": LAYER, "kv": "shared"}),
     "shared, all": small_model(LOOP | {"body": LAYER, "kv": "shared", "router": None}),
+    "last": small_model(LOOP | {"body": LAYER, "kv": "last"}),
+    "narrow, last": small_model(LOOP | {"body": NARROW, "kv": "last", "parameters": "per_step"}),
     "narrow": small_model(LOOP | {"body": NARROW}),
     "narrow, shared": small_model(LOOP | {"body": NARROW, "kv": "shared"}),
     "loop in loop": small_model(LOOP | {"body": LOOP | {"body": NARROW}}),

@@ -181,7 +181,7 @@ def test_the_stream_after_each_layer_of_a_stack_is_returned() -> None:
     assert torch.equal(each[-1], last)
 
 
-@pytest.mark.parametrize("kv", ["own", "shared"])
+@pytest.mark.parametrize("kv", ["own", "shared", "last"])
 @pytest.mark.parametrize("router", ["prefix", "threshold", "predictor"])
 def test_activation_checkpointing_changes_only_the_memory(kv: str, router: str) -> None:
     kind = {"kind": router, "capacity": [0.6, 0.3]}

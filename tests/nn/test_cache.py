@@ -37,11 +37,13 @@ def tokens(batch: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer", "itt", "mor", "mod", "hybrid", "universal", "tiny"]
+    "name", ["transformer", "itt", "mor", "mod", "hybrid", "universal", "tiny", "itt, kv last"]
 )
 @torch.inference_mode()
 def test_the_bytes_in_the_receipt_are_those_of_the_cache(name: str) -> None:
-    spec = archdsl.load(name).resized(Sizes(32, 40, 64, 8, 2))
+    name, *kv = name.split(", kv ")
+    overrides = [f"blocks.0.body.1.kv={one}" for one in kv]
+    spec = archdsl.load(name, overrides=overrides).resized(Sizes(32, 40, 64, 8, 2))
     model = archdsl.build(spec, dtype=torch.bfloat16).eval()
     cache = model.new_cache()
     model(torch.arange(40).unsqueeze(0), cache=cache)
@@ -89,10 +91,16 @@ def test_further_passes_attend_to_keys_of_the_first_pass_in_earlier_chunks() -> 
     torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("capacity", [0.2, 0.9])
+@pytest.mark.parametrize("kv", ["shared", "last"])
 @torch.inference_mode()
-def test_a_row_may_have_no_token_while_other_rows_have_one() -> None:
-    router = {"kind": "prefix", "capacity": 0.9}
-    model, tokens_BT = built(LOOP | {"kv": "shared", "router": router}), tokens()
+def test_a_row_may_have_no_token_while_other_rows_have_one(
+    kv: str, capacity: float, window: int | None
+) -> None:
+    router = {"kind": "prefix", "capacity": capacity}
+    body = LAYER | {"attention": {"head_size": 8, "window": window}}
+    model, tokens_BT = built(LOOP | {"kv": kv, "router": router, "body": body}), tokens()
     mask_BT = torch.ones(3, T, dtype=torch.bool)
     mask_BT[1:, 2:5] = False
     mask_BT[0, 8:10] = False
@@ -100,6 +108,31 @@ def test_a_row_may_have_no_token_while_other_rows_have_one() -> None:
     chunks = zip(tokens_BT.split(sizes, 1), mask_BT.split(sizes, 1), strict=True)
     found = torch.cat([model(part, mask, cache) for part, mask in chunks], 1)
     torch.testing.assert_close(found[mask_BT], model(tokens_BT, mask_BT)[mask_BT])
+
+
+@torch.inference_mode()
+def test_each_token_keeps_the_keys_of_each_pass_and_no_pass_reads_those_of_a_later_one() -> None:
+    """With `kv: last` every pass has a cache of its own, so that decoding is exact. A pass that
+    reads what the last pass of each token left gives something else."""
+    model, tokens_BT = built(LOOP | {"kv": "last"}), tokens()
+    caches = model.new_cache(), model.new_cache()
+    for cache in caches:
+        model(tokens_BT[:, :12], cache=cache)
+    final = {name: kept.data for name, kept in kept_of(caches[1], 2).items() if name != "scores"}
+    for step in (0, 1):
+        for name, data in final.items():
+            kept_of(caches[1], step)[name].data = data.clone()
+    exact, other = (model(tokens_BT[:, 12:], cache=cache) for cache in caches)
+    whole = model(tokens_BT)[:, 12:]
+    torch.testing.assert_close(exact, whole)
+    assert (other - whole).abs().max() > 0.01
+
+
+def kept_of(cache: Cache, step: int) -> dict[str, Kept]:
+    found: dict[str, Kept] = {}
+    for (_, path), memory in cache._memories.items():
+        found |= memory.kept if path == (step,) else {}
+    return found
 
 
 @torch.inference_mode()

@@ -132,9 +132,10 @@ def test_a_model_has_the_ablations_of_what_it_is_made_of() -> None:
         "without nesting",
         "without residual",
     ]
-    shared = ablations(archdsl.load("itt", overrides=["blocks.0.body.1.kv=shared"]))
-    assert list(shared) == [*itt, "without shared kv"]
-    assert loops(shared["without shared kv"])[0].kv == "own"
+    for kv in ("shared", "last"):
+        shared = ablations(archdsl.load("itt", overrides=[f"blocks.0.body.1.kv={kv}"]))
+        assert list(shared) == [*itt, f"without {kv} kv"]
+        assert loops(shared[f"without {kv} kv"])[0].kv == "own"
     assert shared["without router"].blocks[0].body[1].router is None  # type: ignore[attr-defined]
     assert ablations(archdsl.load("transformer")) == {}
 
