@@ -25,13 +25,16 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
 from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
-from archdsl.costs.activations import Footprint, Rows, in_a_row
+from archdsl.costs.activations import FLOAT, Footprint, Rows, in_a_row
 from archdsl.costs.bill import Bill, Runs
 from archdsl.lang.spec import AnyBlock, BlockSpec, ModelSpec, Part, Path, slot, walk
 
 if TYPE_CHECKING:
     from archdsl.nn.block import Block
 
+
+# In Huginn's code the state starts like an embedding, with a variance of 2 / (5 D) times D.
+START_STD = 0.6325
 
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
 
@@ -75,8 +78,23 @@ class LoopSpec(BlockSpec):
     parameters: Literal["shared", "per_step"] = Field(
         "shared", description="per_step: each pass has weights of its own"
     )
-    injection: Literal["add", "linear"] | None = Field(
-        None, description="feed the loop's input again to further passes, added or by a matrix"
+    injection: Literal["add", "linear", "diagonal"] | None = Field(
+        None,
+        description="feed the loop's input again to further passes: added, by a matrix that reads "
+        "both, or by a matrix after a decay of each channel of the state",
+    )
+    start: Literal["embedding", "zeros", "noise"] = Field(
+        "embedding",
+        exclude_if=lambda start: start == "embedding",  # the hash of specs without it stays
+        description="what the first pass reads: the loop's input; or zeros or noise, and then "
+        "the injection gives it the input",
+    )
+    start_std: float = Field(
+        START_STD,
+        gt=0,
+        le=100,
+        exclude_if=lambda std: std == START_STD,
+        description="the standard deviation of start: noise",
     )
     body: AnyBlock = Field(description="the block that each pass runs")
 
@@ -92,7 +110,13 @@ class LoopSpec(BlockSpec):
     @property
     def is_body(self) -> bool:
         """Whether it is one pass over every token, which is the body itself."""
-        return self.steps == 1 and not self.shares
+        return self.steps == 1 and not self.shares and not self.first_injects
+
+    @property
+    def first_injects(self) -> bool:
+        """Whether the first pass, too, has an injection. Zeros plus the input are the input."""
+        plain = self.start == "zeros" and self.injection == "add"
+        return self.start != "embedding" and not plain
 
     @property
     def built_in_place(self) -> str | None:
@@ -142,6 +166,22 @@ class LoopSpec(BlockSpec):
                     )
         if self.kv != "own":
             yield from self._kv_conflicts()
+        if self.start != "embedding":
+            yield from self._start_conflicts()
+
+    def _start_conflicts(self) -> Iterator[tuple[Path, str]]:
+        if self.injection is None:
+            yield (
+                ("start",),
+                f"{self.start} needs an injection, or the loop would not read its input: set "
+                "injection to add, linear or diagonal, or leave start out",
+            )
+        if self.rows()[0] is not None:
+            yield (
+                ("start",),
+                f"{self.start} needs a first pass over all tokens, or the others would stay as "
+                "they start: full_steps of at least 1",
+            )
 
     def _kv_conflicts(self) -> Iterator[tuple[Path, str]]:
         if self.full_steps < 1:
@@ -179,6 +219,10 @@ class LoopSpec(BlockSpec):
             )
         if loop.encoding is None and isinstance(loop.residual, DeltaSpec) and not loop.is_gated:
             update["residual"] = OverwriteSpec()  # y and x + (y - x) are one
+        if loop.start != "noise":
+            update["start_std"] = START_STD
+        if not loop.first_injects:
+            update["start"] = "embedding"
         return loop.model_copy(update=update)
 
     @property
@@ -198,7 +242,7 @@ class LoopSpec(BlockSpec):
         """The body for each pass, at the capacities; the router, the encoding and the injection."""
         steps, shares, router, encoding = self.steps, self.shares, self.router, self.encoding
         full = steps - len(shares)
-        if steps == full == 1:  # it is its body
+        if self.is_body:
             self.body.cost(bill)
             return
         runs = self._passes(bill.runs, full, shares)
@@ -210,10 +254,21 @@ class LoopSpec(BlockSpec):
             router.cost(bill.part("router"), len(shares) - shares.count(0))
         if encoding is not None:
             encoding.cost(bill.part("encoding"), steps)
-        if self.injection == "linear":
+        if self.injection in ("linear", "diagonal"):
+            self._injection_cost(bill, full, shares)
+
+    def _injection_cost(self, bill: Bill, full: int, shares: list[float]) -> None:
+        """Its matrix, for every pass that it is used in, and the vectors of a diagonal one."""
+        if not self.first_injects:
             starts_full = self.rows()[0] is None
-            further = self._passes(bill.runs, full - starts_full, shares[not starts_full :])
-            bill.run("injection", further, further).matrices += 2 * bill.dim * bill.dim
+            full, shares = full - starts_full, shares[not starts_full :]
+        runs = self._passes(bill.runs, full, shares)
+        inject = bill.run("injection", runs, runs)
+        if self.injection == "linear":
+            inject.matrices += 2 * bill.dim * bill.dim
+        else:
+            inject.matrices += bill.dim * bill.dim
+            inject.vectors += 2 * bill.dim
 
     def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
         """The runs of the body: ``full`` on all tokens, and one on each of ``shares``."""
@@ -235,7 +290,13 @@ class LoopSpec(BlockSpec):
             self._full_pass(rows, step) if row is None else self._routed_pass(rows, step, row)
             for step, row in enumerate(self.rows())
         ]
-        return in_a_row(rows.stream, passes)
+        whole = in_a_row(rows.stream, passes)
+        if self.injection != "diagonal":
+            return whole
+        # the loop's input is saved for the matrix, and a state that it does not start with, too
+        state = rows.stream * self.first_injects
+        injects = any(row is None and self._injects(step) for step, row in enumerate(self.rows()))
+        return whole.plus(state)._replace(reads=whole.reads or injects)
 
     def _full_pass(self, rows: Rows, step: int) -> Footprint:
         """Saved besides the body: the result, where it is multiplied."""
@@ -245,7 +306,8 @@ class LoopSpec(BlockSpec):
         # the gradient of the stream that a pass is added to waits for that of the body
         waits = step > 0 and not isinstance(self.residual, OverwriteSpec)
         work = body.work + at.stream * waits
-        return Footprint(kept, body.reads and not made, work, body.angles)
+        saves_state = self.injection == "diagonal" and self._injects(step)
+        return Footprint(kept, saves_state or (body.reads and not made), work, body.angles)
 
     def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
         """Saved besides the body: the places of the tokens, and what is multiplied."""
@@ -257,17 +319,26 @@ class LoopSpec(BlockSpec):
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)
         kept += at.stream * (self.router.learned + self._scales)
-        takes = 1 + padded + (self.injection is not None and step > 0)
+        takes = 1 + padded + self._injects(step)
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
         rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
         return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
 
     def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
         """The body on its input, and whether that input is a new tensor, which is saved then."""
-        body, injects = self.body.footprint(at), self.injection if step else None
-        made = taken or injects is not None or (self.encoding is not None and not self._scales)
-        both = 2 * at.stream if injects == "linear" else 0
-        return body.plus(both + at.stream * (body.reads and made)), made
+        body, injects = self.body.footprint(at), self._injects(step)
+        made = taken or injects or (self.encoding is not None and not self._scales)
+        kept = at.stream * (body.reads and made)
+        if injects and self.injection == "linear":
+            kept += 2 * at.stream  # both as one
+        if injects and self.injection == "diagonal":
+            # what is written, three vectors and, of selected tokens, the state and the input
+            kept += (3 if taken else 1) * at.stream + 3 * FLOAT * at.dim
+        return body.plus(kept), made
+
+    def _injects(self, step: int) -> bool:
+        """Whether a pass reads the loop's input besides the state."""
+        return self.injection is not None and (step > 0 or self.first_injects)
 
     @property
     def _scales(self) -> bool:

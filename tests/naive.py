@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.feed_forward import FeedForward
+from archdsl.blocks.modules.injection import DiagonalInjection
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.norm import Norm
@@ -236,6 +237,7 @@ def slowed_as_in_llama3(scaling: Llama3Spec, freq: float) -> float:
 def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
     """Y(0) = f(X) * phi(0); then step by step what the residual says for those selected."""
     spec, start = module.spec, xs
+    xs = first_states(module, xs, pos)
     memory = None if spec.kv == "own" else Memory(spec.kv, module.bodies[0])
     left = set(range(len(xs)))  # who may still be selected, where the router is nested
     learned = 0  # routed steps that select, so far
@@ -273,12 +275,49 @@ def per_step(values: Sequence[float], step: int) -> float:
     return values[step] if len(values) > 1 else values[0]
 
 
+def first_states(module: BodyLoop, xs: Stream, pos: list[int]) -> Stream:
+    """What the first pass reads of each token, in evaluation."""
+    if module.spec.start == "embedding":
+        return xs
+    if module.spec.start == "zeros":
+        return [torch.zeros_like(x) for x in xs]
+    std = module.spec.start_std
+    return [
+        torch.tensor([std * noise(p, channel) for channel in range(len(x))], dtype=x.dtype)
+        for x, p in zip(xs, pos, strict=True)
+    ]
+
+
+def noise(position: int, channel: int) -> float:
+    """From N(0, 1), by Box and Muller."""
+    size, angle = hashed(position, 2 * channel), hashed(position, 2 * channel + 1)
+    return math.sqrt(-2 * math.log(1 - size)) * math.cos(2 * math.pi * angle)
+
+
+def hashed(position: int, stream: int) -> float:
+    h = (position + 1) * 0x9E3779B1 + (stream + 1) * 0x85EBCA77
+    for factor in (0x7FEB352D, 0x6C8E9CF5):
+        h = ((h ^ h >> 15) & 0x7FFFFFFF) * factor
+    return ((h ^ h >> 16) & 0xFFFFFF) / 2**24
+
+
 def body_input(module: BodyLoop, x: Tensor, start: Tensor, step: int) -> Tensor:
-    if module.spec.injection == "add" and step > 0:
-        x = x + start
-    if module.inject is not None and step > 0:
-        x = module.inject.weight @ torch.cat([x, start])
+    if step > 0 or module.spec.start != "embedding":
+        x = injected(module, x, start)
     return definition_of(module.encoding)(module.encoding, x, step, False)
+
+
+def injected(module: BodyLoop, x: Tensor, start: Tensor) -> Tensor:
+    match module.spec.injection, module.inject:
+        case "add", None:
+            return x + start
+        case "linear", nn.Linear() as inject:
+            return inject.weight @ torch.cat([x, start])
+        case "diagonal", DiagonalInjection() as inject:
+            d = torch.log(1 + torch.exp(inject.log_d_D))
+            return torch.exp(-d * torch.exp(inject.log_a_D)) * x + d * (inject.input_DD @ start)
+        case _:
+            return x
 
 
 def scaled(module: BodyLoop, y: Tensor, step: int) -> Tensor:

@@ -117,6 +117,17 @@ RESIDUALS = st.sampled_from(["thinking", "overwrite", "delta"]) | trees(
 ENCODINGS = st.none() | st.sampled_from(["scale", "add"]) | trees("scale", init=st.just(0.25))
 
 
+@cache
+def injections(full_first: bool) -> st.SearchStrategy[Tree]:
+    """How passes read the loop's input; ``full_first``: whether the first takes every token."""
+    kinds = ["add", "linear", "diagonal"]
+    again = st.fixed_dictionaries({}, optional={"injection": st.sampled_from([None, *kinds])})
+    if not full_first:
+        return again
+    required = {"injection": st.sampled_from(kinds), "start": st.sampled_from(["zeros", "noise"])}
+    return again | st.fixed_dictionaries(required, optional={"start_std": st.just(2.5)})
+
+
 @st.composite
 def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     body = draw(bodies)
@@ -127,9 +138,8 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     slots = {
         "residual": RESIDUALS,
         "encoding": ENCODINGS,
-        "injection": st.sampled_from([None, "add", "linear"]),
     }
-    tree |= draw(st.fixed_dictionaries({}, optional=slots))
+    tree |= draw(st.fixed_dictionaries({}, optional=slots)) | draw(injections(full_steps > 0))
     if sharing:
         tree["kv"] = draw(st.sampled_from(["shared", "last"]))
     if tree.get("kv") == "shared":

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, assert_never, cast
 
 import torch
 from torch import Tensor, nn
 
 from archdsl.blocks.modules.dial import plan
+from archdsl.blocks.modules.injection import DiagonalInjection, make_injection, reset_injection
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Block, Context, KeysValues
 from archdsl.nn.gather import put, take
 from archdsl.nn.loop import Loop, Pass, Selection, Step
+from archdsl.nn.noise import normal
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
@@ -46,13 +48,13 @@ class BodyLoop(Loop):
             if spec.encoding
             else Encoding()
         )
-        self.inject = nn.Linear(2 * dim, dim, bias=False) if spec.injection == "linear" else None
+        self.inject = make_injection(spec.injection, dim)
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
-        """Makes the matrix of a linear injection start as no injection."""
-        if self.inject is not None:  # starts as no injection at all
-            nn.init.eye_(self.inject.weight)
+        """Sets the initial values of the injection; see `reset_injection`."""
+        if self.inject is not None:
+            reset_injection(self.inject, state_only=not self.spec.first_injects)
 
     def dial(
         self, capacity: Sequence[float] | float | None = None, steps: int | None = None
@@ -74,6 +76,7 @@ class BodyLoop(Loop):
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The stream after all passes, [B, T, D]."""
         start_BTD, chosen = x_BTD, None
+        x_BTD = self._first_state(x_BTD, ctx)
         ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None)
         handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
         for before, one in zip((None, *self.passes), self.passes, strict=False):
@@ -88,6 +91,26 @@ class BodyLoop(Loop):
                 chosen = self._choose(x_BTD, one.routed, now, chosen)
                 x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
         return x_BTD
+
+    def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The state that the first pass reads, [B, T, D].
+
+        Noise is drawn anew in each training pass. Otherwise it depends on the position alone, so
+        that no other token, chunk or pass changes it.
+        """
+        match self.spec.start if self.spec.first_injects else "embedding":
+            case "embedding":
+                return x_BTD
+            case "zeros":
+                return torch.zeros_like(x_BTD)
+            case "noise" if self.training:
+                return torch.randn_like(x_BTD) * self.spec.start_std
+            case "noise":
+                pos_BT = ctx.stream.order(x_BTD) if ctx.pos_BT is None else ctx.pos_BT
+                noise_BTD = normal(pos_BT, x_BTD.size(-1), x_BTD.dtype)
+                return (noise_BTD * self.spec.start_std).expand_as(x_BTD)
+            case start:
+                assert_never(start)
 
     def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
         y_BTD = self._body(x_BTD, start_BTD, one, ctx)
@@ -118,11 +141,16 @@ class BodyLoop(Loop):
         return put(rest_BTD, index_BK, new_BKD)
 
     def _body(self, x: Tensor, start: Tensor, one: Pass, ctx: Context) -> Tensor:
-        if one.step > 0 and self.spec.injection == "add":
-            x = x + start
-        elif one.step > 0 and self.inject is not None:
-            x = self.inject(torch.cat((x, start), -1))
+        if one.step > 0 or self.spec.first_injects:
+            x = self._injected(x, start)
         return self.body(one)(self.encoding(x, one.like), ctx)
+
+    def _injected(self, x: Tensor, start: Tensor) -> Tensor:
+        if self.spec.injection == "add":
+            return x + start
+        if isinstance(self.inject, DiagonalInjection):
+            return cast(Tensor, self.inject(x, start))
+        return x if self.inject is None else self.inject(torch.cat((x, start), -1))
 
     def body(self, one: Pass) -> Block:
         """The block that a pass runs."""

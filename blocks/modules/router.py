@@ -18,6 +18,7 @@ from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Count, Kept, Memory, Stream, column
 from archdsl.nn.loop import Router, Selection, Step
+from archdsl.nn.noise import uniform
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
@@ -156,21 +157,12 @@ class Random(ScoreRouter):
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
         """A pseudo-random number for each position, [B, T]."""
         pos_BT = ctx.stream.order(x_BTD) if ctx.pos_BT is None else ctx.pos_BT
-        score_BT = _hash(pos_BT, (self.seed * 31 + self.salt) * 64 + row)
+        score_BT = uniform(pos_BT, (self.seed * 31 + self.salt) * 64 + row)
         return score_BT.expand(x_BTD.shape[:2])
 
     def gate(self, score_BK: Tensor) -> Tensor:
         """One for every selected token, [B, K]."""
         return torch.ones_like(score_BK)
-
-
-def _hash(pos_BT: Tensor, stream: int) -> Tensor:
-    """A number in [0, 1) for each position, by two rounds of multiply and xor-shift."""
-    h = (pos_BT.long() + 1) * 0x9E3779B1 + (stream % 2**20 + 1) * 0x85EBCA77
-    for factor in (0x7FEB352D, 0x6C8E9CF5):
-        h = ((h ^ (h >> 15)) & 0x7FFFFFFF) * factor
-    # float32 holds 24 bits; half precision, in which the stream may be, would make ties
-    return ((h ^ (h >> 16)) & 0xFFFFFF).float() / 2**24
 
 
 def without_noise(score_BT: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.nn.block import Context
 from archdsl.nn.loop import Loop, Selection
 from tests import naive
+from tests.strategies import injections
 
 D = 6
 LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 2}, "ffn": {"hidden": 3}}
@@ -77,7 +78,12 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"router": "all", "encoding": "scale"},
         {"injection": "add"},
         {"injection": "linear"},
+        {"injection": "diagonal"},
+        {"injection": "diagonal", "router": router("prefix"), "residual": "delta"},
         {"injection": "add", "router": router("prefix"), "residual": "delta", "encoding": "add"},
+        {"injection": "add", "start": "zeros", "router": router("top_k")},
+        {"injection": "linear", "start": "noise", "steps": 1},
+        {"injection": "diagonal", "start": "noise", "start_std": 2.0, "router": router("prefix")},
         {"injection": "linear", "router": router("prefix"), "steps": 2, "full_steps": 0},
         {"parameters": "per_step", "router": router("prefix")},
         {"parameters": "per_step", "full_steps": 3, "encoding": "scale"},
@@ -120,16 +126,20 @@ def loops(draw: st.DrawFn, inner: bool = True) -> dict[str, Any]:
     own = {"kv": "own", "parameters": draw(st.sampled_from(["shared", "per_step"]))}
     others = [own, {"kv": "shared"}, own | {"kv": "last"}]
     kv = own if body["kind"] == "loop" else draw(st.sampled_from(others))
-    return {
-        "kind": "loop",
-        "steps": draw(st.integers(1, 4)),
-        "full_steps": draw(st.integers(0 if kv["kv"] == "own" else 1, 2)),
-        "router": draw(st.none() | routers),
-        "residual": draw(st.sampled_from(["overwrite", "delta", "thinking", LITERAL])),
-        "encoding": draw(st.sampled_from([None, "scale", "add"])),
-        "injection": draw(st.sampled_from([None, "add", "linear"])),
-        "body": body,
-    } | kv
+    full_steps = draw(st.integers(0 if kv["kv"] == "own" else 1, 2))
+    return (
+        {
+            "kind": "loop",
+            "steps": draw(st.integers(1, 4)),
+            "full_steps": full_steps,
+            "router": draw(st.none() | routers),
+            "residual": draw(st.sampled_from(["overwrite", "delta", "thinking", LITERAL])),
+            "encoding": draw(st.sampled_from([None, "scale", "add"])),
+            "body": body,
+        }
+        | kv
+        | draw(injections(full_steps > 0))
+    )
 
 
 @settings(max_examples=15)
@@ -187,13 +197,55 @@ def test_reports_the_share_that_each_step_selected() -> None:
     assert shares == {"loop.0": 0.7, "loop.1": 0.3}
 
 
-def test_a_linear_injection_starts_as_none_at_all() -> None:
-    torch.manual_seed(0)
-    plain, injected = spec().build(D), spec(injection="linear").build(D)
-    injected.load_state_dict(plain.state_dict(), strict=False)
-    injected.reset(torch.Generator(), 1)
+@pytest.mark.parametrize(
+    ("start", "same"),
+    [("embedding", {}), ("zeros", {"injection": "add", "start": "zeros"})],
+)
+def test_a_linear_injection_starts_as_none_or_where_the_state_is_empty_as_add(
+    start: str, same: dict[str, Any]
+) -> None:
+    plain, linear = spec(**same).build(D), spec(injection="linear", start=start).build(D)
+    linear.load_state_dict(plain.state_dict(), strict=False)
+    linear.reset(torch.Generator(), 1)
     x_BTD = torch.randn(2, 7, D)
-    torch.testing.assert_close(injected(x_BTD, Context()), plain(x_BTD, Context()))
+    torch.testing.assert_close(linear(x_BTD, Context()), plain(x_BTD, Context()))
+
+
+def test_noise_is_drawn_anew_in_training_and_belongs_to_positions_otherwise() -> None:
+    loop = built(injection="add", start="noise", start_std=3.0, parameters="per_step")
+    given: list[torch.Tensor] = []
+    loop.bodies[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    x_BTD = torch.zeros(2, 500, D, dtype=torch.float64)
+    for train in (True, True, False, False):
+        loop.train(train)
+        loop(x_BTD, Context())
+    one, other, fixed, again = given
+    for noise in (one, other, fixed):
+        assert noise.std() == pytest.approx(3, rel=0.05)
+        assert noise.mean() == pytest.approx(0, abs=0.15)
+        assert torch.corrcoef(noise[0].T).fill_diagonal_(0).abs().max() < 0.2
+    assert not torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])
+    assert torch.equal(fixed, again)
+    assert torch.equal(fixed[0], fixed[1])
+    at = Context(pos_BT=torch.tensor([[7, 3]]))
+    loop(x_BTD[:1, :2], at)
+    assert torch.equal(given[-1][0], fixed[0, [7, 3]])
+
+
+def test_a_pass_that_is_recomputed_has_the_noise_it_had() -> None:
+    text = archdsl.load("tiny").patch("blocks.1.injection", "linear")
+    model = archdsl.build(text.patch("blocks.1.start", "noise")).train()
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.checkpoint_activations = checkpointed
+        model(torch.arange(20).view(1, 20)).square().mean().backward()
+        grads.append(
+            [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("fields", [{"steps": 1}, {"steps": 1, "full_steps": 0}], ids=str)
@@ -211,6 +263,11 @@ def test_one_step_for_every_token_is_the_body(fields: dict[str, Any], more: dict
         ({"steps": 4, "router": router("prefix", alpha=[1.0, 2.0])}, "one for each of the 3"),
         ({"router": router("prefix", capacity=[0.5, 0.9], nested=True)}, "must not rise"),
         ({"kv": "shared", "full_steps": 0}, "full_steps of at least 1"),
+        ({"start": "noise"}, "noise needs an injection, .*or leave start out"),
+        (
+            {"start": "zeros", "injection": "add", "full_steps": 0, "router": router("prefix")},
+            "zeros needs a first pass over all tokens, .*full_steps of at least 1",
+        ),
         ({"kv": "shared", "parameters": "per_step"}, "parameters: shared"),
         ({"kv": "last", "full_steps": 0}, "last needs a first pass over all tokens"),
         ({"kv": "last", "body": ROUTED}, "last is not defined for a loop inside"),
