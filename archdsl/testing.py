@@ -84,7 +84,7 @@ def models(kind: type[Part]) -> dict[str, ModelSpec]:
         case "block":
             routed = {"kind": "loop", "router": {"kind": "prefix", "capacity": 0.6}}
             blocks = {"alone": example, "in a routed loop": routed | {"body": example}}
-        case "router" | "residual" | "encoding":
+        case "router" | "residual" | "encoding" | "parameters":
             blocks = {"in a loop": LOOP | {kind.family: example}}
         case "rope_scaling":
             attention = {"kind": "attention", "head_size": 8, "rope_scaling": example}

@@ -32,6 +32,7 @@ class AttentionSpec(BlockSpec):
     """Every token reads the tokens up to itself."""
 
     example: ClassVar = {"kind": "attention", "head_size": 8}
+    adaptable: ClassVar[bool] = True
 
     kind: Literal["attention"] = "attention"
     head_size: Size = Field(64, ge=2, le=1024, multiple_of=2, description="width of one head")
@@ -100,8 +101,9 @@ class AttentionSpec(BlockSpec):
         """Four projections, the scores and weighted values of all heads, and the KV cache."""
         heads, E, D = self.head_count(bill.dim), self.head_size, bill.dim
         q, kv = heads * E, heads // self.queries_per_kv * E
-        bill.matrices += 2 * D * q
-        bill.projections += 2 * D * kv
+        bill.linear(D, q)
+        bill.linear(q, D)
+        bill.linear(D, kv, 2, keys=True)
         if self.qk_norm:
             bill.vectors += 2 * E
         bill.queries += q
@@ -118,6 +120,7 @@ class AttentionSpec(BlockSpec):
         asks = rows._replace(tokens=rows.keys) if among_all else rows
         made = asks.floats(heads * E) + (2 * rows.of_keys(kv_size) if rows.projects else 0)
         kept = made + asks.floats(heads * E) + asks.floats(heads)
+        kept += (4 if rows.projects else 2) * rows.floats(rows.rank)
         if in_parts:
             kept += self._masks(rows)
         if among_all:  # the places of the queries

@@ -29,6 +29,7 @@ class FeedForwardSpec(BlockSpec):
     """Two or three matrices around a non-linearity."""
 
     example: ClassVar = {"kind": "feed_forward", "hidden": 24}
+    adaptable: ClassVar[bool] = True
 
     kind: Literal["feed_forward"] = "feed_forward"
     hidden: Size | None = Field(None, ge=1, le=2**18, description="hidden size")
@@ -66,13 +67,13 @@ class FeedForwardSpec(BlockSpec):
 
     def cost(self, bill: Bill) -> None:
         """Three matrices with swiglu, else two."""
-        matrices = 3 if self.activation == "swiglu" else 2
-        bill.matrices += matrices * bill.dim * self.hidden_size(bill.dim)
+        hidden = self.hidden_size(bill.dim)
+        bill.linear(bill.dim, hidden, 2 if self.activation == "swiglu" else 1)
+        bill.linear(hidden, bill.dim)
 
     def footprint(self, rows: Rows) -> Footprint:
         """Saved: gate, silu of it, up and their product; or up and gelu of it."""
         hidden = rows.floats(self.hidden_size(rows.dim))
         gated = self.activation == "swiglu"
-        return Footprint(
-            (4 if gated else 2) * hidden, work=rows.stream + (2 if gated else 1) * hidden
-        )
+        kept = (4 if gated else 2) * hidden + (3 if gated else 2) * rows.floats(rows.rank)
+        return Footprint(kept, work=rows.stream + (2 if gated else 1) * hidden)

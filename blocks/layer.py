@@ -31,6 +31,7 @@ class LayerSpec(BlockSpec):
     """Attention, then feed-forward, each with norms and a residual; see the module's text."""
 
     example: ClassVar = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
+    adaptable: ClassVar[bool] = True
 
     kind: Literal["layer"] = "layer"
     attention: Annotated[

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
+from archdsl.blocks.lora import LoraSpec, ParametersType
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
 from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
 from archdsl.costs.activations import FLOAT, Footprint, Rows, in_a_row
 from archdsl.costs.bill import Bill, Runs
-from archdsl.lang.spec import AnyBlock, BlockSpec, ModelSpec, Part, Path, slot, walk
+from archdsl.lang.spec import AnyBlock, BlockSpec, ModelSpec, Number, Part, Path, slot, walk
 
 if TYPE_CHECKING:
     from archdsl.nn.block import Block
@@ -75,8 +76,10 @@ class LoopSpec(BlockSpec):
         "values of all tokens of the first pass, which costs no further projection; last: to "
         "those of all tokens, each from the latest pass so far that it took",
     )
-    parameters: Literal["shared", "per_step"] = Field(
-        "shared", description="per_step: each pass has weights of its own"
+    parameters: ParametersType = Field(
+        "shared",
+        description="per_step: each pass has weights of its own; lora: each pass adds a low-rank "
+        "difference of its own to the matrices of a shared body",
     )
     injection: Literal["add", "linear", "diagonal"] | None = Field(
         None,
@@ -168,6 +171,26 @@ class LoopSpec(BlockSpec):
             yield from self._kv_conflicts()
         if self.start != "embedding":
             yield from self._start_conflicts()
+        if isinstance(self.parameters, LoraSpec):
+            yield from self._lora_conflicts(self.parameters)
+
+    def _lora_conflicts(self, lora: LoraSpec) -> Iterator[tuple[Path, str]]:
+        if 1 < len(lora.rank) < self.steps:
+            yield (
+                ("parameters", "rank"),
+                f"needs one value, or one for each of the {self.steps} passes; "
+                f"got {len(lora.rank)}",
+            )
+        if self.kv == "shared":
+            yield ("kv",), "shared leaves lora of keys and values unused: parameters: shared"
+        for path, part in walk(self):
+            if isinstance(part, BlockSpec) and not part.adaptable:
+                kind = type(part).model_fields["kind"].default
+                yield (
+                    ("parameters",),
+                    f"lora is not defined for {'.'.join(map(str, path))}, a {kind}: "
+                    "parameters: shared",
+                )
 
     def _start_conflicts(self) -> Iterator[tuple[Path, str]]:
         if self.injection is None:
@@ -203,7 +226,7 @@ class LoopSpec(BlockSpec):
         if loop.is_body:
             return loop.body
         further = loop.steps - loop.full_steps
-        update: dict[str, object] = {}
+        update: dict[str, object] = {"parameters": _without_zeros(loop.parameters, loop.steps)}
         if loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):
@@ -248,7 +271,8 @@ class LoopSpec(BlockSpec):
         runs = self._passes(bill.runs, full, shares)
         makers = bill.runs if self.kv == "shared" else runs
         weights = steps if self.parameters == "per_step" else 1
-        self.body.cost(bill.run("body", runs, makers, weights=weights))
+        ranks = self._ranks(bill.runs)
+        self.body.cost(bill.run("body", runs, makers, weights=weights, ranks=ranks))
         if router is not None and shares:
             # a step that the compute dial skips uses no router
             router.cost(bill.part("router"), len(shares) - shares.count(0))
@@ -269,6 +293,20 @@ class LoopSpec(BlockSpec):
         else:
             inject.matrices += bill.dim * bill.dim
             inject.vectors += 2 * bill.dim
+
+    def _ranks(self, whole: Runs) -> list[tuple[Runs, int]]:
+        """The runs and the rank of each pass that adds low-rank differences."""
+        shares = iter(self.shares)
+        passes = [
+            self._passes(whole, 1, []) if row is None else self._passes(whole, 0, [next(shares)])
+            for row in self.rows()
+        ]
+        ranks = [self.rank(step) for step in range(self.steps)]
+        return [(runs, rank) for runs, rank in zip(passes, ranks, strict=True) if rank]
+
+    def rank(self, step: int) -> int:
+        """The rank of the low-rank differences in pass ``step``; 0 without any."""
+        return self.parameters.at(step) if isinstance(self.parameters, LoraSpec) else 0
 
     def _passes(self, whole: Runs, full: int, shares: list[float]) -> Runs:
         """The runs of the body: ``full`` on all tokens, and one on each of ``shares``."""
@@ -326,6 +364,7 @@ class LoopSpec(BlockSpec):
 
     def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
         """The body on its input, and whether that input is a new tensor, which is saved then."""
+        at = at._replace(rank=self.rank(step))
         body, injects = self.body.footprint(at), self._injects(step)
         made = taken or injects or (self.encoding is not None and not self._scales)
         kept = at.stream * (body.reads and made)
@@ -366,7 +405,15 @@ def with_loops(spec: ModelSpec, change: Callable[[int, LoopSpec], Part]) -> Mode
     return spec.model_copy(update={"blocks": blocks})
 
 
-def _shortest(values: tuple[float, ...], used: int) -> tuple[float, ...]:
+def _shortest(values: tuple[Number, ...], used: int) -> tuple[Number, ...]:
     """The values that the passes use; one number if all are equal."""
     values = values[:used]
     return values[:1] if len(set(values)) == 1 else values
+
+
+def _without_zeros(parameters: str | LoraSpec, steps: int) -> str | LoraSpec:
+    """The ranks that the passes use; ``shared`` if all of them are 0."""
+    if not isinstance(parameters, LoraSpec):
+        return parameters
+    rank = _shortest(parameters.rank, steps)
+    return parameters.model_copy(update={"rank": rank}) if any(rank) else "shared"

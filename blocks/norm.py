@@ -27,6 +27,7 @@ class NormSpec(BlockSpec):
     """Every token scaled to unit size, then element by element by a learned gain."""
 
     example: ClassVar = {"kind": "norm"}
+    adaptable: ClassVar[bool] = True
 
     kind: Literal["norm"] = "norm"
     type: NormType = Field("rms", description="rms: no centring, no bias; layer: both")

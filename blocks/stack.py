@@ -22,6 +22,7 @@ class StackSpec(BlockSpec):
         "repeat": 2,
         "body": [{"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}],
     }
+    adaptable: ClassVar[bool] = True
 
     kind: Literal["stack"] = "stack"
     repeat: int = Field(1, ge=1, le=1024, description="how many copies of the body")

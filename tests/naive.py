@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from archdsl.blocks.lora import LoraSpec
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.injection import DiagonalInjection
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import BodyLoop
+from archdsl.blocks.modules.lora import LowRank
 from archdsl.blocks.modules.norm import Norm
 from archdsl.blocks.modules.router import Learned, Random
 from archdsl.blocks.modules.stack import Stack
@@ -260,7 +263,8 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
         body = module.bodies[step if spec.parameters == "per_step" else 0]
         if memory is not None:
             memory.body = body
-        ys = dict(zip(gates, run(body, into, [pos[t] for t in gates], memory), strict=True))
+        with adapted(module, step):
+            ys = dict(zip(gates, run(body, into, [pos[t] for t in gates], memory), strict=True))
         whole = step == 0 and capacity == 1
         xs = [
             scaled(module, ys[t], step)
@@ -269,6 +273,24 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
             for t, x in enumerate(xs)
         ]
     return xs
+
+
+@contextmanager
+def adapted(module: BodyLoop, step: int) -> Iterator[None]:
+    """Within the block, the matrices of the body are W + alpha / rank * B A, those of the pass."""
+    differences = list(cast(nn.ModuleList, module.lora.steps[step])) if module.lora else []
+    matrices = [one for one in module.bodies[0].modules() if isinstance(one, nn.Linear)]
+    shared = {one: one.weight for one in matrices}
+    for one, low in zip(matrices, differences, strict=False):
+        assert isinstance(low, LowRank)
+        assert isinstance(module.spec.parameters, LoraSpec)
+        alpha, rank = module.spec.parameters.alpha, len(low.a.weight)
+        del one.weight
+        one.weight = shared[one] + alpha / rank * low.b.weight @ low.a.weight
+    yield
+    for one, weight in shared.items():
+        del one.weight
+        one.weight = weight
 
 
 def per_step(values: Sequence[float], step: int) -> float:

@@ -144,9 +144,18 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
         tree["kv"] = draw(st.sampled_from(["shared", "last"]))
     if tree.get("kv") == "shared":
         return tree
-    return tree | draw(
-        st.fixed_dictionaries({}, optional={"parameters": st.sampled_from(["shared", "per_step"])})
-    )
+    words = st.sampled_from(["shared", "per_step"])
+    parameters = words if has_loop(body) else words | loras(steps)
+    return tree | draw(st.fixed_dictionaries({}, optional={"parameters": parameters}))
+
+
+def loras(steps: int) -> st.SearchStrategy[Tree]:
+    """Low-rank differences, in both notations."""
+    rank = st.integers(0, 3)
+    ranks = rank | st.lists(rank, min_size=steps, max_size=steps + 1)
+    fields = {"rank": ranks, "alpha": st.sampled_from([1, 8.0])}
+    fixed = st.fixed_dictionaries({}, optional=fields)
+    return fixed.map(lambda tree: {"kind": "lora"} | tree) | fixed.map(lambda tree: {"lora": tree})
 
 
 def has_loop(tree: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,6 +104,14 @@ def _imported(imported: ImportedModel) -> dict[str, Any]:
 def export(
     checkpoint: CheckpointFolder,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the export to.")],
+    merge_lora: Annotated[
+        bool,
+        typer.Option(
+            "--merge-lora",
+            help="Write out the low-rank differences of loops as weights of each pass: faster, and "
+            "larger.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads without archdsl.
@@ -121,6 +130,10 @@ def export(
     from archdsl.model.checkpoint import load_checkpoint
 
     found = load_checkpoint(checkpoint)
+    if merge_lora:
+        from archdsl.interop.merge_lora import merged
+
+        found = replace(found, model=merged(found.model))
     done = export(found, out)
     if as_json:
         print_json(

@@ -29,7 +29,8 @@ class Rows(NamedTuple):
     and values, which it does not if it uses those of the first pass alone. ``selected``: whether a
     router selected the tokens, so that each row has its own positions. ``padded``: whether some
     tokens are padding. ``among_keys``: whether a router selected these tokens from those whose keys
-    they attend to; a mask is needed then.
+    they attend to; a mask is needed then. ``rank``: that of the low-rank differences which the loop
+    around adds to matrices.
     """
 
     dim: int
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
     selected: bool = False
     padded: bool = False
     among_keys: bool = False
+    rank: int = 0
 
     def of_keys(self, width: int) -> int:
         """Returns the bytes of a float tensor [B, S, width] for the S tokens attended to."""

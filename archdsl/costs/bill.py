@@ -8,7 +8,7 @@ FLOPs every time that they are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -58,13 +58,15 @@ class Bill:
     ``tokens``: the length of the whole sequence. ``runs``: how often each block runs. ``makers``:
     the runs that compute keys and values, which other runs may use. ``copies``: how many times the
     blocks are repeated, one after the other. ``weights``: how many copies of their parameters
-    exist. ``below``: the bills of parts that run more or less often and, if ``detailed``, of every
-    part.
+    exist. ``ranks``: for each pass of a loop around the blocks with low-rank differences, its runs
+    and the rank. ``below``: the bills of parts that run more or less often and, if ``detailed``,
+    of every part.
     """
 
     vectors: int  # parameters that are multiplied or added element by element
     matrices: int  # parameters in matrices that all tokens of all runs are multiplied by
     projections: int  # the same where keys and values are made
+    ends: int  # the sum of inputs and outputs of matrices to which low-rank differences are added
     tables: int  # parameters in matrices that are looked up
     queries: int  # width of all heads
     layers: int  # that attend
@@ -83,12 +85,25 @@ class Bill:
         makers: Runs,
         copies: int = 1,
         weights: int = 1,
+        ranks: Sequence[tuple[Runs, int]] = (),
     ) -> None:
         self.dim, self.tokens, self.detailed, self.name = dim, tokens, detailed, name
         self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
-        self.vectors = self.matrices = self.projections = self.tables = 0
+        self.ranks = ranks
+        self.vectors = self.matrices = self.projections = self.ends = self.tables = 0
         self.queries = self.layers = self.kv = self.state = 0
         self.below: list[Bill] = []
+
+    def linear(self, fan_in: int, fan_out: int, count: int = 1, *, keys: bool = False) -> None:
+        """Adds ``count`` matrices that blocks apply by `Context.linear`.
+
+        ``keys``: whether they make keys or values, and so run only where these are made.
+        """
+        if keys:
+            self.projections += count * fan_in * fan_out
+        else:
+            self.matrices += count * fan_in * fan_out
+        self.ends += count * (fan_in + fan_out)
 
     def part(self, name: str) -> Bill:
         """Returns the bill to which the part ``name`` adds its sizes."""
@@ -98,10 +113,24 @@ class Bill:
         """Returns the bill of a part that exists ``n`` times, each time with its own weights."""
         return self.part(name) if n == 1 else self.run(name, self.runs, self.makers, n, n)
 
-    def run(self, name: str, runs: Runs, makers: Runs, copies: int = 1, weights: int = 1) -> Bill:
-        """Returns the bill of a part that runs ``runs`` times per sequence."""
+    def run(
+        self,
+        name: str,
+        runs: Runs,
+        makers: Runs,
+        copies: int = 1,
+        weights: int = 1,
+        ranks: Sequence[tuple[Runs, int]] | None = None,
+    ) -> Bill:
+        """Returns the bill of a part that runs ``runs`` times per sequence.
+
+        ``ranks``: by default those of this bill.
+        """
         copies, weights = self.copies * copies, self.weights * weights
-        bill = Bill(self.dim, self.tokens, self.detailed, name, runs, makers, copies, weights)
+        ranks = self.ranks if ranks is None else ranks
+        bill = Bill(
+            self.dim, self.tokens, self.detailed, name, runs, makers, copies, weights, ranks
+        )
         self.below.append(bill)
         return bill
 
@@ -130,6 +159,13 @@ class Bill:
             applied += attended * T  # of runs on the whole sequence
             lightest += applied * fewest + made * makers.fewest
             heaviest += applied * most + made * makers.most
+            for passed, rank in bill.ranks:
+                params += bill.weights * rank * bill.ends
+                matrices += bill.weights * rank * bill.ends
+                added = copies * rank * bill.ends
+                flops += added * sum(passed.lengths)
+                lightest += added * passed.fewest
+                heaviest += added * passed.most
             kv += copies * bill.kv
             state += copies * bill.state * len(lengths)
             layers += copies * bill.layers

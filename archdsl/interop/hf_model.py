@@ -782,13 +782,19 @@ class ArchdslForQuestionAnswering(GenericForQuestionAnswering, ArchdslClassifier
 
 
 def _tensor_parallel_plan(model: nn.Module) -> dict[str, str]:
-    """How each matrix is cut for tensor parallelism, by its name with ``*`` for numbers."""
+    """How each matrix is cut for tensor parallelism, by its name with ``*`` for numbers.
+
+    Matrices to which the passes of a loop add low-rank differences stay whole: the numbers of these
+    do not say whether theirs is cut by rows or by columns.
+    """
     cuts = {"q": "colwise", "k": "colwise", "v": "colwise", "o": "rowwise"}
     cuts |= {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+    loops = [one for one in model.modules() if isinstance(one, BodyLoop) and one.lora is not None]
+    whole = {inner for loop in loops for inner in loop.modules()}
     return {"embedding": "embedding_rowwise"} | {
         re.sub(r"\b\d+\b", "*", f"{name}.{part}"): cuts[part]
         for name, module in model.named_modules()
-        if isinstance(module, Attention | FeedForward)
+        if isinstance(module, Attention | FeedForward) and module not in whole
         for part, _ in module.named_children()
         if part in cuts
     }

@@ -31,15 +31,16 @@ class Node:
 
     @classmethod
     def part(cls, family: str, value: Any) -> Any:
-        """The node of a part, a tuple for a list of parts, the value itself without a family.
+        """The node of a mapping, a tuple for a list; other values, and those of no family, as
+        they are.
 
         Raises ValueError for a kind that the exported source does not hold.
         """
         if isinstance(value, list):
             return tuple(cls.part(family, item) for item in value)
-        if not family or value is None:
+        if not family or not isinstance(value, dict):  # a word stands for itself
             return value
-        kind = value.get("kind") if isinstance(value, dict) else value
+        kind = value.get("kind")
         found = cls.kinds.get((family, str(kind)))
         if found is None:
             raise ValueError(f"unknown kind {kind!r} of {family}")

@@ -100,6 +100,9 @@ class BlockSpec(Part):
     """The base of the specs of blocks. A block maps a stream [B, T, D] to one of the same shape."""
 
     family: ClassVar[str] = "block"
+    # whether its cost, footprint and module add the low-rank differences of a loop around it: by
+    # Bill.linear, Rows.rank and Context.linear, or because it has no matrices of its own
+    adaptable: ClassVar[bool] = False
 
     def build(self, dim: int) -> Block:
         """Builds the module of this block for a stream of width ``dim``."""

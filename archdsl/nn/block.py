@@ -6,9 +6,9 @@ selected), H query heads, G key/value heads, S keys, E head size, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,7 @@ class Context:
     because each step has a state of its own.
     ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
     ``host``: whose attention and cache are used; None: the model's own.
+    ``added``: what the pass of a loop around adds to the results of linear maps, by linear map.
     """
 
     stream: Stream = Stream()  # noqa: RUF009  frozen
@@ -176,6 +177,13 @@ class Context:
     trace: Trace = field(default_factory=Trace)
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     host: Host | None = None
+    added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+
+    def linear(self, matrix: nn.Linear, x: Tensor) -> Tensor:
+        """The product of a linear map with ``x`` [..., inputs], and what this pass adds to it."""
+        y = cast(Tensor, matrix(x))
+        more = self.added.get(matrix)
+        return y if more is None else y + more(x)
 
     def at(self, index_BK: Tensor, stream: Stream, keep_BK: Tensor | None = None) -> Context:
         """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``.

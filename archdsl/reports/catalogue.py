@@ -130,6 +130,8 @@ def _type(schema: Schema) -> str:
             found = dict.fromkeys(map(_type, several))
             found.pop("null", None)  # the default shows that the field may be null
             return " or ".join(found)
+        case {"properties": dict(keys)}:
+            return f"{{{', '.join(keys)}: ...}}"
         case {"type": "string", "pattern": str(pattern)} if pattern == SIZE:
             return "size such as 4k"
         case {"type": str(name)}:

@@ -51,17 +51,17 @@ class Attention(Block):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """What each token reads from the tokens up to itself, [B, T, D]."""
-        q_BHTE = self._turn(self.q_norm(self._heads(self.q(x_BTD))), ctx)
+        q_BHTE = self._turn(self.q_norm(self._heads(ctx.linear(self.q, x_BTD))), ctx)
         kv = self._keys_values(x_BTD, ctx)
         y_BHTE = self._attend(q_BHTE, kv, ctx)
-        return self.o(y_BHTE.transpose(1, 2).flatten(2))
+        return ctx.linear(self.o, y_BHTE.transpose(1, 2).flatten(2))
 
     def _keys_values(self, x_BTD: Tensor, ctx: Context) -> KeysValues:
         handed = ctx.handed
         if handed is not None and ctx.kv == "shared" and self in handed:
             return handed[self]
-        k_BGTE = self._turn(self.k_norm(self._heads(self.k(x_BTD))), ctx)
-        new = KeysValues(k_BGTE, self._heads(self.v(x_BTD)), ctx.pos_BT)
+        k_BGTE = self._turn(self.k_norm(self._heads(ctx.linear(self.k, x_BTD))), ctx)
+        new = KeysValues(k_BGTE, self._heads(ctx.linear(self.v, x_BTD)), ctx.pos_BT)
         if handed is None:
             return self._with_past(new, ctx)
         if ctx.kv == "shared":

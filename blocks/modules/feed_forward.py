@@ -36,7 +36,7 @@ class FeedForward(Block):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """What each token computes by itself, [B, T, D]."""
-        up_BTF = self.up(x_BTD)
+        up_BTF = ctx.linear(self.up, x_BTD)
         if self.gate is None:
-            return self.down(F.gelu(up_BTF))
-        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)
+            return ctx.linear(self.down, F.gelu(up_BTF))
+        return ctx.linear(self.down, F.silu(ctx.linear(self.gate, x_BTD)) * up_BTF)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, assert_never, cast
 import torch
 from torch import Tensor, nn
 
+from archdsl.blocks.lora import LoraSpec
 from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.injection import DiagonalInjection, make_injection, reset_injection
+from archdsl.blocks.modules.lora import Lora
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Block, Context, KeysValues
 from archdsl.nn.gather import put, take
@@ -49,6 +51,8 @@ class BodyLoop(Loop):
             else Encoding()
         )
         self.inject = make_injection(spec.injection, dim)
+        low_rank = spec.parameters if isinstance(spec.parameters, LoraSpec) else None
+        self.lora = Lora(low_rank, spec.steps, self.bodies[0]) if low_rank else None
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
@@ -143,6 +147,8 @@ class BodyLoop(Loop):
     def _body(self, x: Tensor, start: Tensor, one: Pass, ctx: Context) -> Tensor:
         if one.step > 0 or self.spec.first_injects:
             x = self._injected(x, start)
+        if self.lora is not None:
+            ctx = replace(ctx, added=self.lora.added(one.like))
         return self.body(one)(self.encoding(x, one.like), ctx)
 
     def _injected(self, x: Tensor, start: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def plain_baseline(spec: ModelSpec) -> ModelSpec:
 
 def unlooped(loop: LoopSpec) -> BlockSpec:
     """Return the body of a loop, or a stack of bodies if each step has its own weights."""
-    if loop.parameters == "shared" or loop.steps == 1:
+    if loop.parameters != "per_step" or loop.steps == 1:
         return loop.body
     return StackSpec(repeat=loop.steps, body=(loop.body,))
 

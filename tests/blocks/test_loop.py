@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 import archdsl
 from archdsl.blocks.loop import LoopSpec
+from archdsl.costs.receipt import cost
+from archdsl.interop.merge_lora import MergeError, merged
 from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec
 from archdsl.nn.block import Context
@@ -87,6 +89,13 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"injection": "linear", "router": router("prefix"), "steps": 2, "full_steps": 0},
         {"parameters": "per_step", "router": router("prefix")},
         {"parameters": "per_step", "full_steps": 3, "encoding": "scale"},
+        {"parameters": {"lora": {"rank": [2, 0, 1], "alpha": 3}}, "router": router("prefix")},
+        {
+            "parameters": {"lora": {"rank": 2}},
+            "kv": "last",
+            "body": STACK,
+            "router": router("prefix"),
+        },
         {"full_steps": 0, "steps": 2, "router": router("top_k"), "residual": "delta"},
         {"full_steps": 2, "router": router("prefix"), "residual": LITERAL, "encoding": "scale"},
         {"full_steps": 9, "router": router("prefix")},
@@ -271,6 +280,11 @@ def test_one_step_for_every_token_is_the_body(fields: dict[str, Any], more: dict
         ({"kv": "shared", "parameters": "per_step"}, "parameters: shared"),
         ({"kv": "last", "full_steps": 0}, "last needs a first pass over all tokens"),
         ({"kv": "last", "body": ROUTED}, "last is not defined for a loop inside"),
+        ({"kv": "shared", "parameters": {"lora": {}}}, "unused: parameters: shared"),
+        ({"parameters": {"lora": {"rank": [1, 2]}}}, "one for each of the 3 passes; got 2"),
+        ({"parameters": {"lora": {}}, "body": ROUTED}, "not defined for body, a loop: parameters:"),
+        ({"parameters": {"lora": {"rank": -1}}}, "parameters.lora.rank"),
+        ({"parameters": "per-step"}, "must be shared, per_step or .*did you mean"),
         ({"kv": "shared", "body": ROUTED}, "not defined for a loop inside"),
         ({"kv": "shared", "body": {"kind": "stack", "body": [ROUTED]}}, "not defined for a loop"),
     ],
@@ -289,6 +303,49 @@ def built(**fields: Any) -> Loop:
     assert isinstance(module, Loop)
     naive.randomise(module)
     return module
+
+
+def test_lora_starts_as_a_shared_body_and_rank_0_means_it() -> None:
+    def model(parameters: Any) -> ModelSpec:
+        return archdsl.load("tiny").patch("blocks.1.parameters", parameters)
+
+    tokens_BT = torch.arange(20).view(2, 10)
+    shared, lora = (archdsl.build(model(p)) for p in ("shared", {"lora": {"rank": [0, 2, 3]}}))
+    assert lora(tokens_BT).equal(shared(tokens_BT))
+    zero = model({"lora": {"rank": [0, 0, 0]}})
+    assert zero.fingerprint() == shared.spec.fingerprint() != lora.spec.fingerprint()
+    unused = model({"lora": {"rank": [0, 2, 3, 9]}})
+    assert unused.fingerprint() == lora.spec.fingerprint()
+
+
+def test_steps_beyond_the_trained_ones_add_what_the_last_one_adds() -> None:
+    """Twice as many steps whose last ranks are copies of the last trained one."""
+    short = built(parameters={"lora": {"rank": 2}}, steps=2)
+    long = built(parameters={"lora": {"rank": 2}}, steps=4)
+    weights = short.state_dict()
+    for name in list(weights):
+        if name.startswith("lora.steps.1."):
+            weights |= {name.replace("steps.1", f"steps.{i}"): weights[name] for i in (2, 3)}
+    long.load_state_dict(weights)
+    short.dial(steps=4)
+    x_BTD = naive.stream(2, 5, D)
+    torch.testing.assert_close(short(x_BTD, Context()), long(x_BTD, Context()))
+
+
+def test_merged_lora_is_a_body_for_each_pass() -> None:
+    lora = {"lora": {"rank": [2, 0, 3], "alpha": 4}}
+    looped = {"kind": "loop", "steps": 3, "parameters": lora, "body": STACK}
+    outer = {"kind": "loop", "steps": 2, "router": "prefix", "body": looped}
+    sizes = {"name": "x", "vocab_size": 8, "context": 8, "dim": D, "tie_embeddings": True}
+    model = archdsl.build(ModelSpec.model_validate(sizes | {"blocks": [looped, outer]})).eval()
+    naive.randomise(model)
+    whole = merged(model)
+    assert cost(whole.spec).params == sum(p.numel() for p in whole.parameters())
+    assert not any("lora" in name for name in whole.state_dict())
+    tokens_BT = torch.arange(16).view(2, 8) % 8
+    torch.testing.assert_close(whole(tokens_BT), model(tokens_BT), rtol=1e-9, atol=1e-9)
+    with pytest.raises(MergeError, match="no loop has `parameters: lora`"):
+        merged(whole)
 
 
 def test_what_no_gate_weighs_is_overwritten_whether_it_says_so_or_not() -> None:

@@ -83,7 +83,7 @@ LOOPS = st.fixed_dictionaries(
             ["thinking", "delta", {"kind": "thinking", "unselected": "literal"}]
         ),
         "injection": st.sampled_from([None, "add", "linear"]),
-        "parameters": st.sampled_from(["shared", "per_step"]),
+        "parameters": st.sampled_from(["shared", "per_step", {"lora": {"rank": 2}}]),
     },
 )
 CHOICES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 6]), min_size=1, max_size=6, unique=True)
