@@ -39,6 +39,7 @@ from archdsl.model.checkpoint import Checkpoint
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
 from archdsl.reports.training_memory import full_batch, saved_for_backward
+from archdsl.training.depth import at_depth
 
 DIM, VOCABULARY, CONTEXT = 16, 11, 13
 LAYER = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
@@ -376,11 +377,17 @@ def same(found: Tensor, wanted: Tensor, what: str, tolerance: float) -> None:
     )
 
 
-def saved_tensors(spec: ModelSpec, batch_size: int, checkpointed: bool = False) -> list[Tensor]:
+def saved_tensors(
+    spec: ModelSpec,
+    batch_size: int,
+    checkpointed: bool = False,
+    depth: int | None = None,
+    backprop_last: int | None = None,
+) -> list[Tensor]:
     """One tensor of each piece of memory that autograd keeps of a pass over the whole context.
 
     Parameters and single numbers are left out. ``checkpointed``: of a pass that recomputes each
-    layer.
+    layer. ``depth`` and ``backprop_last``: of its loops, as in `at_depth`.
     """
     model = build(spec).train()
     model.checkpoint_activations = checkpointed
@@ -389,7 +396,7 @@ def saved_tensors(spec: ModelSpec, batch_size: int, checkpointed: bool = False) 
         for layer in model.layers:
             layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     tokens_BT = torch.randint(spec.vocab_size, (batch_size, spec.context))
-    with _saved() as alive:
+    with at_depth(model, depth, backprop_last), _saved() as alive:
         logits_BTV = model(tokens_BT)
     tensors = [saved.tensor for saved in alive if saved.tensor.dim()] + inputs
     del logits_BTV

@@ -29,6 +29,7 @@ from archdsl.blocks.step_encoding import EncodingSpec
 from archdsl.costs.activations import FLOAT, Footprint, Rows, in_a_row
 from archdsl.costs.bill import Bill, Runs
 from archdsl.lang.spec import AnyBlock, BlockSpec, ModelSpec, Number, Part, Path, slot, walk
+from archdsl.lang.training import Looping
 
 if TYPE_CHECKING:
     from archdsl.nn.block import Block
@@ -125,6 +126,37 @@ class LoopSpec(BlockSpec):
     def built_in_place(self) -> str | None:
         """The body, where the loop is one pass over every token."""
         return "body" if self.is_body else None
+
+    def looping(self, path: Path) -> Looping | None:
+        """What a rule of training needs to know; None where it is its body."""
+        if self.is_body:
+            return None
+        own = {
+            "parameters": self.parameters != "shared",
+            "router": bool(self.shares) and self.router is not None and self.router.learned,
+            "encoding": self.encoding is not None,
+            "kv": self.kv == "shared",  # the first pass alone makes keys and values
+        }
+        most = self.steps if self.parameters == "per_step" else None
+        fields = tuple(field for field, has in own.items() if has)
+        return Looping(path, self.steps, self.injection is not None, fields, most)
+
+    def at_depth(self, steps: int) -> LoopSpec:
+        """The loop with ``steps`` passes; those beyond its own are as the last one."""
+        loop = self.with_each(lambda part: part.at_depth(steps))
+        if self.is_body:
+            return loop
+        if isinstance(self.parameters, LoraSpec):
+            used = _shortest(self.parameters.rank, self.steps)
+            parameters = self.parameters.model_copy(update={"rank": used})
+            loop = loop.model_copy(update={"parameters": parameters})
+        if not self.shares:
+            return loop.model_copy(update={"steps": steps, "router": None})
+        assert self.router is not None
+        given, further = self.router.capacity, max(1, steps - self.full_steps)
+        capacity = tuple(given[min(i, len(given) - 1)] for i in range(further))
+        router = self.router.model_copy(update={"capacity": _shortest(capacity, further)})
+        return loop.model_copy(update={"steps": steps, "router": router})
 
     def with_passes(self, shares: Sequence[float]) -> LoopSpec:
         """The loop with one pass for each of ``shares``.
@@ -328,11 +360,14 @@ class LoopSpec(BlockSpec):
             self._full_pass(rows, step) if row is None else self._routed_pass(rows, step, row)
             for step, row in enumerate(self.rows())
         ]
-        whole = in_a_row(rows.stream, passes)
+        learning = min(self.steps, rows.backprop_last or self.steps)
+        whole, cut = in_a_row(rows.stream, passes[-learning:]), learning < self.steps
+        if cut:  # what the passes without a gradient return is kept, in place of the loop's input
+            whole = whole._replace(kept=whole.kept + rows.stream * whole.reads, reads=False)
         if self.injection != "diagonal":
             return whole
         # the loop's input is saved for the matrix, and a state that it does not start with, too
-        state = rows.stream * self.first_injects
+        state = rows.stream * (self.first_injects and not cut)
         injects = any(row is None and self._injects(step) for step, row in enumerate(self.rows()))
         return whole.plus(state)._replace(reads=whole.reads or injects)
 

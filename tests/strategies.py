@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from archdsl.lang.registry import kinds
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import ModelSpec, to_tree
+from archdsl.lang.training import TrainingSpec
 
 Tree = dict[str, Any]
 
@@ -202,7 +203,23 @@ def spec_trees(draw: st.DrawFn) -> Tree:
         "norm_eps": EPSILONS,
         "budget": st.just({"params": "1.5M"}),
     }
-    return required | draw(st.fixed_dictionaries({}, optional=optional))
+    tree = required | draw(st.fixed_dictionaries({}, optional=optional))
+    if draw(st.booleans()) and has_loop(tree["blocks"]):
+        loops = ModelSpec.model_validate(tree).loops
+        rule = TrainingSpec.model_validate(draw(RULES)).without_problems(loops)
+        tree["training"] = to_tree(rule)
+    return tree
+
+
+DEPTHS = st.fixed_dictionaries(
+    {"law": st.sampled_from(["uniform", "poisson_lognormal", "fixed"])},
+    optional={
+        "mean": st.integers(1, 4),
+        "per": st.sampled_from(["batch", "sequence"]),
+        "backprop_last": st.integers(1, 3),
+    },
+)
+RULES = st.fixed_dictionaries({}, optional={"depth": DEPTHS})
 
 
 def specs() -> st.SearchStrategy[ModelSpec]:

@@ -30,7 +30,8 @@ class Rows(NamedTuple):
     router selected the tokens, so that each row has its own positions. ``padded``: whether some
     tokens are padding. ``among_keys``: whether a router selected these tokens from those whose keys
     they attend to; a mask is needed then. ``rank``: that of the low-rank differences which the loop
-    around adds to matrices.
+    around adds to matrices. ``backprop_last``: the last passes of a loop that get a gradient; None:
+    all of them.
     """
 
     dim: int
@@ -42,6 +43,7 @@ class Rows(NamedTuple):
     padded: bool = False
     among_keys: bool = False
     rank: int = 0
+    backprop_last: int | None = None
 
     def of_keys(self, width: int) -> int:
         """Returns the bytes of a float tensor [B, S, width] for the S tokens attended to."""
@@ -67,8 +69,15 @@ class Rows(NamedTuple):
         ``kv``: what they attend to, as a loop says.
         """
         among = kv != "own"
-        keys = self.keys if among else tokens
-        return Rows(self.dim, self.batch, tokens, keys, kv != "shared", True, padded, among)
+        return self._replace(
+            tokens=tokens,
+            keys=self.keys if among else tokens,
+            projects=kv != "shared",
+            selected=True,
+            padded=padded,
+            among_keys=among,
+            rank=0,
+        )
 
     def tables(self, angles: frozenset[Angles]) -> int:
         """Returns the bytes of the cosines and sines of rotary angles. All blocks that run on these

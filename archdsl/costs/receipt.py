@@ -1,6 +1,7 @@
 """The costs of a model in closed form: parameters, FLOPs and cache, in total and node by node.
 
-The conventions are those of `archdsl.costs.bill`. A backward pass costs two forward passes.
+The conventions are those of `archdsl.costs.bill`. A backward pass costs two forward passes of what
+gets a gradient.
 """
 
 from __future__ import annotations
@@ -44,11 +45,32 @@ def _bill(dim: int, tokens: int, detailed: bool = False) -> Bill:
     return Bill(dim, tokens, detailed, "", whole, whole)
 
 
+def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
+    """Returns the expected FLOPs of training on one sequence, forward and backward.
+
+    The mean is over the depths that the training of the spec draws. Where only the last passes of
+    its loops get a gradient, the backward pass costs as much as that of a model with these alone.
+    """
+
+    def forward(at: ModelSpec) -> int:
+        return sequence_cost(at, tokens=tokens).flops
+
+    law, depths = spec.depth_law, spec.training_depths
+    if law is None:
+        return 3 * forward(spec)
+    total = 0
+    for depth in depths:
+        learning = min(depth, law.backprop_last or depth)
+        total += forward(spec.at_depth(depth)) + 2 * forward(spec.at_depth(learning))
+    return total / len(depths)
+
+
 class Receipt(NamedTuple):
     """What a spec costs; FLOPs are forward unless they say otherwise.
 
     ``lightest``/``expected``/``heaviest`` are FLOPs per token, averaged over the context, of a
     token that no router selects, at the routers' capacities, and that every router selects.
+    ``train_flops_per_token``: see `train_flops`.
     ``kv_bytes_per_token``: what a cache holds after the context, over its tokens.
     ``state_bytes``: what a cache holds besides for each sequence, however long it is, such as the
     state of a recurrence. ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` are those of
@@ -94,7 +116,7 @@ def cost(spec: ModelSpec) -> Receipt:
         expected=whole.flops / T,
         heaviest=whole.heaviest / T,
         flops_per_context=whole.flops,
-        train_flops_per_token=3 * whole.flops / T,
+        train_flops_per_token=train_flops(spec) / T,
         kv_bytes_per_token=KV_BYTES * whole.kv / T,
         state_bytes=KV_BYTES * whole.state,
         weight_bytes=TRAIN_BYTES * whole.params,

@@ -195,7 +195,7 @@ def graft(spec: ModelSpec, overlay: Overlay) -> tuple[ModelSpec, tuple[int, ...]
     for i in layers:
         blocks[i] = overlay.loop.model_copy(update={"body": blocks[i]})
     name = f"{spec.name[: 99 - len(overlay.name)]}-{overlay.name}"
-    grown = spec.model_copy(update={"name": name, "blocks": compact(blocks), "budget": None})
+    grown = spec.with_blocks(compact(blocks)).model_copy(update={"name": name, "budget": None})
     # read back, as a body may not go together with the loop around it
     return parse_spec(from_value(to_tree(grown), name)), layers
 

@@ -96,11 +96,18 @@ def _part(part: type[Strict], name: str, defs: dict[str, Schema]) -> Schema:
 
 
 def _or_open(value: Schema, place: str, defs: dict[str, Schema]) -> Schema:
-    """The schema of a field: its value, a search value or, for whole numbers, a fit value."""
+    """The schema of a field: its value, a search value or, for whole numbers, a fit value.
+
+    The fields inside of it may be left open too.
+    """
     for array in _alternatives(value):
         if "type" in array.get("items", {}):
             defs[f"{place}.item"] = _or_open(array["items"], f"{place}.item", defs)
             array["items"] = {"$ref": f"#/$defs/{place}.item"}
+    for mapping in _alternatives(value):
+        for key, field in mapping.get("properties", {}).items():
+            defs[f"{place}.{key}"] = _or_open(field, f"{place}.{key}", defs)
+            mapping["properties"][key] = {"$ref": f"#/$defs/{place}.{key}"}
     types = {one.get("type") for one in _alternatives(value)}
     open_values = [FIT] if "integer" in types else []
     open_values += [RANGE] if types & {"integer", "number"} else []

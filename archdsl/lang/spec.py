@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from archdsl.errors import Problem, SpecError, describe, did_you_mean
 from archdsl.lang import registry, source
 from archdsl.lang.strict import Size, Strict, validation_error
+from archdsl.lang.training import DepthSpec, Looping, TrainingSpec
 
 if TYPE_CHECKING:
     from archdsl.costs.activations import Footprint, Rows
@@ -84,6 +85,10 @@ class Part(Strict):
         """The same with every copy written out, so that each part is built as few modules."""
         return self.with_each(lambda part: part.with_copies())
 
+    def at_depth(self, steps: int) -> Part:
+        """Returns the part with ``steps`` passes in all loops, as the compute dial runs it."""
+        return self.with_each(lambda part: part.at_depth(steps))
+
     def with_each(self, change: Callable[[Part], Part | None]) -> Self:
         """Returns a copy in which ``change`` is applied to every part directly inside."""
         parts: dict[str, Any] = {}
@@ -119,6 +124,11 @@ class BlockSpec(Part):
     def unrolled(self) -> tuple[BlockSpec, ...]:
         """The blocks that run one after the other for this one; itself unless it is a stack."""
         return (self,)
+
+    def looping(self, path: Path) -> Looping | None:
+        """What a rule of training needs to know of a block that the compute dial gives more or
+        fewer passes; None for any other block. ``path``: the place of this block."""
+        return None
 
     @property
     def built_in_place(self) -> str | None:
@@ -243,6 +253,11 @@ class ModelSpec(Strict):
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in that norm")
     blocks: Blocks = Field(description="the blocks, which run one after the other")
     budget: Budget | None = Field(None, description="limits that `fit` and `search` must meet")
+    training: TrainingSpec | None = Field(
+        None,
+        exclude_if=lambda training: training is None,  # the hash of specs without it stays
+        description="how the model is trained, where that makes it what it is",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -257,9 +272,53 @@ class ModelSpec(Strict):
             for path, part in walk(self)
             for inner, message in part.conflicts(self.dim)
         ]
+        problems += self._training_problems()
         if problems:
             raise validation_error(problems)
         return self
+
+    def _training_problems(self) -> list[tuple[Path, str]]:
+        if self.training is None:
+            return []
+        found = [(("training", *path), said) for path, said in self.training.problems(self.loops)]
+        deepest = 0 if found else max(self.training_depths, default=0)
+        total = sum(block.nodes for block in self.at_depth(deepest).blocks) if deepest else 0
+        if total > MAX_NODES:
+            said = (
+                f"draws up to {deepest} passes, which run {min(total, 10**18):,} blocks; at most "
+            )
+            found = [(("training", "depth"), f"{said}{MAX_NODES:,} may run")]
+        return found
+
+    @property
+    def loops(self) -> list[Looping]:
+        """The loops whose number of passes the compute dial changes."""
+        parts = ((path, part) for path, part in walk(self) if isinstance(part, BlockSpec))
+        return [loop for path, part in parts if (loop := part.looping(path))]
+
+    @property
+    def depth_law(self) -> DepthSpec | None:
+        """How training draws the number of passes of all loops; None: as many as in use."""
+        return self.training.depth if self.training else None
+
+    @property
+    def training_depths(self) -> tuple[int, ...]:
+        """The numbers of passes that training draws from, equally likely; none: as in use."""
+        law = self.depth_law
+        return law.sizes(self.loops[0].steps) if law else ()
+
+    def at_depth(self, steps: int) -> ModelSpec:
+        """Returns the spec with ``steps`` passes in all loops, as the compute dial runs it."""
+        blocks = tuple(cast(BlockSpec, block.at_depth(steps)) for block in self.blocks)
+        return self.model_copy(update={"blocks": blocks, "training": None})
+
+    def with_blocks(self, blocks: Sequence[BlockSpec]) -> ModelSpec:
+        """Returns the spec with other blocks, and of its training what still goes with them."""
+        spec = self.model_copy(update={"blocks": tuple(blocks)})
+        if self.training is None:
+            return spec
+        training = self.training.without_problems(spec.loops)
+        return spec.model_copy(update={"training": training})
 
     def with_copies(self) -> ModelSpec:
         """The same with every copy of a block written out."""
@@ -277,9 +336,11 @@ class ModelSpec(Strict):
             for block in self.blocks
             for unrolled in cast(BlockSpec, block.canonical(self.dim)).unrolled()
         )
-        return self.model_copy(
-            update={"blocks": blocks, "name": "model", "description": "", "budget": None}
-        )
+        update = {"blocks": blocks, "name": "model", "description": "", "budget": None}
+        spec = self.model_copy(update=update)
+        if self.training is None:
+            return spec
+        return spec.model_copy(update={"training": self.training.canonical(spec.loops)})
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of the canonical form, as 64 hex digits.

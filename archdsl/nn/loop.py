@@ -49,12 +49,14 @@ class Pass(NamedTuple):
     """One pass of a loop through its body.
 
     ``step``: the number of the pass. ``like``: the trained step whose weights it uses. ``routed``:
-    how its tokens are selected; None: every token takes it.
+    how its tokens are selected; None: every token takes it. ``learns``: whether the pass gets a
+    gradient in training.
     """
 
     step: int
     like: int
     routed: Step | None
+    learns: bool = True
 
 
 @dataclass(frozen=True)

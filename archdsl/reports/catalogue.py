@@ -16,6 +16,7 @@ from archdsl.lang.schema import OF_FILES, SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec, Part, to_tree
 from archdsl.lang.strict import Strict
+from archdsl.lang.training import TrainingSpec
 from archdsl.reports.layout import TwoColumns
 
 SPEC = "spec"  # the name under which the keys at the top of a file are listed
@@ -80,7 +81,12 @@ def catalogue(name: str | None = None) -> list[CatalogueEntry]:
 def _top() -> CatalogueEntry:
     """The keys at the top of a spec file."""
     of_budget = ", ".join(Budget.model_fields)
-    types = {"blocks": "list of block", "budget": f"mapping of {of_budget}"}
+    of_training = ", ".join(TrainingSpec.model_fields)
+    types = {
+        "blocks": "list of block",
+        "budget": f"mapping of {of_budget}",
+        "training": f"mapping of {of_training}",
+    }
     fields = [replace(f, type=types.get(f.name, f.type)) for f in _fields(ModelSpec)]
     fields += [
         CatalogueField(name, str(about["type"]), "null", about["description"])

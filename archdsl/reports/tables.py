@@ -12,7 +12,7 @@ from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost, paper_flops
 from archdsl.lang.budget import limit_uses
-from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.lang.spec import Budget, ModelSpec, to_tree
 from archdsl.reports.layout import StackingTable, TwoColumns, wrapped
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
@@ -82,11 +82,19 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
                 ("checkpointed", training_memory(spec, checkpointed=True)),
             )
         },
+        "training": _training_data(spec),
         "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
         "leaks": [node.path for node in root.walk() if node.leaks],
         "budget": budget and _budget_data(spec, budget),
         "tree": _node_data(root),
     }
+
+
+def _training_data(spec: ModelSpec) -> dict[str, Any] | None:
+    """The rule of training as written, and the numbers of passes that are drawn, equally likely."""
+    if spec.training is None:
+        return None
+    return to_tree(spec.training) | {"depths": list(spec.training_depths)}
 
 
 def _budget_data(spec: ModelSpec, budget: Budget) -> dict[str, dict[str, float]]:
@@ -113,7 +121,11 @@ def _node_data(node: OutlineNode) -> dict[str, Any]:
 def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
     """Returns the receipt as a table: the tree of nodes, and below it the totals."""
     root, total = outline(spec), cost(spec)
-    facts = _paper(spec, root) if convention == "paper" else [*_node_by_node(total), *_memory(spec)]
+    facts = (
+        _paper(spec, root)
+        if convention == "paper"
+        else [*_node_by_node(spec, total), *_memory(spec)]
+    )
     facts += [("counted", COUNTED[convention])]
     facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
     facts += [("budget", line) for line in _budget_lines(spec, budget)] if budget else []
@@ -198,7 +210,7 @@ def _wrapped(node: OutlineNode, lead: str, rest: str, room: int) -> Iterator[tup
         yield i == 0, line
 
 
-def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
+def _node_by_node(spec: ModelSpec, total: Receipt) -> list[tuple[str, str]]:
     return [
         (
             "parameters",
@@ -212,8 +224,22 @@ def _node_by_node(total: Receipt) -> list[tuple[str, str]]:
             f"{quantity(total.flops_per_context, 'FLOPs')} per context of {total.context:,} tokens",
         ),
         ("training", f"{short(total.train_flops_per_token)} FLOPs/token"),
+        *_drawn(spec),
         ("KV cache", _cache(total)),
     ]
+
+
+def _drawn(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """The depths that training draws."""
+    depth, sizes = spec.depth_law, spec.training_depths
+    if depth is None:
+        return
+    words = f"on average, with {', '.join(map(str, sizes))} passes, equally likely, per {depth.per}"
+    if len(set(sizes)) == 1:
+        words = f"with {sizes[0]} passes"
+    if depth.backprop_last is not None:
+        words += f"; gradients through the last {depth.backprop_last}"
+    yield "", words
 
 
 def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:

@@ -10,13 +10,14 @@ The formulas are for float32 on a CPU; benchmarks/memory.py compares them with t
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from archdsl.blocks.norm import norm_footprint, norm_size
 from archdsl.costs.activations import FLOAT, LOGITS, Footprint, Rows, in_a_row
 from archdsl.costs.receipt import TRAIN_BYTES, block_cost, sequence_cost
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import BlockSpec, ModelSpec
 
 if TYPE_CHECKING:
     from archdsl.training.config import TrainConfig
@@ -53,18 +54,51 @@ def training_memory(
     """Returns the peak memory of a step on ``batch_size`` sequences of ``context`` tokens.
 
     ``context``: by default that of the spec. ``accumulate``: the number of parts that the batch is
-    divided into. ``checkpointed``: whether each layer is recomputed in the backward pass.
+    divided into. ``checkpointed``: whether each layer is recomputed in the backward pass. If the
+    training of the spec draws the depth of its loops, it is the peak at the depth that needs most.
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
     '4.9 GB'
     """
-    rows = full_batch(spec, batch_size // accumulate, context)
+    runs = _runs(spec, batch_size)
+    several = accumulate > 1 or (len(runs) > 1 and _draws_per_sequence(spec) and batch_size > 1)
+    at_once = batch_size // accumulate
+    needs = [
+        _at_depth(spec, full_batch(spec, min(rows, at_once), context), depth, several, checkpointed)
+        for depth, rows in runs
+    ]
+    return max(needs, key=lambda need: need.peak)
+
+
+def _runs(spec: ModelSpec, batch_size: int) -> list[tuple[int | None, int]]:
+    """Returns each depth that training draws, and the most sequences of a batch that get it.
+
+    None stands for the depth in use, where training draws none.
+    """
+    depths = Counter(spec.training_depths)
+    if not depths:
+        return [(None, batch_size)]
+    if not _draws_per_sequence(spec):
+        return [(depth, batch_size) for depth in depths]
+    return [(depth, -(-batch_size * n // depths.total())) for depth, n in depths.items()]
+
+
+def _draws_per_sequence(spec: ModelSpec) -> bool:
+    return spec.depth_law is not None and spec.depth_law.per == "sequence"
+
+
+def _at_depth(
+    spec: ModelSpec, rows: Rows, depth: int | None, several: bool, checkpointed: bool
+) -> TrainingMemory:
+    """Returns the peak of a pass at a depth. ``several``: whether a step has several passes."""
+    law = spec.depth_law
+    rows = rows._replace(backprop_last=law.backprop_last if law else None)
     weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
-    parts = _parts(spec, rows, checkpointed)
+    parts = _parts(spec, rows, checkpointed, depth)
     saved = _saved_for_backward(rows, parts)
-    # gradients of the parts of the batch before this one
-    accumulated = weights if accumulate > 1 else 0
+    # gradients of the passes of this step before this one
+    accumulated = weights if several else 0
     # the gradient of the head is computed with the loss and added to them at the end
     gradients, pending = 0, parts[-1][1]
     candidates = []
@@ -119,11 +153,14 @@ def _saved_for_backward(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
     return model.kept + rows.tables(model.angles)
 
 
-def _parts(spec: ModelSpec, rows: Rows, checkpointed: bool) -> list[tuple[Footprint, int]]:
+def _parts(
+    spec: ModelSpec, rows: Rows, checkpointed: bool, depth: int | None = None
+) -> list[tuple[Footprint, int]]:
     """Returns the footprints of embedding, layers, norm and head, each with the bytes of its
-    gradients."""
+    gradients. ``depth``: of the loops; None: their own."""
     layers = [layer for block in spec.blocks for layer in block.unrolled()]
-    footprints = [layer.footprint(rows) for layer in layers]
+    run = [cast(BlockSpec, layer.at_depth(depth)) for layer in layers] if depth else layers
+    footprints = [layer.footprint(rows) for layer in run]
     if checkpointed:
         footprints = [footprint.recomputed() for footprint in footprints]
     costs = [block_cost(layer, rows.dim, rows.tokens) for layer in layers]

@@ -30,6 +30,7 @@ from archdsl.model.checkpoint import (
 )
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
+from archdsl.training.depth import at_depth
 from archdsl.training.state import PREFIX, TrainingState, checked, moments
 
 IN_MEMORY = Path("the state")  # in errors, where a state was not read from a checkpoint
@@ -95,6 +96,7 @@ class Trainer:
         if config.only == "new":
             with blamed_on("only"):
                 _freeze_old_parameters(model, start)
+        self.depth = model.spec.depth_law
         self.optimizer = _optimizer(model, config)
         self.step = 0
         self.tokens = 0
@@ -102,7 +104,7 @@ class Trainer:
         self.diverging_steps = 0  # steps in a row with a far too high loss
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
-            compile_layers(model)
+            compile_layers(model, depths=len(set(model.spec.training_depths)))
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[TrainStep], None] | None = None
@@ -158,18 +160,41 @@ class Trainer:
         target_count = int((batch.targets_BT != IGNORE).sum())
         if not target_count:
             raise ArchdslError(f"batch {self.step} of {self.data.name} has no target to predict")
-        parts = zip(
-            batch.tokens_BT.chunk(self.config.accumulate),
-            batch.targets_BT.chunk(self.config.accumulate),
-            strict=True,
-        )
-        return sum(self._backward_part(tokens, targets, target_count) for tokens, targets in parts)
+        total = 0.0
+        for depth, part in self._parts(batch):
+            parts = len(batch.tokens_BT) / len(part.tokens_BT)
+            last = self.depth.backprop_last if self.depth else None
+            with at_depth(self.model, depth, last):
+                total += self._backward_part(part, target_count, parts)
+        return total
 
-    def _backward_part(self, tokens_BT: Tensor, targets_BT: Tensor, target_count: int) -> float:
+    def _parts(self, batch: Batch) -> Iterator[tuple[int | None, Batch]]:
+        """Yield the parts of a batch, each with the number of passes of the loops in it.
+
+        None: as many as the loops run now. Sequences of different depths are in different parts.
+        """
+        rows = len(batch.tokens_BT)
+        size = -(-rows // self.config.accumulate)
+        for depth, numbers in self._rows_by_depth(rows):
+            chosen = Batch(batch.tokens_BT[numbers], batch.targets_BT[numbers])
+            pairs = zip(chosen.tokens_BT.split(size), chosen.targets_BT.split(size), strict=True)
+            yield from ((depth, Batch(*pair)) for pair in pairs)
+
+    def _rows_by_depth(self, rows: int) -> Iterator[tuple[int | None, list[int] | slice]]:
+        if self.depth is None:
+            yield None, slice(None)
+            return
+        steps = self.model.spec.loops[0].steps
+        drawn = self.depth.draw(steps, rows, self.config.seed, self.step)
+        for depth in sorted(set(drawn)):
+            yield depth, [row for row, one in enumerate(drawn) if one == depth]
+
+    def _backward_part(self, part: Batch, target_count: int, parts: float) -> float:
+        """Add the gradient of one of ``parts`` equally large parts of a batch; return its loss."""
         with self.autocast():
-            nats = self.model.loss(tokens_BT.to(self.device), targets_BT.to(self.device))
+            nats = self.model.loss(part.tokens_BT.to(self.device), part.targets_BT.to(self.device))
         loss = nats / target_count
-        router_loss = sum(self.model.trace.losses.values()) / self.config.accumulate
+        router_loss = sum(self.model.trace.losses.values()) / parts
         (loss + router_loss).backward()
         return float(loss.detach())
 
@@ -414,13 +439,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compile_layers(model: LanguageModel, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_layers(
+    model: LanguageModel, backend: str | Callable[..., Any] = "inductor", depths: int = 1
+) -> None:
     """Compile each layer as one graph with fixed shapes.
 
     Equal layers without a loop share a graph. Each loop has its own graph, and more of them for
-    other modes of its router. Raises an error of torch if a layer cannot be one graph.
+    other modes of its router and other ``depths``. Raises an error of torch if a layer cannot be
+    one graph.
     """
-    limit = 4 * (1 + len(model.layers))
+    limit = (3 + max(1, depths)) * (1 + len(model.layers))
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, backend=backend, recompile_limit=limit)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import TYPE_CHECKING, ClassVar, assert_never, cast
 
 import torch
@@ -25,6 +26,25 @@ from archdsl.nn.noise import normal
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
     from archdsl.lang.spec import BlockSpec
+
+
+Run = Callable[..., Tensor]
+
+
+def without_gradient_unless_it_learns(run: Run) -> Run:
+    """Runs a pass ``run(loop, x_BTD, start_BTD, one, ...)``; where it does not learn, no activation
+    is saved, and no gradient goes through it."""
+
+    @wraps(run)
+    def as_told(
+        loop: BodyLoop, x_BTD: Tensor, start_BTD: Tensor, one: Pass, *more: object
+    ) -> Tensor:
+        if one.learns:
+            return run(loop, x_BTD, start_BTD, one, *more)
+        with torch.no_grad():
+            return run(loop, x_BTD, start_BTD, one, *more)
+
+    return as_told
 
 
 class BodyLoop(Loop):
@@ -116,6 +136,7 @@ class BodyLoop(Loop):
             case start:
                 assert_never(start)
 
+    @without_gradient_unless_it_learns
     def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
         y_BTD = self._body(x_BTD, start_BTD, one, ctx)
         if one.step == 0:
@@ -123,6 +144,7 @@ class BodyLoop(Loop):
         ctx.count_step(x_BTD)
         return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
 
+    @without_gradient_unless_it_learns
     def _routed(
         self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Selection
     ) -> Tensor:

@@ -75,6 +75,7 @@ def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
         return winner
     about = f"{name} baseline of {winner.name}" if name in BASELINES else f"{winner.name} {name}"
     called = f"{winner.name[:60]}-{name.lower().replace(' ', '-')}"
+    spec = spec.with_blocks(spec.blocks)  # of the training, what still goes with them
     return spec.model_copy(update={"name": called, "description": about, "budget": None})
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from archdsl.costs.receipt import sequence_cost
+from archdsl.costs.receipt import train_flops
 from archdsl.errors import ArchdslError
 from archdsl.files import read_bytes, remove_folder, write_text
 from archdsl.lang.messages import explain
@@ -50,7 +50,7 @@ class ProxyScore(Strict):
     bits_per_byte: float | None
     leak: float = Field(0.0, description="how much lower the loss is with sight of the future")
     seconds: float = Field(description="spent")
-    train_flops: float = Field(0.0, description="spent: three forward passes of the closed form")
+    train_flops: float = Field(0.0, description="spent: by the closed form")
     eval_flops: float = Field(0.0, description="spent by scoring")
     flops_per_token: float | None = Field(None, description="forward, executed, when scored")
     shares: dict[str, float] = Field({}, description="of tokens selected, by loop and step")
@@ -214,14 +214,14 @@ class ProxyTraining:
         )
 
 
-def _step_flops(trainer: Trainer) -> int:
-    """Return the FLOPs of one training step.
+def _step_flops(trainer: Trainer) -> float:
+    """Return the expected FLOPs of one training step.
 
     The length is read from a batch, because sequences of a skill may be shorter than the context.
     """
     config, spec = trainer.config, trainer.model.spec
     sequence_BT = trainer.data.batch(0, 1, trainer.context, config.seed).tokens_BT
-    return 3 * config.batch_size * sequence_cost(spec, tokens=sequence_BT.size(1)).flops
+    return config.batch_size * train_flops(spec, tokens=sequence_BT.size(1))
 
 
 def _peak_bytes() -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from archdsl.costs.receipt import sequence_cost
+from archdsl.costs.receipt import train_flops
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore
 from archdsl.search.workers.pool import Work
@@ -56,13 +56,11 @@ class SeparateTraining:
 def training_flops(proxy: Proxy, spec: ModelSpec) -> float:
     """Return the FLOPs of training the proxy of a spec on all tasks up to the last rung.
 
-    They are computed by the closed form: a training step costs three forward passes.
+    They are computed by the closed form.
     """
     return sum(
-        3 * _flops(proxy.shrink(spec, task), task.context) * task.batch_size * task.rungs[-1]
+        train_flops(proxy.shrink(spec, task), tokens=task.context)
+        * task.batch_size
+        * task.rungs[-1]
         for task in proxy.tasks.values()
     )
-
-
-def _flops(spec: ModelSpec, tokens: int) -> int:
-    return sequence_cost(spec, tokens=tokens).flops

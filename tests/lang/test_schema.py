@@ -76,6 +76,7 @@ def test_every_example_of_the_catalogue_is_valid(entry: Any) -> None:
             "blocks": "[{kind: loop, router: {kind: prefix, capacity: "
             "[{search: {low: 0.1, high: 0.9, default: 0.5}}, 0.5]}, body: layer}]"
         },
+        {"training": "{depth: {law: uniform, mean: {search: {choices: [2, 3], default: 3}}}}"},
     ],
 )
 def test_the_schema_accepts_what_the_language_accepts(changes: dict[str, str]) -> None:
@@ -107,6 +108,8 @@ def test_a_spec_that_extends_another_may_leave_out_required_keys() -> None:
         ({"dim": "{search: {low: 64, high: 128}}"}, ["dim"]),
         ({"norm": "{fit: {multiple_of: 64, default: 1024}}"}, ["norm"]),
         ({"blocks": "[{search: {choices: {one: lair}, default: one}}]"}, ["blocks"]),
+        ({"training": "{depth: {law: uniformly}}"}, ["training"]),
+        ({"training": "{depth: {mean: {search: {choices: [2, 3]}}}}"}, ["training"]),
     ],
 )
 def test_the_schema_refuses_what_the_language_refuses(

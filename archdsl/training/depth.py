@@ -1,0 +1,36 @@
+"""Runs the loops of a model at the depth that a training step has drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.loop import Pass
+
+
+@contextmanager
+def at_depth(
+    model: LanguageModel, steps: int | None, backprop_last: int | None = None
+) -> Iterator[None]:
+    """Within the block, the loops run ``steps`` passes, the last ``backprop_last`` with a gradient.
+
+    None: the passes that they run now, all of them with a gradient. Raises DialError if a loop
+    cannot run so many passes.
+    """
+    before = [loop.passes for loop in model.loops]
+    try:
+        for loop in model.loops:
+            if steps is not None:
+                loop.dial(steps=steps)
+            if backprop_last is not None:
+                loop.passes = _last_learn(loop.passes, backprop_last)
+        yield
+    finally:
+        for loop, passes in zip(model.loops, before, strict=True):
+            loop.passes = passes
+
+
+def _last_learn(passes: list[Pass], count: int) -> list[Pass]:
+    first = len(passes) - count
+    return [one._replace(learns=i >= first) for i, one in enumerate(passes)]
