@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
 from archdsl.blocks.lora import LoraSpec, ParametersType
+from archdsl.blocks.norm import EPS, NormType, norm_footprint, norm_size
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
 from archdsl.blocks.router import RouterSpec, share_of
 from archdsl.blocks.step_encoding import EncodingSpec
@@ -100,6 +101,18 @@ class LoopSpec(BlockSpec):
         exclude_if=lambda std: std == START_STD,
         description="the standard deviation of start: noise",
     )
+    norm: NormType | None = Field(
+        None,
+        exclude_if=lambda norm: norm is None,  # the hash of specs without it stays
+        description="a norm after each pass, the same one, of the tokens that took the pass",
+    )
+    norm_eps: float = Field(
+        EPS,
+        gt=0,
+        lt=1,
+        exclude_if=lambda eps: eps == EPS,
+        description="added to the variance in that norm",
+    )
     body: AnyBlock = Field(description="the block that each pass runs")
 
     @property
@@ -114,7 +127,8 @@ class LoopSpec(BlockSpec):
     @property
     def is_body(self) -> bool:
         """Whether it is one pass over every token, which is the body itself."""
-        return self.steps == 1 and not self.shares and not self.first_injects
+        plain = not self.first_injects and self.norm is None
+        return self.steps == 1 and not self.shares and plain
 
     @property
     def first_injects(self) -> bool:
@@ -274,11 +288,16 @@ class LoopSpec(BlockSpec):
             )
         if loop.encoding is None and isinstance(loop.residual, DeltaSpec) and not loop.is_gated:
             update["residual"] = OverwriteSpec()  # y and x + (y - x) are one
-        if loop.start != "noise":
-            update["start_std"] = START_STD
-        if not loop.first_injects:
-            update["start"] = "embedding"
-        return loop.model_copy(update=update)
+        return loop.model_copy(update=update | dict(loop._unused()))
+
+    def _unused(self) -> Iterator[tuple[str, object]]:
+        """The defaults of the fields that have no effect."""
+        if self.start != "noise":
+            yield "start_std", START_STD
+        if not self.first_injects:
+            yield "start", "embedding"
+        if self.norm is None:
+            yield "norm_eps", EPS
 
     @property
     def is_gated(self) -> bool:
@@ -312,6 +331,8 @@ class LoopSpec(BlockSpec):
             encoding.cost(bill.part("encoding"), steps)
         if self.injection in ("linear", "diagonal"):
             self._injection_cost(bill, full, shares)
+        if self.norm is not None:
+            bill.part("norm").vectors += norm_size(self.norm, bill.dim)
 
     def _injection_cost(self, bill: Bill, full: int, shares: list[float]) -> None:
         """Its matrix, for every pass that it is used in, and the vectors of a diagonal one."""
@@ -356,12 +377,10 @@ class LoopSpec(BlockSpec):
         """Its passes one after the other."""
         if self.is_body:
             return self.body.footprint(rows)
-        passes = [
-            self._full_pass(rows, step) if row is None else self._routed_pass(rows, step, row)
-            for step, row in enumerate(self.rows())
-        ]
+        passes = [self._pass(rows, step, row) for step, row in enumerate(self.rows())]
         learning = min(self.steps, rows.backprop_last or self.steps)
-        whole, cut = in_a_row(rows.stream, passes[-learning:]), learning < self.steps
+        parts = [part for one in passes[-learning:] for part in one]
+        whole, cut = in_a_row(rows.stream, parts), learning < self.steps
         if cut:  # what the passes without a gradient return is kept, in place of the loop's input
             whole = whole._replace(kept=whole.kept + rows.stream * whole.reads, reads=False)
         if self.injection != "diagonal":
@@ -394,6 +413,8 @@ class LoopSpec(BlockSpec):
         kept += at.stream * (self.router.learned + self._scales)
         takes = 1 + padded + self._injects(step)
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
+        if self.norm is not None:
+            kept += at.stream + norm_footprint(self.norm, at).kept
         rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
         return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
 

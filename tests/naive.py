@@ -142,8 +142,13 @@ def model(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
         assert isinstance(inner, Block)
         x_BTD = block(inner, x_BTD)
     return torch.stack(
-        [torch.stack([module.head.weight @ norm(module.norm, x) for x in x_TD]) for x_TD in x_BTD]
+        [torch.stack([module.head.weight @ normed(module.norm, x) for x in x_TD]) for x_TD in x_BTD]
     )
+
+
+def normed(module: nn.Module | None, x_D: Tensor) -> Tensor:
+    """The token after a norm that a model or a loop may do without."""
+    return norm(module, x_D) if isinstance(module, nn.RMSNorm | nn.LayerNorm) else x_D
 
 
 def norm(module: nn.RMSNorm | nn.LayerNorm, x_D: Tensor) -> Tensor:
@@ -272,6 +277,7 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
             else joined(module, x, ys.get(t), gates.get(t), step)
             for t, x in enumerate(xs)
         ]
+        xs = [normed(module.norm, x) if t in gates else x for t, x in enumerate(xs)]
     return xs
 
 

@@ -139,6 +139,8 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     slots = {
         "residual": RESIDUALS,
         "encoding": ENCODINGS,
+        "norm": st.sampled_from([None, "rms", "layer"]),
+        "norm_eps": EPSILONS,
     }
     tree |= draw(st.fixed_dictionaries({}, optional=slots)) | draw(injections(full_steps > 0))
     if sharing:
@@ -201,6 +203,7 @@ def spec_trees(draw: st.DrawFn) -> Tree:
         "tie_embeddings": st.booleans(),
         "norm": st.sampled_from(["rms", "layer"]),
         "norm_eps": EPSILONS,
+        "final_norm": st.booleans(),
         "budget": st.just({"params": "1.5M"}),
     }
     tree = required | draw(st.fixed_dictionaries({}, optional=optional))

@@ -31,7 +31,8 @@ def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool 
     bill.part("embedding").tables += V * D
     for i, block in enumerate(spec.blocks):
         block.cost(bill.part(f"blocks.{i}"))
-    bill.part("norm").vectors += D * (2 if spec.norm == "layer" else 1)
+    if spec.final_norm:
+        bill.part("norm").vectors += D * (2 if spec.norm == "layer" else 1)
     head = bill.part("head")
     head.matrices += V * D
     if spec.tie_embeddings:

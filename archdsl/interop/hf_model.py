@@ -42,11 +42,10 @@ from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec
-from archdsl.model.backbone import Backbone
+from archdsl.model.backbone import Backbone, final_norm
 from archdsl.nn.block import Block, Context, KeysValues, Primitive, Trace, normal_, stream_depth
 from archdsl.nn.cache import Cache, ContextFullError, Stream
 from archdsl.nn.loop import DialError
-from archdsl.nn.norm import make_norm
 
 logger = logging.get_logger(__name__)
 INSTALLED = "archdsl.interop.hf_model"  # not so where this is the code of an export
@@ -403,7 +402,7 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         self.spec = spec = ModelSpec.model_validate(config.spec)
         self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
-        self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
+        self.norm = final_norm(spec)
         self.embedded, self.stage = Embedded(), Stage()
         self.find_parts()
         if not self.standard and config._attn_implementation not in ("sdpa", "eager"):

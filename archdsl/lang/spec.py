@@ -251,6 +251,11 @@ class ModelSpec(Strict):
     tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
     norm: Literal["rms", "layer"] = Field("rms", description="the norm before the head")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in that norm")
+    final_norm: bool = Field(
+        True,
+        exclude_if=lambda final_norm: final_norm,  # the hash of specs without it stays
+        description="false: no norm before the head, where the last block ends with one of its own",
+    )
     blocks: Blocks = Field(description="the blocks, which run one after the other")
     budget: Budget | None = Field(None, description="limits that `fit` and `search` must meet")
     training: TrainingSpec | None = Field(
@@ -337,6 +342,8 @@ class ModelSpec(Strict):
             for unrolled in cast(BlockSpec, block.canonical(self.dim)).unrolled()
         )
         update = {"blocks": blocks, "name": "model", "description": "", "budget": None}
+        if not self.final_norm:
+            update |= {name: type(self).model_fields[name].default for name in ("norm", "norm_eps")}
         spec = self.model_copy(update=update)
         if self.training is None:
             return spec

@@ -18,6 +18,7 @@ from archdsl.nn.block import Block, Context, Primitive, Trace
 from archdsl.nn.cache import Cache, ContextFullError, Stream
 from archdsl.nn.gather import take
 from archdsl.nn.loop import DialError, Loop, Router, selecting_causally
+from archdsl.nn.norm import make_norm
 
 
 class Backbone(nn.Module):
@@ -184,6 +185,13 @@ class Backbone(nn.Module):
         """
         for router in self.routers:
             router.commit()
+
+
+def final_norm(spec: ModelSpec) -> nn.RMSNorm | nn.LayerNorm | nn.Identity:
+    """The norm before the head; the identity in a model without one."""
+    if not spec.final_norm:
+        return nn.Identity()
+    return make_norm(spec.norm, spec.dim, spec.norm_eps)
 
 
 def _real_first(mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

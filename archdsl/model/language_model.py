@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from archdsl.costs.activations import LOGITS
 from archdsl.data.types import IGNORE
 from archdsl.lang.spec import ModelSpec
-from archdsl.model.backbone import Backbone
+from archdsl.model.backbone import Backbone, final_norm
 from archdsl.model.parts import seed_names
 from archdsl.nn.block import Primitive, normal_, stream_depth
 from archdsl.nn.cache import Cache
 from archdsl.nn.loop import DialError
-from archdsl.nn.norm import make_norm
 
 __all__ = ["DialError", "LanguageModel"]
 
@@ -37,7 +36,7 @@ class LanguageModel(Backbone, Primitive):
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
-        self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
+        self.norm = final_norm(spec)
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
         self._tie()
         self.find_parts()
@@ -106,7 +105,8 @@ class LanguageModel(Backbone, Primitive):
     def reset(self, rng: torch.Generator, depth: int) -> None:
         """Draws the embedding and the head, and sets the norm to 1."""
         scale = self.spec.dim**-0.5
-        self.norm.reset_parameters()
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()
         normal_(self.head.weight, scale, rng)
         if not self.spec.tie_embeddings:
             normal_(self.embedding.weight, 1.0, rng)

@@ -167,13 +167,14 @@ def _parts(
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
+    norm = (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
     return [
         (embedding, 0 if tied else table),
         *(
             (footprint, TRAIN_BYTES * cost.params)
             for footprint, cost in zip(footprints, costs, strict=True)
         ),
-        (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_size(spec.norm, rows.dim)),
+        *([norm] if spec.final_norm else []),
         (_loss_footprint(spec, rows), table),
     ]
 

@@ -22,6 +22,7 @@ from archdsl.nn.block import Block, Context, KeysValues
 from archdsl.nn.gather import put, take
 from archdsl.nn.loop import Loop, Pass, Selection, Step
 from archdsl.nn.noise import normal
+from archdsl.nn.norm import make_norm
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
@@ -73,10 +74,13 @@ class BodyLoop(Loop):
         self.inject = make_injection(spec.injection, dim)
         low_rank = spec.parameters if isinstance(spec.parameters, LoraSpec) else None
         self.lora = Lora(low_rank, spec.steps, self.bodies[0]) if low_rank else None
+        self.norm = make_norm(spec.norm, dim, spec.norm_eps) if spec.norm else None
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
-        """Sets the initial values of the injection; see `reset_injection`."""
+        """Sets the norm to 1 and the injection as `reset_injection` says."""
+        if self.norm is not None:
+            self.norm.reset_parameters()
         if self.inject is not None:
             reset_injection(self.inject, state_only=not self.spec.first_injects)
 
@@ -140,9 +144,9 @@ class BodyLoop(Loop):
     def _full(self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context) -> Tensor:
         y_BTD = self._body(x_BTD, start_BTD, one, ctx)
         if one.step == 0:
-            return cast(Tensor, self.encoding(y_BTD, 0, after=True))
+            return self._normed(cast(Tensor, self.encoding(y_BTD, 0, after=True)))
         ctx.count_step(x_BTD)
-        return self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one))
+        return self._normed(self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one)))
 
     @without_gradient_unless_it_learns
     def _routed(
@@ -160,7 +164,7 @@ class BodyLoop(Loop):
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
         y_BKD = self._body(x_BKD, start_BKD, one, inner)
 
-        new_BKD = self.spec.residual.join(x_BKD, y_BKD, chosen.gate_BK, scale)
+        new_BKD = self._normed(self.spec.residual.join(x_BKD, y_BKD, chosen.gate_BK, scale))
         if chosen.keep_BK is not None:
             rest_BKD = take(rest_BTD, index_BK)
             new_BKD = torch.where(chosen.keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
@@ -179,6 +183,9 @@ class BodyLoop(Loop):
         if isinstance(self.inject, DiagonalInjection):
             return cast(Tensor, self.inject(x, start))
         return x if self.inject is None else self.inject(torch.cat((x, start), -1))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
 
     def body(self, one: Pass) -> Block:
         """The block that a pass runs."""

@@ -76,7 +76,20 @@ def _named(spec: ModelSpec, winner: ModelSpec, name: str) -> ModelSpec:
     about = f"{name} baseline of {winner.name}" if name in BASELINES else f"{winner.name} {name}"
     called = f"{winner.name[:60]}-{name.lower().replace(' ', '-')}"
     spec = spec.with_blocks(spec.blocks)  # of the training, what still goes with them
-    return spec.model_copy(update={"name": called, "description": about, "budget": None})
+    update = {"name": called, "description": about, "budget": None}
+    return _with_last_norm(spec, winner).model_copy(update=update)
+
+
+def _with_last_norm(spec: ModelSpec, winner: ModelSpec) -> ModelSpec:
+    """Put the norm that the winner's last loop ends with before the head, where it was removed."""
+    last, now = [*_unrolled(winner)][-1], [*_unrolled(spec)][-1]
+    if winner.final_norm or not isinstance(last, LoopSpec) or last.norm is None:
+        return spec
+    if isinstance(now, LoopSpec) and now.norm is not None:
+        return spec
+    return spec.model_copy(
+        update={"final_norm": True, "norm": last.norm, "norm_eps": last.norm_eps}
+    )
 
 
 # plain models
@@ -174,6 +187,7 @@ ABLATIONS: dict[str, Change] = {
     "empty start": lambda loop: _with(loop, start="embedding"),
     "shared kv": lambda loop: _with_own_kv(loop, "shared"),
     "last kv": lambda loop: _with_own_kv(loop, "last"),
+    "norm between passes": lambda loop: _with(loop, norm=None),
     "weights per step": lambda loop: _with(loop, parameters="shared"),
 }
 

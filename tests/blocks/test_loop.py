@@ -87,6 +87,8 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"injection": "linear", "start": "noise", "steps": 1},
         {"injection": "diagonal", "start": "noise", "start_std": 2.0, "router": router("prefix")},
         {"injection": "linear", "router": router("prefix"), "steps": 2, "full_steps": 0},
+        {"norm": "rms", "router": router("prefix"), "residual": "thinking", "encoding": "scale"},
+        {"norm": "layer", "norm_eps": 0.1, "steps": 1, "router": router("top_k"), "full_steps": 0},
         {"parameters": "per_step", "router": router("prefix")},
         {"parameters": "per_step", "full_steps": 3, "encoding": "scale"},
         {"parameters": {"lora": {"rank": [2, 0, 1], "alpha": 3}}, "router": router("prefix")},

@@ -47,15 +47,16 @@ from archdsl.nn.loop import DialError
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251 + 1
 NEW: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
-LEAKING = ["blocks.1.router=top_k", "blocks.1.kv=shared", "tie_embeddings=true"]
+LEAKING = ["blocks.1.router=top_k", "blocks.1.kv=shared", "tie_embeddings=true", "norm=layer"]
 
 RICH = [
-    "norm=layer",
     "blocks.0={kind: stack, repeat: 2, body: [{kind: layer, attention: {head_size: 8, window: 5, "
     "qk_norm: true, queries_per_kv: 2, rope_scaling: {kind: linear, factor: 2}}}]}",
-    "blocks.1={kind: loop, steps: 3, encoding: add, residual: delta, injection: linear, router: "
-    "{kind: threshold, capacity: [0.7, 0.4], nested: true}, body: {kind: loop, steps: 2, "
-    "router: {kind: predictor, capacity: 0.5}, body: {kind: layer, attention: {head_size: 8}}}}",
+    "blocks.1={kind: loop, steps: 3, encoding: add, residual: delta, injection: linear, "
+    "start: zeros, router: {kind: threshold, capacity: [0.7, 0.4], nested: true}, norm: rms, "
+    "body: {kind: loop, steps: 2, router: {kind: predictor, capacity: 0.5}, body: {kind: layer, "
+    "attention: {head_size: 8}}}}",
+    "final_norm=false",
 ]
 
 
@@ -564,6 +565,20 @@ def test_the_config_says_what_heads_there_are(there: Any) -> None:
 
 def attentions(model: Any) -> list[Any]:
     return [one for one in model.modules() if type(one).__name__ == "Attention"]
+
+
+def test_noise_at_the_start_is_that_of_the_positions_in_the_text(tmp_path: Path) -> None:
+    loop = {"router": "null", "injection": "diagonal", "start": "noise"}
+    model = build(load("tiny", overrides=[f"blocks.1.{key}={loop[key]}" for key in loop])).eval()
+    assert export(Checkpoint(tmp_path, model, {}), tmp_path / "exported").difference < 1e-5
+    hub: Any = in_transformers(model)
+    assert hub.eval().model.standard
+    padded_BT = torch.cat((torch.zeros(2, 3, dtype=torch.long), TOKENS), 1)
+    mask_BT = (padded_BT > 0).long()
+    start = hub(padded_BT[:, :8], attention_mask=mask_BT[:, :8], use_cache=True)
+    rest = hub(padded_BT[:, 8:], attention_mask=mask_BT, past_key_values=start.past_key_values)
+    found = torch.cat((start.logits, rest.logits), 1)[:, 3:]
+    torch.testing.assert_close(found, model(TOKENS), rtol=1e-4, atol=1e-4)
 
 
 def test_with_archdsl_it_loads_without_code_of_its_own(here: Checkpoint, folder: Path) -> None:

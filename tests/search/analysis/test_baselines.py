@@ -30,11 +30,11 @@ def loops(spec: ModelSpec) -> list[LoopSpec]:
 
 
 def slots(spec: ModelSpec) -> int:
-    """Parameters that only thinking has: routers', encodings', injections'."""
+    """Parameters that only thinking has: routers', encodings', injections', norms' of loops."""
 
     def bare(part: Part) -> Part:
         part = part.with_each(bare)
-        empty = {"router": None, "encoding": None, "injection": None}
+        empty = {"router": None, "encoding": None, "injection": None, "norm": None}
         return part.model_copy(update=empty) if isinstance(part, LoopSpec) else part
 
     blocks = tuple(bare(block) for block in spec.blocks)
@@ -138,6 +138,19 @@ def test_a_model_has_the_ablations_of_what_it_is_made_of() -> None:
         assert loops(shared[f"without {kv} kv"])[0].kv == "own"
     assert shared["without router"].blocks[0].body[1].router is None  # type: ignore[attr-defined]
     assert ablations(archdsl.load("transformer")) == {}
+
+
+def test_the_norm_that_a_loop_ends_with_stands_before_the_head_where_the_loop_has_none() -> None:
+    layer = archdsl.load("tiny").blocks[0].model_dump()
+    loop = {"kind": "loop", "steps": 3, "norm": "layer", "norm_eps": 0.1, "body": layer}
+    sizes = {"name": "x", "vocab_size": 9, "context": 8, "dim": 16, "final_norm": False}
+    winner = ModelSpec.model_validate(sizes | {"blocks": [loop]})
+    found = compared_specs(winner)
+    for name in (EQUAL_PARAMS, EQUAL_FLOPS_LOOP, "without norm between passes", "without loop 1"):
+        assert found[name].final_norm
+        assert (found[name].norm, found[name].norm_eps) == ("layer", 0.1)
+        assert sequence_cost(found[name]).params == sequence_cost(winner).params
+    assert not found["without encoding"].final_norm
 
 
 def test_of_several_loops_each_is_put_back_in_turn() -> None:
