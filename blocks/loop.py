@@ -387,8 +387,16 @@ class LoopSpec(BlockSpec):
             return whole
         # the loop's input is saved for the matrix, and a state that it does not start with, too
         state = rows.stream * (self.first_injects and not cut)
-        injects = any(row is None and self._injects(step) for step, row in enumerate(self.rows()))
+        last = list(enumerate(self.rows()))[-learning:]
+        injects = any(row is None and self._injects(step) for step, row in last)
         return whole.plus(state)._replace(reads=whole.reads or injects)
+
+    def _pass(self, rows: Rows, step: int, row: int | None) -> list[Footprint]:
+        """A pass and, where it takes every token, the norm after it."""
+        if row is not None:
+            return [self._routed_pass(rows, step, row)]
+        norm = [] if self.norm is None else [norm_footprint(self.norm, rows)]
+        return [self._full_pass(rows, step), *norm]
 
     def _full_pass(self, rows: Rows, step: int) -> Footprint:
         """Saved besides the body: the result, where it is multiplied."""
