@@ -25,6 +25,7 @@ from archdsl.blocks.modules.injection import DiagonalInjection
 from archdsl.blocks.modules.layer import Layer
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.lora import LowRank
+from archdsl.blocks.modules.moe import Moe
 from archdsl.blocks.modules.norm import Norm
 from archdsl.blocks.modules.router import Learned, Random
 from archdsl.blocks.modules.stack import Stack
@@ -126,6 +127,31 @@ def norms(module: Norm, xs: Stream, *_: object) -> Stream:
 @defines(FeedForward)
 def feed_forwards(module: FeedForward, xs: Stream, *_: object) -> Stream:
     return [feed_forward(module, x) for x in xs]
+
+
+@defines(Moe)
+def experts(module: Moe, xs: Stream, *_: object) -> Stream:
+    return [mixture(module, x) for x in xs]
+
+
+def mixture(module: Moe, x_D: Tensor) -> Tensor:
+    """The experts whose score, plus their bias, is among the highest, each with its score."""
+    spec = module.spec
+    scores = torch.stack([row_D @ x_D for row_D in module.select.weight])
+    scores = torch.sigmoid(scores) if spec.gate == "sigmoid" else torch.softmax(scores, 0)
+    bias = [0.0] * spec.experts if module.bias_E is None else module.bias_E.tolist()
+    worth = [half_of_the_bits(scores[e].item() + bias[e]) for e in range(spec.experts)]
+    best = sorted(range(spec.experts), key=lambda e: worth[e], reverse=True)[: spec.top_k]
+    whole = sum(scores[e] for e in best) if spec.normalise else 1.0
+    every = cast(list[FeedForward], list(module.experts))
+    y_D = torch.stack([scores[e] / whole * feed_forward(every[e], x_D) for e in best]).sum(0)
+    return y_D if module.shared is None else y_D + feed_forward(module.shared, x_D)
+
+
+def half_of_the_bits(number: float) -> float:
+    """Rounded to 24 of the 53 bits, so that noise does not decide about a choice."""
+    part, exponent = math.frexp(number)
+    return math.ldexp(round(math.ldexp(part, 24)), exponent - 24)
 
 
 def block(module: Block, x_BTD: Tensor) -> Tensor:

@@ -62,6 +62,25 @@ def feed_forwards() -> st.SearchStrategy[Tree]:
 
 
 @cache
+def moes() -> st.SearchStrategy[Tree]:
+    def fitting(tree: Tree) -> Tree:
+        top_k = min(tree.get("top_k", 2), tree["experts"])
+        learns = top_k > 1 or tree["experts"] == 1
+        return tree | {"top_k": top_k, "normalise": tree.get("normalise", False) and learns}
+
+    experts = {"kind": st.just("moe"), "experts": st.integers(1, 5), "hidden": st.integers(1, 5)}
+    more = {
+        "top_k": st.integers(1, 3),
+        "shared": st.integers(0, 2),
+        "gate": st.sampled_from(["sigmoid", "softmax"]),
+        "normalise": st.booleans(),
+        "activation": st.sampled_from(["swiglu", "gelu"]),
+        "balance": st.sampled_from(["bias", "loss", "none"]),
+    }
+    return st.fixed_dictionaries(experts, optional=more).map(fitting)
+
+
+@cache
 def norms() -> st.SearchStrategy[Tree]:
     return trees("norm", type=st.sampled_from(["rms", "layer"]), eps=EPSILONS)
 
@@ -69,9 +88,9 @@ def norms() -> st.SearchStrategy[Tree]:
 @cache
 def bare() -> st.SearchStrategy[Tree]:
     """Blocks without blocks inside; of a kind that has no strategy here, its example."""
-    here = {"attention", "feed_forward", "norm", "layer", "stack", "loop"}
+    here = {"attention", "feed_forward", "moe", "norm", "layer", "stack", "loop"}
     others = [dict(spec.example) for kind, spec in kinds("block").items() if kind not in here]
-    known = attentions() | feed_forwards() | norms()
+    known = attentions() | feed_forwards() | moes() | norms()
     return known | st.sampled_from(others) if others else known
 
 
@@ -80,7 +99,7 @@ def layers(slots: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
     places = st.sampled_from(["pre", "post", "sandwich", "pre_post"])
     kinds = st.sampled_from(["rms", "layer"])
     more = {"norm": kinds, "norm_eps": EPSILONS, "norm_place": places}
-    usual = {"attention": attentions(), "ffn": feed_forwards()}
+    usual = {"attention": attentions(), "ffn": feed_forwards() | moes()}
 
     def layer(**changed: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
         given = {"kind": st.just("layer"), **usual, **changed}

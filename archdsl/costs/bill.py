@@ -24,6 +24,7 @@ class Cost(NamedTuple):
 
     params: int = 0
     matrices: int = 0  # of the parameters, those in matrices
+    idle: int = 0  # of these, those that a token does not use, as those of other experts
     flops: int = 0
     lightest: int = 0
     heaviest: int = 0
@@ -67,6 +68,8 @@ class Bill:
     matrices: int  # parameters in matrices that all tokens of all runs are multiplied by
     projections: int  # the same where keys and values are made
     ends: int  # the sum of inputs and outputs of matrices to which low-rank differences are added
+    idle: int  # parameters in matrices of which each token uses others, as those of experts
+    idle_ends: int  # the same sum for these
     tables: int  # parameters in matrices that are looked up
     queries: int  # width of all heads
     layers: int  # that attend
@@ -91,14 +94,19 @@ class Bill:
         self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
         self.ranks = ranks
         self.vectors = self.matrices = self.projections = self.ends = self.tables = 0
-        self.queries = self.layers = self.kv = self.state = 0
+        self.idle = self.idle_ends = self.queries = self.layers = self.kv = self.state = 0
         self.below: list[Bill] = []
 
-    def linear(self, fan_in: int, fan_out: int, count: int = 1, *, keys: bool = False) -> None:
+    def linear(
+        self, fan_in: int, fan_out: int, count: int = 1, *, keys: bool = False, idle: int = 0
+    ) -> None:
         """Adds ``count`` matrices that blocks apply by `Context.linear`.
 
-        ``keys``: whether they make keys or values, and so run only where these are made.
+        ``keys``: whether they make keys or values, and so run only where these are made. ``idle``:
+        how many more there are that a token does not use, as those of other experts.
         """
+        self.idle += idle * fan_in * fan_out
+        self.idle_ends += idle * (fan_in + fan_out)
         if keys:
             self.projections += count * fan_in * fan_out
         else:
@@ -145,12 +153,14 @@ class Bill:
     def total(self) -> Cost:
         """Returns the costs of everything added to this bill and to the bills below it."""
         params = matrices = flops = lightest = heaviest = kv = state = layers = passes = queries = 0
+        idle = 0
         bills, T = [self], self.tokens
         for bill in bills:
             bills += bill.below  # the loop reaches these bills later
             lengths, pairs, fewest, most, _ = bill.runs
             makers, copies, tokens = bill.makers, bill.copies, sum(lengths)
-            numbers = bill.matrices + bill.projections + bill.tables
+            numbers = bill.matrices + bill.projections + bill.tables + bill.idle
+            idle += bill.weights * bill.idle
             params += bill.weights * (numbers + bill.vectors)
             matrices += bill.weights * numbers
             applied, made = copies * bill.matrices, copies * bill.projections
@@ -160,8 +170,10 @@ class Bill:
             lightest += applied * fewest + made * makers.fewest
             heaviest += applied * most + made * makers.most
             for passed, rank in bill.ranks:
-                params += bill.weights * rank * bill.ends
-                matrices += bill.weights * rank * bill.ends
+                numbers = bill.weights * rank * (bill.ends + bill.idle_ends)
+                params += numbers
+                matrices += numbers
+                idle += bill.weights * rank * bill.idle_ends
                 added = copies * rank * bill.ends
                 flops += added * sum(passed.lengths)
                 lightest += added * passed.fewest
@@ -176,6 +188,7 @@ class Bill:
         return Cost(
             params=params,
             matrices=matrices,
+            idle=idle,
             flops=flops,
             lightest=lightest,
             heaviest=heaviest,

@@ -69,6 +69,7 @@ def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
 class Receipt(NamedTuple):
     """What a spec costs; FLOPs are forward unless they say otherwise.
 
+    ``active``: the parameters that one token uses, which are fewer where there are experts.
     ``lightest``/``expected``/``heaviest`` are FLOPs per token, averaged over the context, of a
     token that no router selects, at the routers' capacities, and that every router selects.
     ``train_flops_per_token``: see `train_flops`.
@@ -79,6 +80,7 @@ class Receipt(NamedTuple):
     """
 
     params: int
+    active: int
     matrices: int
     non_embedding: int
     context: int
@@ -110,6 +112,7 @@ def cost(spec: ModelSpec) -> Receipt:
     tables = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
     return Receipt(
         params=whole.params,
+        active=whole.params - whole.idle,
         matrices=whole.matrices,
         non_embedding=whole.params - tables,
         context=T,
@@ -137,5 +140,6 @@ def paper_flops(spec: ModelSpec, tokens: int | None = None) -> float:
     T = tokens or spec.context
     whole = sequence_cost(spec, tokens=T)
     tied = spec.vocab_size * spec.dim if spec.tie_embeddings else 0
-    base = float(f"{2 * (whole.matrices + tied) * T + 4 * T**2 * whole.queries:.2e}")
+    used = whole.matrices - whole.idle
+    base = float(f"{2 * (used + tied) * T + 4 * T**2 * whole.queries:.2e}")
     return base * (whole.passes / (whole.layers * T) if whole.layers else 1.0)

@@ -581,10 +581,10 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **more: Any) -> None:
         function = more.get("gradient_checkpointing_func")
         reentrant = isinstance(function, partial) and function.keywords.get("use_reentrant")
-        if enable and reentrant and self.routers:
+        if enable and reentrant and (self.routers or self.counting):
             raise UnsupportedError(
-                "use_reentrant would lose the gradient of the losses that routers learn by; set it "
-                "to False"
+                "use_reentrant would lose the gradient of the losses that routers learn by, and "
+                "what batches show to routers and experts; set it to False"
             )
         super()._set_gradient_checkpointing(enable, *args, **more)
 

@@ -26,7 +26,8 @@ class Backbone(nn.Module):
     ``spec`` and ``blocks``, and calls `find_parts` at the end.
 
     ``layers``: the blocks in their order, those of a stack one by one. ``loops`` and ``routers``:
-    all loops and all routers, in their order. ``checkpoint_activations``: whether the backward pass
+    all loops and all routers, in their order. ``counting``: what keeps statistics of training
+    batches, see `Primitive.commit`. ``checkpoint_activations``: whether the backward pass
     recomputes each layer instead of storing its activations. ``trace``: of the last pass.
     """
 
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
     layers: list[nn.Module]
     loops: list[Loop]
     routers: list[Router]
+    counting: list[Primitive]
     trace: Trace
     checkpoint_activations: bool = False
 
@@ -52,6 +54,8 @@ class Backbone(nn.Module):
             if isinstance(module, Loop):
                 module.label = name
                 module.dial()
+        primitives = [one for one in self.blocks.modules() if isinstance(one, Primitive)]
+        self.counting = [one for one in primitives if type(one).commit is not Primitive.commit]
         for salt, router in enumerate(self.routers):
             router.salt = salt
 
@@ -70,8 +74,8 @@ class Backbone(nn.Module):
         tokens before it. See `forward` for ``mask_BT``, ``cache`` and the errors.
         """
         if self.training:
-            for router in self.routers:
-                router.begin_pass()
+            for one in self.counting:
+                one.begin_pass()
         index_BT, length_B = _real_first(mask_BT)
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
@@ -178,13 +182,13 @@ class Backbone(nn.Module):
         return {name: share.item() for name, share in self.trace.accuracies.items()}
 
     def commit(self) -> None:
-        """Adds to the statistics of the routers what the last batch showed.
+        """Adds to the statistics of routers and experts what the last batch showed.
 
         The first training pass after the weights changed does that for the batch before: passes
         with equal weights are parts of one batch, and what they show counts once.
         """
-        for router in self.routers:
-            router.commit()
+        for one in self.counting:
+            one.commit()
 
 
 def final_norm(spec: ModelSpec) -> nn.RMSNorm | nn.LayerNorm | nn.Identity:

@@ -6,7 +6,7 @@ selected), H query heads, G key/value heads, S keys, E head size, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
@@ -25,7 +25,14 @@ class Primitive(nn.Module):
     by which a cache knows it; equal in copies of the model.
     """
 
-    number: int
+    number: int = 0
+
+    def begin_pass(self) -> None:
+        """Called before each training pass. Adds to its statistics what the last batch showed,
+        unless this pass is a further part of that batch: the weights are still the same."""
+
+    def commit(self) -> None:
+        """Adds to its statistics what the last batch showed."""
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         """Draws the parameters that this module holds itself, not those of primitives inside it.
@@ -48,6 +55,45 @@ class Primitive(nn.Module):
         if isinstance(found, nn.ModuleList):
             return list(found)
         return [found] if isinstance(found, nn.Module) else []
+
+
+class BatchStatistics(Primitive):
+    """A primitive that keeps statistics of training batches, each of which counts once.
+
+    ``pending``: what the last training pass showed, by the place that it was seen at, so that a
+    place which is computed again does not count twice. ``parts``: what the passes before it showed
+    with equal weights, which are parts of one batch. ``version``: that of these weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: dict[Hashable, Tensor] = {}
+        self.parts: dict[Hashable, list[Tensor]] = {}
+        self.version: int | None = None
+
+    def begin_pass(self) -> None:
+        """See `Primitive`. Optimizers change weights in place, which counts a version."""
+        self._end_pass()
+        weight = next(self.parameters())
+        if self.version != weight._version:
+            self.commit()
+            self.version = weight._version
+
+    def _end_pass(self) -> None:
+        for place, seen in self.pending.items():
+            self.parts.setdefault(place, []).append(seen)
+        self.pending.clear()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Adds to its statistics what the last batch showed."""
+        self._end_pass()
+        self.add(self.parts)
+        self.parts.clear()
+
+    def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
+        """Changes the statistics by what one batch showed, by place and in its parts."""
+        raise NotImplementedError
 
 
 class Block(Primitive):

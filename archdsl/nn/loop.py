@@ -114,13 +114,6 @@ class Router(Primitive):
         """Whether a choice depends on later tokens when the model is used, not trained."""
         return False
 
-    def begin_pass(self) -> None:
-        """Called before each training pass. Adds to its statistics what the last batch showed,
-        unless this pass is a further part of that batch: the weights are still the same."""
-
-    def commit(self) -> None:
-        """Adds to its statistics what the last batch showed."""
-
     def forget_statistics(self) -> bool:
         """Starts its statistics of scores anew. Returns whether it has any."""
         return False

@@ -218,6 +218,7 @@ def _node_by_node(spec: ModelSpec, total: Receipt) -> list[tuple[str, str]]:
             f"matrices, as papers count them; {parameters(total.non_embedding)} "
             "without embedding and head",
         ),
+        *_active(total),
         ("forward", _forward(total)),
         (
             "",
@@ -240,6 +241,13 @@ def _drawn(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if depth.backprop_last is not None:
         words += f"; gradients through the last {depth.backprop_last}"
     yield "", words
+
+
+def _active(total: Receipt) -> list[tuple[str, str]]:
+    """A line where a token uses some of the experts alone."""
+    if total.active == total.params:
+        return []
+    return [("active", f"{total.active:,} ({parameters(total.active)}) used by each token")]
 
 
 def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:

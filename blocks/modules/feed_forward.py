@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width, F hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,15 @@ from torch import Tensor, nn
 
 from archdsl.nn.block import Block, Context, into_stream_
 
-if TYPE_CHECKING:
-    from archdsl.blocks.feed_forward import FeedForwardSpec
-
 
 class FeedForward(Block):
     """SwiGLU or GELU between matrices to and from the hidden size."""
 
     hosted: ClassVar[bool] = True
 
-    def __init__(self, spec: FeedForwardSpec, dim: int) -> None:
+    def __init__(self, dim: int, hidden: int, activation: Literal["swiglu", "gelu"]) -> None:
         super().__init__()
-        hidden = spec.hidden_size(dim)
-        self.gate = nn.Linear(dim, hidden, bias=False) if spec.activation == "swiglu" else None
+        self.gate = nn.Linear(dim, hidden, bias=False) if activation == "swiglu" else None
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 

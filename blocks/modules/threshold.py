@@ -6,7 +6,8 @@ Shapes: B batch, T tokens, K selected tokens, D width, R routed steps, Q quantil
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from archdsl.blocks.modules.router import Learned, ScoreRouter
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
-from archdsl.nn.block import Context, normal_
+from archdsl.nn.block import BatchStatistics, Context, normal_
 from archdsl.nn.cache import Stream
 from archdsl.nn.loop import Step
 
@@ -30,7 +31,7 @@ QUANTILES = 257  # of the scores, kept for each routed step
 MOMENTUM = 0.02  # the least share of a new pass in them
 
 
-class Threshold(Learned):
+class Threshold(Learned, BatchStatistics):
     """Keeps the quantiles of its scores, which give a threshold for every capacity."""
 
     quantiles_RQ: Tensor
@@ -40,9 +41,6 @@ class Threshold(Learned):
         super().__init__(spec, dim, steps)
         self.register_buffer("quantiles_RQ", torch.empty(len(steps), QUANTILES))
         self.register_buffer("seen_R", torch.empty(len(steps)))
-        self.pending: dict[int, Tensor] = {}  # scores of the last training pass
-        self.parts: dict[int, list[Tensor]] = {}  # of the passes before it, with equal weights
-        self.version: int | None = None  # of the weights that they were computed with
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
         """Draws the weights, and sets the quantiles to those of a normal distribution."""
@@ -80,24 +78,11 @@ class Threshold(Learned):
         score = score_BT.detach().float().masked_fill(score_BT == -math.inf, math.nan).flatten()
         self.pending[row] = _sample(score)
 
-    def begin_pass(self) -> None:
-        """See `Router.begin_pass`. Optimizers change weights in place, which counts a version."""
-        self._end_pass()
-        if self.version != self.weight_RD._version:
-            self.commit()
-            self.version = self.weight_RD._version
-
-    def _end_pass(self) -> None:
-        for row, score in self.pending.items():
-            self.parts.setdefault(row, []).append(score)
-        self.pending.clear()
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        """Mixes the quantiles of the scores of the last batch into the table."""
-        self._end_pass()
-        for row, scores in self.parts.items():
-            score = torch.cat(scores)
+    def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
+        """Mixes the quantiles of the scores of a batch into the table."""
+        for place, scores in parts.items():
+            row = cast(int, place)
+            score = torch.cat(list(scores))
             levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
             new_Q = torch.nanquantile(_sample(score), levels_Q)
             known = new_Q.isfinite().all()
@@ -105,7 +90,6 @@ class Threshold(Learned):
             share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
             moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
             self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
-        self.parts.clear()
 
 
 def _sample(score_N: Tensor) -> Tensor:
