@@ -115,8 +115,9 @@ class AttentionSpec(BlockSpec):
         heads, E = self.head_count(rows.dim), self.head_size
         kv_size = heads // self.queries_per_kv * E
         q, kv = rows.floats(heads * E), rows.floats(kv_size)
-        among_all = rows.among_keys and self.window is None and rows.tokens > MOST * rows.keys
-        in_parts = (rows.among_keys and not among_all) or self.window is not None
+        among = rows.kv != "own"
+        among_all = among and self.window is None and rows.tokens > MOST * rows.keys
+        in_parts = (among and not among_all) or self.window is not None
         asks = rows._replace(tokens=rows.keys) if among_all else rows
         made = asks.floats(heads * E) + (2 * rows.of_keys(kv_size) if rows.projects else 0)
         kept = made + asks.floats(heads * E) + asks.floats(heads)
@@ -125,7 +126,7 @@ class AttentionSpec(BlockSpec):
             kept += self._masks(rows)
         if among_all:  # the places of the queries
             kept += rows.indices
-        if rows.among_keys and rows.projects:  # the places of the new keys among those before
+        if rows.kv == "last":  # the places of the new keys among those before
             kept += rows.indices
         if self.qk_norm:  # the inputs of the norms, the scaled inputs, and the scales
             normed = q + kv if rows.projects else q
@@ -140,11 +141,16 @@ class AttentionSpec(BlockSpec):
 
     def _masks(self, rows: Rows) -> int:
         """Bytes of the masks, for some queries at a time and the keys that they may see."""
-        own, total = not rows.among_keys, 0
+        total = 0
         for start in range(0, rows.tokens, QUERIES):
             stop = min(start + QUERIES, rows.tokens)
             back = (self.window or rows.keys) - 1
-            # for selected queries, the number of keys before them depends on the choice
-            seen = stop - max(0, start - back) if own else -(-rows.keys * stop // rows.tokens)
+            if rows.kv == "own":
+                seen = stop - max(0, start - back)
+            elif rows.kv == "all":
+                seen = rows.keys
+            else:  # of selected queries, how many keys stand before them depends on the choice
+                seen = -(-rows.keys * stop // rows.tokens)
             total += FLOAT * (stop - start) * seen
-        return total * (rows.batch if rows.selected else 1)
+        by_row = rows.by_row or (self.window is not None and rows.selected)
+        return total * (rows.batch if by_row else 1)

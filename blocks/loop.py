@@ -72,11 +72,12 @@ class LoopSpec(BlockSpec):
         slot("encoding"),
         WithJsonSchema({"x-family": "encoding"}),
     ] = Field(None, description="how the body can tell the passes apart; default: it cannot")
-    kv: Literal["own", "shared", "last"] = Field(
+    kv: Literal["own", "shared", "last", "all"] = Field(
         "own",
         description="own: the tokens of a pass attend to each other; shared: to the keys and "
         "values of all tokens of the first pass, which costs no further projection; last: to "
-        "those of all tokens, each from the latest pass so far that it took",
+        "those of all tokens, each from the latest pass so far that it took; all: to those of "
+        "all tokens, from every pass so far that they took",
     )
     parameters: ParametersType = Field(
         "shared",
@@ -371,7 +372,18 @@ class LoopSpec(BlockSpec):
                     lengths.append(taken)
                     pairs += taken * (taken if self.kv == "own" else tokens)
                     kept.append(tokens if self.kv == "last" else taken)
-        return Runs(lengths, pairs, whole.fewest * full, whole.most * (full + len(shares)), kept)
+        most = full + len(shares)
+        runs = Runs(lengths, pairs, whole.fewest * full, whole.most * most, kept)
+        if self.kv != "all":
+            return runs
+        among_all = [
+            [tokens] * full + [share_of(s, tokens) for s in shares] for tokens in whole.lengths
+        ]
+        return runs._replace(
+            pairs=sum(_with_all_before(taken) for taken in among_all),
+            fewest_pairs=whole.fewest * _with_all_before([1] * full),
+            most_pairs=whole.most * _with_all_before([1] * most),
+        )
 
     def footprint(self, rows: Rows) -> Footprint:
         """Its passes one after the other."""
@@ -400,7 +412,12 @@ class LoopSpec(BlockSpec):
 
     def _full_pass(self, rows: Rows, step: int) -> Footprint:
         """Saved besides the body: the result, where it is multiplied."""
-        at = rows._replace(projects=False) if self.kv == "shared" and step else rows
+        at = rows
+        if step and self.kv == "shared":
+            at = rows._replace(projects=False)
+        if step and self.kv == "all":
+            by_row = any(row is not None for row in self.rows()[:step])
+            at = rows._replace(keys=self._keys(rows.tokens, step), kv="all", by_row=by_row)
         body, made = self._body_pass(at, step, taken=False)
         kept = body.kept + at.stream * self._scales
         # the gradient of the stream that a pass is added to waits for that of the body
@@ -413,8 +430,9 @@ class LoopSpec(BlockSpec):
         """Saved besides the body: the places of the tokens, and what is multiplied."""
         assert self.router is not None
         padded = self.router.fills or rows.padded
-        taken = self.router.tokens(rows.tokens, row)
-        at = rows.routed(taken, "own" if step == 0 else self.kv, padded)
+        taken = self._taken(rows.tokens, row)
+        kv = "own" if step == 0 else self.kv
+        at = rows.routed(taken, taken if kv == "own" else self._keys(rows.tokens, step), kv, padded)
         choice = self.router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)
@@ -425,6 +443,17 @@ class LoopSpec(BlockSpec):
             kept += at.stream + norm_footprint(self.norm, at).kept
         rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
         return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
+
+    def _keys(self, tokens: int, step: int) -> int:
+        """The number of keys that a pass attends to if not those of its own tokens alone."""
+        if self.kv != "all":
+            return tokens
+        rows = self.rows()[: step + 1]
+        return sum([tokens if r is None else self._taken(tokens, r) for r in rows])
+
+    def _taken(self, tokens: int, row: int) -> int:
+        assert self.router is not None
+        return self.router.tokens(tokens, row)
 
     def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
         """The body on its input, and whether that input is a new tensor, which is saved then."""
@@ -467,6 +496,14 @@ def with_loops(spec: ModelSpec, change: Callable[[int, LoopSpec], Part]) -> Mode
 
     blocks = tuple(cast(BlockSpec, each(block)) for block in spec.blocks)
     return spec.model_copy(update={"blocks": blocks})
+
+
+def _with_all_before(taken: Sequence[int]) -> int:
+    """The pairs of each token with those of its own pass and of each pass before.
+
+    ``taken``: the number of tokens of each pass.
+    """
+    return (sum(taken) ** 2 + sum(n * n for n in taken)) // 2
 
 
 def _shortest(values: tuple[Number, ...], used: int) -> tuple[Number, ...]:

@@ -61,6 +61,8 @@ class Memory:
         if self.kv == "last":
             taken = {p for p, *_ in new}
             new = [*(one for one in before if one[0] not in taken), *new]
+        if self.kv == "all":
+            new = [*before, *new]
         self.left[place] = new
         return new
 

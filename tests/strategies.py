@@ -163,7 +163,7 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     }
     tree |= draw(st.fixed_dictionaries({}, optional=slots)) | draw(injections(full_steps > 0))
     if sharing:
-        tree["kv"] = draw(st.sampled_from(["shared", "last"]))
+        tree["kv"] = draw(st.sampled_from(["shared", "last", "all"]))
     if tree.get("kv") == "shared":
         return tree
     words = st.sampled_from(["shared", "per_step"])

@@ -6,11 +6,12 @@ What they ask of a model is in docs/how-to/export.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from archdsl.blocks.attention import AttentionSpec
-from archdsl.lang.spec import ModelSpec, Path
+from archdsl.lang.spec import ModelSpec, Part, Path
 from archdsl.model.build import meta_model
 from archdsl.model.parts import walk
 from archdsl.nn.block import Block
@@ -39,18 +40,23 @@ def obstacles(spec: ModelSpec) -> list[Obstacle]:
             continue
         if isinstance(part, AttentionSpec):
             attentions.append((path, part))
-        elif isinstance(module, Loop) and module.router is not None:
-            if "router" in type(part).model_fields and cast("LoopSpec", part).router is not None:
-                found[path] = _obstacle(
-                    (*path, "router"),
-                    "paged attention has no place for a step that only some tokens take",
-                    "null",
-                )
+        elif isinstance(module, Loop):
+            found.update(_of_loop(path, part, module))
         elif isinstance(module, Block) and not module.hosted:
             found[path] = _obstacle(
                 path, f"{type(part).__name__} computes with a state of its own", None
             )
     return [*found.values(), *_unlike(spec, attentions)]
+
+
+def _of_loop(path: Path, part: Part, loop: Loop) -> Iterator[tuple[Path, Obstacle]]:
+    fields = type(part).model_fields
+    if loop.router is not None and "router" in fields and cast("LoopSpec", part).router is not None:
+        why = "paged attention has no place for a step that only some tokens take"
+        yield path, _obstacle((*path, "router"), why, "null")
+    if "kv" in fields and cast("LoopSpec", part).kv == "all":
+        why = "engines let a pass attend to one cache, not to those of all passes before"
+        yield (*path, "kv"), _obstacle((*path, "kv"), why, "own")
 
 
 def _unlike(spec: ModelSpec, attentions: list[tuple[Path, AttentionSpec]]) -> list[Obstacle]:

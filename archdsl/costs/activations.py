@@ -24,14 +24,14 @@ Angles = tuple[float, object, int]  # theta, scaling, head size
 class Rows(NamedTuple):
     """The input of a block: ``batch`` rows of ``tokens`` tokens of width ``dim``.
 
-    ``keys``: the number of tokens that attention attends to. It is larger than ``tokens`` if a
-    routed step uses keys and values of passes before. ``projects``: whether the block makes keys
-    and values, which it does not if it uses those of the first pass alone. ``selected``: whether a
-    router selected the tokens, so that each row has its own positions. ``padded``: whether some
-    tokens are padding. ``among_keys``: whether a router selected these tokens from those whose keys
-    they attend to; a mask is needed then. ``rank``: that of the low-rank differences which the loop
-    around adds to matrices. ``backprop_last``: the last passes of a loop that get a gradient; None:
-    all of them.
+    ``keys``: the number of keys that attention attends to. It is larger than ``tokens`` if a pass
+    of a loop uses keys and values of passes before. ``kv``: which, as the loop says; own: those of
+    these tokens. ``projects``: whether the block makes keys and values, which it does not if it
+    uses those of the first pass alone. ``selected``: whether a router selected the tokens, so that
+    each row has its own positions. ``by_row``: whether the keys that a token may see differ between
+    rows. ``padded``: whether some tokens are padding. ``rank``: that of the low-rank differences
+    which the loop around adds to matrices. ``backprop_last``: the last passes of a loop that get a
+    gradient; None: all of them.
     """
 
     dim: int
@@ -41,7 +41,8 @@ class Rows(NamedTuple):
     projects: bool = True
     selected: bool = False
     padded: bool = False
-    among_keys: bool = False
+    kv: str = "own"
+    by_row: bool = False
     rank: int = 0
     backprop_last: int | None = None
 
@@ -63,19 +64,19 @@ class Rows(NamedTuple):
         """The bytes of an int64 tensor [B, T]."""
         return LONG * self.batch * self.tokens
 
-    def routed(self, tokens: int, kv: str, padded: bool) -> Rows:
+    def routed(self, tokens: int, keys: int, kv: str, padded: bool) -> Rows:
         """Returns the rows of ``tokens`` tokens that a router selects from these.
 
-        ``kv``: what they attend to, as a loop says.
+        ``keys`` and ``kv``: what they attend to.
         """
-        among = kv != "own"
         return self._replace(
             tokens=tokens,
-            keys=self.keys if among else tokens,
+            keys=keys,
             projects=kv != "shared",
             selected=True,
             padded=padded,
-            among_keys=among,
+            kv=kv,
+            by_row=kv != "own",
             rank=0,
         )
 

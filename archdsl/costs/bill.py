@@ -43,7 +43,8 @@ class Runs(NamedTuple):
     number of pairs of a query and a key in all runs. ``fewest`` and ``most``: the number of runs
     if the routers select no token, and if they select every token; these are runs on the whole
     sequence. ``kept``: for each run, the number of tokens whose keys and values it keeps in a
-    cache; None: those that it runs on.
+    cache; None: those that it runs on. ``fewest_pairs`` and ``most_pairs``: the pairs of these
+    runs, as a multiple of those of the whole sequence with itself; None: ``fewest`` and ``most``.
     """
 
     lengths: list[int]
@@ -51,6 +52,8 @@ class Runs(NamedTuple):
     fewest: int = 1
     most: int = 1
     kept: list[int] | None = None
+    fewest_pairs: int | None = None
+    most_pairs: int | None = None
 
 
 class Bill:
@@ -157,7 +160,7 @@ class Bill:
         bills, T = [self], self.tokens
         for bill in bills:
             bills += bill.below  # the loop reaches these bills later
-            lengths, pairs, fewest, most, _ = bill.runs
+            lengths, pairs, fewest, most, _, fewest_pairs, most_pairs = bill.runs
             makers, copies, tokens = bill.makers, bill.copies, sum(lengths)
             numbers = bill.matrices + bill.projections + bill.tables + bill.idle
             idle += bill.weights * bill.idle
@@ -166,9 +169,11 @@ class Bill:
             applied, made = copies * bill.matrices, copies * bill.projections
             attended = 2 * copies * bill.queries  # queries with keys, and weights with values
             flops += applied * tokens + made * sum(makers.lengths) + attended * pairs
-            applied += attended * T  # of runs on the whole sequence
+            attended *= T  # of runs on the whole sequence
             lightest += applied * fewest + made * makers.fewest
+            lightest += attended * (fewest if fewest_pairs is None else fewest_pairs)
             heaviest += applied * most + made * makers.most
+            heaviest += attended * (most if most_pairs is None else most_pairs)
             for passed, rank in bill.ranks:
                 numbers = bill.weights * rank * (bill.ends + bill.idle_ends)
                 params += numbers

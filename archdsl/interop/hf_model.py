@@ -392,8 +392,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     """Tokens to hidden states: the model without its head.
 
     ``standard``: whether the attention, masks and caches of transformers are used, which serving
-    engines replace by their own. So it is unless there is a router, a block of another package,
-    a window of one token, or windows of several sizes.
+    engines replace by their own. So it is unless there is a router, a loop with ``kv: all``, a
+    block of another package, a window of one token, or windows of several sizes.
     ``calls``: then each attention of each pass that keeps keys and values, in their order.
     """
 
@@ -418,7 +418,9 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         windows = {one.window for one in blocks if isinstance(one, Attention)} - {None}
         alike = len(windows) < 2 and 1 not in windows  # as masks and caches of transformers know
-        self.standard = alike and not self.routers and all(block.hosted for block in blocks)
+        joined = any(isinstance(one, BodyLoop) and one.spec.kv == "all" for one in blocks)
+        hosted = all(block.hosted for block in blocks)
+        self.standard = alike and hosted and not self.routers and not joined
         self._number_calls()
 
     def dial(
@@ -529,7 +531,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if self._wanted("output_attentions", more):
             raise UnsupportedError(
-                "a routed step attends among the tokens it selected: its weights are not returned"
+                "a model with a router, or with kv: all, returns no attention weights: a step "
+                "attends to other keys than those of all tokens once"
             )
         states = [x_BTD] if self._wanted("output_hidden_states", more) else None
         mask_BT = _of_chunk(0 if cache is None else cache.seen, mask, x_BTD)

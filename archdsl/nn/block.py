@@ -161,6 +161,25 @@ class KeysValues:
     pos_BS: Tensor | None
     order_BS: Tensor | None = None
 
+    def followed_by(self, other: KeysValues) -> KeysValues:
+        """These and then those of ``other``; both have an order, and both positions or neither."""
+        assert self.order_BS is not None
+        assert other.order_BS is not None
+        pos_BS = None
+        if self.pos_BS is not None and other.pos_BS is not None:
+            pos_BS = _side_by_side(self.pos_BS, other.pos_BS)
+        return KeysValues(
+            torch.cat((self.k_BGSE, other.k_BGSE), 2),
+            torch.cat((self.v_BGSE, other.v_BGSE), 2),
+            pos_BS,
+            _side_by_side(self.order_BS, other.order_BS),
+        )
+
+
+def _side_by_side(one_BS: Tensor, other_BS: Tensor) -> Tensor:
+    rows = max(len(one_BS), len(other_BS))  # those of all rows may be given once
+    return torch.cat((one_BS.expand(rows, -1), other_BS.expand(rows, -1)), 1)
+
 
 class Host(Protocol):
     """The attention and the cache of a framework that a model runs in, in place of its own."""

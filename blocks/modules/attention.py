@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from archdsl.blocks.attention import MOST, QUERIES
 from archdsl.blocks.norm import EPS
 from archdsl.nn.block import Block, Context, KeysValues, into_stream_, rotate
-from archdsl.nn.cache import Kept
+from archdsl.nn.cache import Kept, column
 from archdsl.nn.norm import make_norm
 
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec
+
+
+NEVER = 2**40  # a place in a sequence that no query reaches
 
 
 class Attention(Block):
@@ -64,22 +67,55 @@ class Attention(Block):
         new = KeysValues(k_BGTE, self._heads(ctx.linear(self.v, x_BTD)), ctx.pos_BT)
         if handed is None:
             return self._with_past(new, ctx)
-        if ctx.kv == "shared":
-            handed[self] = self._with_past(new, ctx)
-            return handed[self]
-        if ctx.whole is not None:
-            ctx, index_BK, keep_BK = ctx.whole
-            new = _replaced(handed[self], index_BK, keep_BK, new)
-        handed[self] = new
-        return self._with_past(new, ctx)
+        return self._handed_on(new, ctx, handed)
+
+    def _handed_on(
+        self, new: KeysValues, ctx: Context, handed: dict[Block, KeysValues]
+    ) -> KeysValues:
+        """What this pass attends to, made of what it computed and of what passes before handed on.
+
+        ``handed`` then holds what this pass hands on.
+        """
+        before = handed.get(self)
+        if ctx.kv == "last":
+            if ctx.whole is not None and before is not None:
+                ctx, index_BK, keep_BK = ctx.whole
+                new = _replaced(before, index_BK, keep_BK, new)
+            handed[self] = new
+            return self._with_past(new, ctx)
+        kv = self._with_past(new, ctx)
+        if ctx.kv == "all":
+            handed[self] = self._joined(before, kv, ctx)
+            return kv if before is None else handed[self]
+        handed[self] = kv
+        return kv
+
+    def _joined(self, before: KeysValues | None, kv: KeysValues, ctx: Context) -> KeysValues:
+        """The keys and values of this pass behind those of the passes ``before``.
+
+        Their order is that of the tokens of the loop.
+        """
+        device = kv.k_BGSE.device
+        place_BS = torch.arange(kv.k_BGSE.size(2), device=device).unsqueeze(0)
+        if kv.order_BS is not None:
+            place_BS = kv.order_BS
+        order_BS, pos_BS = _order_in_loop(place_BS, ctx), None
+        if self.window is not None:
+            pos_BS = place_BS if kv.pos_BS is None else kv.pos_BS
+        this = KeysValues(kv.k_BGSE, kv.v_BGSE, pos_BS, order_BS)
+        return this if before is None else before.followed_by(this)
 
     def pass_over(self, ctx: Context) -> None:
-        """With ``kv: last``, the cache of this pass gets what the tokens have from passes before.
+        """See `Block.pass_over`: no token takes this pass, but earlier ones may have.
 
-        See `Block.pass_over`.
+        With ``kv: last``, its cache gets what these tokens have from passes before; with
+        ``kv: all``, later passes attend to what it holds.
         """
-        if ctx.kv == "last" and ctx.handed is not None:
-            self._with_past(ctx.handed[self], ctx)
+        if ctx.handed is None or ctx.kv == "shared":
+            return
+        before = ctx.handed[self]
+        none = KeysValues(before.k_BGSE[:, :, :0], before.v_BGSE[:, :, :0], ctx.pos_BT)
+        self._handed_on(none, ctx, ctx.handed)
 
     def _with_past(self, new: KeysValues, ctx: Context) -> KeysValues:
         """These keys and values behind those in the cache, to which they are added."""
@@ -129,7 +165,7 @@ class Attention(Block):
         stream, T = ctx.stream, q_BHTE.size(2)
         order_BT = _order_among_keys(ctx)
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
-        if order_BT is None and same_past and self.window is None:
+        if order_BT is None and same_past and self.window is None and kv.order_BS is None:
             return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
         if order_BT is not None and self._are_most(q_BHTE, kv, ctx):
             return self._among_all(q_BHTE, kv, order_BT)
@@ -216,6 +252,21 @@ class Attention(Block):
 def _order_among_keys(ctx: Context) -> Tensor | None:
     """The places of selected queries among the keys, [B, T]; None: the keys are of these tokens."""
     return None if ctx.handed is None else ctx.order_BT
+
+
+def _order_in_loop(place_BS: Tensor, ctx: Context) -> Tensor:
+    """The place of each key among the tokens of the loop, [B, S]; 0 for those of earlier chunks.
+
+    ``place_BS``: that among the tokens that took this pass; negative where there is no key.
+    """
+    if ctx.whole is None or ctx.order_BT is None:  # every token took it
+        return place_BS
+    _, _, keep_BK = ctx.whole
+    order_BK = ctx.order_BT if keep_BK is None else ctx.order_BT.masked_fill(~keep_BK, NEVER)
+    never_B1 = order_BK.new_full((len(order_BK), 1), NEVER)
+    ago_BS = (place_BS - column(ctx.stream.past)).expand(len(order_BK), -1)
+    new_BS = torch.cat((order_BK, never_B1), 1).gather(1, ago_BS.clamp(0, order_BK.size(1)))
+    return torch.where(ago_BS < 0, place_BS.clamp(max=0), new_BS)
 
 
 def _replaced(

@@ -154,11 +154,11 @@ class BodyLoop(Loop):
     ) -> Tensor:
         scale, index_BK = self._scale(one), chosen.index_BK
         rest_BTD = self.spec.residual.rest(x_BTD, scale)
+        inner = ctx.at(index_BK, chosen.stream, chosen.keep_BK)
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
             for block in ctx.handed or ():
-                block.pass_over(ctx)
+                block.pass_over(inner)
             return rest_BTD
-        inner = ctx.at(index_BK, chosen.stream, chosen.keep_BK)
         x_BKD = take(x_BTD, index_BK)
         inner.count_step(x_BKD)
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD

@@ -187,6 +187,7 @@ ABLATIONS: dict[str, Change] = {
     "empty start": lambda loop: _with(loop, start="embedding"),
     "shared kv": lambda loop: _with_own_kv(loop, "shared"),
     "last kv": lambda loop: _with_own_kv(loop, "last"),
+    "all kv": lambda loop: _with_own_kv(loop, "all"),
     "norm between passes": lambda loop: _with(loop, norm=None),
     "weights per step": lambda loop: _with(loop, parameters="shared"),
 }

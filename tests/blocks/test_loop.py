@@ -65,6 +65,10 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"kv": "last", "router": router("prefix")},
         {"kv": "last", "router": router("prefix", capacity=[0.4, 1.0, 0.7]), "steps": 4},
         {"kv": "last", "router": router("random"), "body": WINDOW, "parameters": "per_step"},
+        {"kv": "all"},
+        {"kv": "all", "router": router("prefix", capacity=[0.4, 1.0, 0.7]), "steps": 4},
+        {"kv": "all", "router": router("top_k"), "body": WINDOW, "parameters": "per_step"},
+        {"body": ROUTED | {"kv": "all", "body": STACK}, "router": router("prefix")},
         {"body": ROUTED | {"kv": "last", "body": STACK}, "router": router("prefix")},
         {"router": router("prefix"), "body": WINDOW},
         {"router": router("top_k"), "body": WINDOW},
@@ -135,7 +139,7 @@ def loops(draw: st.DrawFn, inner: bool = True) -> dict[str, Any]:
     if inner and draw(st.booleans()):
         body = draw(loops(inner=False))
     own = {"kv": "own", "parameters": draw(st.sampled_from(["shared", "per_step"]))}
-    others = [own, {"kv": "shared"}, own | {"kv": "last"}]
+    others = [own, {"kv": "shared"}, own | {"kv": "last"}, own | {"kv": "all"}]
     kv = own if body["kind"] == "loop" else draw(st.sampled_from(others))
     full_steps = draw(st.integers(0 if kv["kv"] == "own" else 1, 2))
     return (
@@ -281,6 +285,7 @@ def test_one_step_for_every_token_is_the_body(fields: dict[str, Any], more: dict
         ),
         ({"kv": "shared", "parameters": "per_step"}, "parameters: shared"),
         ({"kv": "last", "full_steps": 0}, "last needs a first pass over all tokens"),
+        ({"kv": "all", "full_steps": 0}, "all needs a first pass over all tokens"),
         ({"kv": "last", "body": ROUTED}, "last is not defined for a loop inside"),
         ({"kv": "shared", "parameters": {"lora": {}}}, "unused: parameters: shared"),
         ({"parameters": {"lora": {"rank": [1, 2]}}}, "one for each of the 3 passes; got 2"),

@@ -39,6 +39,11 @@ WINDOW = "{head_size: 8, window: 4}"
             "blocks.1.attention.window",
             "blocks.1.attention.window=4",
         ),
+        (
+            f"{{kind: loop, kv: all, body: {{kind: layer, attention: {SMALL}}}}}",
+            "blocks.1.kv",
+            "blocks.1.kv=own",
+        ),
         ("{kind: layer, attention: {head_size: 16}}", "blocks.1.attention", None),
     ],
 )

@@ -81,9 +81,10 @@ SAMPLINGS = st.builds(
         [f"{ROUTER}=random"],
         ["blocks.1.kv=shared"],
         ["blocks.1.kv=last"],
+        ["blocks.1.kv=all"],
         ["blocks=[{kind: layer, attention: {head_size: 8}}]"],
     ],
-    ids=["prefix", "top_k", "threshold", "predictor", "random", "shared", "last", "plain"],
+    ids=["prefix", "top_k", "threshold", "predictor", "random", "shared", "last", "all", "plain"],
 )
 def test_a_cache_changes_no_token(overrides: list[str]) -> None:
     model = tiny(*overrides)

@@ -119,7 +119,7 @@ def message_for(*changes: tuple[str, str]) -> str:
         ),
         (
             ("steps: 3", "steps: 3\n    kv: both"),
-            "my.yaml:9:9: blocks.1.kv: must be 'own', 'shared' or 'last', got 'both'",
+            "my.yaml:9:9: blocks.1.kv: must be 'own', 'shared', 'last' or 'all', got 'both'",
         ),
         (
             ("name: example", "name: my example"),

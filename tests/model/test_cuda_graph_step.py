@@ -37,6 +37,8 @@ CASES = {
     "shared": small_model(LOOP | {"body": LAYER, "kv": "shared"}),
     "shared, all": small_model(LOOP | {"body": LAYER, "kv": "shared", "router": None}),
     "last": small_model(LOOP | {"body": LAYER, "kv": "last"}),
+    "all": small_model(LOOP | {"body": LAYER, "kv": "all"}),
+    "narrow, all": small_model(LOOP | {"body": NARROW, "kv": "all"}),
     "narrow, last": small_model(LOOP | {"body": NARROW, "kv": "last", "parameters": "per_step"}),
     "narrow": small_model(LOOP | {"body": NARROW}),
     "narrow, shared": small_model(LOOP | {"body": NARROW, "kv": "shared"}),

@@ -123,7 +123,7 @@ def test_only_executed_steps_are_counted() -> None:
 @given(
     st.sampled_from([0, 0.3, 1, [0.9, 0.0], [1, 0.2]]) | st.none(),
     st.sampled_from([1, 3, 6]) | st.none(),
-    st.sampled_from(["own", "shared"]),
+    st.sampled_from(["own", "shared", "last", "all"]),
 )
 def test_the_reported_flops_of_a_pass_equal_the_counted_ones(
     capacity: float | list[float] | None, steps: int | None, kv: str

@@ -37,7 +37,18 @@ def tokens(batch: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer", "itt", "mor", "mod", "hybrid", "universal", "tiny", "itt, kv last"]
+    "name",
+    [
+        "transformer",
+        "itt",
+        "mor",
+        "mod",
+        "hybrid",
+        "universal",
+        "tiny",
+        "itt, kv last",
+        "itt, kv all",
+    ],
 )
 @torch.inference_mode()
 def test_the_bytes_in_the_receipt_are_those_of_the_cache(name: str) -> None:
@@ -80,9 +91,10 @@ def test_shared_keys_and_values_are_stored_once() -> None:
     assert caches[0].nbytes == caches[1].nbytes
 
 
+@pytest.mark.parametrize("kv", ["shared", "all"])
 @torch.inference_mode()
-def test_further_passes_attend_to_keys_of_the_first_pass_in_earlier_chunks() -> None:
-    model, tokens_BT = built(LOOP | {"router": None, "kv": "shared"}), tokens()
+def test_further_passes_attend_to_keys_of_passes_before_in_earlier_chunks(kv: str) -> None:
+    model, tokens_BT = built(LOOP | {"router": None, "kv": kv}), tokens()
     mask_BT = torch.ones(3, T, dtype=torch.bool)
     mask_BT[0, 2:5] = False  # this row is behind the others then
     cache, sizes = Cache(T), [6, 1, 1, 8]
@@ -93,7 +105,7 @@ def test_further_passes_attend_to_keys_of_the_first_pass_in_earlier_chunks() -> 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("capacity", [0.2, 0.9])
-@pytest.mark.parametrize("kv", ["shared", "last"])
+@pytest.mark.parametrize("kv", ["shared", "last", "all"])
 @torch.inference_mode()
 def test_a_row_may_have_no_token_while_other_rows_have_one(
     kv: str, capacity: float, window: int | None

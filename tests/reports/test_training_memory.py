@@ -81,7 +81,7 @@ def keeps_what_autograd_saves(spec: ModelSpec) -> None:
 
 def depends_on_the_choice(part: Any) -> bool:
     """Whether the attention masks of the part depend on which tokens its router selects."""
-    return isinstance(part, LoopSpec) and part.kv != "own" and part.router is not None
+    return isinstance(part, LoopSpec) and part.kv in ("shared", "last") and part.router is not None
 
 
 @pytest.mark.parametrize(

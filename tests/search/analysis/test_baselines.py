@@ -132,7 +132,7 @@ def test_a_model_has_the_ablations_of_what_it_is_made_of() -> None:
         "without nesting",
         "without residual",
     ]
-    for kv in ("shared", "last"):
+    for kv in ("shared", "last", "all"):
         shared = ablations(archdsl.load("itt", overrides=[f"blocks.0.body.1.kv={kv}"]))
         assert list(shared) == [*itt, f"without {kv} kv"]
         assert loops(shared[f"without {kv} kv"])[0].kv == "own"
