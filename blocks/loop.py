@@ -330,6 +330,7 @@ class LoopSpec(BlockSpec):
             router.cost(bill.part("router"), len(shares) - shares.count(0))
         if encoding is not None:
             encoding.cost(bill.part("encoding"), steps)
+        self.residual.cost(bill)
         if self.injection in ("linear", "diagonal"):
             self._injection_cost(bill, full, shares)
         if self.norm is not None:
@@ -420,6 +421,7 @@ class LoopSpec(BlockSpec):
             at = rows._replace(keys=self._keys(rows.tokens, step), kv="all", by_row=by_row)
         body, made = self._body_pass(at, step, taken=False)
         kept = body.kept + at.stream * self._scales
+        kept += self.residual.footprint(at) if step else 0
         # the gradient of the stream that a pass is added to waits for that of the body
         waits = step > 0 and not isinstance(self.residual, OverwriteSpec)
         work = body.work + at.stream * waits
@@ -436,7 +438,7 @@ class LoopSpec(BlockSpec):
         choice = self.router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
         kept = body.kept + choice.kept + at.tables(body.angles)
-        kept += at.stream * (self.router.learned + self._scales)
+        kept += at.stream * (self.router.learned + self._scales) + self.residual.footprint(at)
         takes = 1 + padded + self._injects(step)
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
         if self.norm is not None:

@@ -5,6 +5,11 @@ Chen et al. 2502.13842. ``scale`` below is the step encoding of the result, ``ph
     thinking   Y(t) = Y(t-1) + phi(t) * gate * f(Y(t-1))                  equation of the paper
     overwrite  Y(t) = phi(t) * gate * f(Y(t-1))                           a plain loop
     delta      Y(t) = Y(t-1) + phi(t) * gate * (f(Y(t-1)) - Y(t-1))       only what the step changed
+    gated      Y(t) = Y(t-1) + phi(t) * gate * g * (f(Y(t-1)) - Y(t-1))   g = sigmoid(a), learned
+
+The gate ``g`` of ``gated`` has a value for each channel and is the same in all steps. Without a
+router and an encoding it mixes the old and the new: Y(t) = (1 - g) * Y(t-1) + g * f(Y(t-1)), as in
+a highway network (Srivastava et al. 1505.00387) whose gate does not look at its input.
 
 Tokens that are not selected keep Y(t-1). Under ``thinking``, the formula of the paper taken
 literally adds it once more, ``Y(t-1) + phi(t) * Y(t-1)``, but in its figure they bypass the step.
@@ -17,23 +22,41 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from archdsl.costs.activations import FLOAT, Rows
+from archdsl.costs.bill import Bill
 from archdsl.lang.spec import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from archdsl.blocks.modules.residual import Gated, Residual
+
     Scale = Callable[[Tensor], Tensor]
 
 
 class ResidualSpec(Part):
-    """Combines the result of a step with the stream. It has no weights."""
+    """Combines the result of a step with the stream."""
 
     family: ClassVar[str] = "residual"
     first_phi: ClassVar[float] = 1.0
     further_phi: ClassVar[float] = 1.0  # where a multiplicative encoding starts
 
+    def build(self, dim: int) -> Residual | None:
+        """The module whose call takes the place of `join`; None where there are no weights."""
+        return None
+
+    def cost(self, bill: Bill) -> None:
+        """Adds its weights to the bill of the loop; by default there are none."""
+
+    def footprint(self, rows: Rows) -> int:
+        """The bytes that a `join` saves for the backward pass, by default none.
+
+        Without those of multiplying by the weight of each token and by the step encoding.
+        """
+        return 0
+
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
-        """The new value of tokens that took the step.
+        """The new value of tokens that took the step; unused where `build` returns a module.
 
         ``x``: the value before. ``y``: the result of the body. ``gate``: the weight of each token;
         None: 1. ``scale``: multiplies by the step encoding.
@@ -87,6 +110,31 @@ class DeltaSpec(ResidualSpec):
     def join(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
         """x + scale(gate * (y - x))."""
         return x + scale(gated(y - x, gate))
+
+
+class GatedSpec(ResidualSpec):
+    """A learned gate for each channel decides how much of the result takes the old one's place."""
+
+    example: ClassVar = {"kind": "gated"}
+
+    kind: Literal["gated"] = "gated"
+    init: float = Field(
+        0.5, gt=0, lt=1, description="the gate of every channel at the start: the share of the new"
+    )
+
+    def build(self, dim: int) -> Gated:
+        """The torch module for width ``dim``."""
+        from archdsl.blocks.modules.residual import Gated
+
+        return Gated(dim, self.init)
+
+    def cost(self, bill: Bill) -> None:
+        """A vector."""
+        bill.part("residual").vectors += bill.dim
+
+    def footprint(self, rows: Rows) -> int:
+        """Saved: what the step changed, and the gate."""
+        return rows.stream + FLOAT * rows.dim
 
 
 def gated(y: Tensor, gate: Tensor | None) -> Tensor:

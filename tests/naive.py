@@ -27,6 +27,7 @@ from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.lora import LowRank
 from archdsl.blocks.modules.moe import Moe
 from archdsl.blocks.modules.norm import Norm
+from archdsl.blocks.modules.residual import Gated
 from archdsl.blocks.modules.router import Learned, Random
 from archdsl.blocks.modules.stack import Stack
 from archdsl.blocks.modules.step_encoding import Add, Encoding, Scale
@@ -399,7 +400,7 @@ def add_encoding(encoding: Add, x: Tensor, step: int, after: bool) -> Tensor:
 def joined(module: BodyLoop, x: Tensor, y: Tensor | None, gate: Tensor | None, step: int) -> Tensor:
     """The new value of a token that was ``x``; ``y`` is None where it was not selected."""
     gate = torch.ones((), dtype=x.dtype) if gate is None else gate
-    residual = module.spec.residual
+    residual = module.residual or module.spec.residual
     return definition_of(residual)(residual, x, y, gate, lambda one: scaled(module, one, step))
 
 
@@ -422,6 +423,11 @@ def overwrite(
 @defines(DeltaSpec)
 def delta(residual: DeltaSpec, x: Tensor, y: Tensor | None, gate: Tensor, scale: Scaled) -> Tensor:
     return x if y is None else x + scale(gate * (y - x))
+
+
+@defines(Gated)
+def gated(residual: Gated, x: Tensor, y: Tensor | None, gate: Tensor, scale: Scaled) -> Tensor:
+    return x if y is None else x + scale(gate * torch.sigmoid(residual.gate_D) * (y - x))
 
 
 class Question(NamedTuple):

@@ -131,7 +131,7 @@ def routers(further: int, nested: bool) -> st.SearchStrategy[Any]:
     )
 
 
-RESIDUALS = st.sampled_from(["thinking", "overwrite", "delta"]) | trees(
+RESIDUALS = st.sampled_from(["thinking", "overwrite", "delta", "gated"]) | trees(
     "thinking", unselected=st.sampled_from(["bypass", "literal"])
 )
 ENCODINGS = st.none() | st.sampled_from(["scale", "add"]) | trees("scale", init=st.just(0.25))

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from torch import nn
 
 from archdsl.blocks.loop import LAYER, LoopSpec
-from archdsl.blocks.residual_thinking import DeltaSpec, ThinkingSpec
+from archdsl.blocks.residual_thinking import DeltaSpec, GatedSpec, ThinkingSpec
 from archdsl.blocks.stack import StackSpec
 from archdsl.blocks.step_encoding import ScaleSpec
 from archdsl.errors import ArchdslError, Problem, SpecError, describe
@@ -131,9 +131,12 @@ def _changes(loop: LoopSpec) -> Iterator[tuple[Path, str]]:
         yield ("steps",), f"must be at least 2: one pass adds nothing; got {loop.steps}"
     if loop.full_steps < 1:
         yield ("full_steps",), "must be at least 1: the first pass is the layer as it was; got 0"
-    if not isinstance(loop.residual, ThinkingSpec | DeltaSpec):
+    if not isinstance(loop.residual, ThinkingSpec | DeltaSpec | GatedSpec):
         found = to_tree(loop.residual)["kind"]
-        yield ("residual",), f"must be thinking or delta, which add to what there is; got {found}"
+        yield (
+            ("residual",),
+            f"must be thinking, delta or gated, which add to what there is; got {found}",
+        )
     encoding = loop.encoding
     if not isinstance(encoding, ScaleSpec):
         found = to_tree(encoding)["kind"] if encoding else "none"

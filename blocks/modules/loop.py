@@ -75,6 +75,7 @@ class BodyLoop(Loop):
         low_rank = spec.parameters if isinstance(spec.parameters, LoraSpec) else None
         self.lora = Lora(low_rank, spec.steps, self.bodies[0]) if low_rank else None
         self.norm = make_norm(spec.norm, dim, spec.norm_eps) if spec.norm else None
+        self.residual = spec.residual.build(dim)
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
@@ -146,14 +147,14 @@ class BodyLoop(Loop):
         if one.step == 0:
             return self._normed(cast(Tensor, self.encoding(y_BTD, 0, after=True)))
         ctx.count_step(x_BTD)
-        return self._normed(self.spec.residual.join(x_BTD, y_BTD, None, self._scale(one)))
+        return self._normed(self._join(x_BTD, y_BTD, None, one))
 
     @without_gradient_unless_it_learns
     def _routed(
         self, x_BTD: Tensor, start_BTD: Tensor, one: Pass, ctx: Context, chosen: Selection
     ) -> Tensor:
-        scale, index_BK = self._scale(one), chosen.index_BK
-        rest_BTD = self.spec.residual.rest(x_BTD, scale)
+        index_BK = chosen.index_BK
+        rest_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
         inner = ctx.at(index_BK, chosen.stream, chosen.keep_BK)
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
             for block in ctx.handed or ():
@@ -164,11 +165,17 @@ class BodyLoop(Loop):
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
         y_BKD = self._body(x_BKD, start_BKD, one, inner)
 
-        new_BKD = self._normed(self.spec.residual.join(x_BKD, y_BKD, chosen.gate_BK, scale))
+        new_BKD = self._normed(self._join(x_BKD, y_BKD, chosen.gate_BK, one))
         if chosen.keep_BK is not None:
             rest_BKD = take(rest_BTD, index_BK)
             new_BKD = torch.where(chosen.keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
         return put(rest_BTD, index_BK, new_BKD)
+
+    def _join(self, x: Tensor, y: Tensor, gate: Tensor | None, one: Pass) -> Tensor:
+        scale = self._scale(one)
+        if self.residual is None:
+            return self.spec.residual.join(x, y, gate, scale)
+        return self.residual(x, y, gate, scale)
 
     def _body(self, x: Tensor, start: Tensor, one: Pass, ctx: Context) -> Tensor:
         if one.step > 0 or self.spec.first_injects:

@@ -46,7 +46,7 @@ def router(kind: str, **fields: Any) -> dict[str, Any]:
     return {"kind": kind, "capacity": [0.7, 0.4]} | fields
 
 
-@pytest.mark.parametrize("residual", ["overwrite", "delta", "thinking", LITERAL], ids=str)
+@pytest.mark.parametrize("residual", ["overwrite", "delta", "thinking", "gated", LITERAL], ids=str)
 @pytest.mark.parametrize("encoding", [None, "scale", "add"])
 @pytest.mark.parametrize("kind", [None, "top_k", "prefix", "threshold", "predictor", "random"])
 def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: str | None) -> None:
@@ -184,7 +184,7 @@ def agrees_as_part_of_a_model(
 def test_the_slots_of_the_tests_are_all_there_are() -> None:
     learned = {"top_k", "prefix", "threshold", "predictor"}
     assert set(families()["router"]) == learned | {"random", "all"}
-    assert set(families()["residual"]) == {"thinking", "overwrite", "delta"}
+    assert set(families()["residual"]) == {"thinking", "overwrite", "delta", "gated"}
     assert set(families()["encoding"]) == {"scale", "add"}
 
 

@@ -80,7 +80,7 @@ LOOPS = st.fixed_dictionaries(
         "full_steps": st.integers(1, 3),
         "router": routers(),
         "residual": st.sampled_from(
-            ["thinking", "delta", {"kind": "thinking", "unselected": "literal"}]
+            ["thinking", "delta", "gated", {"kind": "thinking", "unselected": "literal"}]
         ),
         "injection": st.sampled_from([None, "add", "linear"]),
         "parameters": st.sampled_from(["shared", "per_step", {"lora": {"rank": 2}}]),
@@ -177,7 +177,10 @@ def test_layers_that_cannot_think_are_named(layers: Any, complaint: str) -> None
     [
         ({"steps": 1}, "loop.steps: must be at least 2: one pass adds nothing; got 1"),
         ({"full_steps": 0}, "loop.full_steps: must be at least 1: the first pass is the layer"),
-        ({"residual": "overwrite"}, "loop.residual: must be thinking or delta, .*got overwrite"),
+        (
+            {"residual": "overwrite"},
+            "loop.residual: must be thinking, delta or gated, .*got overwrite",
+        ),
         ({"encoding": None}, "loop.encoding: must be {kind: scale, init: 0}: .*got none"),
         ({"encoding": "add"}, "loop.encoding: must be {kind: scale, init: 0}: .*got add"),
         ({"encoding": {"kind": "scale"}}, "loop.encoding.init: must be 0: .*got the default"),
