@@ -154,7 +154,8 @@ class LoopSpec(BlockSpec):
         }
         most = self.steps if self.parameters == "per_step" else None
         fields = tuple(field for field, has in own.items() if has)
-        return Looping(path, self.steps, self.injection is not None, fields, most)
+        joins = self.kv == "all"
+        return Looping(path, self.steps, self.injection is not None, fields, most, joins)
 
     def at_depth(self, steps: int) -> LoopSpec:
         """The loop with ``steps`` passes; those beyond its own are as the last one."""

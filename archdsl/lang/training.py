@@ -25,7 +25,8 @@ class Looping(NamedTuple):
 
     ``path``: its place in the spec. ``steps``: its number of passes. ``injects``: whether further
     passes read its input again. ``own``: the fields that give a pass weights of its own.
-    ``most``: the largest number of passes that it can run; None: any number.
+    ``most``: the largest number of passes that it can run; None: any number. ``joins``: whether a
+    pass attends to the keys and values of the passes before it.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Looping(NamedTuple):
     injects: bool
     own: tuple[str, ...]
     most: int | None
+    joins: bool = False
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
@@ -187,6 +189,12 @@ class DepthSpec(Strict):
                 ("backprop_last",),
                 f"cuts the gradient to all that stands before {loop}, as its further passes do not "
                 f"read its input: set {loop}.injection to add, or leave backprop_last out",
+            )
+        if loop.joins:
+            yield (
+                ("backprop_last",),
+                f"does not go with kv: all, by which passes of {loop} attend to those without a "
+                f"gradient: set {loop}.kv to own, or leave backprop_last out",
             )
         for field in loop.own if self.backprop_last and sizes[0] > self.backprop_last else ():
             yield (
