@@ -227,8 +227,8 @@ def spec_trees(draw: st.DrawFn) -> Tree:
     }
     tree = required | draw(st.fixed_dictionaries({}, optional=optional))
     if draw(st.booleans()) and has_loop(tree["blocks"]):
-        loops = ModelSpec.model_validate(tree).loops
-        rule = TrainingSpec.model_validate(draw(RULES)).without_problems(loops)
+        structure = ModelSpec.model_validate(tree).structure
+        rule = TrainingSpec.model_validate(draw(RULES)).without_problems(structure)
         tree["training"] = to_tree(rule)
     return tree
 
@@ -241,7 +241,14 @@ DEPTHS = st.fixed_dictionaries(
         "backprop_last": st.integers(1, 3),
     },
 )
-RULES = st.fixed_dictionaries({}, optional={"depth": DEPTHS})
+RULES = st.fixed_dictionaries(
+    {},
+    optional={
+        "depth": DEPTHS,
+        "loss": st.sampled_from(["last", "every_step"]),
+        "loss_weights": st.sampled_from([1.0, 0.5, [1.0, 2.0]]),
+    },
+)
 
 
 def specs() -> st.SearchStrategy[ModelSpec]:

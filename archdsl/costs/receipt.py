@@ -51,18 +51,21 @@ def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
 
     The mean is over the depths that the training of the spec draws. Where only the last passes of
     its loops get a gradient, the backward pass costs as much as that of a model with these alone.
+    Where every pass has a loss, so many heads are counted.
     """
 
     def forward(at: ModelSpec) -> int:
         return sequence_cost(at, tokens=tokens).flops
 
     law, depths = spec.depth_law, spec.training_depths
+    head = 2 * spec.vocab_size * spec.dim * (tokens or spec.context)
     if law is None:
-        return 3 * forward(spec)
+        return 3 * (forward(spec) + head * (spec.training_losses(None) - 1))
     total = 0
     for depth in depths:
         learning = min(depth, law.backprop_last or depth)
         total += forward(spec.at_depth(depth)) + 2 * forward(spec.at_depth(learning))
+        total += 3 * head * (spec.training_losses(depth) - 1)
     return total / len(depths)
 
 

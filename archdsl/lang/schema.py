@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from archdsl.lang import spec, strict
+from archdsl.lang import strict
 from archdsl.lang.distributions import Choice, Fit, Range
 from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec, Part
@@ -49,7 +49,7 @@ class Generator(GenerateJsonSchema):
         match schema["function"]["function"]:
             case strict._size:
                 return {"anyOf": [inner, {"type": "string", "pattern": SIZE}]}
-            case spec._per_step:
+            case strict._per_step:
                 return {"anyOf": [inner["items"], inner]}
         return inner
 

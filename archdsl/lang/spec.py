@@ -9,12 +9,11 @@ import hashlib
 import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from pydantic import (
     BeforeValidator,
     Field,
-    PlainSerializer,
     SerializeAsAny,
     ValidationError,
     WithJsonSchema,
@@ -24,8 +23,10 @@ from pydantic_core import PydanticCustomError
 
 from archdsl.errors import Problem, SpecError, describe, did_you_mean
 from archdsl.lang import registry, source
+from archdsl.lang.strict import Number as Number
+from archdsl.lang.strict import PerStep as PerStep
 from archdsl.lang.strict import Size, Strict, validation_error
-from archdsl.lang.training import DepthSpec, Looping, TrainingSpec
+from archdsl.lang.training import DepthSpec, Looping, Structure, TrainingSpec
 
 if TYPE_CHECKING:
     from archdsl.costs.activations import Footprint, Rows
@@ -188,19 +189,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _per_step(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-Number = TypeVar("Number", bound=float)
-PerStep = Annotated[
-    tuple[Number, ...],
-    BeforeValidator(_per_step),
-    PlainSerializer(lambda values: values[0] if len(values) == 1 else list(values)),
-]
-"""One value for all routed steps, or a list with one value for each routed step."""
-
-
 def at_step(values: tuple[float, ...], step: int) -> float:
     """Returns the value of a `PerStep` field at the routed step ``step``, counted from 0."""
     return values[0] if len(values) == 1 else values[step]
@@ -285,7 +273,9 @@ class ModelSpec(Strict):
     def _training_problems(self) -> list[tuple[Path, str]]:
         if self.training is None:
             return []
-        found = [(("training", *path), said) for path, said in self.training.problems(self.loops)]
+        found = [
+            (("training", *path), said) for path, said in self.training.problems(self.structure)
+        ]
         deepest = 0 if found else max(self.training_depths, default=0)
         total = sum(block.nodes for block in self.at_depth(deepest).blocks) if deepest else 0
         if total > MAX_NODES:
@@ -302,6 +292,12 @@ class ModelSpec(Strict):
         return [loop for path, part in parts if (loop := part.looping(path))]
 
     @property
+    def structure(self) -> Structure:
+        """What a rule of training needs to know of the blocks."""
+        last = self.blocks[-1].unrolled()[-1]
+        return Structure(self.loops, len(self.blocks) - 1, last.looping(()) is not None)
+
+    @property
     def depth_law(self) -> DepthSpec | None:
         """How training draws the number of passes of all loops; None: as many as in use."""
         return self.training.depth if self.training else None
@@ -311,6 +307,16 @@ class ModelSpec(Strict):
         """The numbers of passes that training draws from, equally likely; none: as in use."""
         law = self.depth_law
         return law.sizes(self.loops[0].steps) if law else ()
+
+    def training_losses(self, depth: int | None) -> int:
+        """How often the last norm and the head run in training. ``depth``: of the loops; None:
+        their own."""
+        if self.training is None or self.training.loss == "last":
+            return 1
+        last = self.blocks[-1].unrolled()[-1].looping(())
+        assert last is not None
+        steps, law = depth or last.steps, self.depth_law
+        return min(steps, law.backprop_last or steps) if law else steps
 
     def at_depth(self, steps: int) -> ModelSpec:
         """Returns the spec with ``steps`` passes in all loops, as the compute dial runs it."""
@@ -322,7 +328,7 @@ class ModelSpec(Strict):
         spec = self.model_copy(update={"blocks": tuple(blocks)})
         if self.training is None:
             return spec
-        training = self.training.without_problems(spec.loops)
+        training = self.training.without_problems(spec.structure)
         return spec.model_copy(update={"training": training})
 
     def with_copies(self) -> ModelSpec:
@@ -347,7 +353,7 @@ class ModelSpec(Strict):
         spec = self.model_copy(update=update)
         if self.training is None:
             return spec
-        return spec.model_copy(update={"training": self.training.canonical(spec.loops)})
+        return spec.model_copy(update={"training": self.training.canonical(spec.structure)})
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of the canonical form, as 64 hex digits.

@@ -6,13 +6,14 @@ A config, which becomes options of the command line, needs these and no more of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     ModelWrapValidatorHandler,
+    PlainSerializer,
     ValidationError,
     model_validator,
 )
@@ -76,3 +77,16 @@ def _size(value: Any) -> Any:
 
 Size = Annotated[int, BeforeValidator(_size)]
 """A whole number that may be written as 162M, 4k or 64KiB."""
+
+
+def _per_step(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Number = TypeVar("Number", bound=float)
+PerStep = Annotated[
+    tuple[Number, ...],
+    BeforeValidator(_per_step),
+    PlainSerializer(lambda values: values[0] if len(values) == 1 else list(values)),
+]
+"""One value for all routed steps, or a list with one value for each routed step."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from random import Random
 from statistics import NormalDist
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from archdsl.lang.strict import Path, Strict, validation_error
+from archdsl.lang.strict import Path, PerStep, Strict, validation_error
 
 SIZES = 6  # the most numbers of passes that a law is drawn from
 SPREAD = 0.5  # sigma of the log-normal law, as in Huginn
@@ -38,6 +38,18 @@ class Looping(NamedTuple):
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
+
+
+class Structure(NamedTuple):
+    """What a rule of training needs to know of the blocks of a model.
+
+    ``last``: the number of the last block. ``ends_with_loop``: whether the last block that runs is
+    a loop.
+    """
+
+    loops: list[Looping]
+    last: int
+    ends_with_loop: bool
 
 
 class DepthSpec(Strict):
@@ -211,26 +223,55 @@ class TrainingSpec(Strict):
     depth: DepthSpec | None = Field(
         None, description="the number of passes of all loops; default: their steps"
     )
+    loss: Literal["last", "every_step"] = Field(
+        "last",
+        exclude_if=lambda loss: loss == "last",
+        description="what is predicted from: the last pass; or every pass of the last loop, each "
+        "through the last norm and the head",
+    )
+    loss_weights: PerStep[Annotated[float, Field(gt=0, le=1000)]] = Field(
+        (1.0,),
+        min_length=1,
+        max_length=64,
+        exclude_if=lambda weights: set(weights) == {1.0},
+        description="the weight of each pass in the loss every_step, divided by their sum; further "
+        "passes have the last one",
+    )
 
-    def problems(self, loops: Sequence[Looping]) -> Iterator[tuple[Path, str]]:
-        """Yields (path, message) for values that do not go with the blocks of a model.
-
-        ``loops``: the loops of the model.
-        """
+    def problems(self, blocks: Structure) -> Iterator[tuple[Path, str]]:
+        """Yields (path, message) for values that do not go with the blocks of a model."""
         if self.depth is not None:
-            yield from ((("depth", *path), said) for path, said in self.depth.problems(loops))
+            found = self.depth.problems(blocks.loops)
+            yield from ((("depth", *path), said) for path, said in found)
+        if self.loss == "every_step" and not blocks.ends_with_loop:
+            yield (
+                ("loss",),
+                f"every_step needs a loop as the last block, and blocks.{blocks.last} is none: let "
+                "the model end with a loop, or use loss: last",
+            )
+        if self.loss == "last" and set(self.loss_weights) != {1.0}:
+            yield ("loss_weights",), "only the loss every_step has weights, and loss is last"
 
-    def without_problems(self, loops: Sequence[Looping]) -> TrainingSpec:
+    def pass_weights(self, count: int) -> list[float]:
+        """Returns the weights of ``count`` passes in the loss, which sum up to 1."""
+        given = self.loss_weights
+        weights = [given[min(i, len(given) - 1)] for i in range(count)]
+        return [weight / math.fsum(weights) for weight in weights]
+
+    def without_problems(self, blocks: Structure) -> TrainingSpec:
         """Returns the same without the fields that do not go with the blocks of a model."""
-        wrong = {str(path[0]) for path, _ in self.problems(loops)}
-        fields = type(self).model_fields
-        return self.model_copy(update={name: fields[name].default for name in wrong})
+        same, fields = self, type(self).model_fields
+        while wrong := {str(path[0]) for path, _ in same.problems(blocks)}:
+            same = same.model_copy(update={name: fields[name].default for name in wrong})
+        return same
 
-    def canonical(self, loops: Sequence[Looping]) -> TrainingSpec | None:
+    def canonical(self, blocks: Structure) -> TrainingSpec | None:
         """Returns the standard form of all that mean the same; None without an effect."""
-        same = self.without_problems(loops)
-        if same.depth is not None:
-            same = same.model_copy(update={"depth": same.depth.canonical(loops[0].steps)})
+        same = self.without_problems(blocks)
+        depth = same.depth and same.depth.canonical(blocks.loops[0].steps)
+        weights = tuple(weight / same.loss_weights[0] for weight in same.loss_weights)
+        weights = weights[:1] if len(set(weights)) == 1 else weights
+        same = same.model_copy(update={"depth": depth, "loss_weights": weights})
         return None if same == TrainingSpec() else same
 
 

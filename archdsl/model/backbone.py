@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -66,12 +67,14 @@ class Backbone(nn.Module):
         cache: Cache | None = None,
         each: list[Tensor] | None = None,
         pos_BT: Tensor | None = None,
+        passes: list[Tensor] | None = None,
     ) -> Tensor:
         """The stream [B, T, D] after the blocks and before the last norm.
 
         ``x_BTD``: the embedded tokens. ``each``: a list to which the stream after each layer is
-        added. ``pos_BT`` [1 or B, T]: the position of each token; default: the number of real
-        tokens before it. See `forward` for ``mask_BT``, ``cache`` and the errors.
+        added. ``passes``: a list to which the last layer, a loop, adds the stream after each of its
+        passes that gets a gradient. ``pos_BT`` [1 or B, T]: the position of each token; default:
+        the number of real tokens before it. See `forward` for the others and the errors.
         """
         if self.training:
             for one in self.counting:
@@ -81,8 +84,10 @@ class Backbone(nn.Module):
             x_BTD = take(x_BTD, index_BT)
             pos_BT = None if pos_BT is None else pos_BT.expand_as(index_BT).gather(1, index_BT)
         ctx = self._context(x_BTD, length_B, cache, pos_BT)
-        for layer in self.layers:
-            x_BTD = self.run_layer(layer, x_BTD, ctx)
+        for number, layer in enumerate(self.layers, 1):
+            last = passes is not None and number == len(self.layers)
+            here = replace(ctx, passes=passes) if last else ctx
+            x_BTD = self.run_layer(layer, x_BTD, here)
             if each is not None:
                 each.append(_as_before(x_BTD, index_BT))
         if cache is not None:

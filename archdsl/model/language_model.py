@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Self
 
@@ -23,6 +24,9 @@ from archdsl.nn.cache import Cache
 from archdsl.nn.loop import DialError
 
 __all__ = ["DialError", "LanguageModel"]
+
+Weight = float | Tensor
+EXACT = (torch.float32, torch.float64)
 
 
 class LanguageModel(Backbone, Primitive):
@@ -76,6 +80,23 @@ class LanguageModel(Backbone, Primitive):
         x_ND = self.norm(self.hidden(self.embedding(tokens_BT))).flatten(0, 1)
         return summed_cross_entropy(x_ND, self.head.weight, targets_BT.flatten())
 
+    def loss_of_passes(
+        self, tokens_BT: Tensor, targets_BT: Tensor, weigh: Callable[[int], Sequence[Weight]]
+    ) -> Tensor:
+        """As `loss`, of the predictions after every pass of the last layer, which is a loop.
+
+        ``weigh``: given the number of passes, the weight of each in the sum: a number, or one for
+        each token, [B, T]. Each pass goes through the last norm and the head.
+        """
+        passes: list[Tensor] = []
+        self.hidden(self.embedding(tokens_BT), passes=passes)
+        total = tokens_BT.new_zeros((), dtype=torch.float32)
+        for x_BTD, weight in zip(passes, weigh(len(passes)), strict=True):
+            x_ND = self.norm(x_BTD).flatten(0, 1)
+            nats_N = cross_entropies(x_ND, self.head.weight, targets_BT.flatten())
+            total = total + (nats_N.view_as(targets_BT) * weight).sum()
+        return total
+
     def for_decoding(self) -> Self:
         """This model, prepared to decode fast on a CPU. It must not be trained afterwards.
 
@@ -121,21 +142,33 @@ def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> T
 
     ``target_N``: the target tokens; IGNORE does not count. Only some logits exist at a time.
     """
+    half = torch.is_autocast_enabled(x_ND.device.type) or x_ND.dtype not in EXACT
+    # "sum" computes the gradients at once, but adds up in the precision of x_ND: in bfloat16 the
+    # loss would be wrong by some percent
+    return _cross_entropy(x_ND, weight_VD, target_N, "none" if half else "sum").sum()
+
+
+def cross_entropies(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    """As `summed_cross_entropy`, for each target, [N]; 0 for IGNORE.
+
+    Logits are computed again in the backward pass, so that nothing of the size of the head is kept.
+    """
+    return _cross_entropy(x_ND, weight_VD, target_N, "none")
+
+
+def _cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, reduction: str) -> Tensor:
     device, V = x_ND.device.type, len(weight_VD)
     if torch.is_autocast_enabled(device):  # autocast does not reach into the function
         x_ND, weight_VD = (x.to(torch.get_autocast_dtype(device)) for x in (x_ND, weight_VD))
-    exact = x_ND.dtype in (torch.float32, torch.float64)
     with torch.autocast(device, enabled=False):
         nats = F.linear_cross_entropy(
             x_ND,
             weight_VD,
             target_N,
-            # "sum" computes the gradients at once, but adds up in the precision of x_ND: in
-            # bfloat16 the loss would be wrong by some percent
-            reduction="sum" if exact else "none",
+            reduction=reduction,
             ignore_index=IGNORE,
             options=nn.LinearCrossEntropyOptions(
                 batch_chunk_size=max(1, LOGITS.get(device, 2**22) // V), chunking_method=None
             ),
         )
-    return nats.to(torch.promote_types(nats.dtype, torch.float32)).sum()
+    return nats.to(torch.promote_types(nats.dtype, torch.float32))

@@ -228,6 +228,8 @@ class Context:
     ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
     ``host``: whose attention and cache are used; None: the model's own.
     ``added``: what the pass of a loop around adds to the results of linear maps, by linear map.
+    ``passes``: where the last layer, a loop, adds the stream after each of its passes that gets a
+    gradient; None: nowhere.
     """
 
     stream: Stream = Stream()  # noqa: RUF009  frozen
@@ -243,6 +245,7 @@ class Context:
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     host: Host | None = None
     added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    passes: list[Tensor] | None = None
 
     def linear(self, matrix: nn.Linear, x: Tensor) -> Tensor:
         """The product of a linear map with ``x`` [..., inputs], and what this pass adds to it."""

@@ -231,7 +231,9 @@ def _node_by_node(spec: ModelSpec, total: Receipt) -> list[tuple[str, str]]:
 
 
 def _drawn(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """The depths that training draws."""
+    """What training draws and what its loss is of."""
+    if spec.training and spec.training.loss == "every_step":
+        yield "", "the loss is of every pass of the last loop"
     depth, sizes = spec.depth_law, spec.training_depths
     if depth is None:
         return

@@ -145,6 +145,7 @@ def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> 
 
 def saved_for_backward(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
     """Returns the bytes that the forward pass saves for the backward pass, without the logits."""
+    spec = spec.model_copy(update={"training": None})  # a pass without a loss
     return _saved_for_backward(rows, _parts(spec, rows, checkpointed))
 
 
@@ -167,7 +168,7 @@ def _parts(
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
-    norm = (norm_footprint(spec.norm, rows), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
+    norm = (_norms_footprint(spec, rows, depth), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
     return [
         (embedding, 0 if tied else table),
         *(
@@ -177,6 +178,17 @@ def _parts(
         *([norm] if spec.final_norm else []),
         (_loss_footprint(spec, rows), table),
     ]
+
+
+def _norms_footprint(spec: ModelSpec, rows: Rows, depth: int | None) -> Footprint:
+    """The footprint of the last norm, which runs after every pass if each has a loss.
+
+    Then the loss of each pass keeps the output of the norm, and the loss of each token.
+    """
+    norm, runs = norm_footprint(spec.norm, rows), spec.training_losses(depth)
+    if runs == 1:
+        return norm
+    return norm._replace(kept=runs * (norm.kept + rows.stream + rows.floats()))
 
 
 def _loss_footprint(spec: ModelSpec, rows: Rows) -> Footprint:

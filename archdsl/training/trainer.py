@@ -192,11 +192,18 @@ class Trainer:
     def _backward_part(self, part: Batch, target_count: int, parts: float) -> float:
         """Add the gradient of one of ``parts`` equally large parts of a batch; return its loss."""
         with self.autocast():
-            nats = self.model.loss(part.tokens_BT.to(self.device), part.targets_BT.to(self.device))
+            nats = self._nats(part.tokens_BT.to(self.device), part.targets_BT.to(self.device))
         loss = nats / target_count
         router_loss = sum(self.model.trace.losses.values()) / parts
         (loss + router_loss).backward()
         return float(loss.detach())
+
+    def _nats(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the summed loss, as the spec says what it is of."""
+        rule = self.model.spec.training
+        if rule is None or rule.loss == "last":
+            return self.model.loss(tokens_BT, targets_BT)
+        return self.model.loss_of_passes(tokens_BT, targets_BT, rule.pass_weights)
 
     def autocast(self) -> torch.autocast:
         """Return a context for the forward pass in the data type of the config."""

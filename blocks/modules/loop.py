@@ -106,7 +106,8 @@ class BodyLoop(Loop):
         """The stream after all passes, [B, T, D]."""
         start_BTD, chosen = x_BTD, None
         x_BTD = self._first_state(x_BTD, ctx)
-        ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None)
+        after_passes = ctx.passes
+        ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None, passes=None)
         handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
         for before, one in zip((None, *self.passes), self.passes, strict=False):
             if handed and before and self.body(before) is not self.body(one):
@@ -119,6 +120,8 @@ class BodyLoop(Loop):
             else:
                 chosen = self._choose(x_BTD, one.routed, now, chosen)
                 x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
+            if after_passes is not None and one.learns:
+                after_passes.append(x_BTD)
         return x_BTD
 
     def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:

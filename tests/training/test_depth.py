@@ -181,7 +181,8 @@ def test_there_are_no_more_graphs_than_depths() -> None:
     torch._dynamo.reset()
     loop = LOOP | {"body": {"kind": "feed_forward", "hidden": 4}}
     depth = {"law": "uniform", "max": 2, "backprop_last": 1}
-    run = trainer(small_model(loop, context=16, training={"depth": depth}), steps=10)
+    rule = {"depth": depth, "loss": "every_step"}
+    run = trainer(small_model(loop, context=16, training=rule), steps=10)
     counter = CompileCounter()
     compile_layers(run.model, backend=counter, depths=2)
     run.run()
