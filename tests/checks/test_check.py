@@ -18,7 +18,6 @@ from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.router import Prefix
 from archdsl.checks.check import Report, _reduced, check
-from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec
 from archdsl.model import backbone as model_module
 from archdsl.model.build import build, meta_model
@@ -27,6 +26,7 @@ from archdsl.nn.block import Context, KeysValues
 from archdsl.nn.cache import Kept, Stream
 from archdsl.nn.loop import Router, Step
 from archdsl.reports.outline import outline
+from tests.shipped import STRUCTURES
 from tests.strategies import specs
 
 LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
@@ -82,11 +82,11 @@ def structure(name: str) -> str:
 
 
 # Specs of other sizes are the same models once they are reduced.
-STRUCTURES = list({structure(name): name for name in shipped_specs()}.values())
+REDUCED = list({structure(name): name for name in STRUCTURES}.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REDUCED)
 def test_a_shipped_spec_passes_or_its_leak_is_named(name: str) -> None:
     passes_or_is_named(archdsl.load(name))
 

@@ -13,7 +13,6 @@ from torch import nn
 import archdsl
 from archdsl.blocks.attention import QUERIES
 from archdsl.blocks.loop import LoopSpec
-from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec, Sizes, walk
 from archdsl.reports.training_memory import (
     full_batch,
@@ -25,10 +24,10 @@ from archdsl.reports.training_memory import (
 from archdsl.testing import saved_tensors
 from archdsl.training.config import TrainConfig
 from benchmarks.memory import allocated, measured
+from tests.shipped import STRUCTURES
 from tests.strategies import specs
 
 SMALL = Sizes(dim=32, context=96, vocab_size=101, head_size=16, repeat=1)
-NAMES = [name for name in shipped_specs() if not name.endswith(("230m", "466m"))]  # but for width
 
 
 # The instrument
@@ -154,7 +153,7 @@ def off(spec: ModelSpec, batch_size: int, **config: Any) -> float:
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_the_estimate_for_a_shipped_spec_is_near_the_measured_peak(
     name: str, recomputed: bool
 ) -> None:

@@ -26,7 +26,7 @@ from archdsl.errors import ArchdslError
 from archdsl.files import exclusive
 from archdsl.interop.retrofit import parse_overlay, retrofit
 from archdsl.lang.load import load
-from archdsl.lang.source import from_value, shipped_specs
+from archdsl.lang.source import from_value
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -42,6 +42,7 @@ from archdsl.training.run import (
     train,
 )
 from archdsl.training.trainer import compile_layers
+from tests.shipped import STRUCTURES
 from tests.test_files import no_file_above
 
 SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
@@ -204,7 +205,6 @@ def test_a_compiled_model_trains_alike_and_saves_under_the_same_names(
 
 # Two equal layers show that layers share a graph.
 SMALL = Sizes(dim=16, context=24, vocab_size=8, head_size=8, repeat=2)
-STRUCTURES = [name for name in shipped_specs() if not name.endswith(("230m", "466m", "-tiny"))]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -214,7 +214,7 @@ STRUCTURES = [name for name in shipped_specs() if not name.endswith(("230m", "46
 )
 def test_a_layer_is_one_graph_and_stays_it(name: str) -> None:
     torch._dynamo.reset()
-    model = load(name).resized(SMALL)
+    model = load(name).resized(SMALL).model_copy(update={"training": None})  # one depth
     plain, compiled = (
         Trainer(build(model), SKILL, config(context=24, eval_every=0)) for _ in range(2)
     )

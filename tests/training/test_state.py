@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from archdsl.lang.source import shipped_specs
 from archdsl.model.build import build
 from archdsl.model.checkpoint import CheckpointError
 from archdsl.training.run import Trainer, train
+from tests.shipped import STRUCTURES
 from tests.training.damage import change_json, change_tensors
 from tests.training.test_run import CONFIG, SKILL, HookedData, Killed, config, kill, same, spec
 
@@ -164,9 +164,7 @@ def test_a_parameter_without_a_gradient_has_no_moments_and_is_restored_without()
     assert same(whole.model, second.model)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in shipped_specs() if not name.endswith(("m", "-tiny"))]
-)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_one_step_gives_all_parameters_of_the_shipped_specs_moments(name: str) -> None:
     from archdsl.lang.load import load
     from archdsl.lang.spec import Sizes

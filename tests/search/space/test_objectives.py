@@ -8,11 +8,11 @@ from hypothesis import given, settings
 
 from archdsl.costs.receipt import cost, sequence_cost
 from archdsl.lang.load import load
-from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import build
 from archdsl.model.executed_flops import flops_per_token
 from archdsl.search.space.objectives import AxisError, executed, others, parse_axes
+from tests.shipped import STRUCTURES
 from tests.strategies import specs
 
 T = 12
@@ -60,7 +60,7 @@ def test_a_loop_in_the_slot_of_a_layer_costs_what_it_executed() -> None:
     assert of(spec, few) < 0.6 * of(spec, dict.fromkeys(shares, 0.9))
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped_specs()) - {"itt-overlay"}))
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_every_step_of_a_shipped_model_takes_what_its_proxy_measured(name: str) -> None:
     full = load(name)
     small = full.resized(Sizes(dim=32, context=T, vocab_size=64, head_size=16, repeat=1))
