@@ -30,12 +30,15 @@ def loops(spec: ModelSpec) -> list[LoopSpec]:
 
 
 def slots(spec: ModelSpec) -> int:
-    """Parameters that only thinking has: routers', encodings', injections', norms' of loops."""
+    """Parameters that only thinking has: routers, encodings, injections, norms, lora of loops."""
 
     def bare(part: Part) -> Part:
         part = part.with_each(bare)
+        if not isinstance(part, LoopSpec):
+            return part
         empty = {"router": None, "encoding": None, "injection": None, "norm": None}
-        return part.model_copy(update=empty) if isinstance(part, LoopSpec) else part
+        own = {} if isinstance(part.parameters, str) else {"parameters": "shared"}
+        return part.model_copy(update=empty | own)
 
     blocks = tuple(bare(block) for block in spec.blocks)
     params = sequence_cost(spec.model_copy(update={"blocks": blocks})).params
