@@ -47,6 +47,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ablate oth", ["other.yml"]),
         ("search sea", ["search"]),
         ("retrofit runs/tiny/final itt", ["itt-overlay"]),
+        ("retrofit runs/tiny/final ret", ["retrofit-recurrence-overlay"]),
         ("eval ru", ["runs/tiny/checkpoints/step-000200", "runs/tiny/final"]),
         ("eval kept/o", ["kept/one"]),
         ("train runs/tiny/f", ["runs/tiny/final"]),

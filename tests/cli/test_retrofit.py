@@ -49,9 +49,22 @@ def test_grafts_and_trains_what_is_new(made: Cli) -> None:
 
 def test_says_in_words_what_it_did(made: Cli) -> None:
     found = made("retrofit", "base", "itt-overlay", "--set", "layers=[2]", "--out", "grown")
-    assert found.out.splitlines()[0] == "plain-itt: thinking steps on layers 2"
+    assert found.out.splitlines()[0] == "plain-itt: loops on layers 2"
     assert "112 new" in found.out
     assert "differ by at most 0.0e+00 of the largest logit" in found.out
+
+
+def test_layers_become_prelude_core_and_coda(made: Cli) -> None:
+    sizes = ["--set", "prelude=1", "--set", "core=1", "--set", "coda=1"]
+    found = made("retrofit", "base", "retrofit-recurrence-overlay", *sizes, "--out", "deep")
+    assert found.status == 0, found.err
+    first, parameters = found.out.splitlines()[:2]
+    assert first == "plain-recurrence: loops on layers 2; without layers 1"
+    assert parameters.endswith("512 new")
+    assert "archdsl train deep --only all" in found.err
+    found = made("retrofit", "base", "retrofit-recurrence-overlay", "--out", "deeper")
+    assert found.status == 1
+    assert "prelude, core and coda take 8 layers, and there are 4" in found.err
 
 
 def test_nothing_is_written_where_something_is_wrong(made: Cli) -> None:

@@ -15,11 +15,13 @@ from torch import Tensor
 from archdsl.blocks.feed_forward import FeedForwardSpec
 from archdsl.blocks.layer import LayerSpec
 from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.stack import StackSpec
 from archdsl.costs.receipt import cost
 from archdsl.errors import SpecError
-from archdsl.interop.retrofit import Overlay, RetrofitError, compact, parse_overlay, retrofit
+from archdsl.interop.overlay import Overlay, Recurrence, parse_overlay
+from archdsl.interop.retrofit import RetrofitError, compact, retrofit
 from archdsl.lang.load import load
 from archdsl.lang.registry import families
 from archdsl.lang.source import from_value, parse, read, shipped_specs
@@ -56,7 +58,16 @@ def checkpoint(spec: ModelSpec = NESTED) -> Checkpoint:
 
 def overlay(layers: Any, **loop: Any) -> Overlay:
     value = {"name": "itt", "layers": layers, "loop": LOOP | loop}
-    return parse_overlay(from_value(value, "overlay.yaml"))
+    found = parse_overlay(from_value(value, "overlay.yaml"))
+    assert isinstance(found, Overlay)
+    return found
+
+
+def recurrence(prelude: int, core: int, coda: int, **loop: Any) -> Recurrence:
+    value = {"name": "core", "prelude": prelude, "core": core, "coda": coda, "loop": loop}
+    found = parse_overlay(from_value(value, "overlay.yaml"))
+    assert isinstance(found, Recurrence)
+    return found
 
 
 def weights(model: LanguageModel) -> dict[str, Tensor]:
@@ -186,7 +197,7 @@ def test_layers_that_cannot_think_are_named(layers: Any, complaint: str) -> None
         ({"encoding": {"kind": "scale"}}, "loop.encoding.init: must be 0: .*got the default"),
         ({"encoding": {"kind": "scale", "init": 0.1}}, "loop.encoding.init: .*got 0.1"),
         ({"encoding": {"kind": "scale", "init": 0, "first": 2}}, "encoding.first: .*1.*got 2"),
-        ({"body": LAYER}, "loop.body: must be left out: the layer of the model becomes it"),
+        ({"body": LAYER}, "loop.body: must be left out: layers of the model become it"),
         (
             {"router": {"kind": "prefix", "capacity": [0.5, 0.5, 0.5]}, "steps": 5},
             "loop.router.capacity: needs one value, or one for each of the 4 passes",
@@ -223,7 +234,7 @@ def test_every_mistake_is_named_with_its_place() -> None:
     ]
     assert "(did you mean 'steps'?)" in str(found.value)
     for text, complaint in {
-        "- 1": "bad.yaml:1:1: an overlay is a mapping of name, layers and loop; got a list",
+        "- 1": "bad.yaml:1:1: an overlay is a mapping of name, layers and loop, or of name",
         "name: x\nlayers: {evry: 2}\nloop: {}": "bad.yaml:2:16: layers.evry: unknown key (did you",
         "name: x\nlayers: []\nloop: {}": "bad.yaml:2:9: layers: needs at least 1 entries",
         "name: x\nlayers: [0]\nlop: {}": "bad.yaml:3:6: lop: unknown key (did you mean 'loop'?)",
@@ -241,6 +252,62 @@ def test_the_shipped_overlay_is_an_overlay_and_no_spec() -> None:
     assert "itt-overlay" not in shipped_specs()
     with pytest.raises(SpecError, match=r"archdsl retrofit CHECKPOINT itt-overlay --out FOLDER"):
         load("itt-overlay")
+
+
+# A prelude, a core that loops, and a coda
+
+UNLIKE = [LAYER | {"ffn": {"hidden": 4 * n}} for n in (1, 2, 2, 3, 3, 4)]
+
+
+@pytest.mark.parametrize("parameters", ["shared", "per_step"])
+def test_one_pass_from_zeros_over_all_other_layers_is_the_model_that_was(parameters: str) -> None:
+    base = checkpoint(model_spec(UNLIKE, tie_embeddings=True))
+    loop = {"steps": 1, "injection": "linear", "start": "zeros", "parameters": parameters}
+    grown = retrofit(base, recurrence(2, 3, 1, **loop))
+    assert grown.difference == 0
+    assert (grown.layers, grown.removed) == ((2, 3, 4), ())
+    assert grown.new == ("blocks.2.inject.weight",)
+
+
+def test_a_core_has_the_weights_of_the_layers_before_the_coda() -> None:
+    base = checkpoint(model_spec(UNLIKE))
+    loop = {"steps": 2, "injection": "add", "start": "noise", "parameters": "per_step"}
+    grown = retrofit(base, recurrence(1, 2, 1, **loop))
+    assert (grown.layers, grown.removed) == ((3, 4), (1, 2))
+    assert grown.provenance["retrofit"]["removed"] == [1, 2]
+    assert grown.difference > 0.01
+    ffns = [part for part in grown.model.modules() if isinstance(part, FeedForward)]
+    assert [ffn.up.out_features for ffn in ffns] == [4, 12, 12, 12, 12, 16]
+    core = [weight for layer in base.model.layers[3:5] for weight in layer.parameters()]
+    for body in grown.model.loops[0].bodies:
+        assert all(torch.equal(a, b) for a, b in zip(core, body.parameters(), strict=True))
+    assert all("bodies.1" in name for name in grown.new)
+
+
+def test_a_recurrence_that_cannot_be_is_refused() -> None:
+    for sizes in ((3, 3, 1), (0, 7, 0)):
+        with pytest.raises(
+            RetrofitError, match="core: layers of base: prelude, core and coda take 7"
+        ):
+            retrofit(checkpoint(model_spec(UNLIKE)), recurrence(*sizes, steps=2))
+    with pytest.raises(SpecError, match=r"loop.steps: must be at least 2: .*; got 1"):
+        recurrence(1, 1, 1, steps=1)
+    with pytest.raises(SpecError, match=r"loop.start: noise needs an injection"):
+        recurrence(1, 1, 1, start="noise")
+    with pytest.raises(SpecError, match=r"overlay.yaml: coda: "):
+        parse_overlay(
+            from_value({"name": "x", "prelude": 1, "core": 1, "loop": {}}, "overlay.yaml")
+        )
+
+
+def test_the_shipped_recurrence_is_the_law_of_the_new_model_too() -> None:
+    shipped = parse_overlay(read("retrofit-recurrence-overlay"))
+    assert parse_overlay(from_value(shipped.to_tree(), "again")) == shipped
+    plain = model_spec([{"kind": "stack", "repeat": 9, "body": [LAYER]}])
+    grown = retrofit(checkpoint(plain), shipped)
+    assert (grown.layers, grown.removed) == ((3, 4, 5, 6), (2,))
+    assert grown.model.spec.training is not None
+    assert parse_spec(parse(grown.model.spec.to_yaml())) == grown.model.spec
 
 
 # Writing repetitions as stacks
