@@ -87,6 +87,8 @@ def models(kind: type[Part]) -> dict[str, ModelSpec]:
             blocks = {"alone": example, "in a routed loop": routed | {"body": example}}
         case "router" | "residual" | "encoding" | "parameters":
             blocks = {"in a loop": LOOP | {kind.family: example}}
+        case "exit":
+            blocks = {"in a loop": LOOP | {"router": None, "exit": example}}
         case "rope_scaling":
             attention = {"kind": "attention", "head_size": 8, "rope_scaling": example}
             blocks = {"in attention": attention}
@@ -156,7 +158,7 @@ def has_one_meaning(spec: ModelSpec) -> None:
 
 def costs_what_is_counted(spec: ModelSpec) -> None:
     """`cost` has the parameters that the module has and the FLOPs that torch counts."""
-    model = meta_model(spec)
+    model = meta_model(spec).eval()
     params = sum(weight.numel() for weight in model.parameters())
     equal(sequence_cost(spec).params, params, "cost(): parameters")
     for tokens in (spec.context, 1):
@@ -195,7 +197,7 @@ def keeps_what_autograd_saves(spec: ModelSpec) -> None:
 def every_weight_learns(spec: ModelSpec) -> None:
     """Each parameter gets a gradient that is finite and not zero everywhere."""
     model = built(spec).train()
-    loss = model(some_tokens(spec)).square().mean()
+    loss = model.loss(*some_tokens(spec, 4).chunk(2))
     torch.stack([loss, *model.trace.losses.values()]).sum().backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None, f"{name} gets no gradient"

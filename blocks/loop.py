@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema
 
+from archdsl.blocks.exit import ExitSpec
 from archdsl.blocks.lora import LoraSpec, ParametersType
 from archdsl.blocks.norm import EPS, NormType, norm_footprint, norm_size
 from archdsl.blocks.residual_thinking import DeltaSpec, OverwriteSpec, ResidualSpec, ThinkingSpec
@@ -62,6 +63,15 @@ class LoopSpec(BlockSpec):
         slot("router"),
         WithJsonSchema({"x-family": "router"}),
     ] = Field(None, description="selects the tokens of further passes; default: all of them")
+    exit: Annotated[
+        SerializeAsAny[ExitSpec] | None,
+        slot("exit"),
+        WithJsonSchema({"x-family": "exit"}),
+    ] = Field(
+        None,
+        exclude_if=lambda one: one is None,  # the hash of specs without it stays
+        description="when a token stops looping; default: it takes every pass",
+    )
     residual: Annotated[
         SerializeAsAny[ResidualSpec],
         slot("residual"),
@@ -155,7 +165,10 @@ class LoopSpec(BlockSpec):
         most = self.steps if self.parameters == "per_step" else None
         fields = tuple(field for field, has in own.items() if has)
         joins = self.kv == "all"
-        return Looping(path, self.steps, self.injection is not None, fields, most, joins)
+        every = "exit" if self.exit is not None and self.exit.learned else None
+        expects = self.exit is not None and self.exit.expects
+        injects = self.injection is not None
+        return Looping(path, self.steps, injects, fields, most, joins, every, expects)
 
     def at_depth(self, steps: int) -> LoopSpec:
         """The loop with ``steps`` passes; those beyond its own are as the last one."""
@@ -166,12 +179,15 @@ class LoopSpec(BlockSpec):
             used = _shortest(self.parameters.rank, self.steps)
             parameters = self.parameters.model_copy(update={"rank": used})
             loop = loop.model_copy(update={"parameters": parameters})
+        if self.exit is not None:
+            remaining = _lengthened(self.exit.remaining, steps - 1)
+            leaves = self.exit.model_copy(update={"remaining": remaining})
+            return loop.model_copy(update={"steps": steps, "exit": leaves})
         if not self.shares:
             return loop.model_copy(update={"steps": steps, "router": None})
         assert self.router is not None
-        given, further = self.router.capacity, max(1, steps - self.full_steps)
-        capacity = tuple(given[min(i, len(given) - 1)] for i in range(further))
-        router = self.router.model_copy(update={"capacity": _shortest(capacity, further)})
+        capacity = _lengthened(self.router.capacity, steps - self.full_steps)
+        router = self.router.model_copy(update={"capacity": capacity})
         return loop.model_copy(update={"steps": steps, "router": router})
 
     def with_passes(self, shares: Sequence[float]) -> LoopSpec:
@@ -180,14 +196,19 @@ class LoopSpec(BlockSpec):
         The passes after the ``full_steps`` first ones select these shares of their tokens; a share
         of 1 means that the pass has no router, so that none has to be paid for.
         """
-        router = self.router and self.router.model_copy(
-            update={"capacity": tuple(shares[self.full_steps :]) or (1.0,)}
-        )
-        return self.model_copy(update={"steps": len(shares), "router": router})
+        further = tuple(shares[self.full_steps :]) or (1.0,)
+        router = self.router and self.router.model_copy(update={"capacity": further})
+        leaves = self.exit and self.exit.model_copy(update={"remaining": further})
+        return self.model_copy(update={"steps": len(shares), "router": router, "exit": leaves})
 
     def rows(self) -> list[int | None]:
-        """For each pass the step of the router that selects its tokens; None: every token."""
+        """For each pass the step of the router that selects its tokens; None: every token.
+
+        With an exit, the number of the pass after the first: tokens may have stopped before it.
+        """
         routed = [None if t < self.full_steps else t - self.full_steps for t in range(self.steps)]
+        if self.exit is not None:
+            return routed if self.shares else [None] * self.steps
         if self.router is None:
             return [None] * self.steps
         shares = self.router.capacity
@@ -195,16 +216,20 @@ class LoopSpec(BlockSpec):
 
     @property
     def shares(self) -> list[float]:
-        """The share of tokens of each pass that a router selects tokens for."""
-        router, further = self.router, self.steps - self.full_steps
-        if router is None or further < 1:
+        """The share of tokens of each pass that a router selects tokens for, or an exit leaves."""
+        router, leaves, further = self.router, self.exit, self.steps - self.full_steps
+        if (router is None and leaves is None) or further < 1:
             return []
-        given = router.capacity[:further]
+        given = (leaves.remaining if leaves else router.capacity if router else ())[:further]
         shares = [*given, *given[-1:] * (further - len(given))]
+        if leaves is not None:
+            return shares if leaves.stops or set(shares) != {1} else []
         return [share for share in shares if share != 1] if 1 in shares else shares
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
-        """Lists of values that are too short for the passes, and what ``kv`` excludes."""
+        """Lists of values that are too short for the passes, and what exits and ``kv`` exclude."""
+        if self.exit is not None:
+            yield from self._exit_conflicts(self.exit)
         if self.router is not None:
             further = max(0, self.steps - self.full_steps)
             for name in ("capacity", "alpha"):
@@ -221,6 +246,38 @@ class LoopSpec(BlockSpec):
             yield from self._start_conflicts()
         if isinstance(self.parameters, LoraSpec):
             yield from self._lora_conflicts(self.parameters)
+
+    def _exit_conflicts(self, leaves: ExitSpec) -> Iterator[tuple[Path, str]]:
+        further, given = self.steps - 1, len(leaves.remaining)
+        if 1 < given < further:
+            yield (
+                ("exit", "remaining"),
+                f"needs one value, or one for each of the {further} passes after the first; "
+                f"got {given}",
+            )
+        if self.router is not None:
+            yield (
+                ("exit",),
+                "decides which tokens take further passes, and so does the router: leave out one "
+                "of exit and router",
+            )
+        if self.kv == "all":
+            yield (
+                ("exit",),
+                "is not defined for kv: all, where a token attends to each pass of the others: "
+                "kv: last",
+            )
+        if self.full_steps != 1:
+            yield (
+                ("full_steps",),
+                f"must be 1 beside an exit, as a token may stop after any pass; got "
+                f"{self.full_steps}",
+            )
+        if getattr(self.residual, "unselected", None) == "literal":
+            yield (
+                ("residual", "unselected"),
+                "literal would change tokens that stopped at the exit: unselected: bypass",
+            )
 
     def _lora_conflicts(self, lora: LoraSpec) -> Iterator[tuple[Path, str]]:
         if 1 < len(lora.rank) < self.steps:
@@ -275,7 +332,9 @@ class LoopSpec(BlockSpec):
             return loop.body
         further = loop.steps - loop.full_steps
         update: dict[str, object] = {"parameters": _without_zeros(loop.parameters, loop.steps)}
-        if loop.router is None or not loop.shares:
+        if loop.exit is not None:
+            update |= {"router": None}
+        elif loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):
                 update["residual"] = ThinkingSpec()
@@ -304,7 +363,7 @@ class LoopSpec(BlockSpec):
     @property
     def is_gated(self) -> bool:
         """Whether a pass multiplies its results by a weight of each token or by a constant."""
-        if self.router is None or not self.shares:
+        if self.router is None or self.exit is not None or not self.shares:
             return False
         return self.router.learned or set(self.router.alpha) != {1.0}
 
@@ -326,12 +385,17 @@ class LoopSpec(BlockSpec):
         weights = steps if self.parameters == "per_step" else 1
         ranks = self._ranks(bill.runs)
         self.body.cost(bill.run("body", runs, makers, weights=weights, ranks=ranks))
-        if router is not None and shares:
+        if router is not None and self.exit is None and shares:
             # a step that the compute dial skips uses no router
             router.cost(bill.part("router"), len(shares) - shares.count(0))
         if encoding is not None:
             encoding.cost(bill.part("encoding"), steps)
         self.residual.cost(bill)
+        if self.exit is not None:
+            # after each pass but the last
+            decided = self._passes(bill.runs, full if shares else full - 1, shares[:-1])
+            decided = decided if self.exit.stops else Runs([], 0, 0, 0)
+            self.exit.cost(bill.run("exit", decided, decided))
         if self.injection in ("linear", "diagonal"):
             self._injection_cost(bill, full, shares)
         if self.norm is not None:
@@ -392,6 +456,11 @@ class LoopSpec(BlockSpec):
         if self.is_body:
             return self.body.footprint(rows)
         passes = [self._pass(rows, step, row) for step, row in enumerate(self.rows())]
+        if self.exit is not None:
+            decisions = self.exit.footprint(rows, self.steps)
+            for one in passes[1:]:
+                one[0] = one[0]._replace(reads=one[0].reads or decisions.reads)
+            passes[-1][-1] = passes[-1][-1].plus(decisions.kept)
         learning = min(self.steps, rows.backprop_last or self.steps)
         parts = [part for one in passes[-learning:] for part in one]
         whole, cut = in_a_row(rows.stream, parts), learning < self.steps
@@ -407,7 +476,8 @@ class LoopSpec(BlockSpec):
 
     def _pass(self, rows: Rows, step: int, row: int | None) -> list[Footprint]:
         """A pass and, where it takes every token, the norm after it."""
-        if row is not None:
+        stops = self.exit is None or self.exit.in_training
+        if row is not None and stops:
             return [self._routed_pass(rows, step, row)]
         norm = [] if self.norm is None else [norm_footprint(self.norm, rows)]
         return [self._full_pass(rows, step), *norm]
@@ -431,15 +501,15 @@ class LoopSpec(BlockSpec):
 
     def _routed_pass(self, rows: Rows, step: int, row: int) -> Footprint:
         """Saved besides the body: the places of the tokens, and what is multiplied."""
-        assert self.router is not None
-        padded = self.router.fills or rows.padded
-        taken = self._taken(rows.tokens, row)
+        router = self.router
+        padded = router is None or router.fills or rows.padded
+        taken = rows.tokens if router is None else self._taken(rows.tokens, row)
         kv = "own" if step == 0 else self.kv
         at = rows.routed(taken, taken if kv == "own" else self._keys(rows.tokens, step), kv, padded)
-        choice = self.router.footprint(rows, at)
+        choice = Footprint(reads=False) if router is None else router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
-        kept = body.kept + choice.kept + at.tables(body.angles)
-        kept += at.stream * (self.router.learned + self._scales) + self.residual.footprint(at)
+        kept = body.kept + choice.kept + at.tables(body.angles) + self.residual.footprint(at)
+        kept += at.stream * ((router is not None and router.learned) + self._scales)
         takes = 1 + padded + self._injects(step)
         kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
         if self.norm is not None:
@@ -507,6 +577,12 @@ def _with_all_before(taken: Sequence[int]) -> int:
     ``taken``: the number of tokens of each pass.
     """
     return (sum(taken) ** 2 + sum(n * n for n in taken)) // 2
+
+
+def _lengthened(given: tuple[float, ...], further: int) -> tuple[float, ...]:
+    """The values of ``further`` passes, of which those beyond the given ones are as the last."""
+    further = max(1, further)
+    return _shortest(tuple(given[min(i, len(given) - 1)] for i in range(further)), further)
 
 
 def _shortest(values: tuple[Number, ...], used: int) -> tuple[Number, ...]:

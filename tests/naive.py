@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from archdsl.blocks.exit import ConfidenceSpec, GateSpec, HaltingSpec
 from archdsl.blocks.lora import LoraSpec
 from archdsl.blocks.modules.attention import Attention
+from archdsl.blocks.modules.exit import Confidence, Gate, Halting
 from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.injection import DiagonalInjection
 from archdsl.blocks.modules.layer import Layer
@@ -70,6 +72,7 @@ class Memory:
 
 Definition = TypeVar("Definition", bound=Callable[..., Any])
 _definitions: dict[type, Callable[..., Any]] = {}
+heads_of: dict[int, Callable[[Tensor], Tensor]] = {}  # the head of the model that runs
 
 
 def defines(*defined: type) -> Callable[[Definition], Definition]:
@@ -167,6 +170,7 @@ def block(module: Block, x_BTD: Tensor) -> Tensor:
 
 def model(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
     x_BTD = module.embedding.weight[tokens_BT]
+    heads_of[0] = lambda x: module.head.weight @ norm(module.norm, x)
     for inner in module.blocks:
         assert isinstance(inner, Block)
         x_BTD = block(inner, x_BTD)
@@ -279,6 +283,7 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
     left = set(range(len(xs)))  # who may still be selected, where the router is nested
     learned = 0  # routed steps that select, so far
     among = 1.0  # the share of the tokens that a nested router has left
+    past: list[list[Tensor]] = [[] for _ in xs]  # the states after each pass that a token took
     for step in range(spec.steps):
         capacity, alpha = 1.0, 1.0
         if spec.router is not None and step >= spec.full_steps:
@@ -293,6 +298,10 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
             learned += 1
             if spec.router is not None and spec.router.nested:
                 left, among = set(gates), capacity
+        if spec.exit is not None and step:
+            gates = {t: None for t in gates if len(past[t]) == step and goes_on(module, past[t])}
+        if not gates:
+            break
         into = [body_input(module, xs[t], start[t], step) for t in gates]
         body = module.bodies[step if spec.parameters == "per_step" else 0]
         if memory is not None:
@@ -307,6 +316,10 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
             for t, x in enumerate(xs)
         ]
         xs = [normed(module.norm, x) if t in gates else x for t, x in enumerate(xs)]
+        for t in gates:
+            past[t].append(xs[t])
+    if isinstance(module.exit, Halting):
+        return [halted(module.exit, states, spec.steps) for states in past]
     return xs
 
 
@@ -326,6 +339,45 @@ def adapted(module: BodyLoop, step: int) -> Iterator[None]:
     for one, weight in shared.items():
         del one.weight
         one.weight = weight
+
+
+def goes_on(module: BodyLoop, states: Stream) -> bool:
+    """Whether a token that has these states after its passes takes the next one."""
+    return definition_of(module.spec.exit)(module.spec.exit, module.exit, states)
+
+
+@defines(GateSpec)
+def goes_on_through_gate(spec: GateSpec, gate: Gate, states: Stream) -> bool:
+    stay = 1.0
+    for x in states:
+        stay *= 1 - torch.sigmoid(gate.score.weight[0] @ x + gate.score.bias[0]).item()
+    return spec.threshold == 1 or 1 - stay < spec.threshold
+
+
+@defines(HaltingSpec)
+def goes_on_unhalted(spec: HaltingSpec, halting: Halting, states: Stream) -> bool:
+    return torch.stack(halting_numbers(halting, states)).sum().item() < spec.threshold
+
+
+def halting_numbers(halting: Halting, states: Stream) -> Stream:
+    return [torch.sigmoid(halting.score.weight[0] @ x + halting.score.bias[0]) for x in states]
+
+
+def halted(halting: Halting, states: Stream, steps: int) -> Tensor:
+    """The mean of the states: each weighs its number, the last what is left to 1."""
+    weights = halting_numbers(halting, states[:-1])
+    last = 1 - sum(weights, torch.zeros((), dtype=states[0].dtype))
+    return torch.stack([w * x for w, x in zip([*weights, last], states, strict=True)]).sum(0)
+
+
+@defines(ConfidenceSpec)
+def goes_on_unsettled(spec: ConfidenceSpec, confidence: Confidence, states: Stream) -> bool:
+    logps = [heads_of[0](x).log_softmax(-1) for x in states[-2:]]
+    if spec.measure == "entropy":
+        return -(logps[-1].exp() @ logps[-1]).item() >= spec.threshold
+    if len(logps) == 1:
+        return True
+    return (logps[1].exp() @ (logps[1] - logps[0])).item() >= spec.threshold
 
 
 def per_step(values: Sequence[float], step: int) -> float:

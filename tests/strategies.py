@@ -134,6 +134,17 @@ def routers(further: int, nested: bool) -> st.SearchStrategy[Any]:
 RESIDUALS = st.sampled_from(["thinking", "overwrite", "delta", "gated"]) | trees(
     "thinking", unselected=st.sampled_from(["bypass", "literal"])
 )
+SHARES_TO_STOP = st.sampled_from([0, 0.3, 0.7, 0.99, 1])
+HALTING = trees("halting", threshold=SHARES_TO_STOP, weight=st.just(0.5))
+EXITS = st.one_of(  # of the last block, which the head follows
+    HALTING,
+    trees("gate", threshold=SHARES_TO_STOP, prior=st.sampled_from([None, 0.3])),
+    trees(
+        "confidence",
+        threshold=st.sampled_from([0, 0.01, 0.5, 2]),
+        measure=st.sampled_from(["kl", "entropy"]),
+    ),
+)
 ENCODINGS = st.none() | st.sampled_from(["scale", "add"]) | trees("scale", init=st.just(0.25))
 
 
@@ -154,7 +165,10 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
     sharing = draw(st.booleans()) and not has_loop(body)
     steps, full_steps = draw(st.integers(1, 4)), draw(st.integers(int(sharing), 3))
     tree: Tree = {"kind": "loop", "steps": steps, "full_steps": full_steps, "body": body}
-    tree["router"] = draw(st.none() | routers(max(0, steps - full_steps), draw(st.booleans())))
+    if full_steps == 1 and draw(st.booleans()):
+        tree["exit"] = draw(HALTING)
+    else:
+        tree["router"] = draw(st.none() | routers(max(0, steps - full_steps), draw(st.booleans())))
     slots = {
         "residual": RESIDUALS,
         "encoding": ENCODINGS,
@@ -162,8 +176,10 @@ def loops(draw: st.DrawFn, bodies: st.SearchStrategy[Tree]) -> Tree:
         "norm_eps": EPSILONS,
     }
     tree |= draw(st.fixed_dictionaries({}, optional=slots)) | draw(injections(full_steps > 0))
+    tree |= bypassing(tree)
     if sharing:
-        tree["kv"] = draw(st.sampled_from(["shared", "last", "all"]))
+        kinds = ["shared", "last"] if "exit" in tree else ["shared", "last", "all"]
+        tree["kv"] = draw(st.sampled_from(kinds))
     if tree.get("kv") == "shared":
         return tree
     words = st.sampled_from(["shared", "per_step"])
@@ -178,6 +194,12 @@ def loras(steps: int) -> st.SearchStrategy[Tree]:
     fields = {"rank": ranks, "alpha": st.sampled_from([1, 8.0])}
     fixed = st.fixed_dictionaries({}, optional=fields)
     return fixed.map(lambda tree: {"kind": "lora"} | tree) | fixed.map(lambda tree: {"lora": tree})
+
+
+def bypassing(loop: Tree) -> Tree:
+    """What to change, as a token that stopped at an exit keeps its state."""
+    literal = {"kind": "thinking", "unselected": "literal"}
+    return {"residual": "thinking"} if "exit" in loop and loop.get("residual") == literal else {}
 
 
 def has_loop(tree: Any) -> bool:
@@ -210,7 +232,7 @@ def blocks() -> st.SearchStrategy[Tree]:
 @st.composite
 def spec_trees(draw: st.DrawFn) -> Tree:
     """The plain data of a spec, as a YAML file would hold it."""
-    required = {
+    required: Tree = {
         "name": "random",
         "vocab_size": draw(st.integers(2, 19)),
         "context": draw(st.integers(1, 13)),
@@ -225,6 +247,10 @@ def spec_trees(draw: st.DrawFn) -> Tree:
         "final_norm": st.booleans(),
         "budget": st.just({"params": "1.5M"}),
     }
+    last = required["blocks"][-1]
+    if last["kind"] == "loop" and last["full_steps"] == 1 and draw(st.booleans()):
+        last |= {"router": None, "exit": draw(EXITS)}
+        last |= bypassing(last) | ({"kv": "last"} if last.get("kv") == "all" else {})
     tree = required | draw(st.fixed_dictionaries({}, optional=optional))
     if draw(st.booleans()) and has_loop(tree["blocks"]):
         structure = ModelSpec.model_validate(tree).structure

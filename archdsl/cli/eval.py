@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,14 +71,25 @@ Depths = Annotated[
         "several settings. Default: as trained.",
     ),
 ]
+Exits = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--exit",
+        min=0,
+        metavar="THRESHOLD",
+        help="Turn the compute dial: the threshold at which a token stops looping, for a model "
+        "whose loops have an exit, for example 0.9. May be repeated to score several settings. "
+        "Default: as trained.",
+    ),
+]
 Sweep = Annotated[
     bool,
     typer.Option(
         "--sweep",
         help="Compare settings of the compute dial with the trained one: each --capacity with each "
-        "--steps. If neither is given: the three capacities of the ITT paper, stretched over the "
-        "routed steps of the model, and no thinking; for a model without routers, fewer and more "
-        "steps.",
+        "--steps and each --exit. If none is given: the three capacities of the ITT paper, "
+        "stretched over the routed steps of the model, and no thinking; for a model without "
+        "routers, fewer and more steps; thresholds of its exits, if it has any.",
     ),
 ]
 Plot = Annotated[
@@ -136,6 +148,7 @@ def eval_(
     ] = 16,
     capacity: Capacities = None,
     steps: Depths = None,
+    exits: Exits = None,
     sweep: Sweep = False,
     plot: Plot = None,
     tasks: Tasks = None,
@@ -166,7 +179,7 @@ def eval_(
     _refuse_unless(sweep and tasks is None, {"--plot": plot}, "needs --sweep, without --tasks")
     _check_files(out, plot)
     found = _load(checkpoint)
-    settings = _settings(found, capacity, steps, sweep)
+    settings = _settings(found, capacity, steps, exits, sweep)
     if tasks is not None:
         answered = _on_tasks(
             found,
@@ -217,6 +230,7 @@ def _settings(
     found: Checkpoint,
     capacity: Sequence[float | list[float]] | None,
     steps: Sequence[int] | None,
+    exits: Sequence[float] | None,
     sweep: bool,
 ) -> list[DialSetting]:
     """The settings asked for; the trained one stands first if they are compared.
@@ -230,14 +244,18 @@ def _settings(
         preset_settings,
     )
 
-    if sweep and not capacity and not steps:
+    if sweep and not (capacity or steps or exits):
         return [AS_TRAINED, *preset_settings(found.model)]
     capacities: Sequence[float | list[float] | None] = capacity or [None]
     counts: Sequence[int | None] = steps or [None]
+    thresholds: Sequence[float | None] = exits or [None]
     given = [
-        DialSetting(capacity=tuple(share) if isinstance(share, list) else share, steps=count)
-        for share in capacities
-        for count in counts
+        DialSetting(
+            capacity=tuple(share) if isinstance(share, list) else share,
+            steps=count,
+            exit=threshold,
+        )
+        for share, count, threshold in product(capacities, counts, thresholds)
     ]
     check_settings(found.model, given)
     return [AS_TRAINED, *given] if sweep or len(given) > 1 else given

@@ -14,6 +14,7 @@ import typer
 from archdsl.cli.options import (
     Capacity,
     CheckpointFolder,
+    Exit,
     Json,
     Steps,
     check_output,
@@ -95,6 +96,7 @@ def generate(
     stop: Stop = None,
     capacity: Capacity = None,
     steps: Steps = None,
+    leave: Exit = None,
     map_file: MapFile = None,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +116,7 @@ def generate(
 
     prompts = read_prompts(file) if file else [_from_stdin() if prompt == "-" else prompt]
     found, tokenizer = _loaded(checkpoint)
-    found.model.dial(capacity=capacity, steps=steps)
+    found.model.dial(capacity, steps, leave)
     from archdsl.generation.generate import generation_runs
 
     done = generation_runs(
@@ -134,7 +136,7 @@ def generate(
     else:
         print("\n".join(_lines(done)), file=sys.stderr)
     if map_file:
-        _write_map(map_file, done, tokenizer, _setting(capacity, steps))
+        _write_map(map_file, done, tokenizer, _setting(capacity, steps, leave))
 
 
 def _check(
@@ -284,8 +286,8 @@ def _end(run: GenerationRun, row: Generation) -> str:
     }[row.stopped or "length"]
 
 
-def _setting(capacity: float | list[float] | None, steps: int | None) -> str:
-    given = {"capacity": capacity, "steps": steps}
+def _setting(capacity: float | list[float] | None, steps: int | None, leave: float | None) -> str:
+    given = {"capacity": capacity, "steps": steps, "exit": leave}
     words = [
         f"{name} {','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in given.items()

@@ -168,6 +168,16 @@ Steps = Annotated[
         min=1, help="Turn the compute dial: the number of steps of each loop. Default: as trained."
     ),
 ]
+Exit = Annotated[
+    float | None,
+    typer.Option(
+        "--exit",
+        min=0,
+        metavar="THRESHOLD",
+        help="Turn the compute dial: the threshold at which a token stops looping, for a model "
+        "whose loops have an exit, for example 0.9. Default: as trained.",
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

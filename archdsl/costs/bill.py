@@ -59,7 +59,8 @@ class Runs(NamedTuple):
 class Bill:
     """The sizes of blocks that run equally often. Each block adds its sizes; `total` multiplies.
 
-    ``tokens``: the length of the whole sequence. ``runs``: how often each block runs. ``makers``:
+    ``tokens``: the length of the whole sequence. ``vocabulary``: the rows of the head, for blocks
+    that use it. ``runs``: how often each block runs. ``makers``:
     the runs that compute keys and values, which other runs may use. ``copies``: how many times the
     blocks are repeated, one after the other. ``weights``: how many copies of their parameters
     exist. ``ranks``: for each pass of a loop around the blocks with low-rank differences, its runs
@@ -92,10 +93,11 @@ class Bill:
         copies: int = 1,
         weights: int = 1,
         ranks: Sequence[tuple[Runs, int]] = (),
+        vocabulary: int = 0,
     ) -> None:
         self.dim, self.tokens, self.detailed, self.name = dim, tokens, detailed, name
         self.runs, self.makers, self.copies, self.weights = runs, makers, copies, weights
-        self.ranks = ranks
+        self.ranks, self.vocabulary = ranks, vocabulary
         self.vectors = self.matrices = self.projections = self.ends = self.tables = 0
         self.idle = self.idle_ends = self.queries = self.layers = self.kv = self.state = 0
         self.below: list[Bill] = []
@@ -140,7 +142,16 @@ class Bill:
         copies, weights = self.copies * copies, self.weights * weights
         ranks = self.ranks if ranks is None else ranks
         bill = Bill(
-            self.dim, self.tokens, self.detailed, name, runs, makers, copies, weights, ranks
+            self.dim,
+            self.tokens,
+            self.detailed,
+            name,
+            runs,
+            makers,
+            copies,
+            weights,
+            ranks,
+            self.vocabulary,
         )
         self.below.append(bill)
         return bill

@@ -27,7 +27,7 @@ def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool 
     ``detailed``: also the costs of every part.
     """
     D, V = spec.dim, spec.vocab_size
-    bill = _bill(D, tokens or spec.context, detailed)
+    bill = _bill(D, tokens or spec.context, detailed, V)
     bill.part("embedding").tables += V * D
     for i, block in enumerate(spec.blocks):
         block.cost(bill.part(f"blocks.{i}"))
@@ -40,10 +40,10 @@ def sequence_cost(spec: ModelSpec, *, tokens: int | None = None, detailed: bool 
     return bill.total()
 
 
-def _bill(dim: int, tokens: int, detailed: bool = False) -> Bill:
+def _bill(dim: int, tokens: int, detailed: bool = False, vocabulary: int = 0) -> Bill:
     """The bill of one sequence in which all tokens attend to each other."""
     whole = Runs([tokens], tokens * tokens)
-    return Bill(dim, tokens, detailed, "", whole, whole)
+    return Bill(dim, tokens, detailed, "", whole, whole, vocabulary=vocabulary)
 
 
 def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
@@ -57,6 +57,7 @@ def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
     def forward(at: ModelSpec) -> int:
         return sequence_cost(at, tokens=tokens).flops
 
+    spec = spec.as_trained()
     law, depths = spec.depth_law, spec.training_depths
     head = 2 * spec.vocab_size * spec.dim * (tokens or spec.context)
     if law is None:

@@ -53,11 +53,13 @@ class DialSetting(Strict):
     """A setting of the compute dial.
 
     ``capacity``: one capacity for all routed steps, or one for each of them, in 0 to 1.
-    ``steps``: the number of steps of each loop. None means as trained.
+    ``steps``: the number of steps of each loop. ``exit``: the threshold at which tokens stop
+    looping. None means as trained.
     """
 
     capacity: float | tuple[float, ...] | None = None
     steps: int | None = None
+    exit: float | None = None
 
     @property
     def trained(self) -> bool:
@@ -65,10 +67,13 @@ class DialSetting(Strict):
         return self == AS_TRAINED
 
     def __str__(self) -> str:
-        """Capacities in percent as in the paper, such as ``90/90/0``; ``50@6`` has six steps."""
+        """Capacities in percent as in the paper, such as ``90/90/0``; ``50@6`` has six steps; an
+        exit is shown as ``exit 0.9``."""
         shares = self.capacity if isinstance(self.capacity, tuple) else (self.capacity,)
         text = "/".join(f"{100 * share:.4g}" for share in shares if share is not None)
-        return text + (f"@{self.steps}" if self.steps else "") or "trained"
+        text += f"@{self.steps}" if self.steps else ""
+        leaves = "" if self.exit is None else f"exit {self.exit:g}"
+        return f"{text} {leaves}".strip() or "trained"
 
 
 AS_TRAINED = DialSetting()
@@ -110,7 +115,8 @@ def dialled(model: LanguageModel, setting: DialSetting) -> Iterator[None]:
     Raises DialError if the model does not support the setting.
     """
     capacity = setting.capacity
-    model.dial(list(capacity) if isinstance(capacity, tuple) else capacity, setting.steps)
+    shares = list(capacity) if isinstance(capacity, tuple) else capacity
+    model.dial(shares, setting.steps, setting.exit)
     try:
         yield
     finally:
@@ -132,7 +138,7 @@ def preset_settings(model: LanguageModel) -> list[DialSetting]:
     capacity of the third of the loop in which its middle lies. If the loops of the model differ in
     their number of routed steps, only settings with one capacity for all of them remain. Without
     routers the settings are numbers of steps: the powers of two below the trained number, and twice
-    that number.
+    that number; and, with exits, thresholds at which tokens stop.
 
     Raises DialError if the model has no loops.
     """
@@ -147,6 +153,8 @@ def preset_settings(model: LanguageModel) -> list[DialSetting]:
         most = max(loop.steps for loop in loops)
         fewer = [2**i for i in range(most.bit_length()) if 2**i < most]
         found = dict.fromkeys(DialSetting(steps=steps) for steps in [*fewer, 2 * most])
+    thresholds = {threshold for loop in loops for threshold in loop.thresholds}
+    found |= dict.fromkeys(DialSetting(exit=threshold) for threshold in sorted(thresholds))
     return [setting for setting in found if _supports(model, setting)]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -344,10 +345,13 @@ class ArchdslPreTrainedModel(transformers.PreTrainedModel):
         return cast(ArchdslModel, self.base_model)
 
     def dial(
-        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+        self,
+        capacity: Sequence[float] | float | None = None,
+        steps: int | None = None,
+        exit: float | None = None,
     ) -> None:
         """See `Backbone.dial`."""
-        self.without_head.dial(capacity, steps)
+        self.without_head.dial(capacity, steps, exit)
 
     def new_cache(self, max_length: int | None = None) -> transformers.Cache:
         """An empty one. ``max_length``: the tokens of each row that an `ArchdslCache` has room
@@ -424,10 +428,19 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         self._number_calls()
 
     def dial(
-        self, capacity: Sequence[float] | float | None = None, steps: int | None = None
+        self,
+        capacity: Sequence[float] | float | None = None,
+        steps: int | None = None,
+        exit: float | None = None,
     ) -> None:
-        """See `Backbone.dial`."""
-        super().dial(capacity, steps)
+        """See `Backbone.dial`. Raises DialError for an exit in a model that was exported without:
+        attention and caches of transformers have no place for tokens that stop."""
+        if exit is not None and self.standard:
+            raise DialError(
+                "this model was exported so that every token takes every pass; set the threshold "
+                "of its exit in the spec below 1 before it is exported"
+            )
+        super().dial(capacity, steps, exit)
         self._number_calls()
 
     @contextmanager
@@ -512,6 +525,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         ctx = Context(Stream(), position_ids, trace=Trace(), tables={}, host=host)
         for layer in self.layers:
             x_BTD = self.run_layer(layer, x_BTD, ctx)
+        if self.training:
+            self.trace = ctx.trace
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=cache)
 
     def _check_passes(self, cache: transformers.Cache) -> None:
@@ -619,6 +634,7 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
         self.model = ArchdslModel(config)
         self.lm_head = nn.Linear(self.model.spec.dim, self.model.spec.vocab_size, bias=False)
         self._is_stateful = not self.model.standard  # no token can be forgotten again
+        self.model.readout = self._readout
         self.post_init()  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -663,12 +679,29 @@ class ArchdslForCausalLM(ArchdslPreTrainedModel, transformers.GenerationMixin):
         )
 
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, more: dict[str, Any]) -> Tensor:
-        loss = self.loss_function(logits_BTV, labels_BT, self.config.vocab_size, **more)
+        whole = more.get("num_items_in_batch")  # targets of a batch that this is a part of
+        targets = (labels_BT[..., 1:] != -100).sum()
+        if self.training and self.model.trace.passes:
+            loss = self._loss_of_passes(labels_BT) / (targets if whole is None else whole)
+        else:
+            loss = self.loss_function(logits_BTV, labels_BT, self.config.vocab_size, **more)
         if self.training:  # routers learn by losses of their own
-            whole = more.get("num_items_in_batch")  # targets of a batch that this is a part of
-            part = 1 if whole is None else (labels_BT[..., 1:] != -100).sum() / whole
+            part = 1 if whole is None else targets / whole
             loss = loss + part * sum(self.model.trace.losses.values())
         return loss
+
+    def _loss_of_passes(self, labels_BT: Tensor) -> Tensor:
+        """The weighted losses after the passes of the last block, summed over the targets."""
+        losses = []
+        for x_BTD, weight_BT in self.model.trace.passes:
+            logits_NV = self._readout(x_BTD[:, :-1]).flatten(0, 1).float()
+            target_N = labels_BT[:, 1:].flatten().to(logits_NV.device)
+            nats_N = F.cross_entropy(logits_NV, target_N, reduction="none")  # 0 at -100
+            losses.append((nats_N * weight_BT[:, :-1].flatten()).sum())
+        return torch.stack(losses).sum()
+
+    def _readout(self, x_BTD: Tensor) -> Tensor:
+        return cast(Tensor, self.lm_head(self.model.norm(x_BTD)))
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **more: Any) -> Any:

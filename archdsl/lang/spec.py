@@ -56,6 +56,8 @@ class Part(Strict):
 
     family: ClassVar[str]
     example: ClassVar[Mapping[str, Any]] = {}  # a small valid spec, for the catalogue and tests
+    # whether it reads the logits of the model after each pass: it must be in the last block
+    reads_head: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -81,6 +83,10 @@ class Part(Strict):
     def resized(self, old: Sizes, new: Sizes) -> Part:
         """Returns a part of the same structure for a proxy with the sizes ``new``."""
         return self.with_each(lambda part: part.resized(old, new))
+
+    def as_trained(self) -> Part | None:
+        """The same as training runs it; None where it has no effect there."""
+        return self.with_each(lambda part: part.as_trained())
 
     def with_copies(self) -> Part:
         """The same with every copy written out, so that each part is built as few modules."""
@@ -263,12 +269,23 @@ class ModelSpec(Strict):
         problems = [
             (path + inner, message)
             for path, part in walk(self)
-            for inner, message in part.conflicts(self.dim)
+            for inner, message in (*part.conflicts(self.dim), *self._misplaced(path, part))
         ]
         problems += self._training_problems()
         if problems:
             raise validation_error(problems)
         return self
+
+    def _misplaced(self, path: Path, part: Part) -> Iterator[tuple[Path, str]]:
+        """A part that reads the head and is not directly in the last block."""
+        last = len(self.blocks) - 1
+        if part.reads_head and path[:-1] != ("blocks", last):
+            kind = type(part).model_fields["kind"].default
+            yield (
+                (),
+                f"{kind} reads the logits of the model after each pass, so its loop must be the "
+                f"last block, blocks.{last}",
+            )
 
     def _training_problems(self) -> list[tuple[Path, str]]:
         if self.training is None:
@@ -311,12 +328,17 @@ class ModelSpec(Strict):
     def training_losses(self, depth: int | None) -> int:
         """How often the last norm and the head run in training. ``depth``: of the loops; None:
         their own."""
-        if self.training is None or self.training.loss == "last":
-            return 1
         last = self.blocks[-1].unrolled()[-1].looping(())
-        assert last is not None
+        every = self.training is not None and self.training.loss == "every_step"
+        if last is None or not (every or last.expects):
+            return 1
         steps, law = depth or last.steps, self.depth_law
         return min(steps, law.backprop_last or steps) if law else steps
+
+    def as_trained(self) -> ModelSpec:
+        """Returns the spec as training runs it, where no token stops looping."""
+        blocks = tuple(cast(BlockSpec, block.as_trained()) for block in self.blocks)
+        return self.model_copy(update={"blocks": blocks})
 
     def at_depth(self, steps: int) -> ModelSpec:
         """Returns the spec with ``steps`` passes in all loops, as the compute dial runs it."""

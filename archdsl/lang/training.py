@@ -26,7 +26,8 @@ class Looping(NamedTuple):
     ``path``: its place in the spec. ``steps``: its number of passes. ``injects``: whether further
     passes read its input again. ``own``: the fields that give a pass weights of its own.
     ``most``: the largest number of passes that it can run; None: any number. ``joins``: whether a
-    pass attends to the keys and values of the passes before it.
+    pass attends to the keys and values of the passes before it. ``every``: the field that learns
+    from every pass; None: there is none. ``expects``: whether the loss is expected over its passes.
     """
 
     path: Path
@@ -35,6 +36,8 @@ class Looping(NamedTuple):
     own: tuple[str, ...]
     most: int | None
     joins: bool = False
+    every: str | None = None
+    expects: bool = False
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
@@ -208,6 +211,12 @@ class DepthSpec(Strict):
                 f"does not go with kv: all, by which passes of {loop} attend to those without a "
                 f"gradient: set {loop}.kv to own, or leave backprop_last out",
             )
+        if loop.every:
+            yield (
+                ("backprop_last",),
+                f"leaves passes without a gradient, but {loop}.{loop.every} learns from each of "
+                "them: leave out one of the two",
+            )
         for field in loop.own if self.backprop_last and sizes[0] > self.backprop_last else ():
             yield (
                 ("backprop_last",),
@@ -248,6 +257,12 @@ class TrainingSpec(Strict):
                 ("loss",),
                 f"every_step needs a loop as the last block, and blocks.{blocks.last} is none: let "
                 "the model end with a loop, or use loss: last",
+            )
+        if self.loss == "every_step" and any(loop.expects for loop in blocks.loops):
+            yield (
+                ("loss",),
+                "every_step does not go with exit: gate, which weighs the losses of the passes: "
+                "use loss: last, or another exit",
             )
         if self.loss == "last" and set(self.loss_weights) != {1.0}:
             yield ("loss_weights",), "only the loss every_step has weights, and loss is last"

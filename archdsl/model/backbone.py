@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -30,6 +30,7 @@ class Backbone(nn.Module):
     all loops and all routers, in their order. ``counting``: what keeps statistics of training
     batches, see `Primitive.commit`. ``checkpoint_activations``: whether the backward pass
     recomputes each layer instead of storing its activations. ``trace``: of the last pass.
+    ``readout``: the logits of a stream; None: there is no head.
     """
 
     spec: ModelSpec
@@ -40,6 +41,7 @@ class Backbone(nn.Module):
     counting: list[Primitive]
     trace: Trace
     checkpoint_activations: bool = False
+    readout: Callable[[Tensor], Tensor] | None = None
 
     def find_parts(self) -> None:
         """Finds the layers, loops and routers, and numbers all primitives. Called once all modules
@@ -93,8 +95,8 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.move(ctx.stream.after(x_BTD.size(1)))
         self.trace = ctx.trace
-        if self.trace.steps_BT is not None and index_BT is not None:
-            self.trace.steps_BT = self.trace.steps_BT.gather(1, index_BT.argsort(1))
+        if index_BT is not None:
+            self.trace.put_back(index_BT.argsort(1))
         return _as_before(x_BTD, index_BT)
 
     def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
@@ -110,16 +112,18 @@ class Backbone(nn.Module):
         trace = Trace()
         if not torch.is_grad_enabled():
             trace.steps_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTD.device)
+        readout = self.readout if any(loop.needs_readout for loop in self.loops) else None
         if cache is None:
             if self.spec.context < T:
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
-            return Context(Stream(length_B=length_B), pos_BT, trace=trace)
+            stream = Stream(length_B=length_B)
+            return Context(stream, pos_BT, trace=trace, readout=readout)
         self.check_dial(cache)
         cache.check_rows(B)
         stream = cache.stream(T, length_B)
         if pos_BT is None and not stream.begins:
             pos_BT = stream.order(x_BTD)
-        return Context(stream, pos_BT, cache=cache, trace=trace)
+        return Context(stream, pos_BT, cache=cache, trace=trace, readout=readout)
 
     def check_dial(self, cache: Cache) -> None:
         """Raises DialError unless all tokens of a cache were computed at the same dial setting."""
@@ -142,21 +146,30 @@ class Backbone(nn.Module):
         self,
         capacity: Sequence[float] | float | None = None,
         steps: int | None = None,
+        exit: float | None = None,
     ) -> None:
-        """Turns the compute dial: the capacities and the number of steps of all loops.
+        """Turns the compute dial: the capacities and the number of steps of all loops, and the
+        threshold of their exits.
 
         ``capacity``: one for all routed steps, or one for each; 0 skips a step, 1 takes all tokens.
-        ``steps``: steps beyond the trained ones use the weights of the last one. None: as trained.
+        ``steps``: steps beyond the trained ones use the weights of the last one. ``exit``: a token
+        stops looping at this threshold, see `archdsl.blocks.exit`. None: as trained.
         Raises DialError, and changes nothing, if a loop cannot be run so.
         """
-        if not self.loops and not (capacity is None and steps is None):
+        if not self.loops and (capacity, steps, exit) != (None, None, None):
             raise DialError(f"{self.spec.name} has no loops: there is nothing to dial")
         if capacity is not None and not self.routers:
             raise DialError(f"{self.spec.name} has no routers, so there is no capacity to dial")
+        leaving = [loop for loop in self.loops if loop.thresholds]
+        if exit is not None and not leaving:
+            raise DialError(f"{self.spec.name} has no loop with an exit, so there is none to dial")
         before = [loop.passes for loop in self.loops]
         try:
             for loop in self.loops:
                 loop.dial(capacity, steps)
+            if exit is not None:
+                for loop in leaving:
+                    loop.dial_exit(exit)
         except DialError:
             for loop, passes in zip(self.loops, before, strict=True):
                 loop.passes = passes

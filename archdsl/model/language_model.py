@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Self
 
@@ -62,23 +62,26 @@ class LanguageModel(Backbone, Primitive):
         there are more tokens than the context; DialError if the dial was turned since the first
         token of the cache.
         """
-        return self.head(self.norm(self.hidden(self.embedding(tokens_BT), mask_BT, cache)))
+        return self.readout(self.hidden(self.embedding(tokens_BT), mask_BT, cache))
 
     def next_logits(
         self, tokens_BT: Tensor, mask_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The logits [B, V] after the last token of each row; see `forward`."""
         x_BTD = self.hidden(self.embedding(tokens_BT), mask_BT, cache)
-        return self.head(self.norm(x_BTD[:, -1]))
+        return self.readout(x_BTD[:, -1])
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The summed cross-entropy of ``targets_BT`` in nats, at least in float32.
 
-        Targets that are IGNORE do not count. Equal to the cross-entropy of the logits of `forward`,
-        but only some rows of logits are in memory at a time.
+        Targets that are IGNORE do not count. In training, where the spec asks for losses after
+        several passes of the last block, it is their weighted sum. Else it is the cross-entropy of
+        the logits of `forward`. Only some rows of logits are in memory at a time.
         """
-        x_ND = self.norm(self.hidden(self.embedding(tokens_BT))).flatten(0, 1)
-        return summed_cross_entropy(x_ND, self.head.weight, targets_BT.flatten())
+        x_BTD, target_N = self.hidden(self.embedding(tokens_BT)), targets_BT.flatten()
+        if self.trace.passes:
+            return self._weighted(self.trace.passes, targets_BT)
+        return summed_cross_entropy(self.norm(x_BTD).flatten(0, 1), self.head.weight, target_N)
 
     def loss_of_passes(
         self, tokens_BT: Tensor, targets_BT: Tensor, weigh: Callable[[int], Sequence[Weight]]
@@ -90,8 +93,11 @@ class LanguageModel(Backbone, Primitive):
         """
         passes: list[Tensor] = []
         self.hidden(self.embedding(tokens_BT), passes=passes)
-        total = tokens_BT.new_zeros((), dtype=torch.float32)
-        for x_BTD, weight in zip(passes, weigh(len(passes)), strict=True):
+        return self._weighted(zip(passes, weigh(len(passes)), strict=True), targets_BT)
+
+    def _weighted(self, passes: Iterable[tuple[Tensor, Weight]], targets_BT: Tensor) -> Tensor:
+        total = targets_BT.new_zeros((), dtype=torch.float32)
+        for x_BTD, weight in passes:
             x_ND = self.norm(x_BTD).flatten(0, 1)
             nats_N = cross_entropies(x_ND, self.head.weight, targets_BT.flatten())
             total = total + (nats_N.view_as(targets_BT) * weight).sum()
@@ -109,6 +115,10 @@ class LanguageModel(Backbone, Primitive):
             if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.t().contiguous().t()
         return self
+
+    def readout(self, x_BTD: Tensor) -> Tensor:
+        """The logits [B, T, V] of a stream."""
+        return self.head(self.norm(x_BTD))
 
     def initialise(self, seed: int) -> None:
         """Draws the initial values of all parameters.

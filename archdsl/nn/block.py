@@ -6,7 +6,7 @@ selected), H query heads, G key/value heads, S keys, E head size, D width.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from archdsl.nn.cache import Cache, Memory, Stream, column
+from archdsl.nn.gather import take
 from archdsl.nn.rope import RopeScaling, inverse_frequencies
 
 
@@ -106,7 +107,7 @@ class Block(Primitive):
     """
 
     writes_to_stream: ClassVar[bool] = True
-    hosted: ClassVar[bool] = False
+    hosted: bool = False
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The new stream [B, T, D]."""
@@ -202,13 +203,26 @@ class Trace:
     ``shares``: the share of tokens that was selected. ``losses``: losses of routers, to be added to
     that of the model. ``accuracies``: of predictors. Where another loop runs a loop several times,
     its losses are added up, and the others are those of its last run. ``steps_BT``: how many steps
-    each token took in all loops, without the first pass of each.
+    each token took in all loops, without the first pass of each. ``passes``: in training, where the
+    loss is a sum over passes of the last block, the stream [B, T, D] after each of them and the
+    weights [B, T] of the losses of its tokens.
     """
 
     shares: dict[str, float | Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     accuracies: dict[str, Tensor] = field(default_factory=dict)
     steps_BT: Tensor | None = None
+    passes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def put_back(self, index_BT: Tensor) -> None:
+        """Brings what is known of each token into the order of the places ``index_BT``."""
+        if self.steps_BT is not None:
+            self.steps_BT = self.steps_BT.gather(1, index_BT)
+        self.passes = [(take(x_BTD, index_BT), w.gather(1, index_BT)) for x_BTD, w in self.passes]
+
+    def add_loss(self, name: str, loss: Tensor) -> None:
+        """Adds a loss; there may be one already, where a loop around runs a block several times."""
+        self.losses[name] = self.losses[name] + loss if name in self.losses else loss
 
 
 @dataclass(frozen=True)
@@ -230,6 +244,7 @@ class Context:
     ``added``: what the pass of a loop around adds to the results of linear maps, by linear map.
     ``passes``: where the last layer, a loop, adds the stream after each of its passes that gets a
     gradient; None: nowhere.
+    ``readout``: the logits of a stream, by the last norm and the head; None: where there is none.
     """
 
     stream: Stream = Stream()  # noqa: RUF009  frozen
@@ -246,6 +261,7 @@ class Context:
     host: Host | None = None
     added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
     passes: list[Tensor] | None = None
+    readout: Callable[[Tensor], Tensor] | None = None
 
     def linear(self, matrix: nn.Linear, x: Tensor) -> Tensor:
         """The product of a linear map with ``x`` [..., inputs], and what this pass adds to it."""

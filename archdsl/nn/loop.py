@@ -50,13 +50,15 @@ class Pass(NamedTuple):
 
     ``step``: the number of the pass. ``like``: the trained step whose weights it uses. ``routed``:
     how its tokens are selected; None: every token takes it. ``learns``: whether the pass gets a
-    gradient in training.
+    gradient in training. ``exit``: the threshold of the loop's exit; tokens that have reached it do
+    not take the pass.
     """
 
     step: int
     like: int
     routed: Step | None
     learns: bool = True
+    exit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class Selection:
     """The tokens that a router selected: distinct, and in the order of the sequence.
 
     ``index_BK``: their places in the chunk. Rows with fewer than K selected tokens are filled up
-    with others. ``gate_BK``: the weight of each new value. ``keep_BK``: False where an entry only
-    fills up its row; None: all are selected. ``stream``: what the selected tokens are a chunk of,
-    counting those that the same pass selected of earlier chunks.
+    with others. ``gate_BK``: the weight of each new value; None: 1. ``keep_BK``: False where an
+    entry only fills up its row; None: all are selected. ``stream``: what the selected tokens are a
+    chunk of, counting those that the same pass selected of earlier chunks.
     """
 
     index_BK: Tensor
-    gate_BK: Tensor
+    gate_BK: Tensor | None
     keep_BK: Tensor | None
     stream: Stream
 
@@ -128,8 +130,13 @@ class Loop(Block):
     ``spec``: what it was built from. ``label``: its name in the model, which begins the name of
     each routed pass. ``passes``: the passes that it runs now. ``bodies``: one block, or one for
     each pass. ``steps``: the number of passes it was trained with. ``full_steps``: how many of them
-    take every token. ``most_steps``: how many it can run; None: any number.
+    take every token. ``most_steps``: how many it can run; None: any number. ``thresholds``: some
+    at which its exit may be dialled, see `dial_exit`; none without an exit. ``needs_readout``:
+    whether it uses `Context.readout`.
     """
+
+    thresholds: Sequence[float] = ()
+    needs_readout: bool = False
 
     spec: BlockSpec
     label: str
@@ -149,6 +156,13 @@ class Loop(Block):
         the loop cannot be run so.
         """
         raise NotImplementedError
+
+    def dial_exit(self, threshold: float | None = None) -> None:
+        """Sets the threshold at which tokens stop looping; None: as trained. Called after `dial`.
+
+        Raises DialError where the loop has no exit, or none at that threshold.
+        """
+        raise DialError(f"{self.label}: has no exit")
 
     def as_run(self, spec: BlockSpec, shares: Sequence[float]) -> BlockSpec:
         """``spec``, a spec of this kind, with one pass for each of ``shares`` of the tokens."""

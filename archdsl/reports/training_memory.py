@@ -145,8 +145,7 @@ def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> 
 
 def saved_for_backward(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:
     """Returns the bytes that the forward pass saves for the backward pass, without the logits."""
-    spec = spec.model_copy(update={"training": None})  # a pass without a loss
-    return _saved_for_backward(rows, _parts(spec, rows, checkpointed))
+    return _saved_for_backward(rows, _parts(spec, rows, checkpointed, losses=1))
 
 
 def _saved_for_backward(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
@@ -155,10 +154,15 @@ def _saved_for_backward(rows: Rows, parts: list[tuple[Footprint, int]]) -> int:
 
 
 def _parts(
-    spec: ModelSpec, rows: Rows, checkpointed: bool, depth: int | None = None
+    spec: ModelSpec,
+    rows: Rows,
+    checkpointed: bool,
+    depth: int | None = None,
+    losses: int | None = None,
 ) -> list[tuple[Footprint, int]]:
     """Returns the footprints of embedding, layers, norm and head, each with the bytes of its
-    gradients. ``depth``: of the loops; None: their own."""
+    gradients. ``depth``: of the loops; None: their own. ``losses``: how often the last norm runs;
+    None: as training does it."""
     layers = [layer for block in spec.blocks for layer in block.unrolled()]
     run = [cast(BlockSpec, layer.at_depth(depth)) for layer in layers] if depth else layers
     footprints = [layer.footprint(rows) for layer in run]
@@ -168,7 +172,8 @@ def _parts(
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
-    norm = (_norms_footprint(spec, rows, depth), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
+    losses = spec.training_losses(depth) if losses is None else losses
+    norm = (_norms_footprint(spec, rows, losses), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
     return [
         (embedding, 0 if tied else table),
         *(
@@ -180,15 +185,15 @@ def _parts(
     ]
 
 
-def _norms_footprint(spec: ModelSpec, rows: Rows, depth: int | None) -> Footprint:
+def _norms_footprint(spec: ModelSpec, rows: Rows, losses: int) -> Footprint:
     """The footprint of the last norm, which runs after every pass if each has a loss.
 
     Then the loss of each pass keeps the output of the norm, and the loss of each token.
     """
-    norm, runs = norm_footprint(spec.norm, rows), spec.training_losses(depth)
-    if runs == 1:
+    norm = norm_footprint(spec.norm, rows)
+    if losses == 1:
         return norm
-    return norm._replace(kept=runs * (norm.kept + rows.stream + rows.floats()))
+    return norm._replace(kept=losses * (norm.kept + rows.stream + rows.floats()))
 
 
 def _loss_footprint(spec: ModelSpec, rows: Rows) -> Footprint:

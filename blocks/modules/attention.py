@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ NEVER = 2**40  # a place in a sequence that no query reaches
 class Attention(Block):
     """Causal attention with grouped queries, rotary positions, optional window and QK-norm."""
 
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
 
     def __init__(self, spec: AttentionSpec, dim: int) -> None:
         super().__init__()

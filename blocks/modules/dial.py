@@ -8,24 +8,33 @@ from typing import TYPE_CHECKING
 from archdsl.nn.loop import DialError, Pass, Step
 
 if TYPE_CHECKING:
+    from archdsl.blocks.exit import ExitSpec
     from archdsl.blocks.loop import LoopSpec
 
 Capacity = Sequence[float] | float | None
 
 
 def plan(
-    spec: LoopSpec, rows: list[int | None], label: str, capacity: Capacity, steps: int | None
+    spec: LoopSpec,
+    rows: list[int | None],
+    label: str,
+    capacity: Capacity,
+    steps: int | None,
+    threshold: float | None = None,
 ) -> list[Pass]:
     """The passes of a loop at a setting of the compute dial; None: as trained.
 
     ``rows``: for each trained step the row of the router's weights; None: it takes every token.
-    ``label``: the name of the loop. Raises DialError if the loop cannot be run so.
+    ``label``: the name of the loop. ``threshold``: of its exit. Raises DialError if the loop cannot
+    be run so.
     """
     count = spec.steps if steps is None else steps
     if count < 1:
         raise DialError(f"{label}: needs at least one step, got {count}")
     if count > spec.steps and spec.parameters == "per_step":
         raise DialError(f"{label}: has weights for {spec.steps} steps, each its own; got {count}")
+    if spec.exit is not None:
+        return _until_exit(spec, spec.exit, label, count, threshold)
     likes = [min(step, spec.steps - 1) for step in range(count)]
     shares = _shares(spec, [rows[like] for like in likes], label, capacity)
     passes: list[Pass] = []
@@ -38,6 +47,26 @@ def plan(
             if spec.router is not None and spec.router.nested:
                 among = share
         passes.append(Pass(step, like, at))
+    return passes
+
+
+def _until_exit(
+    spec: LoopSpec, leaves: ExitSpec, label: str, count: int, threshold: float | None
+) -> list[Pass]:
+    """The passes of a loop whose tokens may stop after each of them."""
+    threshold = leaves.threshold if threshold is None else threshold
+    if not 0 <= threshold <= leaves.most:
+        raise DialError(
+            f"{label}: the threshold of its exit is between 0 and {leaves.most:g}, "
+            f"got {threshold:g}"
+        )
+    stops = leaves.stops_at(threshold)
+    given = leaves.remaining
+    passes = [Pass(0, 0, None, threshold)]
+    for step in range(1, count):
+        share = given[min(step - 1, len(given) - 1)]
+        at = Step(f"{label}.{step - 1}", step - 1, share, 1.0) if stops else None
+        passes.append(Pass(step, min(step, spec.steps - 1), at, threshold))
     return passes
 
 

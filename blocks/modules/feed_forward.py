@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width, F hidden size.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from archdsl.nn.block import Block, Context, into_stream_
 class FeedForward(Block):
     """SwiGLU or GELU between matrices to and from the hidden size."""
 
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
 
     def __init__(self, dim: int, hidden: int, activation: Literal["swiglu", "gelu"]) -> None:
         super().__init__()

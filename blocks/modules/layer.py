@@ -21,7 +21,7 @@ class Layer(Block):
     """Attention, then feed-forward, each with norms and a residual."""
 
     writes_to_stream: ClassVar[bool] = False
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
 
     def __init__(self, spec: LayerSpec, dim: int) -> None:
         super().__init__()

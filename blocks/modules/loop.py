@@ -20,12 +20,13 @@ from archdsl.blocks.modules.lora import Lora
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Block, Context, KeysValues
 from archdsl.nn.gather import put, take
-from archdsl.nn.loop import Loop, Pass, Selection, Step
+from archdsl.nn.loop import Loop, Pass, Selection
 from archdsl.nn.noise import normal
 from archdsl.nn.norm import make_norm
 
 if TYPE_CHECKING:
     from archdsl.blocks.loop import LoopSpec
+    from archdsl.blocks.modules.exit import Going
     from archdsl.lang.spec import BlockSpec
 
 
@@ -52,7 +53,7 @@ class BodyLoop(Loop):
     """Runs its body pass by pass, on all tokens or on those that its router selects."""
 
     writes_to_stream: ClassVar[bool] = False
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
     spec: LoopSpec
 
     def __init__(self, spec: LoopSpec, dim: int) -> None:
@@ -63,6 +64,9 @@ class BodyLoop(Loop):
         copies = spec.steps if spec.parameters == "per_step" else 1
         self.bodies = nn.ModuleList([spec.body.build(dim) for _ in range(copies)])
         routed = [row for row in spec.rows() if row is not None]
+        self.exit = spec.exit.build(dim) if spec.exit else None
+        self.thresholds = spec.exit.thresholds if spec.exit else ()
+        self.needs_readout = spec.exit is not None and spec.exit.needs_readout
         # the router has no weights for a pass that takes every token
         self.rows = [None if row is None else routed.index(row) for row in spec.rows()]
         self.router = spec.router.build(dim, routed) if spec.router and routed else None
@@ -76,6 +80,8 @@ class BodyLoop(Loop):
         self.lora = Lora(low_rank, spec.steps, self.bodies[0]) if low_rank else None
         self.norm = make_norm(spec.norm, dim, spec.norm_eps) if spec.norm else None
         self.residual = spec.residual.build(dim)
+        # no framework leaves out tokens
+        self.hosted = spec.exit is None or not spec.exit.stops
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:
@@ -94,6 +100,12 @@ class BodyLoop(Loop):
         """
         self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
 
+    def dial_exit(self, threshold: float | None = None) -> None:
+        """Another threshold of the exit; None: as trained. Raises DialError."""
+        if self.exit is None:
+            super().dial_exit(threshold)
+        self.passes = plan(self.spec, self.rows, self.label, None, len(self.passes), threshold)
+
     def built_as(self, field: str) -> list[nn.Module]:
         """The bodies for ``body``; else as `Primitive.built_as`."""
         return list(self.bodies) if field == "body" else super().built_as(field)
@@ -106,23 +118,31 @@ class BodyLoop(Loop):
         """The stream after all passes, [B, T, D]."""
         start_BTD, chosen = x_BTD, None
         x_BTD = self._first_state(x_BTD, ctx)
+        known = None if self.exit is None else self.exit.begin(x_BTD, ctx)
         after_passes = ctx.passes
         ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None, passes=None)
         handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
-        for before, one in zip((None, *self.passes), self.passes, strict=False):
+        around = zip((None, *self.passes), self.passes, (*self.passes[1:], None), strict=False)
+        for before, one, following in around:
             if handed and before and self.body(before) is not self.body(one):
                 handed = _moved(handed, self.body(before), self.body(one))
             now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
-            if one.routed is None:
-                x_BTD = self._full(x_BTD, start_BTD, one, now)
-            elif one.routed.capacity == 0:
+            if one.routed is not None and one.routed.capacity == 0 and known is None:
                 x_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
+                continue
+            chosen = self._choose(x_BTD, one, now, chosen, known)
+            if chosen is None:
+                x_BTD = self._full(x_BTD, start_BTD, one, now)
             else:
-                chosen = self._choose(x_BTD, one.routed, now, chosen)
                 x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
             if after_passes is not None and one.learns:
                 after_passes.append(x_BTD)
-        return x_BTD
+            nobody = chosen is not None and chosen.index_BK.size(1) == 0
+            if self.exit is not None and known is not None and following and not nobody:
+                known = self.exit.after(x_BTD, known, chosen, following, now)
+        if self.exit is None or known is None:
+            return x_BTD
+        return self.exit.end(x_BTD, known, self.label, ctx)
 
     def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The state that the first pass reads, [B, T, D].
@@ -201,11 +221,23 @@ class BodyLoop(Loop):
         """The block that a pass runs."""
         return cast(Block, self.bodies[one.like if len(self.bodies) > 1 else 0])
 
-    def _choose(self, x_BTD: Tensor, at: Step, ctx: Context, before: Selection | None) -> Selection:
-        assert self.router is not None
-        assert self.spec.router is not None
-        active_BT = before.mask(x_BTD.size(1)) if self.spec.router.nested and before else None
-        chosen = self.router(x_BTD, at, ctx, active_BT)
+    def _choose(
+        self, x_BTD: Tensor, one: Pass, ctx: Context, before: Selection | None, known: Going | None
+    ) -> Selection | None:
+        """The tokens that take a pass; None: every token."""
+        at = one.routed
+        if at is None:
+            return None
+        if self.exit is not None and known is not None:
+            if self.training and not self.exit.in_training:
+                return None
+            chosen = self.exit.choose(x_BTD, known, ctx)
+        else:
+            assert self.router is not None
+            assert self.spec.router is not None
+            nested = self.spec.router.nested and before is not None
+            active_BT = before.mask(x_BTD.size(1)) if nested and before else None
+            chosen = self.router(x_BTD, at, ctx, active_BT)
         tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
         share = chosen.stream.tokens(chosen.index_BK) / tokens
         if ctx.stream.static and isinstance(tokens, Tensor) and isinstance(share, Tensor):

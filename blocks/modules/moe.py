@@ -32,7 +32,7 @@ class Moe(Block, BatchStatistics):
     ``bias_E``: what balances the load; None where nothing does, or a loss.
     """
 
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
     bias_E: Tensor | None
 
     def __init__(self, spec: MoeSpec, dim: int) -> None:

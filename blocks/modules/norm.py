@@ -21,7 +21,7 @@ class Norm(Block):
     """A norm by itself, as a block."""
 
     writes_to_stream: ClassVar[bool] = False
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
 
     def __init__(self, spec: NormSpec, dim: int) -> None:
         super().__init__()

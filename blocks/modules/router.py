@@ -55,25 +55,14 @@ class ScoreRouter(Router):
         the stream that they are a chunk of. ``score_BT``: -inf where a token must not be selected.
         """
         memory = ctx.memory(self)
-        if memory is not None and ctx.stream.static:
-            return self._select_static(x_BTD, score_BT, at, ctx, memory)
-        if memory is not None and x_BTD.shape[:2] == (1, 1):
+        if memory is not None and x_BTD.shape[:2] == (1, 1) and not ctx.stream.static:
             return self._select_one(x_BTD, score_BT, at, ctx, memory)
         taken = memory.taken if memory else 0
+        if isinstance(taken, Tensor):
+            taken = taken.clone()  # a static cache changes it in place
         selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken)
-        length_B = selected_BT.sum(1)
-        stream = Stream(taken, length_B, share_of(at.capacity, ctx.stream.limit))
-        if memory is None:
-            K = share_of(at.capacity, x_BTD.size(1))
-        else:  # while decoding, nothing that can be left out is computed
-            K = int(length_B.max())
-            memory.taken = stream.after(K)
-            if bool((length_B == K).all()):
-                stream = replace(stream, length_B=None)
-        order_BT = (~selected_BT).to(torch.int8).sort(dim=1, stable=True).indices
-        index_BK = order_BT[:, :K]
-        keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
-        return index_BK, keep_BK, stream
+        most = share_of(at.capacity, x_BTD.size(1)) if memory is None else None
+        return packed(selected_BT, ctx, memory, share_of(at.capacity, ctx.stream.limit), most)
 
     def _selected(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, taken: Count
@@ -82,18 +71,6 @@ class ScoreRouter(Router):
         if at.capacity < 1:
             wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
         return within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
-
-    def _select_static(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
-    ) -> tuple[Tensor, Tensor | None, Stream]:
-        """`select` for one token of each row of a static cache; every row is computed."""
-        assert isinstance(memory.taken, Tensor)
-        taken_B = memory.taken.clone()
-        selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken_B)
-        limit = share_of(at.capacity, ctx.stream.limit)
-        stream = Stream(taken_B, selected_BT.sum(1), limit, static=True)
-        memory.taken.copy_(taken_B + selected_BT.sum(1))
-        return torch.zeros_like(selected_BT, dtype=torch.long), selected_BT, stream
 
     def _select_one(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
@@ -163,6 +140,32 @@ class Random(ScoreRouter):
     def gate(self, score_BK: Tensor) -> Tensor:
         """One for every selected token, [B, K]."""
         return torch.ones_like(score_BK)
+
+
+def packed(
+    selected_BT: Tensor, ctx: Context, memory: Memory | None, limit: int, most: int | None
+) -> tuple[Tensor, Tensor | None, Stream]:
+    """The selected tokens of each row first, as in `ScoreRouter.select`.
+
+    ``limit``: how many tokens can ever be selected. ``most``: the number of places in a row; None:
+    as many as the row with the most selected tokens has. A static cache computes every row.
+    """
+    length_B = selected_BT.sum(1)
+    if memory is not None and ctx.stream.static:
+        assert isinstance(memory.taken, Tensor)
+        stream = Stream(memory.taken.clone(), length_B, limit, static=True)
+        memory.taken.add_(length_B)
+        return torch.zeros_like(selected_BT, dtype=torch.long), selected_BT, stream
+    stream = Stream(memory.taken if memory else 0, length_B, limit)
+    K = int(length_B.max()) if most is None else most
+    if memory is not None:
+        memory.taken = stream.after(K)
+    if most is None and bool((length_B == K).all()):
+        stream = replace(stream, length_B=None)
+    order_BT = (~selected_BT).to(torch.int8).sort(dim=1, stable=True).indices
+    index_BK = order_BT[:, :K]
+    keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
+    return index_BK, keep_BK, stream
 
 
 def without_noise(score_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class Stack(Block):
     """Blocks one after the other."""
 
     writes_to_stream: ClassVar[bool] = False
-    hosted: ClassVar[bool] = True
+    hosted: bool = True
 
     def __init__(self, blocks: list[Block]) -> None:
         super().__init__()

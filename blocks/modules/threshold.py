@@ -200,7 +200,6 @@ class Predictor(TopK):
         asked = asked_BT.sum().clamp(min=1)
         right_BT = ((likely_BT > 0) == target_BT).float()
         loss = self.loss_weight * (loss_BT * asked_BT).sum() / asked
-        losses = ctx.trace.losses  # there may be one already: a loop around runs this one again
-        losses[at.name] = losses[at.name] + loss if at.name in losses else loss
+        ctx.trace.add_loss(at.name, loss)
         ctx.trace.accuracies[at.name] = ((right_BT * asked_BT).sum() / asked).detach()
         self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)

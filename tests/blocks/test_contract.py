@@ -116,7 +116,7 @@ def test_any_of_60_specs_reads_back_and_means_its_canonical_form(spec: ModelSpec
 
 
 def costs_what_is_counted(spec: ModelSpec) -> None:
-    model = meta_model(spec)
+    model = meta_model(spec).eval()
     closed = sequence_cost(spec)
     assert closed.params == sum(p.numel() for p in model.parameters())
     assert closed.matrices == sum(p.numel() for n, p in model.named_parameters() if is_matrix(n, p))

@@ -1,0 +1,197 @@
+"""Exits: who stops when, what the loss is, what it costs, and what cannot go together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from archdsl.costs.receipt import sequence_cost
+from archdsl.data.types import IGNORE
+from archdsl.evaluation.dial_sweep import preset_settings
+from archdsl.lang.spec import ModelSpec
+from archdsl.model.executed_flops import executed
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.loop import DialError
+from archdsl.testing import LAYER, built, small_model, some_tokens
+from tests import naive
+
+GATE = {"kind": "gate", "threshold": 0.6}
+
+
+def spec(leave: Any, **fields: Any) -> ModelSpec:
+    loop = {"kind": "loop", "steps": 4, "exit": leave, "body": LAYER} | fields
+    return small_model(LAYER, loop)
+
+
+@pytest.mark.parametrize(
+    ("leave", "fields"),
+    [
+        (GATE, {"kv": "last"}),
+        (GATE, {"kv": "shared", "residual": "thinking"}),
+        (GATE | {"threshold": 0.0}, {"kv": "last"}),
+        ({"kind": "halting", "threshold": 0.8}, {"kv": "last", "residual": "thinking"}),
+        ({"kind": "halting", "threshold": 0.95}, {"kv": "own", "encoding": "scale"}),
+        ({"kind": "confidence", "threshold": 0.5}, {"kv": "last"}),
+        ({"kind": "confidence", "measure": "entropy", "threshold": 1.2}, {"kv": "shared"}),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_definition(leave: dict[str, Any], fields: dict[str, Any]) -> None:
+    model = built(spec(leave, **fields))
+    tokens_BT = some_tokens(model.spec, 1)
+    naive.agree(model(tokens_BT), naive.model(model, tokens_BT), list(model.parameters()))
+
+
+@pytest.mark.parametrize("prior", [None, 0.3])
+def test_a_gate_learns_by_the_loss_expected_over_the_passes(prior: float | None) -> None:
+    model = built(spec({"kind": "gate", "prior": prior, "weight": 0.7})).train()
+    tokens_BT, target_BT = some_tokens(model.spec, 4).chunk(2)
+    target_BT[0, 3] = IGNORE
+    with torch.no_grad():  # chances that are not so small that a float64 has none
+        model.loops[0].exit.score.weight.mul_(0.05)  # type: ignore[attr-defined]  # of a BodyLoop
+
+    loss = model.loss(tokens_BT, target_BT)
+    (extra,) = model.trace.losses.values()
+    wanted, divergence = expected_loss(model, tokens_BT, target_BT, prior)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(extra, 0.7 * divergence)
+
+    weights = list(model.parameters())
+    found = torch.autograd.grad(loss + extra, weights)
+    for one, other in zip(
+        found, torch.autograd.grad(wanted + 0.7 * divergence, weights), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert any(one.any() for one in found)
+
+
+def expected_loss(
+    model: LanguageModel, tokens_BT: Tensor, target_BT: Tensor, prior: float | None
+) -> tuple[Tensor, Tensor]:
+    """The expected loss in nats and the mean divergence from the prior, token by token."""
+    gate: Any = model.loops[0].exit  # type: ignore[attr-defined]  # of a BodyLoop
+    states = []
+    for steps in range(1, 5):
+        model.eval().dial(steps=steps)
+        states.append(model.hidden(model.embedding(tokens_BT)))
+    model.dial()
+    passes = len(states)
+    chances = [1 / passes if prior is None else prior * (1 - prior) ** n for n in range(passes)]
+    total = divergence = torch.zeros((), dtype=torch.float64)
+    for b, t in [(b, t) for b in range(2) for t in range(tokens_BT.size(1))]:
+        left = torch.ones((), dtype=torch.float64)
+        for n, x_BTD in enumerate(states):
+            x = x_BTD[b, t]
+            stop = torch.sigmoid(gate.score.weight[0] @ x + gate.score.bias[0])
+            p = left * stop if n < passes - 1 else left
+            left = left * (1 - stop)
+            if target_BT[b, t] >= 0:
+                total = total - p * model.readout(x).log_softmax(-1)[target_BT[b, t]]
+            divergence = divergence + p * (p.log() - math.log(chances[n] / sum(chances)))
+    return total, divergence / tokens_BT.numel()
+
+
+def test_halting_pays_for_passes_and_for_what_is_left() -> None:
+    model = built(spec({"kind": "halting", "threshold": 0.9, "weight": 0.5})).train()
+    tokens_BT = some_tokens(model.spec)
+    model(tokens_BT)
+    (found,) = model.trace.losses.values()
+    halting: Any = model.loops[0].exit  # type: ignore[attr-defined]  # of a BodyLoop
+    costs = []
+    for row_T in tokens_BT:
+        seen: list[list[float]] = naive_numbers(model, halting, row_T)
+        for numbers in seen:
+            before, n = 0.0, 0
+            while n < 3 and before + numbers[n] < 0.9:
+                before, n = before + numbers[n], n + 1
+            costs.append(n + 1 + 1 - before)
+    assert found.item() == pytest.approx(0.5 * sum(costs) / len(costs))
+
+
+def naive_numbers(model: LanguageModel, halting: Any, row_T: Tensor) -> list[list[float]]:
+    """The halting number of each token after each of its passes."""
+    found: list[list[float]] = []
+    original = naive.halted
+    naive.halted = lambda module, states, steps: (
+        found.append([one.item() for one in naive.halting_numbers(module, states)])
+        or original(module, states, steps)
+    )
+    try:
+        naive.model(model, row_T.unsqueeze(0))
+    finally:
+        naive.halted = original
+    return found
+
+
+@pytest.mark.parametrize("leave", ["gate", "halting", {"kind": "confidence", "measure": "entropy"}])
+def test_the_dial_trades_passes_for_the_threshold(leave: Any) -> None:
+    model = built(spec(leave))
+    tokens_BT, shares = some_tokens(model.spec), []
+    looser = sorted(model.loops[0].thresholds, reverse=leave in ("gate", "halting"))
+    for threshold in looser:
+        model.dial(exit=threshold)
+        with torch.no_grad():
+            model(tokens_BT)
+        shares.append(sum(model.router_shares().values()))
+        steps_BT = model.trace.steps_BT
+        assert steps_BT is not None
+        assert steps_BT.double().mean().item() == pytest.approx(shares[-1])
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > shares[-1]
+    assert {setting.exit for setting in preset_settings(model)} >= set(looser)
+
+
+def test_what_ran_is_counted_as_what_is_stated() -> None:
+    """The receipt takes the stated shares; a pass is counted at the measured ones."""
+    stated = spec(GATE | {"remaining": [0.75, 0.5, 0.25]}, steps=4)
+    shares = [0.75, 0.5, 0.25]
+    cost = sequence_cost(stated)
+    assert cost.lightest < cost.flops < cost.heaviest
+    assert cost.heaviest == sequence_cost(spec(GATE)).flops
+    model = built(stated)
+    loop = model.loops[0]
+    model.trace.shares = {f"{loop.label}.{i}": share for i, share in enumerate(shares)}
+    assert sequence_cost(executed(model)).flops == cost.flops
+
+
+def test_thresholds_that_stop_nobody_are_no_exit() -> None:
+    assert spec({"kind": "confidence", "threshold": 0}).fingerprint() == spec(None).fingerprint()
+    gate = built(spec({"kind": "gate", "threshold": 1.0}))
+    tokens_BT = some_tokens(gate.spec)
+    plain = built(spec(None))
+    plain.load_state_dict(gate.state_dict(), strict=False)
+    torch.testing.assert_close(gate(tokens_BT), plain(tokens_BT), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"router": {"kind": "prefix"}}, r"exit\n.*leave out one of exit and router"),
+        ({"full_steps": 2}, r"full_steps\n.*must be 1 beside an exit"),
+        ({"residual": {"kind": "thinking", "unselected": "literal"}}, r"unselected: bypass"),
+        ({"exit": {"kind": "gate", "remaining": [0.5, 0.7, 0.2]}}, "must not rise"),
+        ({"exit": {"kind": "gate", "remaining": [0.5, 0.4]}}, "one for each of the 3 passes"),
+    ],
+)
+def test_refuses_what_does_not_go_together(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        spec(GATE, **fields) if "exit" not in fields else spec(fields["exit"])
+
+
+def test_a_gate_stands_in_the_last_block() -> None:
+    loop = {"kind": "loop", "exit": "gate", "body": LAYER}
+    with pytest.raises(ValidationError, match=r"must be the last block, blocks\.1"):
+        small_model(loop, LAYER)
+    small_model({**loop, "exit": "halting"}, LAYER)
+
+
+def test_only_loops_with_exits_have_thresholds() -> None:
+    with pytest.raises(DialError, match="no loop with an exit"):
+        built(spec(None)).dial(exit=0.5)
+    with pytest.raises(DialError, match=r"between 0 and 1, got 1\.5"):
+        built(spec("gate")).dial(exit=1.5)
