@@ -170,7 +170,7 @@ def block(module: Block, x_BTD: Tensor) -> Tensor:
 
 def model(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
     x_BTD = module.embedding.weight[tokens_BT]
-    heads_of[0] = lambda x: module.head.weight @ norm(module.norm, x)
+    heads_of[0] = lambda x: module.head.weight @ normed(module.norm, x)
     for inner in module.blocks:
         assert isinstance(inner, Block)
         x_BTD = block(inner, x_BTD)

@@ -62,11 +62,11 @@ def _until_exit(
         )
     stops = leaves.stops_at(threshold)
     given = leaves.remaining
-    passes = [Pass(0, 0, None, threshold)]
+    passes = [Pass(0, 0, None, exit=threshold)]
     for step in range(1, count):
         share = given[min(step - 1, len(given) - 1)]
         at = Step(f"{label}.{step - 1}", step - 1, share, 1.0) if stops else None
-        passes.append(Pass(step, min(step, spec.steps - 1), at, threshold))
+        passes.append(Pass(step, min(step, spec.steps - 1), at, exit=threshold))
     return passes
 
 
