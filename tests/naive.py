@@ -300,7 +300,7 @@ def loop(module: BodyLoop, xs: Stream, pos: list[int], *_: object) -> Stream:
                 left, among = set(gates), capacity
         if spec.exit is not None and step:
             gates = {t: None for t in gates if len(past[t]) == step and goes_on(module, past[t])}
-        if not gates:
+        if spec.exit is not None and not gates:
             break
         into = [body_input(module, xs[t], start[t], step) for t in gates]
         body = module.bodies[step if spec.parameters == "per_step" else 0]
