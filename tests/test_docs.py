@@ -72,6 +72,13 @@ def test_its_links_lead_somewhere(name: str) -> None:
         assert "://" in target or path.exists() or path.name in generated, target
 
 
+def test_the_family_is_shipped() -> None:
+    table = (ROOT / "docs" / "reference" / "models.md").read_text()
+    named = re.findall(r"^\|[^|]+\| `([\w-]+)` \|", table, re.MULTILINE)
+    assert {"huginn", "retrofit-recurrence-overlay"} <= set(named)
+    assert set(named) <= {file.stem for file in (ROOT / "specs").glob("*.yaml")}
+
+
 def test_the_table_holds_every_command(cli: Cli) -> None:
     table = re.findall(r"^\| `archdsl (\w+)", INDEX, re.MULTILINE)
     listed = cli("--help").out.partition("Commands:\n")[2]
