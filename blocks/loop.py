@@ -167,8 +167,8 @@ class LoopSpec(BlockSpec):
         joins = self.kv == "all"
         every = "exit" if self.exit is not None and self.exit.learned else None
         expects = self.exit is not None and self.exit.expects
-        injects = self.injection is not None
-        return Looping(path, self.steps, injects, fields, most, joins, every, expects)
+        injects, routed = self.injection is not None, self.router is not None and bool(self.shares)
+        return Looping(path, self.steps, injects, fields, most, joins, every, expects, routed)
 
     def at_depth(self, steps: int) -> LoopSpec:
         """The loop with ``steps`` passes; those beyond its own are as the last one."""

@@ -69,6 +69,14 @@ class RouterSpec(Part):
         """None where every token is selected, because that needs no router."""
         return None if all(share == 1 for share in self.capacity) else self
 
+    def opened(self, share: float) -> RouterSpec:
+        """The router with its capacities moved by ``share`` towards 1; those of 1 are no routers,
+        so that others do not reach it."""
+        moved = tuple(c + (1 - c) * share for c in self.capacity)
+        pairs = zip(self.capacity, moved, strict=True)
+        capacity = tuple(c if c == 1 else min(one, 1 - 1e-9) for c, one in pairs)
+        return self.model_copy(update={"capacity": capacity})
+
     def tokens(self, tokens: int, step: int) -> int:
         """How many of ``tokens`` a routed step runs on."""
         return share_of(at_step(self.capacity, step), tokens)

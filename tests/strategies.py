@@ -273,6 +273,7 @@ RULES = st.fixed_dictionaries(
         "depth": DEPTHS,
         "loss": st.sampled_from(["last", "every_step"]),
         "loss_weights": st.sampled_from([1.0, 0.5, [1.0, 2.0]]),
+        "capacity": st.just({"warmup": 0.25}),
     },
 )
 

@@ -49,10 +49,14 @@ def _bill(dim: int, tokens: int, detailed: bool = False, vocabulary: int = 0) ->
 def train_flops(spec: ModelSpec, *, tokens: int | None = None) -> float:
     """Returns the expected FLOPs of training on one sequence, forward and backward.
 
-    The mean is over the depths that the training of the spec draws. Where only the last passes of
-    its loops get a gradient, the backward pass costs as much as that of a model with these alone.
-    Where every pass has a loss, so many heads are counted.
+    The mean is over the depths that the training of the spec draws, and over its capacities. Where
+    only the last passes of its loops get a gradient, the backward pass costs as much as that of a
+    model with these alone. Where every pass has a loss, so many heads are counted.
     """
+
+    if spec.training and spec.training.capacity:
+        levels = spec.training.capacity.levels().items()
+        return sum(part * train_flops(spec.opened(share), tokens=tokens) for share, part in levels)
 
     def forward(at: ModelSpec) -> int:
         return sequence_cost(at, tokens=tokens).flops

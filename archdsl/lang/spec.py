@@ -96,6 +96,10 @@ class Part(Strict):
         """Returns the part with ``steps`` passes in all loops, as the compute dial runs it."""
         return self.with_each(lambda part: part.at_depth(steps))
 
+    def opened(self, share: float) -> Part:
+        """Returns the part with the capacities of all routers moved by ``share`` towards 1."""
+        return self.with_each(lambda part: part.opened(share))
+
     def with_each(self, change: Callable[[Part], Part | None]) -> Self:
         """Returns a copy in which ``change`` is applied to every part directly inside."""
         parts: dict[str, Any] = {}
@@ -324,6 +328,15 @@ class ModelSpec(Strict):
         """The numbers of passes that training draws from, equally likely; none: as in use."""
         law = self.depth_law
         return law.sizes(self.loops[0].steps) if law else ()
+
+    def opened(self, share: float) -> ModelSpec:
+        """Returns the spec with the capacities of all routers moved by ``share`` towards 1, and
+        without a schedule of capacities."""
+        if self.training is None or self.training.capacity is None:
+            return self
+        blocks = tuple(cast(BlockSpec, block.opened(share)) for block in self.blocks)
+        training = self.training.model_copy(update={"capacity": None})
+        return self.model_copy(update={"blocks": blocks, "training": training})
 
     def training_losses(self, depth: int | None) -> int:
         """How often the last norm and the head run in training. ``depth``: of the loops; None:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from archdsl.lang.strict import Path, PerStep, Strict, validation_error
 
 SIZES = 6  # the most numbers of passes that a law is drawn from
+LEVELS = 8  # steps in which capacities fall
 SPREAD = 0.5  # sigma of the log-normal law, as in Huginn
 
 
@@ -28,6 +29,7 @@ class Looping(NamedTuple):
     ``most``: the largest number of passes that it can run; None: any number. ``joins``: whether a
     pass attends to the keys and values of the passes before it. ``every``: the field that learns
     from every pass; None: there is none. ``expects``: whether the loss is expected over its passes.
+    ``routed``: whether a router selects fewer than all tokens.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class Looping(NamedTuple):
     joins: bool = False
     every: str | None = None
     expects: bool = False
+    routed: bool = False
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
@@ -226,6 +229,37 @@ class DepthSpec(Strict):
             )
 
 
+class CapacitySpec(Strict):
+    """The capacities of routers fall from 1 to their own in the first part of training.
+
+    As in Mixture-of-Recursions (Bae et al. 2507.10524, in its public code): with the share t of the
+    warm-up that has passed, a capacity c is c + (1 - c) (1 + cos(pi t)) / 2. Here the last factor
+    is rounded to eighths, so that there are few graphs to compile.
+    """
+
+    warmup: float = Field(
+        0.1, gt=0, le=1, description="the share of all training steps in which capacities fall"
+    )
+
+    def openness(self, step: int, steps: int) -> float:
+        """Returns how far the capacities are from their own (0) towards 1 in a training step.
+
+        ``step``: its number, counted from 0. ``steps``: the number of all training steps.
+        """
+        return self._at(step / (self.warmup * steps))
+
+    def _at(self, share: float) -> float:
+        return round(LEVELS * (1 + math.cos(math.pi * min(1.0, share))) / 2) / LEVELS
+
+    def levels(self) -> dict[float, float]:
+        """Returns the share of training in which capacities are as open as each of the levels."""
+        shares = {0.0: 1 - self.warmup}
+        for i in range(1000):
+            level = self._at((i + 0.5) / 1000)
+            shares[level] = shares.get(level, 0.0) + self.warmup / 1000
+        return shares
+
+
 class TrainingSpec(Strict):
     """What of the training makes the model what it is. It does not change the model's inference."""
 
@@ -247,11 +281,19 @@ class TrainingSpec(Strict):
         "passes have the last one",
     )
 
+    capacity: CapacitySpec | None = Field(
+        None,
+        exclude_if=lambda capacity: capacity is None,
+        description="let the capacities of the routers fall from 1 to their own at the beginning",
+    )
+
     def problems(self, blocks: Structure) -> Iterator[tuple[Path, str]]:
         """Yields (path, message) for values that do not go with the blocks of a model."""
         if self.depth is not None:
             found = self.depth.problems(blocks.loops)
             yield from ((("depth", *path), said) for path, said in found)
+        if self.capacity is not None and not any(loop.routed for loop in blocks.loops):
+            yield ("capacity",), "needs a router that selects fewer than all tokens; there is none"
         if self.loss == "every_step" and not blocks.ends_with_loop:
             yield (
                 ("loss",),

@@ -234,6 +234,9 @@ def _drawn(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     """What training draws and what its loss is of."""
     if spec.training and spec.training.loss == "every_step":
         yield "", "the loss is of every pass of the last loop"
+    if spec.training and spec.training.capacity:
+        share = spec.training.capacity.warmup
+        yield "", f"capacities fall from 1 to their own in the first {share:.0%} of the steps"
     depth, sizes = spec.depth_law, spec.training_depths
     if depth is None:
         return

@@ -61,6 +61,7 @@ def training_memory(
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
     '4.9 GB'
     """
+    spec = spec.opened(1.0)  # at the beginning of a schedule of capacities
     runs = _runs(spec, batch_size)
     several = accumulate > 1 or (len(runs) > 1 and _draws_per_sequence(spec) and batch_size > 1)
     at_once = batch_size // accumulate

@@ -1,4 +1,4 @@
-"""Runs the loops of a model at the depth that a training step has drawn."""
+"""Runs the loops of a model at the depth and the capacities of a training step."""
 
 from __future__ import annotations
 
@@ -6,29 +6,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from archdsl.model.language_model import LanguageModel
-from archdsl.nn.loop import Pass
+from archdsl.nn.loop import Loop, Pass
 
 
 @contextmanager
 def at_depth(
-    model: LanguageModel, steps: int | None, backprop_last: int | None = None
+    model: LanguageModel,
+    steps: int | None,
+    backprop_last: int | None = None,
+    openness: float = 0.0,
 ) -> Iterator[None]:
     """Within the block, the loops run ``steps`` passes, the last ``backprop_last`` with a gradient.
 
-    None: the passes that they run now, all of them with a gradient. Raises DialError if a loop
-    cannot run so many passes.
+    None: the passes that they run now, all of them with a gradient. ``openness``: how far the
+    capacities of their routers are moved towards 1. Raises DialError if a loop cannot run so many
+    passes.
     """
     before = [loop.passes for loop in model.loops]
     try:
         for loop in model.loops:
             if steps is not None:
                 loop.dial(steps=steps)
+            if openness and loop.router is not None:
+                _open(loop, openness)
             if backprop_last is not None:
                 loop.passes = _last_learn(loop.passes, backprop_last)
         yield
     finally:
         for loop, passes in zip(model.loops, before, strict=True):
             loop.passes = passes
+
+
+def _open(loop: Loop, share: float) -> None:
+    further = loop.passes[loop.full_steps :]
+    given = [one.routed.capacity if one.routed else 1.0 for one in further]
+    loop.dial([c + (1 - c) * share for c in given], len(loop.passes))
 
 
 def _last_learn(passes: list[Pass], count: int) -> list[Pass]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from archdsl.data.types import IGNORE, Batch, Data
 from archdsl.errors import ArchdslError, blamed_on
 from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate, seed_torch
+from archdsl.lang.training import LEVELS
 from archdsl.model.checkpoint import (
     TRAINING,
     Checkpoint,
@@ -74,7 +75,8 @@ class Trainer:
     So a run that is stopped, interleaved with others and resumed gives the same bits as one that
     is not (on a CPU).
 
-    ``start``: the checkpoint that ``model`` was loaded from, if any. Raises ArchdslError if the
+    ``start``: the checkpoint that ``model`` was loaded from, if any. ``horizon``: the steps that a
+    schedule of capacities is a share of; default: those of the config. Raises ArchdslError if the
     data do not fit the model, the device is not available, or ``only: new`` has nothing to train.
     """
 
@@ -84,6 +86,7 @@ class Trainer:
         data: Data,
         config: TrainConfig,
         start: Checkpoint | None = None,
+        horizon: int | None = None,
     ) -> None:
         with blamed_on("device"):
             self.device = _device(config.device)
@@ -97,6 +100,8 @@ class Trainer:
             with blamed_on("only"):
                 _freeze_old_parameters(model, start)
         self.depth = model.spec.depth_law
+        self.capacity = model.spec.training.capacity if model.spec.training else None
+        self.horizon = horizon or config.steps
         self.optimizer = _optimizer(model, config)
         self.step = 0
         self.tokens = 0
@@ -104,7 +109,8 @@ class Trainer:
         self.diverging_steps = 0  # steps in a row with a far too high loss
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
-            compile_layers(model, depths=len(set(model.spec.training_depths)))
+            levels = LEVELS if self.capacity else 0
+            compile_layers(model, depths=len(set(model.spec.training_depths)) + levels)
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[TrainStep], None] | None = None
@@ -164,9 +170,12 @@ class Trainer:
         for depth, part in self._parts(batch):
             parts = len(batch.tokens_BT) / len(part.tokens_BT)
             last = self.depth.backprop_last if self.depth else None
-            with at_depth(self.model, depth, last):
+            with at_depth(self.model, depth, last, self._openness(self.step, self.horizon)):
                 total += self._backward_part(part, target_count, parts)
         return total
+
+    def _openness(self, step: int, steps: int) -> float:
+        return self.capacity.openness(step, steps) if self.capacity else 0.0
 
     def _parts(self, batch: Batch) -> Iterator[tuple[int | None, Batch]]:
         """Yield the parts of a batch, each with the number of passes of the loops in it.
@@ -346,6 +355,7 @@ class Trainer:
         before = self.config.model_copy(update={"steps": steps})
         return steps == self.config.steps or all(
             before.learning_rate(step) == self.config.learning_rate(step)
+            and self._openness(step, steps) == self._openness(step, self.horizon)
             for step in range(stood.step)
         )
 

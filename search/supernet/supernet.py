@@ -139,7 +139,7 @@ class SandwichTrainer(Trainer):
     ) -> None:
         super().__init__(model, data, config)
         self.net = net
-        self.depth = None  # the settings say at which depths it is trained
+        self.depth = self.capacity = None  # the settings say at which it is trained
 
     def add_gradient(self, batch: Batch) -> float:
         """Add the gradients of all settings of this step, and return their mean loss in nats."""

@@ -210,6 +210,15 @@ class Job:
         update = {"steps": self.steps, "accumulate": self.accumulate}
         return self.task.config(self.seed).model_copy(update=update)
 
+    @property
+    def horizon(self) -> int | None:
+        """The steps that a schedule of capacities is a share of; None without a schedule.
+
+        They are those of the last rung, so that the rungs are parts of one training.
+        """
+        training = self.spec.training
+        return self.task.rungs[-1] if training and training.capacity else None
+
     def load(self) -> Data:
         """Return the data of the task. Raises DataError if it cannot be loaded."""
         return self.data or self.task.load()  # a worker gets None if the token cache was deleted
@@ -224,6 +233,7 @@ class Job:
             "data": data.fingerprint,
             "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
             **plugin_digests(self.spec),
+            **({"horizon": self.horizon} if self.horizon else {}),
         }
         description = {"name": self.spec.name, "data_name": data.name}
         return StoredRun(self.store, identity, description)
@@ -243,7 +253,7 @@ class Job:
                 return stored
             # equal specs get the same weights and the same names of modules
             model = build(self.spec.canonical(), seed=self.seed)
-            trainer = Trainer(model, self.load(), self.config)
+            trainer = Trainer(model, self.load(), self.config, horizon=self.horizon)
             return ProxyTraining(stored_run, trainer, heartbeat).score()
 
 
