@@ -145,11 +145,11 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
     assert message_for(*changes, ("kind: layer", "kind: lair")).splitlines() == [
         "my.yaml:2:13: vocab_size: must be at least 2, got 1",
         "my.yaml:6:12: blocks.0.kind: unknown kind 'lair' of block (did you mean 'layer'?); "
-        "known kinds: attention, feed_forward, layer, loop, norm, stack",
+        "known kinds: attention, feed_forward, layer, loop, moe, norm, stack",
         "my.yaml:8:12: blocks.1.steps: must be a whole number, got 'many'",
         "my.yaml:9:38: blocks.1.router.capacity: must be at most 1, got 7",
         "my.yaml:10:18: blocks.1.body.kind: unknown kind 'lair' of block (did you mean 'layer'?); "
-        "known kinds: attention, feed_forward, layer, loop, norm, stack",
+        "known kinds: attention, feed_forward, layer, loop, moe, norm, stack",
     ]
 
 
