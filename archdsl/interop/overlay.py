@@ -153,6 +153,13 @@ def _changes(loop: LoopSpec) -> Iterator[tuple[Path, str]]:
             ("residual",),
             f"must be thinking, delta or gated, which add to what there is; got {found}",
         )
+    if loop.first_injects:
+        yield (
+            ("start",),
+            f"must be left out: the first pass reads what the layer read; got {loop.start}",
+        )
+    if loop.norm is not None:
+        yield ("norm",), f"must be left out: the layer has none after it; got {loop.norm}"
     encoding = loop.encoding
     if not isinstance(encoding, ScaleSpec):
         found = to_tree(encoding)["kind"] if encoding else "none"

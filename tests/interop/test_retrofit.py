@@ -93,7 +93,7 @@ LOOPS = st.fixed_dictionaries(
         "residual": st.sampled_from(
             ["thinking", "delta", "gated", {"kind": "thinking", "unselected": "literal"}]
         ),
-        "injection": st.sampled_from([None, "add", "linear"]),
+        "injection": st.sampled_from([None, "add", "linear", "diagonal"]),
         "parameters": st.sampled_from(["shared", "per_step", {"lora": {"rank": 2}}]),
     },
 )
@@ -187,6 +187,8 @@ def test_layers_that_cannot_think_are_named(layers: Any, complaint: str) -> None
     ("loop", "complaint"),
     [
         ({"steps": 1}, "loop.steps: must be at least 2: one pass adds nothing; got 1"),
+        ({"start": "noise", "injection": "add"}, "loop.start: must be left out: .*; got noise"),
+        ({"norm": "rms"}, "loop.norm: must be left out: .*; got rms"),
         ({"full_steps": 0}, "loop.full_steps: must be at least 1: the first pass is the layer"),
         (
             {"residual": "overwrite"},
