@@ -366,3 +366,17 @@ def test_what_no_gate_weighs_is_overwritten_whether_it_says_so_or_not() -> None:
         assert (delta.fingerprint() == overwrite.fingerprint()) == same
     weighed = [model(r, kind="random", alpha=0.5) for r in ("delta", "overwrite")]
     assert weighed[0].fingerprint() != weighed[1].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"start_std": 2.0}, {}),
+        ({"norm_eps": 0.1}, {}),
+        ({"injection": "add", "start": "zeros"}, {"injection": "add"}),
+        ({"injection": "add", "start": "zeros", "steps": 1}, {"steps": 1}),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_does_not_count(fields: dict[str, Any], same: dict[str, Any]) -> None:
+    assert spec(**fields).canonical(D) == spec(**same).canonical(D)
