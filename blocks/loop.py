@@ -136,6 +136,11 @@ class LoopSpec(BlockSpec):
         return self.body.unrolled() if self.is_body else (self,)
 
     @property
+    def leaves(self) -> ExitSpec | None:
+        """The exit, if there is a pass after which it decides."""
+        return self.exit if self.steps > 1 else None
+
+    @property
     def is_body(self) -> bool:
         """Whether it is one pass over every token, which is the body itself."""
         plain = not self.first_injects and self.norm is None
@@ -165,8 +170,8 @@ class LoopSpec(BlockSpec):
         most = self.steps if self.parameters == "per_step" else None
         fields = tuple(field for field, has in own.items() if has)
         joins = self.kv == "all"
-        every = "exit" if self.exit is not None and self.exit.learned else None
-        expects = self.exit is not None and self.exit.expects
+        every = "exit" if self.leaves is not None and self.leaves.learned else None
+        expects = self.leaves is not None and self.leaves.expects
         injects, routed = self.injection is not None, self.router is not None and bool(self.shares)
         return Looping(path, self.steps, injects, fields, most, joins, every, expects, routed)
 
@@ -179,12 +184,12 @@ class LoopSpec(BlockSpec):
             used = _shortest(self.parameters.rank, self.steps)
             parameters = self.parameters.model_copy(update={"rank": used})
             loop = loop.model_copy(update={"parameters": parameters})
-        if self.exit is not None:
-            remaining = _lengthened(self.exit.remaining, steps - 1)
-            leaves = self.exit.model_copy(update={"remaining": remaining})
+        if self.leaves is not None:
+            remaining = _lengthened(self.leaves.remaining, steps - 1)
+            leaves = self.leaves.model_copy(update={"remaining": remaining})
             return loop.model_copy(update={"steps": steps, "exit": leaves})
         if not self.shares:
-            return loop.model_copy(update={"steps": steps, "router": None})
+            return loop.model_copy(update={"steps": steps, "router": None, "exit": None})
         assert self.router is not None
         capacity = _lengthened(self.router.capacity, steps - self.full_steps)
         router = self.router.model_copy(update={"capacity": capacity})
@@ -198,7 +203,7 @@ class LoopSpec(BlockSpec):
         """
         further = tuple(shares[self.full_steps :]) or (1.0,)
         router = self.router and self.router.model_copy(update={"capacity": further})
-        leaves = self.exit and self.exit.model_copy(update={"remaining": further})
+        leaves = self.leaves and self.leaves.model_copy(update={"remaining": further})
         return self.model_copy(update={"steps": len(shares), "router": router, "exit": leaves})
 
     def rows(self) -> list[int | None]:
@@ -207,7 +212,7 @@ class LoopSpec(BlockSpec):
         With an exit, the number of the pass after the first: tokens may have stopped before it.
         """
         routed = [None if t < self.full_steps else t - self.full_steps for t in range(self.steps)]
-        if self.exit is not None:
+        if self.leaves is not None:
             return routed if self.shares else [None] * self.steps
         if self.router is None:
             return [None] * self.steps
@@ -217,7 +222,7 @@ class LoopSpec(BlockSpec):
     @property
     def shares(self) -> list[float]:
         """The share of tokens of each pass that a router selects tokens for, or an exit leaves."""
-        router, leaves, further = self.router, self.exit, self.steps - self.full_steps
+        router, leaves, further = self.router, self.leaves, self.steps - self.full_steps
         if (router is None and leaves is None) or further < 1:
             return []
         given = (leaves.remaining if leaves else router.capacity if router else ())[:further]
@@ -332,7 +337,7 @@ class LoopSpec(BlockSpec):
             return loop.body
         further = loop.steps - loop.full_steps
         update: dict[str, object] = {"parameters": _without_zeros(loop.parameters, loop.steps)}
-        if loop.exit is not None:
+        if loop.leaves is not None:
             update |= {"router": None}
         elif loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
@@ -359,11 +364,13 @@ class LoopSpec(BlockSpec):
             yield "start", "embedding"
         if self.norm is None:
             yield "norm_eps", EPS
+        if self.leaves is None:
+            yield "exit", None
 
     @property
     def is_gated(self) -> bool:
         """Whether a pass multiplies its results by a weight of each token or by a constant."""
-        if self.router is None or self.exit is not None or not self.shares:
+        if self.router is None or self.leaves is not None or not self.shares:
             return False
         return self.router.learned or set(self.router.alpha) != {1.0}
 
@@ -385,17 +392,17 @@ class LoopSpec(BlockSpec):
         weights = steps if self.parameters == "per_step" else 1
         ranks = self._ranks(bill.runs)
         self.body.cost(bill.run("body", runs, makers, weights=weights, ranks=ranks))
-        if router is not None and self.exit is None and shares:
+        if router is not None and self.leaves is None and shares:
             # a step that the compute dial skips uses no router
             router.cost(bill.part("router"), len(shares) - shares.count(0))
         if encoding is not None:
             encoding.cost(bill.part("encoding"), steps)
         self.residual.cost(bill)
-        if self.exit is not None:
+        if self.leaves is not None:
             # after each pass but the last
             decided = self._passes(bill.runs, full if shares else full - 1, shares[:-1])
-            decided = decided if self.exit.stops else Runs([], 0, 0, 0)
-            self.exit.cost(bill.run("exit", decided, decided))
+            decided = decided if self.leaves.stops else Runs([], 0, 0, 0)
+            self.leaves.cost(bill.run("exit", decided, decided))
         if self.injection in ("linear", "diagonal"):
             self._injection_cost(bill, full, shares)
         if self.norm is not None:
@@ -456,8 +463,8 @@ class LoopSpec(BlockSpec):
         if self.is_body:
             return self.body.footprint(rows)
         passes = [self._pass(rows, step, row) for step, row in enumerate(self.rows())]
-        if self.exit is not None:
-            decisions = self.exit.footprint(rows, self.steps)
+        if self.leaves is not None:
+            decisions = self.leaves.footprint(rows, self.steps)
             for one in passes[1:]:
                 one[0] = one[0]._replace(reads=one[0].reads or decisions.reads)
             passes[-1][-1] = passes[-1][-1].plus(decisions.kept)
@@ -476,7 +483,7 @@ class LoopSpec(BlockSpec):
 
     def _pass(self, rows: Rows, step: int, row: int | None) -> list[Footprint]:
         """A pass and, where it takes every token, the norm after it."""
-        stops = self.exit is None or self.exit.in_training
+        stops = self.leaves is None or self.leaves.in_training
         if row is not None and stops:
             return [self._routed_pass(rows, step, row)]
         norm = [] if self.norm is None else [norm_footprint(self.norm, rows)]

@@ -33,8 +33,8 @@ def plan(
         raise DialError(f"{label}: needs at least one step, got {count}")
     if count > spec.steps and spec.parameters == "per_step":
         raise DialError(f"{label}: has weights for {spec.steps} steps, each its own; got {count}")
-    if spec.exit is not None:
-        return _until_exit(spec, spec.exit, label, count, threshold)
+    if spec.leaves is not None:
+        return _until_exit(spec, spec.leaves, label, count, threshold)
     likes = [min(step, spec.steps - 1) for step in range(count)]
     shares = _shares(spec, [rows[like] for like in likes], label, capacity)
     passes: list[Pass] = []

@@ -64,9 +64,9 @@ class BodyLoop(Loop):
         copies = spec.steps if spec.parameters == "per_step" else 1
         self.bodies = nn.ModuleList([spec.body.build(dim) for _ in range(copies)])
         routed = [row for row in spec.rows() if row is not None]
-        self.exit = spec.exit.build(dim) if spec.exit else None
-        self.thresholds = spec.exit.thresholds if spec.exit else ()
-        self.needs_readout = spec.exit is not None and spec.exit.needs_readout
+        self.exit = spec.leaves.build(dim) if spec.leaves else None
+        self.thresholds = spec.leaves.thresholds if spec.leaves else ()
+        self.needs_readout = spec.leaves is not None and spec.leaves.needs_readout
         # the router has no weights for a pass that takes every token
         self.rows = [None if row is None else routed.index(row) for row in spec.rows()]
         self.router = spec.router.build(dim, routed) if spec.router and routed else None
@@ -81,7 +81,7 @@ class BodyLoop(Loop):
         self.norm = make_norm(spec.norm, dim, spec.norm_eps) if spec.norm else None
         self.residual = spec.residual.build(dim)
         # no framework leaves out tokens
-        self.hosted = spec.exit is None or not spec.exit.stops
+        self.hosted = spec.leaves is None or not spec.leaves.stops
         self.dial()
 
     def reset(self, rng: torch.Generator, depth: int) -> None:

@@ -375,6 +375,7 @@ def test_what_no_gate_weighs_is_overwritten_whether_it_says_so_or_not() -> None:
         ({"norm_eps": 0.1}, {}),
         ({"injection": "add", "start": "zeros"}, {"injection": "add"}),
         ({"injection": "add", "start": "zeros", "steps": 1}, {"steps": 1}),
+        ({"norm": "rms", "steps": 1, "exit": "halting"}, {"norm": "rms", "steps": 1}),
     ],
     ids=str,
 )
