@@ -12,7 +12,7 @@ from rich.text import Text
 
 from archdsl.costs.receipt import Receipt, cost, paper_flops
 from archdsl.lang.budget import limit_uses
-from archdsl.lang.spec import Budget, ModelSpec, to_tree
+from archdsl.lang.spec import Budget, ModelSpec, to_tree, walk
 from archdsl.reports.layout import StackingTable, TwoColumns, wrapped
 from archdsl.reports.outline import OutlineNode, outline
 from archdsl.reports.training_memory import training_memory
@@ -219,7 +219,7 @@ def _node_by_node(spec: ModelSpec, total: Receipt) -> list[tuple[str, str]]:
             "without embedding and head",
         ),
         *_active(total),
-        ("forward", _forward(total)),
+        ("forward", _forward(spec, total)),
         (
             "",
             f"{quantity(total.flops_per_context, 'FLOPs')} per context of {total.context:,} tokens",
@@ -278,13 +278,20 @@ def _cache(total: Receipt) -> str:
     return words
 
 
-def _forward(total: Receipt) -> str:
+def _forward(spec: ModelSpec, total: Receipt) -> str:
     if total.lightest == total.heaviest:
         return f"{short(total.expected)} FLOPs/token"
+    at = ("the routers' capacities", "that no router selects", "that every router selects")
+    if any(part.family == "exit" for _, part in walk(spec)):
+        at = (
+            "the shares of remaining tokens that the spec states",
+            "that takes as few passes as it can",
+            "that takes every pass",
+        )
     return (
-        f"{short(total.expected)} FLOPs/token at the routers' capacities; "
-        f"{short(total.lightest)} for a token that no router selects, "
-        f"{short(total.heaviest)} for one that every router selects"
+        f"{short(total.expected)} FLOPs/token at {at[0]}; "
+        f"{short(total.lightest)} for a token {at[1]}, "
+        f"{short(total.heaviest)} for one {at[2]}"
     )
 
 
