@@ -27,6 +27,7 @@ LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 2}, "ffn": 
 WINDOW: dict[str, Any] = LAYER | {
     "attention": {"head_size": 2, "queries_per_kv": 3, "window": 3, "qk_norm": True}
 }
+MOE = LAYER | {"ffn": {"kind": "moe", "experts": 3, "hidden": 2, "shared": 1}}
 STACK = {"kind": "stack", "repeat": 2, "body": [LAYER]}
 ROUTED = {
     "kind": "loop",
@@ -96,6 +97,7 @@ def test_agrees_with_the_definition(residual: Any, encoding: str | None, kind: s
         {"parameters": "per_step", "router": router("prefix")},
         {"parameters": "per_step", "full_steps": 3, "encoding": "scale"},
         {"parameters": {"lora": {"rank": [2, 0, 1], "alpha": 3}}, "router": router("prefix")},
+        {"parameters": {"lora": {"rank": 1}}, "body": MOE, "router": router("prefix")},
         {
             "parameters": {"lora": {"rank": 2}},
             "kv": "last",

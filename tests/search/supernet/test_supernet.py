@@ -130,6 +130,7 @@ def test_a_net_has_the_most_steps_and_a_router_wherever_one_is_needed() -> None:
         {"router": "random"},
         {"routed": {"nested": True}},
         {"parameters": "per_step"},
+        {"parameters": {"lora": {"rank": 2}}},
         {"kv": "shared"},
         {"full_steps": 0},
     ],
