@@ -18,6 +18,7 @@ from archdsl.blocks.modules.feed_forward import FeedForward
 from archdsl.blocks.modules.loop import BodyLoop
 from archdsl.blocks.modules.router import Prefix
 from archdsl.checks.check import Report, _reduced, check
+from archdsl.checks.localise import WHOLE
 from archdsl.lang.spec import ModelSpec
 from archdsl.model import backbone as model_module
 from archdsl.model.build import build, meta_model
@@ -149,7 +150,9 @@ def test_any_of_40_specs_passes_but_for_its_leaking_routers(spec: ModelSpec) -> 
 def passes_but_for_its_leaking_routers(spec: ModelSpec) -> None:
     report = check(spec, seeds=1)
     assert report.faults == report.leaks
-    assert {fault.router for fault in report.faults} <= {"top_k"}
+    # one draw may find the leak of a block in the whole model alone
+    named = {fault.router for fault in report.faults if fault.place != WHOLE}
+    assert named <= {"top_k"}
     assert bool(report.faults) == meta_model(spec).leaks
 
 

@@ -915,6 +915,18 @@ def test_no_cache_goes_on_at_another_setting_of_the_dial(kind: str, tmp_path: Pa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kv", ["last", "all"])
+def test_where_passes_attend_to_passes_before_the_cache_is_archdsls_own(kv: str) -> None:
+    overrides = [f"blocks.1.kv={kv}", *(["blocks.1.router=null"] if kv == "all" else [])]
+    model: Any = in_transformers(build(load("tiny", overrides=overrides), seed=1).eval())
+    assert not model.model.standard
+    whole, cache = model(TOKENS, use_cache=False).logits, model.new_cache()
+    for part in (slice(0, 7), slice(7, 8), slice(8, None)):
+        found = model(TOKENS[:, part], past_key_values=cache).logits
+        torch.testing.assert_close(found, whole[:, part])
+
+
+@torch.no_grad()
 def test_a_mask_may_have_more_tokens_but_not_fewer(standard: Any) -> None:
     wanted = standard(TOKENS).logits
     long = torch.ones(2, 20)
