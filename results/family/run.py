@@ -5,8 +5,8 @@
 Every model is trained on the embedded text and on p-hop, a skill that needs depth, at width 32 and
 with the seeds 1, 2, ...; so are a plain model and a plain loop of equal FLOPs. All see the same
 batches in the same order, at one learning rate that was not tuned for any of them. Scores go to
-runs/family as they are made, so that the same command goes on where it was stopped; then result.json
-and README.md are written here.
+runs/family as they are made, so that the same command goes on where it was stopped; then
+result.json and README.md are written here.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ HOP = "skill:p-hop,hops=3,length=32,alphabet=4"
 
 
 def proxy(steps: int) -> Proxy:
-    """The sizes and tasks of a search's proxies, see docs/log.md: a third of the steps on text, where
-    a step reads twice as many tokens."""
+    """The sizes and tasks of a search's proxies (see docs/log.md).
+
+    Text gets a third of the steps, as a step reads twice as many tokens there."""
     text = Task(context=128, batch_size=16, rungs=(max(1, steps // 3),), eval_tokens=32_768)
     hop = Task(data=HOP, context=32, batch_size=32, rungs=(steps,), eval_tokens=32_768)
     return Proxy(dim=32, head_size=16, repeat=2, tasks={"text": text, "p-hop": hop})
