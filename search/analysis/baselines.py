@@ -183,6 +183,7 @@ ABLATIONS: dict[str, Change] = {
     "nesting": _unnested,
     "residual": lambda loop: _with(loop, residual=OverwriteSpec()),
     "encoding": lambda loop: _with(loop, encoding=None),
+    "exit": lambda loop: _with(loop, exit=None),
     "injection": lambda loop: _with(loop, injection=None, start="embedding"),
     "empty start": lambda loop: _with(loop, start="embedding"),
     "shared kv": lambda loop: _with_own_kv(loop, "shared"),

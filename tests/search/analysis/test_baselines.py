@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 import archdsl
 from archdsl.blocks.loop import LoopSpec
+from archdsl.blocks.residual_thinking import OverwriteSpec
 from archdsl.costs.receipt import sequence_cost
 from archdsl.lang.source import from_value
 from archdsl.lang.spec import ModelSpec, Part, parse_spec, to_tree, walk
@@ -30,13 +31,14 @@ def loops(spec: ModelSpec) -> list[LoopSpec]:
 
 
 def slots(spec: ModelSpec) -> int:
-    """Parameters that only thinking has: routers, encodings, injections, norms, lora of loops."""
+    """Parameters that only thinking has: those of the slots of loops."""
 
     def bare(part: Part) -> Part:
         part = part.with_each(bare)
         if not isinstance(part, LoopSpec):
             return part
-        empty = {"router": None, "encoding": None, "injection": None, "norm": None}
+        names = ("router", "encoding", "injection", "norm", "exit")
+        empty = dict.fromkeys(names) | {"residual": OverwriteSpec()}
         own = {} if isinstance(part.parameters, str) else {"parameters": "shared"}
         return part.model_copy(update=empty | own)
 
