@@ -94,7 +94,8 @@ class RouterSpec(Part):
         if not self.learned:
             return Footprint(chosen.floats(), reads=False)
         places = rows.indices if self.fills else chosen.indices
-        return Footprint(rows.floats() + places + 2 * chosen.floats())
+        kept = rows.floats() * (1 + rows.router_losses)
+        return Footprint(kept + places + 2 * chosen.floats())
 
     def build(self, dim: int, steps: list[int]) -> Router:
         """The torch module, with weights for the routed ``steps`` of the loop."""

@@ -274,6 +274,8 @@ RULES = st.fixed_dictionaries(
         "loss": st.sampled_from(["last", "every_step"]),
         "loss_weights": st.sampled_from([1.0, 0.5, [1.0, 2.0]]),
         "capacity": st.just({"warmup": 0.25}),
+        "router_z_loss": st.just(0.001),
+        "router_aux_loss": st.just(0.01),
     },
 )
 

@@ -287,11 +287,30 @@ class TrainingSpec(Strict):
         description="let the capacities of the routers fall from 1 to their own at the beginning",
     )
 
+    router_z_loss: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        exclude_if=lambda weight: weight == 0,
+        description="weight of the z-loss of routers: the mean square of a score",
+    )
+    router_aux_loss: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        exclude_if=lambda weight: weight == 0,
+        description="weight of the auxiliary loss of routers: the cross-entropy of a score, as the "
+        "log-odds of being selected, and the selection",
+    )
+
     def problems(self, blocks: Structure) -> Iterator[tuple[Path, str]]:
         """Yields (path, message) for values that do not go with the blocks of a model."""
         if self.depth is not None:
             found = self.depth.problems(blocks.loops)
             yield from ((("depth", *path), said) for path, said in found)
+        for name in ("router_z_loss", "router_aux_loss"):
+            if getattr(self, name) and not any("router" in loop.own for loop in blocks.loops):
+                yield (name,), "needs a router with learned scores; there is none among the blocks"
         if self.capacity is not None and not any(loop.routed for loop in blocks.loops):
             yield ("capacity",), "needs a router that selects fewer than all tokens; there is none"
         if self.loss == "every_step" and not blocks.ends_with_loop:

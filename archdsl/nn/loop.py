@@ -92,7 +92,8 @@ class Router(Primitive):
     ``sees_later_tokens_in_training``: whether it does so in training and never otherwise.
     ``salt``: the number of this router in its model. ``causal``: an entry for each
     `selecting_causally` block that runs now, in whatever thread; while there is one, a router that
-    otherwise looks at later tokens (``leaks``) selects without them.
+    otherwise looks at later tokens (``leaks``) selects without them. ``z_loss`` and ``aux_loss``:
+    the weights of its losses in training, see `TrainingSpec`.
     """
 
     learned: ClassVar[bool] = False
@@ -101,6 +102,7 @@ class Router(Primitive):
     def __init__(self) -> None:
         super().__init__()
         self.salt = 0
+        self.z_loss = self.aux_loss = 0.0
         self.causal: list[None] = []
 
     def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:

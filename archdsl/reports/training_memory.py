@@ -141,7 +141,15 @@ def installed_memory() -> int:
 def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> Rows:
     """Returns the rows of a whole batch, for the footprints of blocks."""
     T = context or spec.context
-    return Rows(spec.dim, batch_size, T, T)
+    return Rows(spec.dim, batch_size, T, T, router_losses=_router_losses(spec))
+
+
+def _router_losses(spec: ModelSpec) -> int:
+    """Which tokens a router was asked for; for the auxiliary loss also which it selected."""
+    rule = spec.training
+    if rule is None or not (rule.router_z_loss or rule.router_aux_loss):
+        return 0
+    return 2 if rule.router_aux_loss else 1
 
 
 def saved_for_backward(spec: ModelSpec, rows: Rows, checkpointed: bool = False) -> int:

@@ -46,7 +46,30 @@ class ScoreRouter(Router):
         if index_BK.size(1) == 0:  # while decoding, often nobody is selected
             return Selection(index_BK, score_BT[:, :0], keep_BK, stream)
         gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
-        return Selection(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
+        chosen = Selection(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
+        if self.training and self.learned and (self.z_loss or self.aux_loss):
+            asked_BT = ranked_BT > -math.inf
+            ctx.trace.add_loss(at.name, self._loss(score_BT, asked_BT, chosen))
+        return chosen
+
+    def _loss(self, score_BT: Tensor, asked_BT: Tensor, chosen: Selection) -> Tensor:
+        """The weighted losses of a selection, each the mean over the tokens that were asked for.
+
+        z-loss: the square of log sum exp over the scores of a token (ST-MoE, Zoph et al.
+        2202.08906, equation 5), of which a router of one step has one. Auxiliary loss: the binary
+        cross-entropy of the score and whether the token was selected (Mixture-of-Recursions, Bae et
+        al. 2507.10524, with expert-choice routing), so that selected tokens have scores above 0.
+        """
+        score_BT = score_BT.to(torch.promote_types(score_BT.dtype, torch.float32))
+        asked_BT = asked_BT.to(score_BT.dtype)
+        loss = score_BT.new_zeros(())
+        if self.z_loss:
+            loss = loss + self.z_loss * (score_BT.square() * asked_BT).sum()
+        if self.aux_loss:
+            target_BT = chosen.mask(score_BT.size(1)).to(score_BT.dtype)
+            nats_BT = F.binary_cross_entropy_with_logits(score_BT, target_BT, reduction="none")
+            loss = loss + self.aux_loss * (nats_BT * asked_BT).sum()
+        return loss / asked_BT.sum().clamp(min=1)
 
     def select(
         self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context

@@ -48,8 +48,8 @@ def message_for(*changes: tuple[str, str]) -> str:
         (
             ("steps: 3", "stepz: 3"),
             "my.yaml:8:12: blocks.1.stepz: unknown key (did you mean 'steps'?); known keys: kind, "
-            "steps, full_steps, router, residual, encoding, kv, parameters, injection, start, "
-            "start_std, norm, norm_eps, body",
+            "steps, full_steps, router, exit, residual, encoding, kv, parameters, injection, "
+            "start, start_std, norm, norm_eps, body",
         ),
         (
             ("kind: prefix", "kind: prefx"),

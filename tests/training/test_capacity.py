@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import archdsl
 from archdsl.costs.receipt import sequence_cost, train_flops
@@ -15,8 +17,9 @@ from archdsl.errors import SpecError
 from archdsl.lang.spec import ModelSpec
 from archdsl.lang.training import CapacitySpec
 from archdsl.model.build import build
-from archdsl.reports.training_memory import training_memory
-from archdsl.testing import small_model
+from archdsl.model.language_model import LanguageModel
+from archdsl.reports.training_memory import full_batch, saved_for_backward, training_memory
+from archdsl.testing import randomise, saved_tensors, small_model, some_tokens
 from archdsl.training.config import TrainConfig
 from archdsl.training.depth import at_depth
 from archdsl.training.trainer import Trainer
@@ -99,3 +102,66 @@ def test_a_schedule_needs_a_router() -> None:
     tree["blocks"][0]["router"] = "all"
     with pytest.raises(SpecError, match=r"training.capacity: needs a router that selects fewer"):
         archdsl.load(tree)
+
+
+# Losses of routers
+
+
+@pytest.mark.parametrize("kind", ["top_k", "prefix", "threshold", "predictor"])
+def test_the_losses_of_routers_are_those_of_their_equations(kind: str) -> None:
+    rule = spec(ROUTER | {"kind": kind}, router_z_loss=0.5, router_aux_loss=0.25)
+    model = build(rule).train()
+    randomise(model)
+    seen: list[Any] = []
+    model.routers[0].register_forward_hook(lambda _, given, chosen: seen.append((*given, chosen)))
+    model(some_tokens(rule))
+    plain = build(spec(ROUTER | {"kind": kind})).train()
+    plain.double().load_state_dict(model.state_dict())
+    plain(some_tokens(rule))
+    for x_BTD, at, _, active_BT, chosen in seen:
+        own = plain.trace.losses.get(at.name, torch.zeros(()))  # of a predictor
+        wanted = by_equation(model, x_BTD, at.row, active_BT, chosen.mask(16))
+        torch.testing.assert_close(model.trace.losses[at.name] - own, wanted)
+    total = sum(model.trace.losses.values(), torch.zeros(()))
+    (grad_RD,) = torch.autograd.grad(total, [weights(model)])
+    assert grad_RD.any(1).all()
+    model.eval()(some_tokens(rule))
+    assert not model.trace.losses
+
+
+def weights(model: LanguageModel) -> Tensor:
+    weight_RD = model.routers[0].weight_RD
+    assert isinstance(weight_RD, Tensor)
+    return weight_RD
+
+
+def by_equation(
+    model: LanguageModel, x_BTD: Tensor, row: int, active_BT: Tensor | None, taken_BT: Tensor
+) -> Tensor:
+    losses: list[Tensor] = []
+    for b, t in torch.cartesian_prod(torch.arange(len(x_BTD)), torch.arange(16)).tolist():
+        if active_BT is None or active_BT[b, t]:
+            score = x_BTD[b, t] @ weights(model)[row]
+            odds = torch.sigmoid(score if taken_BT[b, t] else -score)
+            losses.append(0.5 * score.exp().log() ** 2 - 0.25 * odds.log())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"router_z_loss": 0.1}, {"router_aux_loss": 0.1}, {"router_z_loss": 1, "router_aux_loss": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["top_k", "prefix", "threshold", "predictor"])
+def test_what_the_losses_of_routers_save_is_counted(kind: str, rule: dict[str, Any]) -> None:
+    model = spec({"kind": kind, "capacity": 0.5}, **rule)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors(model, 3))
+    assert saved_for_backward(model, full_batch(model, 3)) == saved
+
+
+def test_losses_of_routers_need_a_router_that_learns() -> None:
+    tree = spec({"kind": "random"}).model_dump(mode="json") | {"training": {"router_z_loss": 0.1}}
+    with pytest.raises(SpecError, match=r"router_z_loss: needs a router with learned scores"):
+        archdsl.load(tree)
+    assert spec(router_z_loss=0.0).fingerprint() == spec().fingerprint()
+    assert spec(router_z_loss=0.1).fingerprint() != spec(router_aux_loss=0.1).fingerprint()
