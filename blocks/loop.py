@@ -203,7 +203,8 @@ class LoopSpec(BlockSpec):
         """
         further = tuple(shares[self.full_steps :]) or (1.0,)
         router = self.router and self.router.model_copy(update={"capacity": further})
-        leaves = self.leaves and self.leaves.model_copy(update={"remaining": further})
+        remaining = _shortest(further, len(further))
+        leaves = self.leaves and self.leaves.model_copy(update={"remaining": remaining})
         return self.model_copy(update={"steps": len(shares), "router": router, "exit": leaves})
 
     def rows(self) -> list[int | None]:
