@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -98,6 +99,8 @@ def test_a_batch_moves_each_bias_once_by_the_sign_of_what_its_load_lacks() -> No
         for part in tokens_BT.chunk(parts):
             model(part)
         handle.remove()
+        seen = chain(moe.pending.values(), *moe.parts.values())
+        assert torch.stack(list(seen)).sum(0).equal(loads)  # of all passes of the loop
         before = moe.get_buffer("bias_E").clone()
         with torch.no_grad():
             moe.select.weight.mul_(1)  # as an optimizer does: another version
