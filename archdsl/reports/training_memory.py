@@ -182,6 +182,11 @@ def _parts(
     # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
     losses = spec.training_losses(depth) if losses is None else losses
+    if losses > 1:
+        # The gradients of the states after all passes are there before the loop's backward pass
+        # begins; with checkpointing also the states themselves, beside those computed again.
+        waiting = losses * rows.stream * (1 + checkpointed)
+        footprints[-1] = footprints[-1]._replace(work=footprints[-1].work + waiting)
     norm = (_norms_footprint(spec, rows, losses), TRAIN_BYTES * norm_size(spec.norm, rows.dim))
     return [
         (embedding, 0 if tied else table),
