@@ -61,8 +61,6 @@ class Backbone(nn.Module):
         self.counting = [one for one in primitives if type(one).commit is not Primitive.commit]
         for salt, router in enumerate(self.routers):
             router.salt = salt
-            if rule := self.spec.training:
-                router.z_loss, router.aux_loss = rule.router_z_loss, rule.router_aux_loss
 
     def hidden(
         self,

@@ -44,6 +44,9 @@ class LanguageModel(Backbone, Primitive):
         self.head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
         self._tie()
         self.find_parts()
+        if rule := spec.training:
+            for router in self.routers:
+                router.z_loss, router.aux_loss = rule.router_z_loss, rule.router_aux_loss
 
     if TYPE_CHECKING:
 

@@ -16,7 +16,7 @@ from archdsl.lang.schema import OF_FILES, SIZE, Generator, Schema, sentence
 from archdsl.lang.source import dump, dump_inline
 from archdsl.lang.spec import Budget, ModelSpec, Part, to_tree
 from archdsl.lang.strict import Strict
-from archdsl.lang.training import TrainingSpec
+from archdsl.lang.training import CapacitySpec, DepthSpec, TrainingSpec
 from archdsl.reports.layout import TwoColumns
 
 SPEC = "spec"  # the name under which the keys at the top of a file are listed
@@ -68,7 +68,7 @@ def catalogue(name: str | None = None) -> list[CatalogueEntry]:
     top = _top()
     if name in (None, SPEC):
         return [top, *entries]
-    keys = [field for field in top.fields if field.name == name]
+    keys = [field for field in top.fields if name in (field.name, field.name.partition(".")[0])]
     entries += [replace(top, fields=keys)] if keys else []
     if not entries:
         known = sorted({kind for kinds in families().values() for kind in kinds})
@@ -88,11 +88,25 @@ def _top() -> CatalogueEntry:
         "training": f"mapping of {of_training}",
     }
     fields = [replace(f, type=types.get(f.name, f.type)) for f in _fields(ModelSpec)]
+    fields += _nested(TrainingSpec, "training")
     fields += [
         CatalogueField(name, str(about["type"]), "null", about["description"])
         for name, about in OF_FILES.items()
     ]
     return CatalogueEntry(SPEC, SPEC, "The keys at the top of a spec file.", fields, EXAMPLE)
+
+
+def _nested(mapping: type[Strict], name: str) -> list[CatalogueField]:
+    """The fields of a mapping and of the mappings in it, by their dotted path."""
+    inside: dict[str, type[Strict]] = {}
+    if mapping is TrainingSpec:
+        inside = {"depth": DepthSpec, "capacity": CapacitySpec}
+    fields: list[CatalogueField] = []
+    for field in _fields(mapping):
+        path = f"{name}.{field.name}"
+        part = inside.get(field.name)
+        fields += _nested(part, path) if part else [replace(field, name=path)]
+    return fields
 
 
 def _entry(family: str, kind: str, part: type[Part]) -> CatalogueEntry:

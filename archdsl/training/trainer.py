@@ -109,8 +109,10 @@ class Trainer:
         self.diverging_steps = 0  # steps in a row with a far too high loss
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
-            levels = LEVELS if self.capacity else 0
-            compile_layers(model, depths=len(set(model.spec.training_depths)) + levels)
+            depths = len(set(model.spec.training_depths))
+            if self.depth and self.depth.per == "sequence":
+                depths *= 2  # the number of sequences with a depth differs by one between steps
+            compile_layers(model, depths=depths + (LEVELS if self.capacity else 0))
 
     def run(
         self, until_step: int | None = None, on_step: Callable[[TrainStep], None] | None = None
