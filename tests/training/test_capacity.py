@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from archdsl.costs.receipt import sequence_cost, train_flops
 from archdsl.data.loading import SkillData
 from archdsl.data.skills import parse_skill
 from archdsl.errors import SpecError
+from archdsl.interop.hf_export import export
 from archdsl.lang.spec import ModelSpec
 from archdsl.lang.training import CapacitySpec
 from archdsl.model.build import build
+from archdsl.model.checkpoint import Checkpoint
 from archdsl.model.language_model import LanguageModel
 from archdsl.reports.training_memory import full_batch, saved_for_backward, training_memory
 from archdsl.testing import randomise, saved_tensors, small_model, some_tokens
@@ -165,3 +168,10 @@ def test_losses_of_routers_need_a_router_that_learns() -> None:
         archdsl.load(tree)
     assert spec(router_z_loss=0.0).fingerprint() == spec().fingerprint()
     assert spec(router_z_loss=0.1).fingerprint() != spec(router_aux_loss=0.1).fingerprint()
+
+
+def test_an_export_ignores_the_rule_of_training_and_keeps_it_in_its_config(tmp_path: Path) -> None:
+    rule = spec({"kind": "prefix"}, router_aux_loss=0.5, capacity={"warmup": 0.5})
+    export(Checkpoint(tmp_path, build(rule).eval(), {}), tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["spec"]["training"]["router_aux_loss"] == 0.5
