@@ -79,7 +79,8 @@ def executed(full: ModelSpec, small: ModelSpec, shares: Mapping[str, float]) -> 
 
 
 def _routed(model: LanguageModel) -> list[Loop]:
-    return [loop for loop in model.loops if loop.router is not None]
+    """The loops in which a router or an exit decides who takes a pass."""
+    return [loop for loop in model.loops if _steps(loop)]
 
 
 def _steps(loop: Loop) -> list[str]:

@@ -60,6 +60,18 @@ def test_a_loop_in_the_slot_of_a_layer_costs_what_it_executed() -> None:
     assert of(spec, few) < 0.6 * of(spec, dict.fromkeys(shares, 0.9))
 
 
+def test_what_an_exit_left_counts_at_full_size() -> None:
+    layer = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 16}}
+    loop = {"kind": "loop", "steps": 3, "exit": {"kind": "halting"}, "body": layer}
+    fields = {"name": "exits", "vocab_size": 11, "context": T, "dim": 16, "blocks": [layer, loop]}
+    spec = ModelSpec.model_validate(fields)
+    shares = measured(spec)
+    assert shares.keys() == {"blocks.1.0", "blocks.1.1"}
+    one_layer = block_cost(spec.blocks[0], 16, T).flops / T
+    fewer = of(spec, dict.fromkeys(shares, 1.0)) - of(spec, dict.fromkeys(shares, 0.5))
+    assert 0.9 * one_layer < fewer < 1.4 * one_layer
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_step_of_a_shipped_model_takes_what_its_proxy_measured(name: str) -> None:
     full = load(name)
