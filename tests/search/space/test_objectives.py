@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from archdsl.costs.receipt import cost, sequence_cost
+from archdsl.costs.receipt import block_cost, cost, sequence_cost
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import build
