@@ -145,4 +145,4 @@ class MoeSpec(SizedSpec):
             kept += (1 + rows.padded) * rows.floats() + FLOAT * self.experts
         if self.shared:
             kept += self.expert(rows.dim, self.shared).footprint(rows).kept
-        return Footprint(kept, work=experts.work + chosen.stream)
+        return Footprint(kept, work=experts.work)
