@@ -15,6 +15,7 @@ from archdsl.blocks.modules.moe import Moe
 from archdsl.blocks.moe import MoeSpec
 from archdsl.costs.receipt import cost
 from archdsl.lang.spec import ModelSpec
+from archdsl.model.build import meta_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context
 from archdsl.nn.cache import Stream
@@ -171,7 +172,9 @@ def test_the_receipt_has_the_parameters_that_a_token_uses() -> None:
     receipt = cost(small_model(LAYER | {"ffn": MOE | {"shared": 1}}))
     assert receipt.params - receipt.active == 2 * 3 * 16 * 5
     lora = {"kind": "loop", "parameters": {"lora": {"rank": 2}}, "body": MOE}
-    receipt = cost(small_model(lora))
+    model = meta_model(small_model(lora))
+    receipt = cost(model.spec)
+    assert receipt.params == sum(weight.numel() for weight in model.parameters())
     assert receipt.params - receipt.active == 2 * 3 * (16 * 5 + 2 * 2 * (16 + 5))
     assert cost(archdsl.load("tiny")).active == cost(archdsl.load("tiny")).params
 
