@@ -42,7 +42,7 @@ blocks:
           body: *layer
 """
 Connection = psycopg.Connection[tuple[Any, ...]]
-TRIALS = 14
+TRIALS, WORKERS, KILLS = 8, 3, 4
 LONGEST = 600.0  # seconds, on a machine that does much else
 
 
@@ -54,10 +54,10 @@ def command(space: Path, out: Path, *more: str) -> list[str]:
 
 
 def disturb(words: list[str], url: str, log: Path) -> None:
-    """Four workers; eight times one of them is killed and started again, all along the search."""
+    """Several workers; again and again one of them is killed and started anew, to the end."""
     rng = random.Random(0)
     # draws told; when all were, the winner meets its controls
-    moments = [*sorted(rng.choices(range(TRIALS), k=6)), TRIALS, TRIALS]
+    moments = [*sorted(rng.choices(range(TRIALS), k=KILLS - 1)), TRIALS]
     with log.open("wb") as output, ExitStack() as stack:
         # One connection for all questions: each new one would start a process of the server.
         connection = stack.enter_context(
@@ -69,15 +69,15 @@ def disturb(words: list[str], url: str, log: Path) -> None:
             stack.callback(worker.kill)
             return worker
 
-        workers = [start() for _ in range(4)]
+        workers = [start() for _ in range(WORKERS)]
         for moment in moments:
             wait_until_finished(connection, moment, log)
             time.sleep(rng.random())
-            victim = rng.randrange(4)
+            victim = rng.randrange(WORKERS)
             assert workers[victim].poll() is None, log.read_text()
             workers[victim].kill()  # the coordinator alone: its children have to notice
             workers[victim] = start()
-        assert [worker.wait(LONGEST) for worker in workers] == [0] * 4, log.read_text()
+        assert [worker.wait(LONGEST) for worker in workers] == [0] * WORKERS, log.read_text()
 
 
 def finished_trials(connection: Connection) -> int:
@@ -163,7 +163,7 @@ def test_who_falls_silent_loses_its_draw_to_another(postgresql: str, space: Path
 
 
 @pytest.mark.slow
-def test_four_workers_and_eight_kills_change_nothing(
+def test_workers_that_are_killed_change_nothing(
     postgresql: str, space: Path, tmp_path: Path
 ) -> None:
     expected = undisturbed(command(space, tmp_path / "alone"), tmp_path / "alone")
