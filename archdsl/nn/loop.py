@@ -51,14 +51,14 @@ class Pass(NamedTuple):
     ``step``: the number of the pass. ``like``: the trained step whose weights it uses. ``routed``:
     how its tokens are selected; None: every token takes it. ``learns``: whether the pass gets a
     gradient in training. ``exit``: the threshold of the loop's exit; tokens that have reached it do
-    not take the pass.
+    not take the pass; None: there is no exit.
     """
 
     step: int
     like: int
     routed: Step | None
     learns: bool = True
-    exit: float = 1.0
+    exit: float | None = None
 
 
 @dataclass(frozen=True)

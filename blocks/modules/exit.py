@@ -122,7 +122,7 @@ class Gate(Learned):
         logit_BT = self.logits(x_BTD, chosen)
         stay_BT = F.logsigmoid(-logit_BT)
         stay_BT = stay_BT if known.seen is None else known.seen + stay_BT
-        stopped_BT = without_noise(-torch.expm1(stay_BT)) >= at.exit
+        stopped_BT = without_noise(-torch.expm1(stay_BT)) >= threshold(at)
         return replace(known, going_BT=known.going_BT & ~stopped_BT, seen=stay_BT)
 
     def end(self, x_BTD: Tensor, known: Going, label: str, ctx: Context) -> Tensor:
@@ -172,7 +172,7 @@ class Halting(Learned):
         h_BT = torch.sigmoid(self.logits(x_BTD, chosen))
         before_BT = torch.zeros_like(h_BT) if known.seen is None else known.seen
         sum_BT = before_BT + h_BT
-        stops_BT = without_noise(sum_BT.detach()) >= at.exit
+        stops_BT = without_noise(sum_BT.detach()) >= threshold(at)
         weight_BT = torch.where(stops_BT, 1 - before_BT, h_BT)
         found = self._added(x_BTD, known, weight_BT, stops_BT)
         return replace(found, seen=torch.where(known.going_BT, sum_BT, before_BT))
@@ -232,10 +232,16 @@ class Confidence(Exit):
 
 
 def _still_going(known: Going, nats_BK: Tensor, index_BK: Tensor | None, at: Pass) -> Tensor:
-    stops = without_noise(nats_BK) < at.exit
+    stops = without_noise(nats_BK) < threshold(at)
     if index_BK is not None:
         stops = torch.zeros_like(known.going_BT).scatter(1, index_BK, stops)
     return known.going_BT & ~stops
+
+
+def threshold(at: Pass) -> float:
+    """The threshold at which tokens stop before a pass."""
+    assert at.exit is not None
+    return at.exit
 
 
 def precise(x: Tensor) -> Tensor:

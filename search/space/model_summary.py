@@ -71,6 +71,11 @@ def _loop(loop: LoopSpec) -> list[str]:
         nested = " of all tokens nested" if loop.router.nested else ""
         said.append(f"{getattr(loop.router, 'kind', '')} {'/'.join(shown)}{nested}")
     said.append(str(getattr(loop.residual, "kind", "")))
+    for part in (loop.parameters, loop.exit):
+        if kind := getattr(part, "kind", None):
+            said.append(str(kind))
+    if loop.injection is not None:
+        said.append(f"{loop.injection} injection")
     if loop.encoding is not None:
         said.append(str(getattr(loop.encoding, "kind", "")))
     if loop.kv != "own":

@@ -142,7 +142,8 @@ def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
     have different numbers of loops with a router.
     """
     ran = [loop for loop in running_loops(model) if any(map(_chooses, loop.passes))]
-    meant = [loop for loop in meta_model(spec.canonical()).loops if loop.router is not None]
+    loops = meta_model(spec.canonical()).loops
+    meant = [loop for loop in loops if any(map(_chooses, loop.passes))]
     names: dict[str, str] = {}
     for big, small in zip(ran, meant, strict=True):
         for one in filter(_chooses, small.passes):
@@ -154,4 +155,5 @@ def routed_names(model: LanguageModel, spec: ModelSpec) -> dict[str, str]:
 
 
 def _chooses(one: Pass) -> bool:
-    return one.routed is not None and one.routed.capacity < 1
+    """Whether some tokens may not take a pass: by the choice of a router or an exit."""
+    return one.routed is not None and (one.routed.capacity < 1 or one.exit is not None)

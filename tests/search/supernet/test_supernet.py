@@ -275,7 +275,7 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
 
 def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"batch_size": 1})
-    proxy = Proxy(dim=16, head_size=8, tasks={"skill": task})
+    proxy = Proxy(dim=32, head_size=8, tasks={"skill": task})
     space, scorer = supernet_space(read("search"), proxy, tmp_path, seed=0, count=5)
     rng, named = Random(0), 0
     tokens_BT = torch.arange(12).unsqueeze(0) % V
