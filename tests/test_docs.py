@@ -19,6 +19,8 @@ from archdsl.lang import template
 from archdsl.lang.budget import largest_excess
 from archdsl.lang.load import fitted, load, read
 from archdsl.lang.source import resolve
+from archdsl.lang.spec import walk
+from archdsl.reports.tables import short
 from tests.cli.command import Cli
 from tests.documents import OWN_TEST, ROOT, Page, blocks, inline_commands
 
@@ -77,6 +79,18 @@ def test_the_family_is_shipped() -> None:
     named = re.findall(r"^\|[^|]+\| `([\w-]+)` \|", table, re.MULTILINE)
     assert {"huginn", "retrofit-recurrence-overlay"} <= set(named)
     assert set(named) <= {file.stem for file in (ROOT / "specs").glob("*.yaml")}
+
+
+def test_the_models_cost_what_the_table_says() -> None:
+    row = r"^\|[^|]+\| `([\w-]+)`[^|]*\| (\w+) \| ([\w.]+) \| ([^|]+) \|"
+    rows = re.findall(row, README, re.MULTILINE)
+    assert {"itt", "ouro", "huginn", "moeut"} <= {name for name, *_ in rows}
+    for name, params, flops, verdict in rows:
+        spec = archdsl.load(name)
+        receipt = archdsl.cost(spec)
+        assert (params, flops) == (f"{receipt.params / 1e6:.0f}M", short(receipt.expected)), name
+        leaks = any(getattr(part, "leaks", False) for _, part in walk(spec))
+        assert verdict == ("sees later tokens" if leaks else "passes"), name
 
 
 def test_the_table_holds_every_command(cli: Cli) -> None:
