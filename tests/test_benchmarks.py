@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -38,9 +39,16 @@ def test_every_benchmark_is_in_the_list_of_this_test() -> None:
     assert scripts == set(SMALL)
 
 
+# a third of a minute each: run by hand, with ARCHDSL_BENCHMARKS=1
+LONG = {"growth", "memory", "startup", "threads"}
+by_hand = pytest.mark.skipif("ARCHDSL_BENCHMARKS" not in os.environ, reason="run by hand")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # other libraries may warn
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=by_hand) if name in LONG else name for name in SMALL]
+)
 def test_a_benchmark_runs_with_the_option_small(
     name: str,
     tmp_path: Path,

@@ -34,8 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dial_setting_is_evaluated_with_the_flops_it_took(cli: Cli, made: str) -> None:
     trained = cli("eval", made, *TEXT, "--json").json
     skipped = cli("eval", made, *TEXT, "--capacity", "0", "--json").json
-    assert trained["setting"] == {"capacity": None, "steps": None}
-    assert skipped["setting"] == {"capacity": 0.0, "steps": None}
+    assert trained["setting"] == {"capacity": None, "steps": None, "exit": None}
+    assert skipped["setting"] == {"capacity": 0.0, "steps": None, "exit": None}
     assert skipped["flops_per_token"] < trained["flops_per_token"]
     shown = cli("eval", made, *TEXT, "--capacity", "0.9,0", "--steps", "3").out
     assert "dial      90/0@3\n" in shown

@@ -79,8 +79,10 @@ def keeps_what_autograd_saves(spec: ModelSpec) -> None:
 
 
 def depends_on_the_choice(part: Any) -> bool:
-    """Whether the attention masks of the part depend on which tokens its router selects."""
-    return isinstance(part, LoopSpec) and part.kv in ("shared", "last") and part.router is not None
+    """Whether the attention masks of the part depend on which tokens take its passes."""
+    if not isinstance(part, LoopSpec) or part.kv not in ("shared", "last"):
+        return False
+    return part.router is not None or part.exit is not None
 
 
 @pytest.mark.parametrize(
