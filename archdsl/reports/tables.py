@@ -342,13 +342,12 @@ def dial(points: Sequence[SweepPoint]) -> RenderableType:
     for routing in dict.fromkeys(point.routing for point in points):
         parts += [Text(LABELS[routing], "bold red" if routing == "leaking" else "bold")]
         parts += [_settings([point for point in points if point.routing == routing]), ""]
+    by_exit = any(point.setting.exit is not None for point in points)
+    setting = "capacity of the routed steps in percent; 0 skips a step, 100 selects every token"
     legend = [
-        (
-            "setting",
-            "capacity of the routed steps in percent; 0 skips a step, 100 selects every token",
-        ),
+        ("setting", "the threshold at which a token stops looping" if by_exit else setting),
         ("FLOPs/token", "executed in the forward pass"),
-        ("share", "of the tokens that the routed steps select, on average"),
+        ("share", "of the tokens that take a routed step, or one after an exit, on average"),
         (
             "+-",
             "95% confidence interval; for the difference to the trained setting over pairs of "

@@ -234,3 +234,13 @@ def test_a_plot_is_a_png_that_appears_whole(tmp_path: Path) -> None:
     plot(found, tmp_path / "dial.png")
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["dial.png"]
+
+
+def test_thresholds_of_an_exit_are_settings() -> None:
+    model = tiny("blocks.1.router=null", "blocks.1.exit=halting")
+    sweep_of = points(model, DialSetting(exit=0.2), DialSetting(exit=0.99))
+    first, few, many = sweep_of
+    assert [str(point.setting) for point in sweep_of] == ["trained", "exit 0.2", "exit 0.99"]
+    assert few.flops_per_token < many.flops_per_token == first.flops_per_token
+    assert few.difference != 0
+    assert many.difference == 0
