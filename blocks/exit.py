@@ -66,17 +66,18 @@ class ExitSpec(Part):
         return True
 
     def conflicts(self, dim: int) -> Iterator[tuple[Path, str]]:
-        """Shares of remaining tokens that rise."""
+        """Shares of remaining tokens that rise, or that are below 1 where no token stops."""
+        if not self.stops and set(self.remaining) != {1.0}:
+            yield (
+                ("remaining",),
+                f"must be 1, as no token stops at the threshold {self.threshold:g}; "
+                f"got {list(self.remaining)}",
+            )
         if list(self.remaining) != sorted(self.remaining, reverse=True):
             yield (
                 ("remaining",),
                 f"must not rise, as a token that stopped stays so; got {list(self.remaining)}",
             )
-
-    def canonical(self, dim: int) -> ExitSpec | None:
-        """The same with the shortest list of shares."""
-        alike = len(set(self.remaining)) == 1
-        return self.model_copy(update={"remaining": self.remaining[:1]}) if alike else self
 
     def as_trained(self) -> ExitSpec | None:
         """Training computes every pass of every token; None where nothing is learned."""
@@ -123,6 +124,10 @@ class GateSpec(ExitSpec):
     weight: float = Field(
         0.1, ge=0, le=100, description="of the divergence from the prior, beside the expected loss"
     )
+
+    def canonical(self, dim: int) -> GateSpec:
+        """The same without a prior that has no weight."""
+        return self if self.weight else self.model_copy(update={"prior": None})
 
     def stops_at(self, threshold: float) -> bool:
         """Never at 1."""
@@ -201,7 +206,7 @@ class ConfidenceSpec(ExitSpec):
 
     def canonical(self, dim: int) -> ExitSpec | None:
         """None where no token stops."""
-        return super().canonical(dim) if self.stops else None
+        return self if self.stops else None
 
     def cost(self, bill: Bill) -> None:
         """The head, whose parameters are counted where it stands."""

@@ -339,7 +339,9 @@ class LoopSpec(BlockSpec):
         further = loop.steps - loop.full_steps
         update: dict[str, object] = {"parameters": _without_zeros(loop.parameters, loop.steps)}
         if loop.leaves is not None:
-            update |= {"router": None}
+            remaining = _shortest(loop.leaves.remaining, further)
+            leaves = loop.leaves.model_copy(update={"remaining": remaining})
+            update |= {"router": None, "exit": leaves}
         elif loop.router is None or not loop.shares:
             update |= {"router": None, "full_steps": 1}
             if isinstance(loop.residual, ThinkingSpec):

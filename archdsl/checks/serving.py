@@ -54,6 +54,9 @@ def _of_loop(path: Path, part: Part, loop: Loop) -> Iterator[tuple[Path, Obstacl
     if loop.router is not None and "router" in fields and cast("LoopSpec", part).router is not None:
         why = "paged attention has no place for a step that only some tokens take"
         yield path, _obstacle((*path, "router"), why, "null")
+    if "exit" in fields and not loop.hosted:
+        why = "paged attention has no place for a pass that only some tokens take"
+        yield (*path, "exit"), _obstacle((*path, "exit"), why, "null")
     if "kv" in fields and cast("LoopSpec", part).kv == "all":
         why = "engines let a pass attend to one cache, not to those of all passes before"
         yield (*path, "kv"), _obstacle((*path, "kv"), why, "own")

@@ -498,6 +498,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache, x_BTD.size(1))
         run: Any = self._standard if self.standard else self._own
+        if self.standard and self._must_know_padding(attention_mask):
+            run, cache = self._own, None
         found: BaseModelOutputWithPast = run(x_BTD, attention_mask, position_ids, cache, **more)
         return found
 
@@ -528,6 +530,13 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
         if self.training:
             self.trace = ctx.trace
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=cache)
+
+    def _must_know_padding(self, mask: Any) -> bool:
+        """Whether experts or exits of the model learn from tokens of which some are padding: masks
+        of transformers do not tell them which."""
+        learns = self.counting or any(loop.thresholds for loop in self.loops)
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+        return bool(self.training and learns and padded)
 
     def _check_passes(self, cache: transformers.Cache) -> None:
         """Raises DialError unless all tokens of a cache were computed in as many passes."""
@@ -599,10 +608,11 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **more: Any) -> None:
         function = more.get("gradient_checkpointing_func")
         reentrant = isinstance(function, partial) and function.keywords.get("use_reentrant")
-        if enable and reentrant and (self.routers or self.counting):
+        exits = any(loop.thresholds for loop in self.loops)
+        if enable and reentrant and (self.routers or self.counting or exits):
             raise UnsupportedError(
-                "use_reentrant would lose the gradient of the losses that routers learn by, and "
-                "what batches show to routers and experts; set it to False"
+                "use_reentrant would lose the gradient of the losses that routers and exits learn "
+                "by, and what batches show to routers and experts; set it to False"
             )
         super()._set_gradient_checkpointing(enable, *args, **more)
 

@@ -45,7 +45,8 @@ def merged(model: LanguageModel) -> LanguageModel:
 
 
 def _per_step(spec: ModelSpec) -> ModelSpec:
-    return with_loops(
+    """The spec with weights for each pass, and of its training what still goes with them."""
+    written = with_loops(
         spec,
         lambda _, loop: (
             loop.model_copy(update={"parameters": "per_step"})
@@ -53,6 +54,7 @@ def _per_step(spec: ModelSpec) -> ModelSpec:
             else loop
         ),
     )
+    return written.with_blocks(written.blocks)
 
 
 def _write_out(weights: dict[str, Tensor], name: str, loop: BodyLoop) -> None:

@@ -177,6 +177,8 @@ class DepthSpec(Strict):
         if self.law == "uniform":
             low = self.min or 1
             update |= {"mean": None, "min": low, "max": self.max or 2 * (self.mean or steps) - low}
+        elif self.min == 1:
+            update["min"] = None  # the default
         return self.model_copy(update=update)
 
     def problems(self, loops: Sequence[Looping]) -> Iterator[tuple[Path, str]]:
@@ -319,11 +321,20 @@ class TrainingSpec(Strict):
                 f"every_step needs a loop as the last block, and blocks.{blocks.last} is none: let "
                 "the model end with a loop, or use loss: last",
             )
-        if self.loss == "every_step" and any(loop.expects for loop in blocks.loops):
+        ends = [loop for loop in blocks.loops if loop.path[:2] == ("blocks", blocks.last)]
+        for loop in ends if self.loss == "every_step" else ():
+            if loop.every:
+                yield (
+                    ("loss",),
+                    f"every_step predicts from each pass alone, but {loop}.{loop.every} learns how "
+                    "to weigh the passes: use loss: last, or leave the exit out",
+                )
+        cut = self.depth is not None and self.depth.backprop_last is not None
+        if cut and set(self.loss_weights) != {1.0}:
             yield (
-                ("loss",),
-                "every_step does not go with exit: gate, which weighs the losses of the passes: "
-                "use loss: last, or another exit",
+                ("loss_weights",),
+                "must be equal beside depth.backprop_last, by which a pass has no fixed number "
+                "among those that learn",
             )
         if self.loss == "last" and set(self.loss_weights) != {1.0}:
             yield ("loss_weights",), "only the loss every_step has weights, and loss is last"
@@ -346,7 +357,8 @@ class TrainingSpec(Strict):
         same = self.without_problems(blocks)
         depth = same.depth and same.depth.canonical(blocks.loops[0].steps)
         weights = tuple(weight / same.loss_weights[0] for weight in same.loss_weights)
-        weights = weights[:1] if len(set(weights)) == 1 else weights
+        while len(weights) > 1 and weights[-1] == weights[-2]:  # further ones are as the last
+            weights = weights[:-1]
         same = same.model_copy(update={"depth": depth, "loss_weights": weights})
         return None if same == TrainingSpec() else same
 

@@ -111,8 +111,12 @@ class BodyLoop(Loop):
         return list(self.bodies) if field == "body" else super().built_as(field)
 
     def as_run(self, spec: BlockSpec, shares: Sequence[float]) -> BlockSpec:
-        """See `LoopSpec.with_passes`."""
-        return cast("LoopSpec", spec).with_passes(shares)
+        """See `LoopSpec.with_passes`; an exit has the threshold that it is dialled to."""
+        made = cast("LoopSpec", spec).with_passes(shares)
+        if made.exit is None:
+            return made
+        dialled = made.exit.model_copy(update={"threshold": self.passes[-1].exit})
+        return made.model_copy(update={"exit": dialled})
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The stream after all passes, [B, T, D]."""

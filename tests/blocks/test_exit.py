@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from archdsl.checks.serving import obstacles
 from archdsl.costs.receipt import sequence_cost
 from archdsl.data.types import IGNORE
 from archdsl.evaluation.dial_sweep import preset_settings
@@ -161,6 +162,44 @@ def test_what_ran_is_counted_as_what_is_stated() -> None:
     assert sequence_cost(executed(model)).flops == cost.flops
 
 
+def test_what_has_no_effect_does_not_count() -> None:
+    few, many = (
+        spec(GATE | {"remaining": shares}) for shares in ([0.5, 0.4, 0.3], [0.5, 0.4, 0.3, 0.2])
+    )
+    assert few.fingerprint() == many.fingerprint()
+    light, heavy = (spec({"kind": "gate", "weight": 0, "prior": prior}) for prior in (None, 0.2))
+    assert light.fingerprint() == heavy.fingerprint()
+
+
+def test_flops_that_ran_are_those_of_the_dialled_threshold() -> None:
+    """Readouts of confidence are heads: they run where tokens can stop, and nowhere else."""
+    leave = {"kind": "confidence", "measure": "entropy"}
+    found = []
+    for threshold in (0.5, 0.0):
+        model = built(spec(leave | {"threshold": threshold}))
+        for dialled in (2.0, 0.0):
+            model.dial(exit=dialled)
+            with torch.no_grad():
+                model(some_tokens(model.spec))
+            found.append(sequence_cost(executed(model)).flops)
+    assert found[:2] == found[2:]
+
+
+def test_every_step_has_a_loss_or_an_exit_that_learns() -> None:
+    loop = {"kind": "loop", "exit": "halting", "body": LAYER}
+    with pytest.raises(ValidationError, match=r"blocks\.0\.exit learns how to weigh the passes"):
+        small_model(loop, training={"loss": "every_step"})
+    weights = {"loss": "every_step", "loss_weights": [1, 2], "depth": {"backprop_last": 1}}
+    with pytest.raises(ValidationError, match="must be equal beside depth"):
+        small_model(loop | {"exit": None, "injection": "add"}, training=weights)
+
+
+def test_an_exit_that_stops_tokens_stands_in_the_way_of_serving() -> None:
+    [found] = obstacles(spec(GATE))
+    assert found.path == "blocks.1.exit"
+    assert not obstacles(spec("gate"))
+
+
 def test_thresholds_that_stop_nobody_are_no_exit() -> None:
     assert spec({"kind": "confidence", "threshold": 0}).fingerprint() == spec(None).fingerprint()
     gate = built(spec({"kind": "gate", "threshold": 1.0}))
@@ -176,8 +215,9 @@ def test_thresholds_that_stop_nobody_are_no_exit() -> None:
         ({"router": {"kind": "prefix"}}, r"exit\n.*leave out one of exit and router"),
         ({"full_steps": 2}, r"full_steps\n.*must be 1 beside an exit"),
         ({"residual": {"kind": "thinking", "unselected": "literal"}}, r"unselected: bypass"),
-        ({"exit": {"kind": "gate", "remaining": [0.5, 0.7, 0.2]}}, "must not rise"),
-        ({"exit": {"kind": "gate", "remaining": [0.5, 0.4]}}, "one for each of the 3 passes"),
+        ({"exit": GATE | {"remaining": [0.5, 0.7, 0.2]}}, "must not rise"),
+        ({"exit": GATE | {"remaining": [0.5, 0.4]}}, "one for each of the 3 passes"),
+        ({"exit": {"kind": "gate", "remaining": 0.5}}, "must be 1, as no token stops"),
     ],
 )
 def test_refuses_what_does_not_go_together(fields: dict[str, Any], says: str) -> None:

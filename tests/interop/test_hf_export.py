@@ -44,6 +44,7 @@ from archdsl.lang.load import load
 from archdsl.model.build import build
 from archdsl.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from archdsl.nn.loop import DialError
+from archdsl.testing import LAYER, small_model, some_tokens
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251 + 1
 NEW: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
@@ -977,3 +978,25 @@ def test_a_setting_given_at_loading_is_also_of_what_is_saved(tmp_path: Path) -> 
     assert not again.model.spec.tie_embeddings
     assert again.model.spec.context == 64
     assert again.config.pad_token_id == 3
+
+
+EXPERTS = {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 8}
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [{"exit": "gate"}, {"body": {**LAYER, "ffn": EXPERTS}}],
+    ids=["gate", "experts"],
+)
+def test_padding_teaches_exits_and_experts_nothing(loop: dict[str, Any]) -> None:
+    spec = small_model({"kind": "loop", "steps": 3, "body": LAYER} | loop)
+    model = ArchdslForCausalLM(ArchdslConfig(spec=spec.model_dump(mode="json"))).train()
+    tokens_BT = some_tokens(spec)
+    mask_BT = torch.ones_like(tokens_BT)
+    mask_BT[:, 8:] = 0
+    alone = model(tokens_BT[:, :8], labels=tokens_BT[:, :8]).loss
+    labels_BT = tokens_BT.masked_fill(mask_BT == 0, -100)
+    padded = model(tokens_BT, attention_mask=mask_BT, labels=labels_BT).loss
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+    for one in model.model.counting:
+        assert [int(load.sum()) for load in one.pending.values()] == [2 * 2 * 8] * 3
