@@ -26,7 +26,7 @@ import torch
 import archdsl
 from archdsl.files import make_folder, write_text
 from archdsl.lang.load import load
-from archdsl.search.analysis.baselines import EQUAL_FLOPS, EQUAL_FLOPS_LOOP, WINNER
+from archdsl.search.analysis.baselines import EQUAL_FLOPS, EQUAL_FLOPS_LOOP, EQUAL_PARAMS, WINNER
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
     as_json,
@@ -80,8 +80,12 @@ def main() -> None:
         (family, *key): job
         for family, spec in specs.items()
         for key, job in comparison_jobs(spec, tasks, seeds, given.store, ablate=False).items()
-        if key[0] in (WINNER, EQUAL_FLOPS, EQUAL_FLOPS_LOOP)
     }
+    for family in FAMILY:
+        names = {key[1] for key in jobs if key[0] == family}
+        # where the plain model of equal parameters has equal FLOPs, it stands for both
+        kept = {WINNER, EQUAL_FLOPS if EQUAL_FLOPS in names else EQUAL_PARAMS, EQUAL_FLOPS_LOOP}
+        jobs = {key: job for key, job in jobs.items() if key[0] != family or key[1] in kept}
     first: dict[tuple[Path, int], tuple[str, str, str, int]] = {}
     for key, job in jobs.items():  # equal baselines of several models are trained once
         first.setdefault((job.stored_run.folder, job.steps), key)
@@ -135,7 +139,8 @@ def page(
         f"{tasks.tasks['text'].rungs[-1]} steps of 2,048 bytes of text and "
         f"{tasks.tasks['p-hop'].rungs[-1]} steps of 1,024 tokens of p-hop (three hops). Losses are "
         "validation losses in nats, as means over the seeds. A difference is the baseline's loss "
-        "minus the model's, with the 95% interval of paired seeds: above 0, the model is better.\n"
+        "minus the model's, with the 95% interval of paired seeds: above 0, the model is better. "
+        "-: at this size, that baseline is the model itself or the plain one.\n"
     )
     for task in tasks.tasks:
         yield f"## {task}\n"
@@ -155,8 +160,8 @@ def row(of_family: Sequence[ComparisonEntry], tasks: Proxy, task: str) -> str:
     gaps = differences(of_family, tasks)
     cells = [own.name, f"{sum(own.losses(task)) / len(own.losses(task)):.3f}"]
     for name in (EQUAL_FLOPS, EQUAL_FLOPS_LOOP):
-        gap = gaps.get(name, {}).get(task)
-        cells.append("the same model" if gap is None else f"{gap.mean:+.3f} ± {gap.half_width:.3f}")
+        gap = gaps.get(name, gaps.get(EQUAL_PARAMS, {}) if name == EQUAL_FLOPS else {}).get(task)
+        cells.append("-" if gap is None else f"{gap.mean:+.3f} ± {gap.half_width:.3f}")
     return f"| {' | '.join(cells)} |"
 
 
