@@ -534,9 +534,9 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
     def _must_know_padding(self, mask: Any) -> bool:
         """Whether experts or exits of the model learn from tokens of which some are padding: masks
         of transformers do not tell them which."""
-        learns = self.counting or any(loop.thresholds for loop in self.loops)
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
-        return bool(self.training and learns and padded)
+        if not (self.training and (self.counting or any(one.thresholds for one in self.loops))):
+            return False  # without a look at the mask, which a traced graph must not have
+        return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
 
     def _check_passes(self, cache: transformers.Cache) -> None:
         """Raises DialError unless all tokens of a cache were computed in as many passes."""
