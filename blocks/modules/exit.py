@@ -33,8 +33,8 @@ class Going:
 
     ``going_BT``: True for those that have not stopped. ``seen``: what it remembers of each: a sum
     or probability [B, T], or logarithms of a distribution [B, T, V]. ``out_BTD``: the weighted sum
-    of states that the loop returns; None: it returns the state itself. ``ponder_BT``: the passes
-    that each token took, and the weight of its last one. ``passes``: in training, the state after
+    of states that the loop returns; None: it returns the state itself. In training, ``ponder_BT``:
+    the passes that each token took, and the weight of its last one; ``passes``: the state after
     each pass, and the logit of stopping there.
     """
 
@@ -183,10 +183,8 @@ class Halting(Learned):
         found = self._added(x_BTD, known, left_BT, torch.ones_like(known.going_BT))
         assert found.out_BTD is not None
         if self.training and found.ponder_BT is not None:
-            tokens = ctx.stream.tokens(x_BTD)
-            real_BT = ctx.stream.real(x_BTD)
-            ponder_BT = found.ponder_BT if real_BT is None else found.ponder_BT * real_BT
-            ctx.trace.add_loss(f"{label}.ponder", self.weight * ponder_BT.sum() / tokens)
+            loss = self.weight * found.ponder_BT.sum() / ctx.stream.tokens(x_BTD)
+            ctx.trace.add_loss(f"{label}.ponder", loss)
         return found.out_BTD
 
     def _added(self, x_BTD: Tensor, known: Going, weight_BT: Tensor, stops_BT: Tensor) -> Going:
@@ -194,10 +192,13 @@ class Halting(Learned):
         weight_BT = torch.where(known.going_BT, weight_BT, 0.0)
         one_BTD = weight_BT.unsqueeze(-1).to(x_BTD.dtype) * x_BTD
         out_BTD = one_BTD if known.out_BTD is None else known.out_BTD + one_BTD
+        going_BT = known.going_BT & ~stops_BT
+        if not self.training:
+            return Going(going_BT, known.seen, out_BTD)
         # N + R: a pass for each, and the weight of the last
         cost_BT = known.going_BT + torch.where(stops_BT, weight_BT, 0.0)
         ponder_BT = cost_BT if known.ponder_BT is None else known.ponder_BT + cost_BT
-        return Going(known.going_BT & ~stops_BT, known.seen, out_BTD, ponder_BT)
+        return Going(going_BT, known.seen, out_BTD, ponder_BT)
 
 
 class Confidence(Exit):
