@@ -239,7 +239,7 @@ class BodyLoop(Loop):
         else:
             assert self.router is not None
             assert self.spec.router is not None
-            nested = self.spec.router.nested and before is not None
+            nested = self.spec.router.nested
             active_BT = before.mask(x_BTD.size(1)) if nested and before else None
             chosen = self.router(x_BTD, at, ctx, active_BT)
         tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
