@@ -47,7 +47,7 @@ LONGEST = 600.0  # seconds, on a machine that does much else
 
 
 def command(space: Path, out: Path, *more: str) -> list[str]:
-    proxy = "--proxy dim=16,head_size=8,steps=8 --data skill:p-hop,hops=1,length=12 --seeds 1"
+    proxy = "--proxy dim=16,head_size=8,steps=8 --data skill:p-hop,hops=1,length=12 --seeds 2"
     limits = f"--trials {TRIALS} --time 1h --workers 1"
     words = [str(space), *proxy.split(), *limits.split(), "--out", str(out), *more]
     return [sys.executable, "-m", "archdsl", "search", *words]
