@@ -11,13 +11,11 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.costs.activations import LOGITS
-from archdsl.data.types import IGNORE
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.backbone import Backbone, final_norm
+from archdsl.model.loss import summed_cross_entropy
 from archdsl.model.parts import seed_names
 from archdsl.nn.block import Primitive, normal_, stream_depth
 from archdsl.nn.cache import Cache
@@ -26,7 +24,6 @@ from archdsl.nn.loop import DialError
 __all__ = ["DialError", "LanguageModel"]
 
 Weight = float | Tensor
-EXACT = (torch.float32, torch.float64)
 
 
 class LanguageModel(Backbone, Primitive):
@@ -84,7 +81,7 @@ class LanguageModel(Backbone, Primitive):
         x_BTD, target_N = self.hidden(self.embedding(tokens_BT)), targets_BT.flatten()
         if self.trace.passes:
             return self._weighted(self.trace.passes, targets_BT)
-        return summed_cross_entropy(self.norm(x_BTD).flatten(0, 1), self.head.weight, target_N)
+        return summed_cross_entropy([self.norm(x_BTD).flatten(0, 1)], self.head.weight, target_N)
 
     def loss_of_passes(
         self, tokens_BT: Tensor, targets_BT: Tensor, weigh: Callable[[int], Sequence[Weight]]
@@ -99,12 +96,11 @@ class LanguageModel(Backbone, Primitive):
         return self._weighted(zip(passes, weigh(len(passes)), strict=True), targets_BT)
 
     def _weighted(self, passes: Iterable[tuple[Tensor, Weight]], targets_BT: Tensor) -> Tensor:
-        total = targets_BT.new_zeros((), dtype=torch.float32)
-        for x_BTD, weight in passes:
-            x_ND = self.norm(x_BTD).flatten(0, 1)
-            nats_N = cross_entropies(x_ND, self.head.weight, targets_BT.flatten())
-            total = total + (nats_N.view_as(targets_BT) * weight).sum()
-        return total
+        streams, weights = zip(*passes, strict=True)
+        normed = [self.norm(x_BTD).flatten(0, 1) for x_BTD in streams]
+        alike = [torch.as_tensor(w, device=x.device) for w, x in zip(weights, normed, strict=True)]
+        weight_PN = torch.stack([w.expand_as(targets_BT).flatten() for w in alike])
+        return summed_cross_entropy(normed, self.head.weight, targets_BT.flatten(), weight_PN)
 
     def for_decoding(self) -> Self:
         """This model, prepared to decode fast on a CPU. It must not be trained afterwards.
@@ -148,40 +144,3 @@ class LanguageModel(Backbone, Primitive):
     def _tie(self) -> None:
         if self.spec.tie_embeddings:
             self.head.weight = self.embedding.weight
-
-
-def summed_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """The summed cross-entropy, in nats, of the logits ``x_ND @ weight_VD.T``.
-
-    ``target_N``: the target tokens; IGNORE does not count. Only some logits exist at a time.
-    """
-    half = torch.is_autocast_enabled(x_ND.device.type) or x_ND.dtype not in EXACT
-    # "sum" computes the gradients at once, but adds up in the precision of x_ND: in bfloat16 the
-    # loss would be wrong by some percent
-    return _cross_entropy(x_ND, weight_VD, target_N, "none" if half else "sum").sum()
-
-
-def cross_entropies(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """As `summed_cross_entropy`, for each target, [N]; 0 for IGNORE.
-
-    Logits are computed again in the backward pass, so that nothing of the size of the head is kept.
-    """
-    return _cross_entropy(x_ND, weight_VD, target_N, "none")
-
-
-def _cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, reduction: str) -> Tensor:
-    device, V = x_ND.device.type, len(weight_VD)
-    if torch.is_autocast_enabled(device):  # autocast does not reach into the function
-        x_ND, weight_VD = (x.to(torch.get_autocast_dtype(device)) for x in (x_ND, weight_VD))
-    with torch.autocast(device, enabled=False):
-        nats = F.linear_cross_entropy(
-            x_ND,
-            weight_VD,
-            target_N,
-            reduction=reduction,
-            ignore_index=IGNORE,
-            options=nn.LinearCrossEntropyOptions(
-                batch_chunk_size=max(1, LOGITS.get(device, 2**22) // V), chunking_method=None
-            ),
-        )
-    return nats.to(torch.promote_types(nats.dtype, torch.float32))

@@ -247,7 +247,7 @@ class Context:
     ``readout``: the logits of a stream, by the last norm and the head; None: where there is none.
     """
 
-    stream: Stream = Stream()  # noqa: RUF009  frozen
+    stream: Stream = field(default_factory=Stream)  # not a default: Dynamo of torch 2.11
     pos_BT: Tensor | None = None
     place_BT: Tensor | None = None
     order_BT: Tensor | None = None

@@ -195,28 +195,28 @@ def _parts(
             for footprint, cost in zip(footprints, costs, strict=True)
         ),
         *([norm] if spec.final_norm else []),
-        (_loss_footprint(spec, rows), table),
+        (_loss_footprint(spec, rows, losses), table),
     ]
 
 
 def _norms_footprint(spec: ModelSpec, rows: Rows, losses: int) -> Footprint:
     """The footprint of the last norm, which runs after every pass if each has a loss.
 
-    Then the loss of each pass keeps the output of the norm, and the loss of each token.
+    Then the gradient of its output is kept for each pass, which is computed with the loss.
     """
     norm = norm_footprint(spec.norm, rows)
     if losses == 1:
         return norm
-    return norm._replace(kept=losses * (norm.kept + rows.stream + rows.floats()))
+    return norm._replace(kept=losses * (norm.kept + rows.stream))
 
 
-def _loss_footprint(spec: ModelSpec, rows: Rows) -> Footprint:
+def _loss_footprint(spec: ModelSpec, rows: Rows, losses: int) -> Footprint:
     """The footprint of head and loss, which are computed together, for some tokens at a time.
 
-    It has the logits of these tokens, the rows of the head for the targets, the gradient of the
-    input of the head, and for each token its target twice, its weight and whether it has a target.
+    It has the logits of these tokens, the gradient of the input of the head, and for each token its
+    target, its weight and its loss.
     """
     N = rows.batch * rows.tokens
     at_once = min(N, max(1, LOGITS["cpu"] // spec.vocab_size))
-    logits = FLOAT * at_once * (spec.vocab_size + rows.dim + 2)  # also their maximum and sum
-    return Footprint(work=logits + rows.stream + 2 * rows.indices + rows.floats() + N)
+    logits = FLOAT * at_once * (spec.vocab_size + 4)
+    return Footprint(work=logits + rows.stream + rows.indices + 2 * losses * rows.floats())

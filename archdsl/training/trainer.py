@@ -468,8 +468,11 @@ def compile_layers(
     one graph.
     """
     limit = (3 + max(1, depths)) * (1 + len(model.layers))
+    # an argument of `compile` from torch 2.13 on
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
     for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend, recompile_limit=limit)
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -181,10 +181,10 @@ def test_the_peak_is_found_at_every_place_where_it_may_be(
 def test_only_activations_grow_with_the_batch() -> None:
     spec = archdsl.load("itt").resized(SMALL)
     # batches so large that the peak is at the same layer
-    four, eight, sixteen = (training_memory(spec, size) for size in (4, 8, 16))
-    assert four.weights == eight.weights == 4 * archdsl.cost(spec).params
-    assert four.optimizer == 2 * four.weights
-    assert sixteen.peak - eight.peak == 2 * (eight.peak - four.peak) > 0
+    eight, sixteen, thirty_two = (training_memory(spec, size) for size in (8, 16, 32))
+    assert eight.weights == sixteen.weights == 4 * archdsl.cost(spec).params
+    assert eight.optimizer == 2 * eight.weights
+    assert thirty_two.peak - sixteen.peak == 2 * (sixteen.peak - eight.peak) > 0
 
 
 def test_the_message_for_too_little_memory_says_what_needs_less() -> None:
