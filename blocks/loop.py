@@ -466,11 +466,13 @@ class LoopSpec(BlockSpec):
         if self.is_body:
             return self.body.footprint(rows)
         passes = [self._pass(rows, step, row) for step, row in enumerate(self.rows())]
+        keeps_states = rows.keeps_states
         if self.leaves is not None:
             decisions = self.leaves.footprint(rows, self.steps)
-            for one in passes[1:]:
-                one[0] = one[0]._replace(reads=one[0].reads or decisions.reads)
+            keeps_states |= decisions.reads
             passes[-1][-1] = passes[-1][-1].plus(decisions.kept)
+        for one in passes[1:]:
+            one[0] = one[0]._replace(reads=one[0].reads or keeps_states)
         learning = min(self.steps, rows.backprop_last or self.steps)
         parts = [part for one in passes[-learning:] for part in one]
         whole, cut = in_a_row(rows.stream, parts), learning < self.steps
@@ -540,7 +542,7 @@ class LoopSpec(BlockSpec):
 
     def _body_pass(self, at: Rows, step: int, taken: bool) -> tuple[Footprint, bool]:
         """The body on its input, and whether that input is a new tensor, which is saved then."""
-        at = at._replace(rank=self.rank(step))
+        at = at._replace(rank=self.rank(step), keeps_states=False)
         body, injects = self.body.footprint(at), self._injects(step)
         made = taken or injects or (self.encoding is not None and not self._scales)
         kept = at.stream * (body.reads and made)

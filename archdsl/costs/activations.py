@@ -39,8 +39,9 @@ class Rows(NamedTuple):
     each row has its own positions. ``by_row``: whether the keys that a token may see differ between
     rows. ``padded``: whether some tokens are padding. ``rank``: that of the low-rank differences
     which the loop around adds to matrices. ``backprop_last``: the last passes of a loop that get a
-    gradient; None: all of them. ``router_losses``: how many float tensors [B, T] the losses of a
-    router keep.
+    gradient; None: all of them. ``keeps_states``: whether the state after each pass is kept, which
+    a loss of its own does. ``router_losses``: how many float tensors [B, T] the losses of a router
+    keep.
     """
 
     dim: int
@@ -54,6 +55,7 @@ class Rows(NamedTuple):
     by_row: bool = False
     rank: int = 0
     backprop_last: int | None = None
+    keeps_states: bool = False
     router_losses: int = 0
 
     def of_keys(self, width: int) -> int:

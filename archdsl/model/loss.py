@@ -68,12 +68,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     torch.mm(slope_nV, read_VD, out=slope_ND[part])
                 if slope_VD is not None:
                     _add_product_(slope_VD, slope_nV.t(), x_ND[part])
+                del slope_nV  # so that its memory is free before the next logits are computed
         ctx.dtypes = head_VD.dtype, None if weight_PN is None else weight_PN.dtype
         ctx.save_for_backward(slope_VD, nats_PN if needs_weight else None, *slopes)
         return (nats_PN * count_PN).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         # in place, so a second backward pass through the same graph raises an error
         scaled = [None if one is None else one.mul_(slope) for one in ctx.saved_tensors]

@@ -174,14 +174,14 @@ def _parts(
     None: as training does it."""
     layers = [layer for block in spec.blocks for layer in block.unrolled()]
     run = [cast(BlockSpec, layer.at_depth(depth)) for layer in layers] if depth else layers
-    footprints = [layer.footprint(rows) for layer in run]
+    losses = spec.training_losses(depth) if losses is None else losses
+    footprints = [layer.footprint(rows._replace(keeps_states=losses > 1)) for layer in run]
     if checkpointed:
         footprints = [footprint.recomputed() for footprint in footprints]
     costs = [block_cost(layer, rows.dim, rows.tokens) for layer in layers]
     table, tied = TRAIN_BYTES * rows.dim * spec.vocab_size, spec.tie_embeddings
     # a matrix that embedding and head share has two gradients until they are added
     embedding = Footprint(rows.indices, reads=False, work=rows.stream + tied * table)
-    losses = spec.training_losses(depth) if losses is None else losses
     if losses > 1:
         # The gradients of the states after all passes are there before the loop's backward pass
         # begins; with checkpointing also the states themselves, beside those computed again.
@@ -202,21 +202,21 @@ def _parts(
 def _norms_footprint(spec: ModelSpec, rows: Rows, losses: int) -> Footprint:
     """The footprint of the last norm, which runs after every pass if each has a loss.
 
-    Then the gradient of its output is kept for each pass, which is computed with the loss.
+    Its outputs are all kept for the loss, of which the footprint of the loss reads one; then there
+    are their gradients instead.
     """
     norm = norm_footprint(spec.norm, rows)
-    if losses == 1:
-        return norm
-    return norm._replace(kept=losses * (norm.kept + rows.stream))
+    return norm._replace(kept=losses * norm.kept + (losses - 1) * rows.stream)
 
 
 def _loss_footprint(spec: ModelSpec, rows: Rows, losses: int) -> Footprint:
     """The footprint of head and loss, which are computed together, for some tokens at a time.
 
-    It has the logits of these tokens, the gradient of the input of the head, and for each token its
-    target, its weight and its loss.
+    It has the logits of these tokens, the gradients of the inputs of the head, and for each token
+    its target, its weight and its loss.
     """
     N = rows.batch * rows.tokens
     at_once = min(N, max(1, LOGITS["cpu"] // spec.vocab_size))
     logits = FLOAT * at_once * (spec.vocab_size + 4)
-    return Footprint(work=logits + rows.stream + rows.indices + 2 * losses * rows.floats())
+    floats = 2 if losses == 1 else 3 * losses + 1
+    return Footprint(work=logits + losses * rows.stream + rows.floats(floats) + rows.indices)

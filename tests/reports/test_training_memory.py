@@ -160,8 +160,10 @@ def test_the_estimate_for_a_shipped_spec_is_near_the_measured_peak(
     name: str, recomputed: bool
 ) -> None:
     spec = archdsl.load(name).resized(SMALL)
-    # the saved tensors are exact; the working memory of the backward pass is an estimate
-    assert off(spec, 2, activation_checkpointing=recomputed) < (0.06 if recomputed else 0.01)
+    # The saved tensors are exact; the working memory of the backward pass is an estimate. That of
+    # a loop counts the gradients of all passes, also where each has low-rank matrices of its own.
+    stored = 0.02 if name == "relaxed-recursive-tiny" else 0.01
+    assert off(spec, 2, activation_checkpointing=recomputed) < (0.06 if recomputed else stored)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
