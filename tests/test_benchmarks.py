@@ -20,6 +20,7 @@ SMALL = {
     "cost": [],
     "decode": ["--prompt", "16"],
     "growth": [],
+    "launches": ["--router", "top_k", "--top", "5"],
     "memory": [],
     "prefill": [],
     "routed_step": [],

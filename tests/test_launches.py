@@ -1,0 +1,67 @@
+"""What a routed step launches and moves on a GPU, counted on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.launches import GPU, META, Counter, OnGpu, autocast, of_step, total
+
+SIZES = {"batch": 8, "tokens": 1024, "dim": 1024, "head": 64, "hidden": 2560}
+MB = 2**20
+
+# a routed step at .5 over a full pass of its loop: launches and bytes, no higher than they were;
+# the goals are 1.5 and .6
+LIMITS = {
+    "own": {
+        "top_k": (2.11, 0.715),
+        "threshold": (2.60, 0.805),
+        "predictor": (2.61, 0.735),
+        "prefix": (2.68, 0.805),
+        "random": (2.67, 0.735),
+    },
+    "shared": {"top_k": (2.80, 0.895), "prefix": (3.55, 1.005)},
+}
+
+
+@pytest.mark.parametrize("kv", LIMITS)
+def test_a_routed_step_launches_and_moves_no_more_than_before(kv: str) -> None:
+    full = total(of_step(SIZES, kv, None))
+    for router, (launches, bytes) in LIMITS[kv].items():
+        step = total(of_step(SIZES, kv, router))
+        assert step.launches / full.launches <= launches, router
+        assert step.bytes / full.bytes <= bytes, router
+
+
+def test_launches_bytes_and_flops_are_those_of_a_gpu_under_autocast() -> None:
+    x = torch.empty(512, 1024, device=META, requires_grad=True)  # 2 MB
+    linear = nn.Linear(1024, 1024, bias=False, device=META)  # 4 MB
+    counter = Counter()
+    with autocast(), counter, OnGpu(counter):
+        assert x.device == GPU
+        linear(linear(x).view(512, 1024).t().t())
+        F.rms_norm(x, (1024,), torch.ones(1024, device="cuda"))
+    found = {name: one for (name, _), one in counter.counts.items()}
+    assert set(found) == {"_to_copy", "mm", "rms_norm", "ones"}
+    assert found["_to_copy"].launches == 2  # the tokens and, once, the weight
+    assert found["_to_copy"].bytes == 3 * MB + 6 * MB
+    assert found["mm"].launches == 2
+    assert found["mm"].bytes == 2 * (1 + 2 + 1) * MB
+    assert found["mm"].flops == 2 * 2 * 512 * 1024**2
+    assert found["rms_norm"].launches == 1
+    assert 4 * MB < found["rms_norm"].bytes < 4.01 * MB
+
+
+def test_reading_or_writing_some_rows_does_not_count_the_others() -> None:
+    x, rows = torch.empty(1024, 1024, device=META), torch.empty(8, dtype=torch.long, device=META)
+    counter = Counter()
+    with counter, OnGpu(counter):
+        taken = x.index_select(0, rows)
+        x.index_put_((rows,), taken)
+    row = 8 * 1024 * 4
+    assert {name: one.bytes for (name, _), one in counter.counts.items()} == {
+        "index_select": 2 * row + 64,
+        "index_put_": 2 * row + 64,
+    }
