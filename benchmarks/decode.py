@@ -6,7 +6,7 @@ All models have the same weights, decode greedily from the same prompt, and must
 tokens. Then the model of benchmarks/specs/itt-10m.yaml is measured with thresholds that select no
 token ("nobody"), about half of the tokens ("half") and every token ("all").
 
-On a GPU: --device cuda --compile --spec transformer --routed itt [--batch 64]
+For the table of a GPU see benchmarks/gpu.py.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from archdsl.blocks.modules.threshold import Threshold
 from archdsl.lang.load import load
+from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import build
 from archdsl.model.compute_meter import metered
 from archdsl.model.cuda_graph_step import TokenStep
@@ -134,13 +135,15 @@ def _x_transformers(model: torch.nn.Module) -> Read:
     return read
 
 
-def theirs_static(peer: Peer, device: torch.device) -> Read:
+def theirs_static(peer: Peer, device: torch.device, *, compiled: bool = True) -> Read:
     """Reads with transformers in its fastest way on a GPU: one graph of the whole step."""
     from transformers import StaticCache
 
     model: Any = peer.model.eval()
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
-    step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    step = model.forward
+    if compiled:
+        step = torch.compile(step, mode="reduce-overhead", dynamic=False)
     past = 0
 
     def read(tokens_BT: Tensor) -> Tensor:
@@ -198,19 +201,22 @@ def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:
     return made, prompt_BT
 
 
-def routed(args: Namespace) -> dict[str, LanguageModel]:
-    """Returns routed models in which no token, half of them and every token take further steps."""
-    spec = load(args.routed).patch("blocks.0.body.1.router.kind", "threshold")
+def routed(spec: ModelSpec, device: str) -> dict[str, LanguageModel]:
+    """Returns routed models in which no token, half of them and every token take further steps.
+
+    ``spec``: a stack of a layer and a loop; its router becomes a threshold router.
+    """
+    spec = spec.patch("blocks.0.body.1.router.kind", "threshold")
     made = {}
     for name in ("nobody", "half", "all"):
-        model = made[name] = build(spec, device=args.device)
-        model.train()(random_batch(spec, 2, 256, args.device).tokens_BT)
+        model = made[name] = build(spec, device=device)
+        model.train()(random_batch(spec, 2, min(256, spec.context), device).tokens_BT)
         model.commit()  # sets the thresholds
         for router in model.routers:
             if name == "nobody" and isinstance(router, Threshold):
                 router.quantiles_RQ.fill_(math.inf)
         model.dial(1.0 if name == "all" else None)
-        model.to(precision(args.device)).for_decoding()
+        model.eval()
     return made
 
 
@@ -238,8 +244,9 @@ def main() -> None:
         compile={"action": "store_true", "help": "also measure transformers with a static cache"},
     )
     made, prompt_BT = plain(args)
-    models = routed(args)
+    models = routed(load(args.routed), args.device)
     for name, model in models.items():
+        model.to(precision(args.device)).for_decoding()
         made[name] = Greedy(reader(model, args), prompt_BT)
     rounds = args.rounds or (3 if args.small else 15)
     taken = interleaved(made, rounds=rounds, device=args.device)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -174,15 +174,20 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def arguments(doc: str | None, **extra: Mapping[str, Any]) -> argparse.Namespace:
-    """Parses the command line. ``extra``: further options for ``add_argument``."""
+def arguments(
+    doc: str | None, *, device: str = "cpu", **extra: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Parses the command line.
+
+    ``device``: the default device. ``extra``: further options for ``add_argument``.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--json", action="store_true", help=f"append the results to results/{RECORD.name}")
     add("--small", action="store_true", help="run for seconds instead of minutes, as in CI")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--device", choices=["cpu", "cuda"], default=device)
     add(
         "--threads", type=int, default=1, help="number of threads; more than one measures wall time"
     )
@@ -254,9 +259,15 @@ def plain(figure: object) -> dict[str, float]:
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the imported packages."""
     imported = {name for name in PACKAGES if name.replace("-", "_") in sys.modules}
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in sorted(imported)
-    }
+    found = {name: _version(name) for name in sorted(imported)}
+    return {"python": platform.python_version()} | found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # imported from a folder
 
 
 def device_name(device: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from archdsl.blocks.attention import AttentionSpec
@@ -52,11 +51,12 @@ def random_batch(spec: ModelSpec, rows: int, tokens: int, device: str = "cpu") -
     return Batch(drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
 
 
-def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
+def peers_of(ours: LanguageModel, *, extras: bool = True, without: str = "") -> Iterator[Peer]:
     """Yields models of other libraries with a copy of the weights and equal logits.
 
     ``ours``: a model of a single stack of plain layers. ``extras``: also use libraries other than
-    transformers. Raises NotEqual if logits or losses differ.
+    transformers. ``without``: the name of one that is left out. Raises NotEqual if logits or losses
+    differ.
     """
     weights = {transformers_name(name): w.detach().clone() for name, w in ours.state_dict().items()}
     device = ours.embedding.weight.device
@@ -70,6 +70,7 @@ def peers_of(ours: LanguageModel, *, extras: bool = True) -> Iterator[Peer]:
     with torch.no_grad():
         wanted_BTV = ours.eval()(batch.tokens_BT)
         wanted = cross_entropy(wanted_BTV, batch.targets_BT).mean()
+    makers.pop(without, None)
     for name, (package, make) in makers.items():
         if find_spec(package) is None:
             progress(f"{name} is not installed, so it is left out")
@@ -114,6 +115,8 @@ def shape_of(spec: ModelSpec) -> Shape:
 
 
 def _transformers(spec: ModelSpec, weights: Weights, device: torch.device) -> Peer:
+    import transformers
+
     shape = shape_of(spec)
     config = cast(Any, transformers.LlamaConfig)(
         vocab_size=spec.vocab_size,

@@ -14,7 +14,7 @@ must give the same output and the same gradients. ``--whole`` measures a trainin
 model instead, by default benchmarks/specs/itt-10m.yaml, and compares it with its loop without
 routing and its plain model.
 
-On a GPU: --device cuda --whole --spec itt --tokens 4096 --batch 8
+For the table of a GPU see benchmarks/gpu.py.
 
 Shapes: B batch, T tokens, H heads, E head size, D width.
 """

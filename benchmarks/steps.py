@@ -42,20 +42,22 @@ def own_step(trained: Trainer, batch: Batch) -> Step:
 
 
 def peer_step(peer: Peer, batch: Batch, device: str, *, compiled: bool = False) -> Step:
-    """Returns a training step of another library on ``batch``, with fused AdamW."""
+    """Returns a training step of another library on ``batch``, with fused AdamW.
+
+    ``compiled``: model and loss as one function.
+    """
     model = peer.model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0, fused=True
     )
     tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
     half = precision(device) == torch.bfloat16
-    if compiled:
-        model.compile(dynamic=False)
+    loss_of = torch.compile(peer.loss, dynamic=False) if compiled else peer.loss
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = peer.loss(tokens_BT, targets_BT)
+            loss = loss_of(tokens_BT, targets_BT)
         loss.backward()
         optimizer.step()
         return float(loss.detach())

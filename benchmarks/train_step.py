@@ -8,7 +8,7 @@ All libraries start from the same weights. Their logits, losses and the losses a
 must be equal before anything is timed. ``--compile`` also measures archdsl and transformers
 compiled, and LitGPT on CUDA.
 
-On a GPU: --device cuda --compile --spec transformer --tokens 4096 --batch 8
+For the table of a GPU see benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from benchmarks.measure import (
     arguments,
     bar,
     check_equal,
-    device_name,
     gemm_rate,
     interleaved,
     precision,
@@ -38,8 +37,6 @@ from benchmarks.peers import peers_of, random_batch
 from benchmarks.steps import Step, own_step, peer_step, trainer
 
 REACH, BEAT = 1.03, 0.95  # targets, relative to the time of transformers in eager mode
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # peak FLOP/s in bfloat16 of the data sheet
-MFU = 0.45
 
 
 def steps(spec: ModelSpec, args: Namespace) -> dict[str, Step]:
@@ -92,25 +89,7 @@ def figures(spec: ModelSpec, taken: dict[str, Timing], args: Namespace) -> dict[
         f"{best} / transformers": against,
         f"reach {REACH}, beat {BEAT}": bar(against.median, REACH, BEAT),
     }
-    return found | (on_cuda(taken, flops) if args.device == "cuda" else {})
-
-
-def on_cuda(taken: dict[str, Timing], flops: float) -> dict[str, object]:
-    """Compares with the fastest peer, compiled or not, and with the peak FLOP/s of the card."""
-
-    def fastest(ours: bool) -> str:
-        names = [name for name in taken if name.startswith("archdsl") == ours]
-        return min(names, key=lambda name: taken[name].median)
-
-    ours, theirs = fastest(True), fastest(False)
-    against = ratio(taken[theirs], taken[ours])  # of tokens per second
-    word = bar(against.median, 0.95, 1.0, lower_is_better=False)
-    bars: dict[str, object] = {f"tokens/s of {ours} / {theirs}": {"": against, "bar": word}}
-    for card, peak in PEAK.items():
-        if card in device_name("cuda"):
-            share = flops / taken[ours].median / peak
-            bars["MFU"] = {"": share, "bar": bar(share, MFU, lower_is_better=False)}
-    return bars
+    return found
 
 
 def main() -> None:
