@@ -75,7 +75,10 @@ def _on_cuda(call: Callable[[], object]) -> Allocated:
 def _on_cpu(call: Callable[[], object]) -> Allocated:
     """Adds up every allocation and release that the profiler records, in order of time."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # without acc_events torch 2.11 warns
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         made = call()
     del made
     assert profiled.profiler is not None

@@ -113,5 +113,5 @@ def test_results_are_one_line_of_the_record(
     found = json.loads(lines[0])
     assert found["figures"]["time"] == {"median": 2.0, "low": 1.5, "high": 2.5}
     assert found["settings"] == {"small": False, "threads": 1, "tokens": 8}
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # which may add +cu130
     assert found["commit"]

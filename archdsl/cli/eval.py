@@ -219,11 +219,11 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
 
 
 def _load(path: Path) -> Checkpoint:
-    import torch
 
     from archdsl.model.checkpoint import load_checkpoint
+    from archdsl.nn.devices import best_device
 
-    return load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_checkpoint(path, device=best_device())
 
 
 def _settings(

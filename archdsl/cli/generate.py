@@ -211,12 +211,12 @@ def _bar() -> Progress:
 
 
 def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
-    import torch
 
     from archdsl.data.tokenizers import read_tokenizer
     from archdsl.model.checkpoint import load_checkpoint
+    from archdsl.nn.devices import best_device
 
-    found = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    found = load_checkpoint(path, device=best_device())
     if found.tokenizer is None:
         raise ArchdslError(
             f"{path} has no tokenizer because it was not trained on text: it cannot write text"

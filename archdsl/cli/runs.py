@@ -112,9 +112,9 @@ def _facts(result: TrainResult, folder: Path) -> dict[str, Any]:
 
 
 def _in_float32_on_cpu(config: TrainConfig) -> bool:
-    import torch
+    from archdsl.nn.devices import best_device
 
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = "cpu" in (config.device, best_device().type)
     return on_cpu and config.dtype != "bfloat16"
 
 

@@ -23,6 +23,7 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.lang.strict import Strict
 from archdsl.model.build import require_model
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.devices import in_float64, random_state_kept, seed_torch
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -125,23 +126,13 @@ def evaluation_mode(model: LanguageModel) -> Iterator[None]:
     """Switch to evaluation mode, no gradients and seed 0; restore everything afterwards."""
     training = model.training
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    with random_state_kept(device), torch.inference_mode():
         seed_torch(0, device)
         model.eval()
         try:
             yield
         finally:
             model.train(training)
-
-
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed the random number generators of the CPU and of ``device``.
-
-    torch.manual_seed takes a third of a millisecond longer, as it visits all kinds of devices.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
 
 
 def score_batch(model: LanguageModel, batch: Batch) -> Tensor:
@@ -156,7 +147,9 @@ def score_batch(model: LanguageModel, batch: Batch) -> Tensor:
     is_target_BT = targets_BT != IGNORE
     correct_BT = logits_BTV.argmax(-1) == targets_BT  # never true for IGNORE, which is no token
     # In float64, as float32 cannot count single tokens beyond 16M.
-    return torch.stack([x_BT.double().sum(1).cpu() for x_BT in (loss_BT, is_target_BT, correct_BT)])
+    return torch.stack(
+        [in_float64(x_BT).sum(1).cpu() for x_BT in (loss_BT, is_target_BT, correct_BT)]
+    )
 
 
 def scored_windows(scores: Sequence[Tensor], data: Data, split: HeldOut) -> Tensor:

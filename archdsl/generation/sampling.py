@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from archdsl.generation.sampling_config import Sampling
+from archdsl.nn.devices import in_float64
 
 
 def generators(sampling: Sampling, rows: int) -> list[torch.Generator]:
@@ -26,12 +27,13 @@ def generators(sampling: Sampling, rows: int) -> list[torch.Generator]:
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Return the probability of each token to be the next one, [B, V] in float64.
 
-    The top-k filter is applied before the top-p filter.
+    It is on the device of the logits if that has float64, else on the CPU. The top-k filter is
+    applied before the top-p filter.
     """
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
-        return torch.zeros_like(logits_BV, dtype=torch.float64).scatter(-1, best_B1, 1.0)
-    logits_BV = logits_BV.double()
+        return in_float64(torch.zeros_like(logits_BV).scatter(-1, best_B1, 1.0))
+    logits_BV = in_float64(logits_BV)
     # Subtract the largest logit first: divided by a tiny temperature it could become infinite.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:

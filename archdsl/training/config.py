@@ -87,11 +87,12 @@ class TrainConfig(Strict):
     log_every: Size = Field(10, ge=1, description="steps between the lines of metrics.jsonl")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto: cuda if available, else cpu",
+        pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$",
+        description="auto: cuda, xpu or mps if there is one, else cpu",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="data type of the arithmetic; auto: bfloat16 on cuda, else float32"
+        "auto",
+        description="data type of the arithmetic; auto: bfloat16 on cuda and xpu, else float32",
     )
     compile: bool = Field(
         False,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from archdsl.data.types import IGNORE, Batch, Data
 from archdsl.errors import ArchdslError, blamed_on
-from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate, seed_torch
+from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate
 from archdsl.lang.training import LEVELS
 from archdsl.model.checkpoint import (
     TRAINING,
@@ -30,6 +30,7 @@ from archdsl.model.checkpoint import (
     save_checkpoint,
 )
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
 from archdsl.training.config import TrainConfig
 from archdsl.training.depth import at_depth
 from archdsl.training.state import PREFIX, TrainingState, checked, moments
@@ -89,7 +90,7 @@ class Trainer:
         horizon: int | None = None,
     ) -> None:
         with blamed_on("device"):
-            self.device = _device(config.device)
+            self.device = device_named(config.device)
         self.context = config.context or model.spec.context
         check_data_fits(model.spec, data, self.context)
         self.model = model.to(self.device)
@@ -125,7 +126,7 @@ class Trainer:
         """
         last = self.config.steps if until_step is None else min(until_step, self.config.steps)
         self.model.train()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with random_state_kept(self.device):
             while self.step < last:
                 step = self._advance()
                 if on_step is not None:
@@ -219,7 +220,7 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Return a context for the forward pass in the data type of the config."""
         dtype = self.config.dtype
-        half = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
+        half = dtype == "bfloat16" or (dtype == "auto" and self.device.type in BFLOAT16)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _refuse_divergence(self, loss: float, grad_norm: float) -> None:
@@ -448,14 +449,6 @@ def _about_steps(found: list[str], path: Path) -> list[str]:
         "same: with the schedule constant, or with wsd before the rate falls. To start a new run "
         f"from its weights: `archdsl train {path} --steps N --out FOLDER`."
     ]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ArchdslError(f"device: {name}: no CUDA device is available; use cpu")
-    return torch.device(name)
 
 
 def compile_layers(

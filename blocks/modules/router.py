@@ -17,6 +17,7 @@ from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Count, Kept, Memory, Stream, column
+from archdsl.nn.devices import in_float64
 from archdsl.nn.loop import Router, Selection, Step
 from archdsl.nn.noise import uniform
 
@@ -205,7 +206,8 @@ def without_noise(score_BT: Tensor) -> Tensor:
 def budgets(capacity: float, order_BT: Tensor) -> Tensor:
     """The largest number of selected tokens up to each token, for its place ``order_BT``."""
     least = 1 if capacity > 0 else 0
-    return (capacity * (order_BT + 1).double() + 0.5).floor().clamp(min=least).long()
+    count_BT = (capacity * in_float64(order_BT + 1) + 0.5).floor().clamp(min=least).long()
+    return count_BT.to(order_BT.device)
 
 
 def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: Count = 0) -> Tensor:

@@ -18,6 +18,7 @@ from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import BatchStatistics, Context, normal_
 from archdsl.nn.cache import Stream
+from archdsl.nn.devices import in_float64
 from archdsl.nn.loop import Step
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ class TopK(Threshold):
         best_BK = order_BT[:, : share_of(at.capacity, score_BT.size(1))]
         if ctx.stream.length_B is None:
             return best_BK.sort(dim=1).values, None, Stream()
-        share_B = (at.capacity * ctx.stream.length_B.double() + 0.5).floor().clamp(min=1).long()
-        length_B = torch.minimum(share_B, ctx.stream.length_B)
+        share_B = (at.capacity * in_float64(ctx.stream.length_B) + 0.5).floor().clamp(min=1).long()
+        length_B = torch.minimum(share_B.to(score_BT.device), ctx.stream.length_B)
         stream = Stream(0, length_B)
         keep_BK = stream.real(best_BK)
         assert keep_BK is not None

@@ -88,7 +88,7 @@ def test_an_option_that_replaces_it_is_named_instead(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("device: cuda:7", "1:9: device: cuda:7: no CUDA device is available; use cpu"),
+        ("device: cuda:7", "1:9: device: cuda:7: is not available; use cpu"),
         ("context: 9999", "1:10: context: a context of 9,999 tokens was requested"),
         ("context: 2", "1:10: context: skill:p-hop,length=8,hops=1,alphabet=3 needs a context"),
         ("only: new", "1:7: only: new trains the parameters"),

@@ -68,7 +68,7 @@ def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     model, (tokens_BT, targets_BT) = built(vocab_size=5000), batch()
     largest = []
     for nats in (model.loss, lambda *of: cross_entropy(model(of[0]), of[1]).sum()):
-        with profile(profile_memory=True) as seen:
+        with profile(profile_memory=True, acc_events=True) as seen:
             nats(tokens_BT, targets_BT).backward()
         largest.append(max(event.self_cpu_memory_usage for event in seen.events()))
     logits = tokens_BT.numel() * 5000 * 8

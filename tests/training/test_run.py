@@ -727,12 +727,6 @@ def test_mistakes_are_said_in_words(tmp_path: Path) -> None:
         train(spec(), SKILL, CONFIG, tmp_path / "file")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_missing_gpu_is_said_in_words() -> None:
-    with pytest.raises(ArchdslError, match="no CUDA device is available; use cpu"):
-        trainer(device="cuda")
-
-
 # The display
 
 
