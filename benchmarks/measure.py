@@ -1,7 +1,8 @@
 """What all benchmarks share: contenders take turns, and only equal computations are timed.
 
 On a CPU with one thread the time of a call is the CPU time of the process, which hardly depends on
-other processes. With several threads it is wall time; on CUDA it is the time between two events.
+other processes. With several threads it is wall time; on an accelerator it is the time between two
+events.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from archdsl.errors import ArchdslError
+from archdsl.nn.devices import BFLOAT16, device_named
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "results" / "bench.jsonl"
@@ -93,7 +97,7 @@ def interleaved(
     In each round every contender is called ``calls`` times; the order rotates from round to round.
     Returns the seconds of one call by contender.
     """
-    for _ in range(3 if device == "cuda" else 1):
+    for _ in range(1 if device == "cpu" else 3):
         for call in contenders.values():
             call()
     timed = {name: partial(_seconds, call, calls, device) for name, call in contenders.items()}
@@ -112,14 +116,14 @@ def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def _seconds(call: Callable[[], object], calls: int, device: str) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+    if device != "cpu":
+        start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        torch.accelerator.synchronize()
         start.record()
         for _ in range(calls):
             call()
         end.record()
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     before = clock()
@@ -135,12 +139,12 @@ def ratio(a: Timing, b: Timing) -> Ratio:
 
 def precision(device: str) -> torch.dtype:
     """Returns the type for training: bfloat16 is nine times slower than float32 on a CPU."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
+    return torch.bfloat16 if device in BFLOAT16 else torch.float32
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Measures the FLOP/s of a large matrix product on this machine."""
-    n = 8192 if device == "cuda" else 1536
+    n = 1536 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     taken = interleaved({"gemm": lambda: a @ b}, rounds=7, device=device)["gemm"].median
     return 2.0 * n**3 / taken
@@ -187,7 +191,7 @@ def arguments(
     add = parser.add_argument
     add("--json", action="store_true", help=f"append the results to results/{RECORD.name}")
     add("--small", action="store_true", help="run for seconds instead of minutes, as in CI")
-    add("--device", choices=["cpu", "cuda"], default=device)
+    add("--device", choices=["cpu", "cuda", "xpu", "mps"], default=device)
     add(
         "--threads", type=int, default=1, help="number of threads; more than one measures wall time"
     )
@@ -195,8 +199,10 @@ def arguments(
     for name, options in extra.items():
         add(f"--{name.replace('_', '-')}", **options)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is available; use --device cpu")
+    try:
+        device_named(args.device)
+    except ArchdslError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     return args
 
@@ -272,8 +278,8 @@ def _version(package: str) -> str:
 
 def device_name(device: str) -> str:
     """Returns the name of the GPU, or of the CPU and its vector instructions."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    if device in BFLOAT16:
+        return cast(str, torch.get_device_module(device).get_device_name())
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]

@@ -57,17 +57,17 @@ class Allocated:
 
 def allocated(call: Callable[[], object], device: str = "cpu") -> Allocated:
     """Measures the memory of tensors in a call. What it returns counts as still allocated."""
-    return (_on_cuda if device == "cuda" else _on_cpu)(call)
+    return (_on_cpu if device == "cpu" else _on_accelerator)(call)
 
 
-def _on_cuda(call: Callable[[], object]) -> Allocated:
+def _on_accelerator(call: Callable[[], object]) -> Allocated:
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
     made = call()
-    torch.cuda.synchronize()
-    peak, left = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    torch.accelerator.synchronize()
+    peak, left = torch.accelerator.max_memory_allocated(), torch.accelerator.memory_allocated()
     del made
     return Allocated(peak - before, left - before)
 
