@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -135,6 +136,7 @@ def _fused_scores(
 
 @cache
 def _scores_on(device: str) -> Scores:
-    if device in ("cpu", "mps", "meta"):
+    # Triton is not part of every build of torch, for example not on Windows
+    if device in ("cpu", "mps", "meta") or find_spec("triton") is None:
         return _scores
     return torch.compile(_fused_scores, dynamic=True)

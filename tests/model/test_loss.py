@@ -15,6 +15,7 @@ from archdsl.costs.activations import LOGITS
 from archdsl.data.types import IGNORE
 from archdsl.evaluation.evaluate import cross_entropy
 from archdsl.lang.spec import ModelSpec
+from archdsl.model import loss
 from archdsl.model.language_model import LanguageModel
 from archdsl.model.loss import _fused_scores, _scores, summed_cross_entropy
 from tests import naive
@@ -149,3 +150,14 @@ def test_the_scores_for_a_compiler_equal_those_in_place(slopes: bool) -> None:
     torch.testing.assert_close(fused[0], in_place[0])
     if slopes:
         torch.testing.assert_close(fused[1], in_place[1])
+
+
+def test_scores_are_compiled_only_where_triton_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    for triton, wanted in ((None, _scores), (object(), _fused_scores)):
+        monkeypatch.setattr(loss, "find_spec", lambda name, found=triton: found)
+        for device in ("cuda", "xpu"):
+            assert loss._scores_on.__wrapped__(device) is wanted
+        assert loss._scores_on.__wrapped__("mps") is _scores
