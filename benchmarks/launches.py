@@ -1,6 +1,6 @@
 """What a routed step launches and moves on a GPU, counted without one.
 
-python -m benchmarks.launches [--router top_k] [--kv own] [--top 20] [--compiled]
+python -m benchmarks.launches [--router top_k] [--kv own] [--top 20]
 
 A loop with a routed pass more is compared with itself, and so is the same loop in which every token
 takes all passes. The differences are a routed step and a full pass, forward and backward:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.inductor import KernelCount
 from benchmarks.launches import GPU, META, Counter, OnGpu, autocast, of_step, total
 
 SIZES = {"batch": 8, "tokens": 1024, "dim": 1024, "head": 64, "hidden": 2560}
@@ -65,3 +66,24 @@ def test_reading_or_writing_some_rows_does_not_count_the_others() -> None:
         "index_select": 2 * row + 64,
         "index_put_": 2 * row + 64,
     }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler may warn
+def test_kernels_that_inductor_would_make_are_counted_forward_and_backward() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.silu(self.linear(x)) * 2
+
+    module, x, count = Fused(), torch.randn(4, 8, requires_grad=True), KernelCount()
+    wanted = module(x)
+    module.compile(fullgraph=True, dynamic=False, backend=count)
+    found = module(x)
+    torch.testing.assert_close(found, wanted)
+    assert (count.fused, count.library) == (1, 1)
+    found.sum().backward()
+    assert (count.fused, count.library) == (2, 3)  # and the gradients of both factors
