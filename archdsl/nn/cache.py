@@ -186,12 +186,14 @@ class State:
 class Memory:
     """What one module keeps for one step: tensors by name, and how many tokens it has let by.
 
-    ``kept`` grows by an entry for each token; ``states`` have a fixed size.
+    ``kept`` grows by an entry for each token; ``states`` have a fixed size. ``threshold``: the
+    least score that a token is let by with; None: not looked up yet, or there is none.
     """
 
     kept: dict[str, Kept] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
     taken: Count = 0
+    threshold: float | None = None
 
     def state(self, name: str, x_BT: Tensor, *shape: int) -> State:
         """The state of this name, [B, *shape]; zeros of the dtype of ``x_BT`` when it is new."""

@@ -113,6 +113,14 @@ class Router(Primitive):
         """A score for each token, [B, T]; tokens with a high score are selected."""
         raise NotImplementedError
 
+    def skips(self, x_BTD: Tensor, passes: Sequence[Pass], ctx: Context) -> int:
+        """How many of the next ``passes`` in a row no token takes, where that is cheap to know.
+
+        `forward` is then not called for them. The stream ``x_BTD`` is the same in all of them;
+        ``ctx``: that of the loop. By default 0.
+        """
+        return 0
+
     @property
     def leaks(self) -> bool:
         """Whether a choice depends on later tokens when the model is used, not trained."""

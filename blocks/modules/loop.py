@@ -125,15 +125,21 @@ class BodyLoop(Loop):
         known = None if self.exit is None else self.exit.begin(x_BTD, ctx)
         after_passes = ctx.passes
         ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None, passes=None)
+        skipped = 0  # no token takes the routed passes before this one
         handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
         around = zip((None, *self.passes), self.passes, (*self.passes[1:], None), strict=False)
         for before, one, following in around:
             if handed and before and self.body(before) is not self.body(one):
                 handed = _moved(handed, self.body(before), self.body(one))
-            now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
             if one.routed is not None and one.routed.capacity == 0 and known is None:
                 x_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
                 continue
+            if one.routed is not None and one.step >= skipped:
+                skipped = one.step + self._skips(x_BTD, one, ctx)
+            if one.routed is not None and one.step < skipped:
+                ctx.trace.shares[one.routed.name] = 0.0
+                continue
+            now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
             chosen = self._choose(x_BTD, one, now, chosen, known)
             if chosen is None:
                 x_BTD = self._full(x_BTD, start_BTD, one, now)
@@ -182,8 +188,10 @@ class BodyLoop(Loop):
     ) -> Tensor:
         index_BK = chosen.index_BK
         rest_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
+        if index_BK.size(1) == 0 and not ctx.handed:  # while decoding, often nobody is selected
+            return rest_BTD
         inner = ctx.at(index_BK, chosen.stream, chosen.keep_BK)
-        if index_BK.size(1) == 0:  # while decoding, often nobody is selected
+        if index_BK.size(1) == 0:
             for block in ctx.handed or ():
                 block.pass_over(inner)
             return rest_BTD
@@ -251,6 +259,18 @@ class BodyLoop(Loop):
             share = torch.where(tokens > 0, share, last)
         shares[at.name] = share
         return chosen
+
+    def _skips(self, x_BTD: Tensor, one: Pass, ctx: Context) -> int:
+        """How many passes from ``one`` on no token takes, if they then change nothing at all."""
+        router, spec = self.router, self.spec
+        if router is None or self.exit is not None or spec.kv != "own":
+            return 0
+        if self.training or ctx.cache is None or ctx.stream.static:
+            return 0
+        assert spec.router is not None
+        if spec.router.nested or spec.residual.rest(x_BTD, self._scale(one)) is not x_BTD:
+            return 0
+        return router.skips(x_BTD, self.passes[one.step :], ctx)
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
         return lambda y: cast(Tensor, self.encoding(y, one.like, after=True))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from archdsl.blocks.router import share_of
@@ -25,8 +27,17 @@ if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
 
 
+Numbers = NDArray[np.floating[Any]]
+S = TypeVar("S", Tensor, Numbers)
+
+
 class ScoreRouter(Router):
-    """Scores tokens and selects a share of them, within a budget; one row for each of ``steps``."""
+    """Scores tokens and selects a share of them, within a budget; one row for each of ``steps``.
+
+    ``ranks``: whether a choice depends on the scores of all tokens so far.
+    """
+
+    ranks: ClassVar[bool] = True
 
     def __init__(self, spec: RouterSpec, steps: list[int]) -> None:
         super().__init__()
@@ -38,20 +49,42 @@ class ScoreRouter(Router):
 
     def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:
         """The tokens of a step; only among ``active_BT``, if given."""
+        memory = None if self.training or ctx.stream.static else ctx.memory(self)
+        if memory is not None and x_BTD.shape[:2] == (1, 1):
+            return self._one(x_BTD, at, ctx, active_BT, memory)
         score_BT = self.scores(x_BTD, at.row, ctx)
         ranked_BT = without_noise(score_BT.detach())
         for allowed_BT in (active_BT, ctx.stream.real(x_BTD)):
             if allowed_BT is not None:
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
-        if index_BK.size(1) == 0:  # while decoding, often nobody is selected
-            return Selection(index_BK, score_BT[:, :0], keep_BK, stream)
         gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
         chosen = Selection(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
         if self.training and self.learned and (self.z_loss or self.aux_loss):
             asked_BT = ranked_BT > -math.inf
             ctx.trace.add_loss(at.name, self._loss(score_BT, asked_BT, chosen))
         return chosen
+
+    def _one(
+        self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None, memory: Memory
+    ) -> Selection:
+        """`forward` for one token of one sequence. Most tokens are not selected, and each kernel
+        would delay them: numbers take the place of tensors, and no score is computed in vain."""
+        past, taken = ctx.stream.past, memory.taken
+        assert isinstance(past, int)
+        assert isinstance(taken, int)
+        masks = (active_BT, ctx.stream.real(x_BTD))
+        allowed = all(bool(mask_BT) for mask_BT in masks if mask_BT is not None)
+        chosen = allowed and taken < share_of(at.capacity, past + 1)
+        if at.capacity < 1 and (chosen or self.ranks):
+            chosen = self.wants(x_BTD, at, ctx, allowed) and chosen
+        memory.taken = taken + chosen
+        index_BK = torch.zeros(1, int(chosen), dtype=torch.long, device=x_BTD.device)
+        stream = Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
+        if not chosen:
+            return Selection(index_BK, None, None, stream)
+        gate_BK = self.alpha[at.row] * self.gate(self.scores(x_BTD, at.row, ctx))
+        return Selection(index_BK, gate_BK.to(x_BTD.dtype), None, stream)
 
     def _loss(self, score_BT: Tensor, asked_BT: Tensor, chosen: Selection) -> Tensor:
         """The weighted losses of a selection, each the mean over the tokens that were asked for.
@@ -79,8 +112,6 @@ class ScoreRouter(Router):
         the stream that they are a chunk of. ``score_BT``: -inf where a token must not be selected.
         """
         memory = ctx.memory(self)
-        if memory is not None and x_BTD.shape[:2] == (1, 1) and not ctx.stream.static:
-            return self._select_one(x_BTD, score_BT, at, ctx, memory)
         taken = memory.taken if memory else 0
         if isinstance(taken, Tensor):
             taken = taken.clone()  # a static cache changes it in place
@@ -96,20 +127,6 @@ class ScoreRouter(Router):
             wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
         return within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
 
-    def _select_one(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, memory: Memory
-    ) -> tuple[Tensor, Tensor | None, Stream]:
-        """`select` for one token of one sequence, where the budget needs no tensors."""
-        past, taken = ctx.stream.past, memory.taken
-        assert isinstance(past, int)
-        assert isinstance(taken, int)
-        wanted = at.capacity == 1 or self.wanted(x_BTD, score_BT, at, ctx)
-        allowed = taken < share_of(at.capacity, past + 1) and score_BT.item() > -math.inf
-        selected = int(bool(wanted) and allowed)
-        memory.taken = taken + selected
-        index_BK = torch.zeros(1, selected, dtype=torch.long, device=x_BTD.device)
-        return index_BK, None, Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
-
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         """True where a token is to be selected if the budget allows it, [B, T]."""
         rank_BT = prefix_rank(score_BT)
@@ -119,6 +136,21 @@ class ScoreRouter(Router):
             rank_BT = rank_BT + _ranked_above(kept, score_BT, ctx.stream)
             kept.write(score_BT.unsqueeze(-1), ctx.stream)
         return rank_BT <= budgets(at.capacity, ctx.stream.order(score_BT))
+
+    def wants(self, x_BTD: Tensor, at: Step, ctx: Context, allowed: bool) -> bool:
+        """`wanted` for one token of one sequence with a cache.
+
+        ``allowed``: whether it may be selected. Asked of every token if the router ``ranks``.
+        """
+        memory, past = ctx.memory(self), ctx.stream.past
+        assert memory is not None
+        assert isinstance(past, int)
+        score_BT1 = without_noise(self.scores(x_BTD, at.row, ctx)).detach().unsqueeze(-1)
+        score_BT1 = score_BT1 if allowed else torch.full_like(score_BT1, -math.inf)
+        kept = memory.named("scores", score_BT1, ctx.stream.limit)
+        rank = 1 + int((kept.read(past) > score_BT1).sum())
+        kept.write(score_BT1, ctx.stream)
+        return rank <= share_of(at.capacity, past + 1)
 
 
 class Learned(ScoreRouter):
@@ -198,9 +230,19 @@ def without_noise(score_BT: Tensor) -> Tensor:
     The last bits differ between passes of different shapes. (Veltkamp's splitting of a number.)
     """
     double = score_BT.dtype == torch.float64
-    score_BT = score_BT if double else score_BT.float()
-    large_BT = score_BT * (2 ** (29 if double else 10) + 1)
-    return large_BT - (large_BT - score_BT)
+    return _halved(score_BT if double else score_BT.float(), double)
+
+
+def numbers_without_noise(score: Tensor) -> Numbers:
+    """`without_noise` with the same bits, computed by numpy, which takes a fraction of the time for
+    a few numbers."""
+    double = score.dtype == torch.float64
+    return _halved(np.array(score.tolist(), np.float64 if double else np.float32), double)
+
+
+def _halved(score: S, double: bool) -> S:
+    large = score * (2 ** (29 if double else 10) + 1)
+    return large - (large - score)
 
 
 def budgets(capacity: float, order_BT: Tensor) -> Tensor:

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.blocks.modules.router import Learned, ScoreRouter
+from archdsl.blocks.modules.router import (
+    Learned,
+    ScoreRouter,
+    numbers_without_noise,
+)
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import BatchStatistics, Context, normal_
-from archdsl.nn.cache import Stream
+from archdsl.nn.cache import Memory, Stream
 from archdsl.nn.devices import in_float64
-from archdsl.nn.loop import Step
+from archdsl.nn.loop import Pass, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec
@@ -35,6 +39,7 @@ MOMENTUM = 0.02  # the least share of a new pass in them
 class Threshold(Learned, BatchStatistics):
     """Keeps the quantiles of its scores, which give a threshold for every capacity."""
 
+    ranks: ClassVar[bool] = False
     quantiles_RQ: Tensor
     seen_R: Tensor
 
@@ -60,6 +65,41 @@ class Threshold(Learned, BatchStatistics):
         if self.training:
             self.note(score_BT, at.row)
         return score_BT >= self.threshold(at)
+
+    def wants(self, x_BTD: Tensor, at: Step, ctx: Context, allowed: bool) -> bool:
+        """See `ScoreRouter`."""
+        memory = ctx.memory(self)
+        assert memory is not None
+        return self.takes(self.odds(x_BTD[0, 0]), at, memory)
+
+    def skips(self, x_BTD: Tensor, passes: Sequence[Pass], ctx: Context) -> int:
+        """See `Router`. For one token of one sequence, by one product for all passes."""
+        past, cache = ctx.stream.past, ctx.cache
+        if cache is None or x_BTD.shape[:2] != (1, 1):
+            return 0
+        assert isinstance(past, int)
+        odds: list[float] = []
+        for n, one in enumerate(passes):
+            if one.routed is None:
+                return n
+            memory = cache.memory((self.number, (*ctx.path, one.step)))
+            assert isinstance(memory.taken, int)
+            if memory.taken < share_of(one.routed.capacity, past + 1):
+                odds = odds or self.odds(x_BTD[0, 0])
+                if one.routed.capacity == 1 or self.takes(odds, one.routed, memory):
+                    return n
+        return len(passes)
+
+    def odds(self, x_D: Tensor) -> list[float]:
+        """For each row, what a threshold decides by, of one token."""
+        odds: list[float] = numbers_without_noise(F.linear(x_D, self.weight_RD)).tolist()
+        return odds
+
+    def takes(self, odds: list[float], at: Step, memory: Memory) -> bool:
+        """Whether a token of these `odds` is wanted in the pass ``at``, which has this memory."""
+        if memory.threshold is None:
+            memory.threshold = self.threshold(at).item()
+        return odds[at.row] >= memory.threshold
 
     def threshold(self, at: Step) -> Tensor:
         """The score that the wanted share of scores exceeded in training.
@@ -177,6 +217,17 @@ class Predictor(TopK):
         if at.capacity == self.trained[at.row]:
             return likely_BT > 0
         return likely_BT >= self.threshold(at)
+
+    def odds(self, x_D: Tensor) -> list[float]:
+        """`likely` for each row, of one token."""
+        odds: list[float] = F.linear(x_D, self.predict_RD, self.bias_R).tolist()
+        return odds
+
+    def takes(self, odds: list[float], at: Step, memory: Memory) -> bool:
+        """See `Threshold`."""
+        if at.capacity == self.trained[at.row]:
+            return odds[at.row] > 0
+        return super().takes(odds, at, memory)
 
     def likely(self, x_BTD: Tensor, row: int) -> Tensor:
         """The log-odds that a token is selected, [B, T], without gradients for the stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import archdsl
-from archdsl.blocks.modules.router import ScoreRouter, prefix_rank
+from archdsl.blocks.modules.router import (
+    ScoreRouter,
+    numbers_without_noise,
+    prefix_rank,
+    without_noise,
+)
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.nn.block import Context
-from archdsl.nn.cache import Stream
-from archdsl.nn.loop import Step
+from archdsl.nn.cache import Cache, Stream
+from archdsl.nn.loop import Pass, Step
 from tests import naive
 
 D = 6
@@ -113,6 +119,67 @@ def test_entries_are_distinct_and_the_selected_ones_come_first_and_in_order(
     for index, kept in zip(choice.index_BK.tolist(), rows, strict=True):
         assert len(set(index)) == len(index) == 8
         assert index[: len(kept)] == sorted(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, ThresholdSpec, PredictorSpec, RandomSpec])
+def test_one_token_at_a_time_selects_what_all_at_once_select(
+    kind: type[RouterSpec], dtype: torch.dtype
+) -> None:
+    router = built(kind(capacity=(0.5,))).to(dtype).eval()
+    router.causal.append(None)
+    x_BTD = naive.stream(1, 48, D).round(decimals=1).to(dtype)  # ties are common
+    active_BT, real_BT = torch.rand(2, 1, 48) < 0.9
+    for capacity in (0.2, 0.5, 0.6, 1.0):
+        whole = router(x_BTD[:, real_BT[0]], at(capacity), Context(), active_BT[:, real_BT[0]])
+        keep_BK = torch.ones_like(whole.index_BK) > 0 if whole.keep_BK is None else whole.keep_BK
+        cache, places, gates = Cache(48), [], []
+        for t in range(48):
+            stream = cache.stream(1, real_BT[:, t].long())
+            ctx, x_11D = Context(stream, cache=cache), x_BTD[:, t : t + 1]
+            skips = router.skips(x_11D, [Pass(1, 1, at(capacity))], ctx)
+            one = router(x_11D, at(capacity), replace(ctx, path=(1,)), active_BT[:, t : t + 1])
+            if active_BT[0, t] and real_BT[0, t]:
+                assert skips == (isinstance(router, Threshold) and one.index_BK.size(1) == 0)
+            places += [cache.length] * one.index_BK.size(1)
+            gates += [] if one.gate_BK is None else [one.gate_BK]
+            cache.move(stream.after(1))
+        assert places == whole.index_BK[keep_BK].tolist()
+        assert whole.gate_BK is not None
+        torch.testing.assert_close(torch.cat(gates, 1), whole.gate_BK[keep_BK].unsqueeze(0))
+
+
+@pytest.mark.parametrize("kind", ["threshold", "predictor", "prefix", "random"])
+@pytest.mark.parametrize("unselected", ["bypass", "literal"])
+def test_a_loop_that_skips_passes_decodes_what_one_pass_computes(
+    kind: str, unselected: str
+) -> None:
+    layer = {"kind": "layer", "attention": {"head_size": 4}, "ffn": {"hidden": 12}}
+    residual = {"kind": "thinking", "unselected": unselected}
+    loop = {"kind": "loop", "steps": 5, "body": layer, "residual": residual}
+    router = {"kind": kind, "capacity": [0.3, 0.6, 0.3, 0.5]}
+    fields = {"name": "m", "vocab_size": 11, "context": 40, "dim": 8}
+    model = archdsl.build(fields | {"blocks": [loop | {"router": router}]}).double().eval()
+    tokens_BT = torch.randint(11, (1, 40))
+    with torch.no_grad(), model.causal_routing():
+        whole_BTV = model(tokens_BT)
+    shares: dict[str, list[float]] = {name: [] for name in model.router_shares()}
+    cache, parts = model.new_cache(40), []
+    for token_BT in tokens_BT.split(1, 1):
+        with torch.no_grad():
+            parts.append(model(token_BT, cache=cache))
+        for name, share in model.router_shares().items():
+            shares[name].append(share)
+    torch.testing.assert_close(torch.cat(parts, 1), whole_BTV)
+    assert [len(told) for told in shares.values()] == [40] * 4
+    assert {share for told in shares.values() for share in told} == {0.0, 1.0}
+
+
+@given(st.floats(width=32, allow_nan=False, max_value=2.0**100, min_value=-(2.0**100)))
+def test_a_number_is_rounded_as_a_tensor_is(value: float) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        score = torch.tensor([[value / 3]], dtype=dtype)
+        assert numbers_without_noise(score).tolist() == without_noise(score).tolist()
 
 
 @pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, ThresholdSpec, PredictorSpec, RandomSpec])
