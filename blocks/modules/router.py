@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from archdsl.blocks.router import share_of
@@ -25,10 +23,6 @@ from archdsl.nn.noise import uniform
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
-
-
-Numbers = NDArray[np.floating[Any]]
-S = TypeVar("S", Tensor, Numbers)
 
 
 class ScoreRouter(Router):
@@ -230,19 +224,9 @@ def without_noise(score_BT: Tensor) -> Tensor:
     The last bits differ between passes of different shapes. (Veltkamp's splitting of a number.)
     """
     double = score_BT.dtype == torch.float64
-    return _halved(score_BT if double else score_BT.float(), double)
-
-
-def numbers_without_noise(score: Tensor) -> Numbers:
-    """`without_noise` with the same bits, computed by numpy, which takes a fraction of the time for
-    a few numbers."""
-    double = score.dtype == torch.float64
-    return _halved(np.array(score.tolist(), np.float64 if double else np.float32), double)
-
-
-def _halved(score: S, double: bool) -> S:
-    large = score * (2 ** (29 if double else 10) + 1)
-    return large - (large - score)
+    score_BT = score_BT if double else score_BT.float()
+    large_BT = score_BT * (2 ** (29 if double else 10) + 1)
+    return large_BT - (large_BT - score_BT)
 
 
 def budgets(capacity: float, order_BT: Tensor) -> Tensor:

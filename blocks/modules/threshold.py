@@ -13,11 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.blocks.modules.router import (
-    Learned,
-    ScoreRouter,
-    numbers_without_noise,
-)
+from archdsl.blocks.modules.router import Learned, ScoreRouter, without_noise
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import BatchStatistics, Context, normal_
@@ -92,7 +88,7 @@ class Threshold(Learned, BatchStatistics):
 
     def odds(self, x_D: Tensor) -> list[float]:
         """For each row, what a threshold decides by, of one token."""
-        odds: list[float] = numbers_without_noise(F.linear(x_D, self.weight_RD)).tolist()
+        odds: list[float] = without_noise(F.linear(x_D, self.weight_RD)).tolist()
         return odds
 
     def takes(self, odds: list[float], at: Step, memory: Memory) -> bool:

@@ -13,12 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import archdsl
-from archdsl.blocks.modules.router import (
-    ScoreRouter,
-    numbers_without_noise,
-    prefix_rank,
-    without_noise,
-)
+from archdsl.blocks.modules.router import ScoreRouter, prefix_rank
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
@@ -173,13 +168,6 @@ def test_a_loop_that_skips_passes_decodes_what_one_pass_computes(
     torch.testing.assert_close(torch.cat(parts, 1), whole_BTV)
     assert [len(told) for told in shares.values()] == [40] * 4
     assert {share for told in shares.values() for share in told} == {0.0, 1.0}
-
-
-@given(st.floats(width=32, allow_nan=False, max_value=2.0**100, min_value=-(2.0**100)))
-def test_a_number_is_rounded_as_a_tensor_is(value: float) -> None:
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        score = torch.tensor([[value / 3]], dtype=dtype)
-        assert numbers_without_noise(score).tolist() == without_noise(score).tolist()
 
 
 @pytest.mark.parametrize("kind", [TopKSpec, PrefixSpec, ThresholdSpec, PredictorSpec, RandomSpec])
