@@ -113,6 +113,7 @@ class SearchEngine:
         self.phase = SEARCH
         self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
+        self.compared: dict[int, float] = {}  # models in the comparison, by the trial that wins
         self.jobs: dict[Key, Job] = {}  # of the comparison
         self.results: dict[Key, JobResult] = {}
         self.proxy_validation: ProxyValidation | None = None
@@ -193,10 +194,12 @@ class SearchEngine:
         ranked = best(self.study.finished())
         if not ranked:
             return not self.spending.is_spent
-        compared = len(self._comparison_jobs(ranked[0].spec, [0])) / len(self.proxy.tasks)
-        return self._affords_runs(
-            more + self.seeds * compared + VALIDATION_RUNS, ranked, RESERVED_SHARE
-        )
+        number = ranked[0].number
+        if number not in self.compared:  # asked twice a second, while workers need the cores
+            jobs = self._comparison_jobs(ranked[0].spec, [0])
+            self.compared[number] = len(jobs) / len(self.proxy.tasks)
+        runs = more + self.seeds * self.compared[number] + VALIDATION_RUNS
+        return self._affords_runs(runs, ranked, RESERVED_SHARE)
 
     def _affords_runs(self, runs: float, ranked: list[Trial], most: float = 1.0) -> bool:
         """Return whether the limits allow so many trainings of the best model so far.

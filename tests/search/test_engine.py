@@ -121,6 +121,17 @@ def test_no_trial_starts_without_time_for_all_that_follows() -> None:
     assert not engine(study, one_running)._may_start(1, 3)  # three are running already
 
 
+def test_what_follows_is_counted_once_for_each_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    found = engine(FakeStudy([trial()]), FakeSpending())
+    count = found._comparison_jobs
+    monkeypatch.setattr(
+        found, "_comparison_jobs", lambda *given: counted.append(1) or count(*given)
+    )
+    assert [found._may_start(1, 0) for _ in range(3)] == [True] * 3
+    assert len(counted) == 1
+
+
 def test_no_trial_starts_without_flops_for_all_that_follows() -> None:
     needed = FLOPS * (1 + SEEDS * compared() + VALIDATION_RUNS)
     study = FakeStudy([trial()])
