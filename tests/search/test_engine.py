@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -122,14 +123,11 @@ def test_no_trial_starts_without_time_for_all_that_follows() -> None:
 
 
 def test_what_follows_is_counted_once_for_each_winner(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = []
+    count = Mock(wraps=SearchEngine._comparison_jobs)
+    monkeypatch.setattr(SearchEngine, "_comparison_jobs", lambda *given: count(*given))
     found = engine(FakeStudy([trial()]), FakeSpending())
-    count = found._comparison_jobs
-    monkeypatch.setattr(
-        found, "_comparison_jobs", lambda *given: counted.append(1) or count(*given)
-    )
     assert [found._may_start(1, 0) for _ in range(3)] == [True] * 3
-    assert len(counted) == 1
+    assert count.call_count == 1
 
 
 def test_no_trial_starts_without_flops_for_all_that_follows() -> None:
