@@ -115,7 +115,7 @@ class Report:
         """Adds a measured row and writes the file."""
         goal = GOALS[row.name]
         word = bar(row.value, goal.reach, goal.beat, lower_is_better=goal.lower)
-        found = {"measured": row.value, "": word, "details": row.details}
+        found = {"measured": row.value, "bar": word, "details": row.details}
         self._put(row.name, found | ({"note": f"; {row.note}"} if row.note else {}))
         progress(f"{row.name}: {row.value:.3f}, {word}")
 
@@ -123,7 +123,7 @@ class Report:
         """Notes why rows were not measured, except those that were."""
         for name in names:
             if name not in self.rows:
-                self._put(name, {"": why})
+                self._put(name, {"bar": why})
                 progress(f"{name}: {why}")
 
     def _put(self, name: str, found: dict[str, object]) -> None:
@@ -133,7 +133,8 @@ class Report:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             half = self.path.with_suffix(".part")
-            half.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n")
+            all_of_it = self.facts | {"versions": versions(), "rows": self.rows}
+            half.write_text(json.dumps(all_of_it, indent=1) + "\n")
             half.replace(self.path)
 
     def table(self) -> Iterator[str]:
@@ -146,7 +147,7 @@ class Report:
             now = f"{row['measured']:7.3f}" if "measured" in row else f"{'-':>7}"
             beat = "-" if goal.beat is None else f"{goal.beat:g}"
             goals = f"{goal.before:>10} {goal.reach:>6g} {beat:>6}"
-            yield f"{goal.what:{width}}  {goals} {now}  {row['']}{row.get('note', '')}"
+            yield f"{goal.what:{width}}  {goals} {now}  {row['bar']}{row.get('note', '')}"
 
 
 def run(groups: Mapping[str, Group], at: Sizes, report: Report, seconds: float) -> None:
@@ -220,14 +221,13 @@ def main(started: float | None = None) -> None:
         "small": args.small,
         "commit": commit(),
         "date": now.isoformat(timespec="seconds"),
-        "versions": versions(),
     }
     path = args.out / f"{now:%Y-%m-%dT%H%M%S}.json" if args.json else None
     report = Report(facts, path)
     groups = {name: GROUPS[name] for name in args.rows.split(",")}
     run(groups, at, report, args.time - (time.monotonic() - started) - 10)
     print(*report.table(), sep="\n")
-    if any(str(row[""]).startswith("failed") for row in report.rows.values()):
+    if any(str(row["bar"]).startswith("failed") for row in report.rows.values()):
         sys.exit(1)
 
 

@@ -119,6 +119,11 @@ class Sizes:
         return 8 if self.small else 128
 
     @property
+    def checked(self) -> int:
+        """Tokens after the prompt whose logits are checked."""
+        return 8 if self.small else 32
+
+    @property
     def rounds(self) -> int:
         """Rounds of an interleaved measurement."""
         return 2 if self.small else 7
@@ -334,30 +339,20 @@ def _kernels(at: Sizes, spec: ModelSpec) -> int:
 
 def decoding(at: Sizes) -> Iterator[Row]:
     """Decoding of one sequence with a cache: given tokens, of which the host reads each answer."""
-    calls = 3 * at.rounds + 8  # more than are warmed up and measured
-    count = min(at.prompt + TOKENS * calls, at.room)
+    count = min(at.prompt + at.checked + 2 * TOKENS * (at.rounds + 3), at.room)
     tokens_BT = random_batch(at.plain, 1, count).tokens_BT
-    model = build(at.plain, device=at.device)
-    made = {"plain": _decoder(model, tokens_BT, at)}
-    errors = {"plain": made["plain"].error}
+    made = {"plain": _decoder(build(at.plain, device=at.device), tokens_BT, at)}
+    errors = {"plain": made["plain"].errors}
     if find_spec("transformers") is not None:
-        (peer,) = peers_of(build(at.plain, device=at.device), extras=False)
-        peer.model.to(precision(at.device))
-        read = theirs_static(peer, torch.device(at.device), compiled=at.compiled)
-        made["transformers"] = Decoder(read, tokens_BT.to(at.device), at)
-        made["transformers"].compare(made["plain"].wanted_TV)
-        errors["transformers"] = made["transformers"].error
-        _refuse("the logits of archdsl while decoding", errors["plain"], CLOSE)
-        taken = at.timed(made)
-        details = {"ms/token": _ms(taken, TOKENS), "error": dict(errors)}
-        made.pop("transformers")
+        other = _transformers_decoder(made["plain"].wanted_TV, tokens_BT, at)
+        taken = at.timed(made | {"transformers": other})
+        details = {"ms/token": _ms(taken, TOKENS), "error": errors | {"transformers": other.errors}}
         yield Row("decode", ratio(taken["plain"], taken["transformers"]).median, details)
     flops = {}
     for name, one in routed(at.itt("threshold"), at.device).items():
         flops[name] = _executed(one, tokens_BT, at)
         made[name] = _decoder(one, tokens_BT, at)
-        errors[name] = made[name].error
-    _refuse("the logits of a routed model while decoding", max(errors.values()), 2 * CLOSE)
+        errors[name] = made[name].errors
     taken = at.timed(made)
     more = {"ms/token": _ms(taken, TOKENS), "FLOPs per token": flops, "error": errors}
     yield Row("decode_nobody", ratio(taken["nobody"], taken["plain"]).median, more)
@@ -369,42 +364,40 @@ def decoding(at: Sizes) -> Iterator[Row]:
 class Decoder:
     """Reads given tokens one by one; each call reads TOKENS of them, and the host their answers.
 
-    ``read``: from the next tokens [1, T] to the logits [1, V] of the last. ``error``: of the logits
-    after the prompt, see the module.
+    ``read``: from the next tokens [1, T] to the logits [1, V] of the last. ``wanted_TV``: the
+    logits in float32 of the first tokens after the prompt. ``errors``: of its own logits, see the
+    module, and ``whole``, that of one pass in half precision over all tokens. Raises NotEqual if
+    decoding adds to the error of half precision.
     """
 
-    error: float
-    wanted_TV: Tensor
-
-    def __init__(self, read: Read, tokens_BT: Tensor, at: Sizes) -> None:
-        self.read, self.tokens_BT, self.at = read, tokens_BT, at
+    def __init__(
+        self, read: Read, tokens_BT: Tensor, wanted_TV: Tensor, whole: float, at: Sizes
+    ) -> None:
+        self.read, self.tokens_BT, self.wanted_TV = read, tokens_BT, wanted_TV
         self.answers: list[int] = []
         with torch.inference_mode():
             read(tokens_BT[:, : at.prompt])
         self.place = at.prompt
+        found_TV = torch.cat([self._next().float() for _ in range(len(wanted_TV))])
+        self.errors = {"step by step": _per_token(found_TV, wanted_TV), "one pass": whole}
+        _refuse("the logits of a decoder", self.errors["step by step"], 1.5 * whole + 0.01)
 
     def _next(self) -> Tensor:
         with torch.inference_mode():
             logits_BV = self.read(self.tokens_BT[:, self.place : self.place + 1])
         self.place += 1
-        return logits_BV
+        return logits_BV.clone()
 
     def __call__(self) -> None:
         for _ in range(TOKENS):
             self.answers.append(int(self._next().argmax()))
 
-    def compare(self, wanted_TV: Tensor) -> None:
-        """Compares the next logits with ``wanted_TV``, those in float32 after the prompt."""
-        found_TV = torch.cat([self._next().float() for _ in range(len(wanted_TV))])
-        self.error, self.wanted_TV = _per_token(found_TV, wanted_TV), wanted_TV
-
 
 def _decoder(model: LanguageModel, tokens_BT: Tensor, at: Sizes) -> Decoder:
-    """A decoder of a model, which becomes one in half precision, with its error."""
-    seen_BT = tokens_BT[:, : at.prompt + TOKENS].to(at.device)
-    with torch.no_grad(), model.causal_routing():
-        wanted_TV = model.eval()(seen_BT)[0, at.prompt :].float()
+    """A decoder of a model in float32, which becomes one in half precision."""
+    wanted_TV = _one_pass(model.eval(), tokens_BT, at)
     model.to(precision(at.device)).for_decoding()
+    whole = _per_token(_one_pass(model, tokens_BT, at), wanted_TV)
     cache, step = model.new_cache(at.room), None
 
     def read(tokens_BT: Tensor) -> Tensor:
@@ -414,9 +407,25 @@ def _decoder(model: LanguageModel, tokens_BT: Tensor, at: Sizes) -> Decoder:
         step = step or TokenStep(model, cache, 1)
         return step(tokens_BT[:, 0].tolist())
 
-    made = Decoder(read, tokens_BT, at)
-    made.compare(wanted_TV)
-    return made
+    return Decoder(read, tokens_BT, wanted_TV, whole, at)
+
+
+def _transformers_decoder(wanted_TV: Tensor, tokens_BT: Tensor, at: Sizes) -> Decoder:
+    """A decoder of transformers with a static cache, compiled; it has the weights of the plain
+    model."""
+    (peer,) = peers_of(build(at.plain, device=at.device), extras=False)
+    peer.model.to(precision(at.device))
+    tokens_BT = tokens_BT.to(at.device)
+    whole = _per_token(_one_pass(peer.logits, tokens_BT, at), wanted_TV)
+    read = theirs_static(peer, torch.device(at.device), compiled=at.compiled)
+    return Decoder(read, tokens_BT, wanted_TV, whole, at)
+
+
+def _one_pass(logits: Callable[[Tensor], Tensor], tokens_BT: Tensor, at: Sizes) -> Tensor:
+    """The logits [T, V] of the tokens after the prompt that are checked, of one pass over all."""
+    seen_BT = tokens_BT[:, : at.prompt + at.checked].to(at.device)
+    with torch.no_grad():
+        return logits(seen_BT)[0, at.prompt :].float()
 
 
 def _executed(model: LanguageModel, tokens_BT: Tensor, at: Sizes) -> float:

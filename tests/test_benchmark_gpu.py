@@ -35,6 +35,7 @@ def test_every_row_is_measured_and_in_the_table_and_in_the_file(
     for name, one in found["rows"].items():
         assert "measured" in one, one
         assert GOALS[name].what in table
+    assert {"torch", "transformers"} <= set(found["versions"])
     assert found["device"]
     assert found["commit"]
 
@@ -52,7 +53,7 @@ def test_rows_that_cannot_be_measured_say_why_and_the_others_are_kept(
 
     def slow(at: Sizes) -> Iterator[Row]:
         yield row("loss")
-        assert json.loads(path.read_text())["rows"]["loss"][""] == "beat"  # at once
+        assert json.loads(path.read_text())["rows"]["loss"]["bar"] == "beat"  # at once
         time.sleep(60)
         yield row("loss_memory")
 
@@ -67,7 +68,7 @@ def test_rows_that_cannot_be_measured_say_why_and_the_others_are_kept(
         "long": Group(slow, ("launches",), 1000),
     }
     gpu.run(groups, Sizes("cpu", compiled=False, small=False), report, 0.5)
-    words = {name: str(one[""]) for name, one in report.rows.items()}
+    words = {name: str(one["bar"]) for name, one in report.rows.items()}
     assert words == {
         "plain": "beat",
         "mfu": "failed: NotEqual: not equal: logits",
