@@ -134,7 +134,8 @@ class Counter(TorchDispatchMode):
         if node is not None:
             return self.callers.get(node._sequence_nr(), "gradients") + ", backward"
         caller = _calling_function()
-        self.callers[torch._C._autograd._get_sequence_nr() - 1] = caller
+        # its own node has the last number; operations without one may follow
+        self.callers.setdefault(torch._C._autograd._get_sequence_nr() - 1, caller)
         return caller
 
 

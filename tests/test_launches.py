@@ -51,6 +51,7 @@ def test_launches_bytes_and_flops_are_those_of_a_gpu_under_autocast() -> None:
     assert found["mm"].launches == 2
     assert found["mm"].bytes == 2 * (1 + 2 + 1) * MB
     assert found["mm"].flops == 2 * 2 * 512 * 1024**2
+    assert found["mm"].floor == pytest.approx(2 * max(4 * MB / 3e12, 2 * 512 * 1024**2 / 780e12))
     assert found["rms_norm"].launches == 1
     assert 4 * MB < found["rms_norm"].bytes < 4.01 * MB
 
