@@ -39,6 +39,7 @@ from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context, rotate
+from archdsl.nn.gather import take
 from benchmarks.measure import (
     ROOT,
     Ratio,
@@ -94,7 +95,9 @@ def masked(loop: BodyLoop, x_BTD: Tensor) -> Tensor:
         assert loop.router is not None
         chosen = loop.router(x_BTD, one.routed, ctx, None)
         mask_BT = chosen.mask(x_BTD.size(1))
-        gate_BT = torch.zeros_like(x_BTD[..., 0]).scatter(1, chosen.index_BK, chosen.gate_BK)
+        weight_BK = loop.router.weights(take(x_BTD, chosen.index_BK), one.routed, chosen)
+        assert weight_BK is not None
+        gate_BT = torch.zeros_like(x_BTD[..., 0]).scatter(1, chosen.index_BK, weight_BK)
         shared = kv if loop.spec.kv == "shared" else None
         y_BTD, _ = _layer(body, x_BTD, mask_BT, shared)
         new_BTD = loop.spec.residual.join(

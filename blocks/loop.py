@@ -520,14 +520,25 @@ class LoopSpec(BlockSpec):
         at = rows.routed(taken, taken if kv == "own" else self._keys(rows.tokens, step), kv, padded)
         choice = Footprint(reads=False) if router is None else router.footprint(rows, at)
         body, _ = self._body_pass(at, step, taken=True)
-        kept = body.kept + choice.kept + at.tables(body.angles) + self.residual.footprint(at)
+        # the router's weights read the selected tokens, which others may have saved already
+        saved = self._injects(step) and self.injection == "diagonal"
+        saved = saved or (body.reads and not self._changes_input(step))
+        kept = at.stream * (router is not None and router.learned and not saved)
+        kept += body.kept + choice.kept + at.tables(body.angles) + self.residual.footprint(at)
         kept += at.stream * ((router is not None and router.learned) + self._scales)
-        takes = 1 + padded + self._injects(step)
-        kept += at.indices * (takes + 1) + (at.batch * at.tokens if padded else 0)
+        literal = getattr(self.residual, "unselected", None) == "literal"
+        places = 1 + self._injects(step) + (1 + padded) * literal
+        # padding has the weight 0, of which a router that does not learn keeps nothing
+        weighed = router is not None and self.residual.adds and self.norm is None and not literal
+        marked = padded and not (weighed and router is not None and not router.learned)
+        kept += at.indices * places + at.batch * at.tokens * marked
         if self.norm is not None:
             kept += at.stream + norm_footprint(self.norm, at).kept
-        rest = self._scales and getattr(self.residual, "unselected", None) == "literal"
-        return Footprint(kept, choice.reads or rest, body.work + rows.stream + 2 * at.stream)
+        return Footprint(
+            kept,
+            choice.reads or (self._scales and literal),
+            body.work + rows.stream + 2 * at.stream,
+        )
 
     def _keys(self, tokens: int, step: int) -> int:
         """The number of keys that a pass attends to if not those of its own tokens alone."""
@@ -544,7 +555,7 @@ class LoopSpec(BlockSpec):
         """The body on its input, and whether that input is a new tensor, which is saved then."""
         at = at._replace(rank=self.rank(step), keeps_states=False)
         body, injects = self.body.footprint(at), self._injects(step)
-        made = taken or injects or (self.encoding is not None and not self._scales)
+        made = taken or self._changes_input(step)
         kept = at.stream * (body.reads and made)
         if injects and self.injection == "linear":
             kept += 2 * at.stream  # both as one
@@ -552,6 +563,10 @@ class LoopSpec(BlockSpec):
             # what is written, three vectors and, of selected tokens, the state and the input
             kept += (3 if taken else 1) * at.stream + 3 * FLOAT * at.dim
         return body.plus(kept), made
+
+    def _changes_input(self, step: int) -> bool:
+        """Whether the body of a pass reads another tensor than the state."""
+        return self._injects(step) or (self.encoding is not None and not self._scales)
 
     def _injects(self, step: int) -> bool:
         """Whether a pass reads the loop's input besides the state."""

@@ -38,6 +38,7 @@ class ResidualSpec(Part):
     """Combines the result of a step with the stream."""
 
     family: ClassVar[str] = "residual"
+    adds: ClassVar[bool] = True  # a weight of 0 leaves the value before
     first_phi: ClassVar[float] = 1.0
     further_phi: ClassVar[float] = 1.0  # where a multiplicative encoding starts
 
@@ -92,6 +93,7 @@ class OverwriteSpec(ResidualSpec):
     """The result takes the place of what was there: a plain loop."""
 
     example: ClassVar = {"kind": "overwrite"}
+    adds: ClassVar[bool] = False
 
     kind: Literal["overwrite"] = "overwrite"
 

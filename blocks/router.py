@@ -90,12 +90,13 @@ class RouterSpec(Part):
             bill.kv += 2 * steps * sum(bill.runs.lengths)
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
-        """The memory of one selection. Saved: the gates; if learned, scores and their places."""
+        """The memory of one selection. Saved: the weights of the tokens; if learned, their squashed
+        scores, too. For losses of the router, the tokens, and the scores of all of them."""
         if not self.learned:
             return Footprint(chosen.floats(), reads=False)
-        places = rows.indices if self.fills else chosen.indices
-        kept = rows.floats() * (1 + rows.router_losses)
-        return Footprint(kept + places + 2 * chosen.floats())
+        losses = rows.router_losses
+        kept = rows.floats() * (1 + losses) if losses else 0
+        return Footprint(kept + 2 * chosen.floats(), reads=losses > 0)
 
     def build(self, dim: int, steps: list[int]) -> Router:
         """The torch module, with weights for the routed ``steps`` of the loop."""

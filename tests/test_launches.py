@@ -17,13 +17,13 @@ MB = 2**20
 # the goals are 1.5 and .6
 LIMITS = {
     "own": {
-        "top_k": (2.11, 0.715),
-        "threshold": (2.60, 0.805),
-        "predictor": (2.61, 0.735),
-        "prefix": (2.68, 0.805),
-        "random": (2.67, 0.735),
+        "top_k": (1.44, 0.63),
+        "threshold": (1.84, 0.63),
+        "predictor": (1.95, 0.64),
+        "prefix": (1.99, 0.64),
+        "random": (1.98, 0.61),
     },
-    "shared": {"top_k": (2.80, 0.895), "prefix": (3.55, 1.005)},
+    "shared": {"top_k": (1.68, 0.74), "prefix": (2.36, 0.76)},
 }
 
 

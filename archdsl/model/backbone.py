@@ -20,22 +20,24 @@ from archdsl.nn.cache import Cache, ContextFullError, Stream
 from archdsl.nn.gather import take
 from archdsl.nn.loop import DialError, Loop, Router, selecting_causally
 from archdsl.nn.norm import make_norm
+from archdsl.nn.precision import autocast_dtype
 
 
 class Backbone(nn.Module):
     """Maps embedded tokens to the stream after all ``blocks``. Whoever inherits from it builds
     ``spec`` and ``blocks``, and calls `find_parts` at the end.
 
-    ``layers``: the blocks in their order, those of a stack one by one. ``loops`` and ``routers``:
-    all loops and all routers, in their order. ``counting``: what keeps statistics of training
-    batches, see `Primitive.commit`. ``checkpoint_activations``: whether the backward pass
-    recomputes each layer instead of storing its activations. ``trace``: of the last pass.
-    ``readout``: the logits of a stream; None: there is no head.
+    ``layers``: the blocks in their order, those of a stack one by one; ``layer_names``: of each.
+    ``loops`` and ``routers``: all loops and all routers, in their order. ``counting``: what keeps
+    statistics of training batches, see `Primitive.commit`. ``checkpoint_activations``: whether the
+    backward pass recomputes each layer instead of storing its activations. ``trace``: of the last
+    pass. ``readout``: the logits of a stream; None: there is no head.
     """
 
     spec: ModelSpec
     blocks: nn.ModuleList
     layers: list[nn.Module]
+    layer_names: dict[nn.Module, str]
     loops: list[Loop]
     routers: list[Router]
     counting: list[Primitive]
@@ -49,6 +51,8 @@ class Backbone(nn.Module):
         self.trace = Trace()
         # lists, because every decoded token needs them
         self.layers = [layer for block in self.blocks for layer in cast(Block, block).unrolled()]
+        names = {module: name for name, module in self.named_modules()}
+        self.layer_names = {layer: names[layer] for layer in self.layers}
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
         for number, (name, module) in enumerate(self.named_modules()):
@@ -56,6 +60,10 @@ class Backbone(nn.Module):
                 module.number = number
             if isinstance(module, Loop):
                 module.label = name
+                above = [
+                    one for one in self.layer_names.values() if f"{name}.".startswith(f"{one}.")
+                ]
+                module.place = name.removeprefix(above[0]) if above else name
                 module.dial()
         primitives = [one for one in self.blocks.modules() if isinstance(one, Primitive)]
         self.counting = [one for one in primitives if type(one).commit is not Primitive.commit]
@@ -81,6 +89,8 @@ class Backbone(nn.Module):
         if self.training:
             for one in self.counting:
                 one.begin_pass()
+        # under autocast the stream is as wide as the products: half of the bytes to move
+        x_BTD = x_BTD.to(autocast_dtype(x_BTD.device) or x_BTD.dtype)
         index_BT, length_B = _real_first(mask_BT)
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
@@ -101,9 +111,13 @@ class Backbone(nn.Module):
 
     def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The stream after one of the layers, [B, T, D]."""
+        inner = replace(ctx, trace=ctx.trace.for_layer())
         if self.checkpoint_activations and self.training:
-            return cast(Tensor, checkpoint(layer, x_BTD, ctx, use_reentrant=False))
-        return cast(Tensor, layer(x_BTD, ctx))
+            x_BTD = cast(Tensor, checkpoint(layer, x_BTD, inner, use_reentrant=False))
+        else:
+            x_BTD = cast(Tensor, layer(x_BTD, inner))
+        ctx.trace.take_over(inner.trace, self.layer_names.get(layer, ""))
+        return x_BTD
 
     def _context(
         self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None, pos_BT: Tensor | None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from archdsl.costs.activations import logits_at_once
 from archdsl.data.types import IGNORE
+from archdsl.nn.precision import autocast_dtype
 
 
 def summed_cross_entropy(
@@ -29,10 +30,8 @@ def summed_cross_entropy(
     or that of autocast; the sum and the gradient of the head are at least in float32. Gradients are
     computed together with the loss, so that no logit is computed twice.
     """
-    device = head_VD.device.type
-    half = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if half else streams[0].dtype
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(head_VD.device) or streams[0].dtype
+    with torch.autocast(head_VD.device.type, enabled=False):
         given = [x_ND.to(dtype) for x_ND in streams]
         nats = _SummedCrossEntropy.apply(head_VD, target_N, weight_PN, *given)  # type: ignore[no-untyped-call]
     return cast(Tensor, nats)
@@ -48,7 +47,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         needs_head, _, needs_weight, *needs_stream = ctx.needs_input_grad
         device, dtype = head_VD.device.type, streams[0].dtype
         exact, scores = torch.promote_types(dtype, torch.float32), _scores_on(device)
-        rows = max(1, logits_at_once(device) // len(head_VD))
+        rows = _equal_parts(len(target_N), max(1, logits_at_once(device) // len(head_VD)))
         there_N, read_VD = (target_N != IGNORE).to(exact), head_VD.to(dtype)
         count_PN = there_N.expand(len(streams), -1)
         if weight_PN is not None:
@@ -87,6 +86,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
             None if slope_PN is None else slope_PN.to(weight_dtype),
             *slopes,
         )
+
+
+def _equal_parts(total: int, most: int) -> int:
+    """The size of the fewest parts of ``total`` that have at most ``most`` each, nearly equal."""
+    return -(-total // max(1, -(-total // most)))
 
 
 def _add_product_(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
@@ -139,4 +143,13 @@ def _scores_on(device: str) -> Scores:
     # Triton is not part of every build of torch, for example not on Windows
     if device in ("cpu", "mps", "meta") or find_spec("triton") is None:
         return _scores
-    return torch.compile(_fused_scores, dynamic=True)
+    compiled = torch.compile(_fused_scores)
+
+    def scores(
+        logit_nV: Tensor, target_n: Tensor, weight_n: Tensor, slopes: bool
+    ) -> tuple[Tensor, Tensor]:
+        for given in (logit_nV, target_n, weight_n):  # a vocabulary of any size would be slow
+            torch._dynamo.maybe_mark_dynamic(given, 0)
+        return compiled(logit_nV, target_n, weight_n, slopes)
+
+    return scores

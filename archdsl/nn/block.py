@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.nn.cache import Cache, Memory, Stream, column
+from archdsl.nn.cache import Cache, Memory, Stream, shifted
 from archdsl.nn.gather import take
+from archdsl.nn.precision import autocast_dtype
 from archdsl.nn.rope import RopeScaling, inverse_frequencies
 
 
@@ -200,6 +202,8 @@ class Host(Protocol):
 class Trace:
     """What happened in a pass, by loop and routed step.
 
+    A layer notes it by their names within the layer, in a trace of its own; see `for_layer`.
+
     ``shares``: the share of tokens that was selected. ``losses``: losses of routers, to be added to
     that of the model. ``accuracies``: of predictors. Where another loop runs a loop several times,
     its losses are added up, and the others are those of its last run. ``steps_BT``: how many steps
@@ -213,6 +217,16 @@ class Trace:
     accuracies: dict[str, Tensor] = field(default_factory=dict)
     steps_BT: Tensor | None = None
     passes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def for_layer(self) -> Trace:
+        """An empty trace for one layer, but for what all layers add to."""
+        return Trace({}, {}, {}, self.steps_BT, self.passes)
+
+    def take_over(self, layer: Trace, name: str) -> None:
+        """Adds what a layer of this name noted."""
+        self.shares |= {f"{name}{place}": found for place, found in layer.shares.items()}
+        self.losses |= {f"{name}{place}": found for place, found in layer.losses.items()}
+        self.accuracies |= {f"{name}{place}": found for place, found in layer.accuracies.items()}
 
     def put_back(self, index_BT: Tensor) -> None:
         """Brings what is known of each token into the order of the places ``index_BT``."""
@@ -257,7 +271,7 @@ class Context:
     cache: Cache | None = None
     path: tuple[int, ...] = ()
     trace: Trace = field(default_factory=Trace)
-    tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     host: Host | None = None
     added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
     passes: list[Tensor] | None = None
@@ -268,6 +282,18 @@ class Context:
         y = cast(Tensor, matrix(x))
         more = self.added.get(matrix)
         return y if more is None else y + more(x)
+
+    def linears(self, matrices: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+        """The products of linear maps without biases with the same ``x``, as of `linear`.
+
+        In half precision, as on a GPU, one product computes all of them: it is larger, and the
+        matrices are copied to that precision anyway.
+        """
+        dtype = autocast_dtype(x.device)
+        if dtype is None or any(one in self.added for one in matrices):
+            return [self.linear(one, x) for one in matrices]
+        joined = torch.cat([one.weight.to(dtype) for one in matrices])
+        return list(F.linear(x.to(dtype), joined).split([one.out_features for one in matrices], -1))
 
     def at(self, index_BK: Tensor, stream: Stream, keep_BK: Tensor | None = None) -> Context:
         """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``.
@@ -280,7 +306,7 @@ class Context:
             stream=stream,
             pos_BT=_picked(self.pos_BT, index_BK),
             place_BT=_picked(self.place_BT, index_BK),
-            order_BT=index_BK + column(self.stream.past),
+            order_BT=shifted(index_BK, self.stream.past),
             tables={},
         )
 
@@ -308,8 +334,20 @@ class Context:
         # T only where it counts: as a symbol, it cannot be looked up
         key = (theta, scaling, T if self.pos_BT is None else None, E, x_BHTE.dtype)
         if key not in self.tables:
-            self.tables[key] = self._angles(x_BHTE, theta, scaling)
+            found = self._selected_angles((theta, scaling, E, x_BHTE.dtype))
+            self.tables[key] = found or self._angles(x_BHTE, theta, scaling)
         return self.tables[key]
+
+    def _selected_angles(self, wanted: tuple[object, ...]) -> tuple[Tensor, Tensor] | None:
+        """Those of the selected tokens, if those of all tokens were computed already."""
+        if self.whole is None:
+            return None
+        all_tokens, index_BK, _ = self.whole
+        for (theta, scaling, _, E, dtype), tables in all_tokens.tables.items():
+            if (theta, scaling, E, dtype) == wanted:
+                cos, sin = (_rows_of(table, index_BK) for table in tables)
+                return cos, sin
+        return None
 
     def _angles(
         self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None
@@ -324,6 +362,14 @@ class Context:
             angle = angle.unsqueeze(1)  # heads
         cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _rows_of(table: Tensor, index_BK: Tensor) -> Tensor:
+    """The rows of a table [T, E] or [1 or B, 1, T, E], [B, 1, K, E]."""
+    if table.dim() == 2:
+        return table[index_BK].unsqueeze(1)
+    rows = table.squeeze(1).expand(len(index_BK), -1, -1)
+    return take(rows, index_BK).unsqueeze(1)
 
 
 def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Stream:
     def order(self, x_BT: Tensor) -> Tensor:
         """The place of each token among those of its sequence, [1 or B, T]."""
         place_1T = torch.arange(x_BT.size(1), device=x_BT.device).unsqueeze(0)
-        return place_1T + column(self.past)
+        return shifted(place_1T, self.past)
 
     def real(self, x_BT: Tensor) -> Tensor | None:
         """True where a token is no padding, [B, T]; None: everywhere."""
@@ -88,6 +88,11 @@ class Stream:
 def column(count: Count) -> Count:
     """The count in a shape that can be added to a [B, T]."""
     return count if isinstance(count, int) else count.unsqueeze(1)
+
+
+def shifted(place_BT: Tensor, count: Count) -> Tensor:
+    """Places after ``count`` tokens before the first of each row."""
+    return place_BT if isinstance(count, int) and count == 0 else place_BT + column(count)
 
 
 def alike(count: Count) -> Count:

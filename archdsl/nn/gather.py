@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, K selected tokens, D width.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, cast
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,63 @@ def put(x_BTD: Tensor, index_BK: Tensor, new_BKD: Tensor) -> Tensor:
     B, T, D = x_BTD.shape
     flat = x_BTD.reshape(B * T, D).index_put((_flat(index_BK, T),), new_BKD.reshape(-1, D))
     return flat.view(B, T, D)
+
+
+def split(x_BTD: Tensor, index_BK: Tensor) -> tuple[Tensor, Left]:
+    """As `take`, and what is left: to be given to `join`, and to nothing else.
+
+    The gradient of all tokens then takes one copy: `join` hands it on as it is, also at the places
+    that were replaced, and here these are replaced by the gradient of the taken tokens.
+    """
+    B, T, D = x_BTD.shape
+    x_ND, index = x_BTD.reshape(B * T, D), _flat(index_BK, T)
+    if torch.is_grad_enabled():
+        x_KD, left_ND = _Split.apply(x_ND, index)  # type: ignore[no-untyped-call]
+    else:
+        x_KD, left_ND = x_ND.index_select(0, index), x_ND
+    return x_KD.view(B, -1, D), Left(left_ND, index, B)
+
+
+def join(left: Left, new_BKD: Tensor) -> Tensor:
+    """As `put`, at the places that `split` took the tokens from."""
+    new_KD = new_BKD.reshape(-1, new_BKD.size(-1))
+    if torch.is_grad_enabled():
+        joined = cast(Tensor, _Join.apply(left.x_ND, left.places, new_KD))  # type: ignore[no-untyped-call]
+    else:
+        joined = left.x_ND.index_put((left.places,), new_KD)
+    return joined.view(left.rows, -1, joined.size(-1))
+
+
+class Left(NamedTuple):
+    """What `split` leaves: the tokens of all ``rows``, and the ``places`` of those that it took."""
+
+    x_ND: Tensor
+    places: Tensor
+    rows: int
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(index)
+        return x_ND.index_select(0, index), x_ND.view_as(x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, taken: Tensor, rest_ND: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return rest_ND.index_copy(0, index, taken), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rest_ND: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return rest_ND.index_copy(0, index, new)
+
+    @staticmethod
+    def backward(ctx: Any, slope_ND: Tensor) -> tuple[Tensor, None, Tensor]:
+        (index,) = ctx.saved_tensors
+        return slope_ND, None, slope_ND.index_select(0, index)
 
 
 def _flat(index_BK: Tensor, T: int) -> Tensor:

@@ -34,15 +34,17 @@ class DialError(ArchdslError):
 class Step(NamedTuple):
     """A routed pass of a loop.
 
-    ``name``: the loop and the number of the routed pass. ``row``: which row of the router's weights
-    it uses. ``capacity``: the share of all tokens that it may select. ``among``: the share of all
-    tokens that it may choose from.
+    ``name``: the loop and the number of the routed pass; ``key``: the same without the name of the
+    layer that the loop is in, so that equal layers are equal to a compiler. ``row``: which row of
+    the router's weights it uses. ``capacity``: the share of all tokens that it may select.
+    ``among``: the share of all tokens that it may choose from.
     """
 
     name: str
     row: int
     capacity: float
     among: float
+    key: str = ""
 
 
 class Pass(NamedTuple):
@@ -66,13 +68,14 @@ class Selection:
     """The tokens that a router selected: distinct, and in the order of the sequence.
 
     ``index_BK``: their places in the chunk. Rows with fewer than K selected tokens are filled up
-    with others. ``gate_BK``: the weight of each new value; None: 1. ``keep_BK``: False where an
-    entry only fills up its row; None: all are selected. ``stream``: what the selected tokens are a
-    chunk of, counting those that the same pass selected of earlier chunks.
+    with others. ``score_BK``: their scores, from which their weights follow, without a gradient;
+    None: there are none. ``keep_BK``: False where an entry only fills up its row; None: all are
+    selected. ``stream``: what the selected tokens are a chunk of, counting those that the same pass
+    selected of earlier chunks.
     """
 
     index_BK: Tensor
-    gate_BK: Tensor | None
+    score_BK: Tensor | None
     keep_BK: Tensor | None
     stream: Stream
 
@@ -109,6 +112,14 @@ class Router(Primitive):
         """Selects the tokens of the pass ``at``, only among ``active_BT`` [B, T] if it is given."""
         raise NotImplementedError
 
+    def weights(self, x_BKD: Tensor, at: Step, chosen: Selection) -> Tensor | None:
+        """The weights [B, K] of the new values of the selected tokens ``x_BKD``; None: 1.
+
+        By them the router learns. The gradient of a learned weight reaches the stream here, where
+        there are only the selected tokens.
+        """
+        return None
+
     def scores(self, x_BTD: Tensor, row: int, ctx: Context) -> Tensor:
         """A score for each token, [B, T]; tokens with a high score are selected."""
         raise NotImplementedError
@@ -138,11 +149,12 @@ class Loop(Block):
     """A block that runs a body in passes, whose number and capacities can be changed: dialled.
 
     ``spec``: what it was built from. ``label``: its name in the model, which begins the name of
-    each routed pass. ``passes``: the passes that it runs now. ``bodies``: one block, or one for
-    each pass. ``steps``: the number of passes it was trained with. ``full_steps``: how many of them
-    take every token. ``most_steps``: how many it can run; None: any number. ``thresholds``: some
-    at which its exit may be dialled, see `dial_exit`; none without an exit. ``needs_readout``:
-    whether it uses `Context.readout`.
+    each routed pass. ``place``: the end of its name, after that of the layer that it is in.
+    ``passes``: the passes that it runs now. ``bodies``: one block, or one for each pass. ``steps``:
+    the number of passes it was trained with. ``full_steps``: how many of them take every token.
+    ``most_steps``: how many it can run; None: any number. ``thresholds``: some at which its exit
+    may be dialled, see `dial_exit`; none without an exit. ``needs_readout``: whether it uses
+    `Context.readout`.
     """
 
     thresholds: Sequence[float] = ()
@@ -150,6 +162,7 @@ class Loop(Block):
 
     spec: BlockSpec
     label: str
+    place: str
     passes: list[Pass]
     bodies: nn.ModuleList
     router: Router | None

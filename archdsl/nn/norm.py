@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,6 +20,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Scales each token to unit size, then each of its elements by a learned gain."""
+        if x_BTD.dtype != self.weight.dtype:  # under autocast, which would widen the stream
+            weight_D = self.weight.to(x_BTD.dtype)
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                return F.rms_norm(x_BTD, self.normalized_shape, weight_D, self.eps)
         exact = x_BTD.dtype in (torch.float32, torch.float64)
         if x_BTD.requires_grad or x_BTD.device.type != "cpu" or not exact:
             return super().forward(x_BTD)
@@ -29,6 +34,14 @@ class RMSNorm(nn.RMSNorm):
         return x_BTD * scale_BT1 * self.weight
 
 
-def make_norm(type: Literal["rms", "layer"], dim: int, eps: float) -> RMSNorm | nn.LayerNorm:
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, whose result has the data type of the stream under autocast, too."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Moves each token to mean 0 and unit variance, then scales and moves its elements."""
+        return super().forward(x_BTD).to(x_BTD.dtype)
+
+
+def make_norm(type: Literal["rms", "layer"], dim: int, eps: float) -> RMSNorm | LayerNorm:
     """The norm of this type over ``dim`` elements; ``eps`` is added to the variance."""
-    return (RMSNorm if type == "rms" else nn.LayerNorm)(dim, eps=eps)
+    return (RMSNorm if type == "rms" else LayerNorm)(dim, eps=eps)

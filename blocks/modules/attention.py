@@ -54,20 +54,21 @@ class Attention(Block):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """What each token reads from the tokens up to itself, [B, T, D]."""
-        q_BHTE = self._turn(self.q_norm(self._heads(ctx.linear(self.q, x_BTD))), ctx)
-        kv = self._keys_values(x_BTD, ctx)
-        y_BHTE = self._attend(q_BHTE, kv, ctx)
-        return ctx.linear(self.o, y_BHTE.transpose(1, 2).flatten(2))
-
-    def _keys_values(self, x_BTD: Tensor, ctx: Context) -> KeysValues:
         handed = ctx.handed
         if handed is not None and ctx.kv == "shared" and self in handed:
-            return handed[self]
-        k_BGTE = self._turn(self.k_norm(self._heads(ctx.linear(self.k, x_BTD))), ctx)
-        new = KeysValues(k_BGTE, self._heads(ctx.linear(self.v, x_BTD)), ctx.pos_BT)
-        if handed is None:
+            q_BHTE, kv = self._heads(ctx.linear(self.q, x_BTD)), handed[self]
+        else:
+            products = ctx.linears((self.q, self.k, self.v), x_BTD)
+            q_BHTE, k_BGTE, v_BGTE = (self._heads(one) for one in products)
+            kv = self._keys_values(self._turn(self.k_norm(k_BGTE), ctx), v_BGTE, ctx)
+        y_BHTE = self._attend(self._turn(self.q_norm(q_BHTE), ctx), kv, ctx)
+        return ctx.linear(self.o, y_BHTE.transpose(1, 2).flatten(2))
+
+    def _keys_values(self, k_BGTE: Tensor, v_BGTE: Tensor, ctx: Context) -> KeysValues:
+        new = KeysValues(k_BGTE, v_BGTE, ctx.pos_BT)
+        if ctx.handed is None:
             return self._with_past(new, ctx)
-        return self._handed_on(new, ctx, handed)
+        return self._handed_on(new, ctx, ctx.handed)
 
     def _handed_on(
         self, new: KeysValues, ctx: Context, handed: dict[Block, KeysValues]
@@ -181,9 +182,12 @@ class Attention(Block):
         return torch.cat(y, 2) if len(y) > 1 else y[0]
 
     def _are_most(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> bool:
+        """Whether attention at all places is faster than a mask, as it always is on a GPU."""
         # not with a cache: places of padding could lie beyond the keys
-        plain = self.window is None and ctx.cache is None and q_BHTE.device.type == "cpu"
-        return plain and q_BHTE.size(2) > MOST * kv.k_BGSE.size(2)
+        plain = self.window is None and ctx.cache is None and kv.order_BS is None
+        many = q_BHTE.device.type not in ("cpu", "meta")
+        many = many or q_BHTE.size(2) > MOST * kv.k_BGSE.size(2)
+        return plain and many
 
     def _among_all(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
         """Plain causal attention with each query at its place, and zeros at the other places."""

@@ -21,12 +21,13 @@ def plan(
     capacity: Capacity,
     steps: int | None,
     threshold: float | None = None,
+    place: str = "",
 ) -> list[Pass]:
     """The passes of a loop at a setting of the compute dial; None: as trained.
 
     ``rows``: for each trained step the row of the router's weights; None: it takes every token.
-    ``label``: the name of the loop. ``threshold``: of its exit. Raises DialError if the loop cannot
-    be run so.
+    ``label``: the name of the loop; ``place``: the end of it, see `Loop`. ``threshold``: of its
+    exit. Raises DialError if the loop cannot be run so.
     """
     count = spec.steps if steps is None else steps
     if count < 1:
@@ -34,7 +35,7 @@ def plan(
     if count > spec.steps and spec.parameters == "per_step":
         raise DialError(f"{label}: has weights for {spec.steps} steps, each its own; got {count}")
     if spec.leaves is not None:
-        return _until_exit(spec, spec.leaves, label, count, threshold)
+        return _until_exit(spec, spec.leaves, label, count, threshold, place)
     likes = [min(step, spec.steps - 1) for step in range(count)]
     shares = _shares(spec, [rows[like] for like in likes], label, capacity)
     passes: list[Pass] = []
@@ -42,7 +43,7 @@ def plan(
     for step, (like, share) in enumerate(zip(likes, shares, strict=True)):
         row, at = rows[like], None
         if row is not None:
-            at = Step(f"{label}.{routed}", row, share, among)
+            at = Step(f"{label}.{routed}", row, share, among, f"{place}.{routed}")
             routed += 1
             if spec.router is not None and spec.router.nested:
                 among = share
@@ -51,7 +52,7 @@ def plan(
 
 
 def _until_exit(
-    spec: LoopSpec, leaves: ExitSpec, label: str, count: int, threshold: float | None
+    spec: LoopSpec, leaves: ExitSpec, label: str, count: int, threshold: float | None, place: str
 ) -> list[Pass]:
     """The passes of a loop whose tokens may stop after each of them."""
     threshold = leaves.threshold if threshold is None else threshold
@@ -65,7 +66,8 @@ def _until_exit(
     passes = [Pass(0, 0, None, exit=threshold)]
     for step in range(1, count):
         share = given[min(step - 1, len(given) - 1)]
-        at = Step(f"{label}.{step - 1}", step - 1, share, 1.0) if stops else None
+        number = step - 1
+        at = Step(f"{label}.{number}", number, share, 1.0, f"{place}.{number}") if stops else None
         passes.append(Pass(step, min(step, spec.steps - 1), at, exit=threshold))
     return passes
 

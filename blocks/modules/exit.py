@@ -69,7 +69,7 @@ class Exit(Primitive):
         """
         raise NotImplementedError
 
-    def end(self, x_BTD: Tensor, known: Going, label: str, ctx: Context) -> Tensor:
+    def end(self, x_BTD: Tensor, known: Going, place: str, ctx: Context) -> Tensor:
         """What the loop returns after its last pass, [B, T, D]."""
         return x_BTD
 
@@ -125,7 +125,7 @@ class Gate(Learned):
         stopped_BT = without_noise(-torch.expm1(stay_BT)) >= threshold(at)
         return replace(known, going_BT=known.going_BT & ~stopped_BT, seen=stay_BT)
 
-    def end(self, x_BTD: Tensor, known: Going, label: str, ctx: Context) -> Tensor:
+    def end(self, x_BTD: Tensor, known: Going, place: str, ctx: Context) -> Tensor:
         """The state. In training, notes what the expected loss needs, and adds the divergence of
         the exit distribution from the prior to the losses."""
         if self.training and known.passes:
@@ -135,7 +135,7 @@ class Gate(Learned):
             nats_BT, real_BT = self.divergence(log_p_PBT), ctx.stream.real(x_BTD)
             nats_BT = nats_BT if real_BT is None else nats_BT * real_BT
             loss = self.weight * nats_BT.sum() / ctx.stream.tokens(x_BTD)
-            ctx.trace.add_loss(f"{label}.exit", loss)
+            ctx.trace.add_loss(f"{place}.exit", loss)
         return x_BTD
 
     def divergence(self, log_p_PBT: Tensor) -> Tensor:
@@ -177,14 +177,14 @@ class Halting(Learned):
         found = self._added(x_BTD, known, weight_BT, stops_BT)
         return replace(found, seen=torch.where(known.going_BT, sum_BT, before_BT))
 
-    def end(self, x_BTD: Tensor, known: Going, label: str, ctx: Context) -> Tensor:
+    def end(self, x_BTD: Tensor, known: Going, place: str, ctx: Context) -> Tensor:
         """The weighted sum of states. In training, adds the ponder cost to the losses."""
         left_BT = torch.ones_like(x_BTD[..., 0]) if known.seen is None else 1 - known.seen
         found = self._added(x_BTD, known, left_BT, torch.ones_like(known.going_BT))
         assert found.out_BTD is not None
         if self.training and found.ponder_BT is not None:
             loss = self.weight * found.ponder_BT.sum() / ctx.stream.tokens(x_BTD)
-            ctx.trace.add_loss(f"{label}.ponder", loss)
+            ctx.trace.add_loss(f"{place}.ponder", loss)
         return found.out_BTD
 
     def _added(self, x_BTD: Tensor, known: Going, weight_BT: Tensor, stops_BT: Tensor) -> Going:

@@ -32,7 +32,7 @@ class FeedForward(Block):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """What each token computes by itself, [B, T, D]."""
-        up_BTF = ctx.linear(self.up, x_BTD)
         if self.gate is None:
-            return ctx.linear(self.down, F.gelu(up_BTF))
-        return ctx.linear(self.down, F.silu(ctx.linear(self.gate, x_BTD)) * up_BTF)
+            return ctx.linear(self.down, F.gelu(ctx.linear(self.up, x_BTD)))
+        gate_BTF, up_BTF = ctx.linears((self.gate, self.up), x_BTD)
+        return ctx.linear(self.down, F.silu(gate_BTF) * up_BTF)

@@ -42,7 +42,8 @@ class DiagonalInjection(nn.Module):
         """The input of a pass [B, T, D] from the state and the loop's input."""
         d_D = F.softplus(self.log_d_D)
         factor_D = torch.exp(-(d_D * self.log_a_D.exp()))
-        return factor_D * x_BTD + d_D * F.linear(start_BTD, self.input_DD)
+        input_BTD = F.linear(start_BTD, self.input_DD)
+        return factor_D.to(x_BTD.dtype) * x_BTD + d_D.to(x_BTD.dtype) * input_BTD
 
 
 def make_injection(kind: str | None, dim: int) -> nn.Linear | DiagonalInjection | None:

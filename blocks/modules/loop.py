@@ -19,7 +19,7 @@ from archdsl.blocks.modules.injection import DiagonalInjection, make_injection, 
 from archdsl.blocks.modules.lora import Lora
 from archdsl.blocks.modules.step_encoding import Encoding
 from archdsl.nn.block import Block, Context, KeysValues
-from archdsl.nn.gather import put, take
+from archdsl.nn.gather import join, put, split, take
 from archdsl.nn.loop import Loop, Pass, Selection
 from archdsl.nn.noise import normal
 from archdsl.nn.norm import make_norm
@@ -58,7 +58,7 @@ class BodyLoop(Loop):
 
     def __init__(self, spec: LoopSpec, dim: int) -> None:
         super().__init__()
-        self.spec, self.label = spec, "loop"
+        self.spec, self.label, self.place = spec, "loop", "loop"
         self.steps, self.full_steps = spec.steps, spec.full_steps
         self.most_steps = spec.steps if spec.parameters == "per_step" else None
         copies = spec.steps if spec.parameters == "per_step" else 1
@@ -98,13 +98,14 @@ class BodyLoop(Loop):
 
         Passes beyond the trained ones use what the last of those learned. Raises DialError.
         """
-        self.passes = plan(self.spec, self.rows, self.label, capacity, steps)
+        self.passes = plan(self.spec, self.rows, self.label, capacity, steps, place=self.place)
 
     def dial_exit(self, threshold: float | None = None) -> None:
         """Another threshold of the exit; None: as trained. Raises DialError."""
         if self.exit is None:
             super().dial_exit(threshold)
-        self.passes = plan(self.spec, self.rows, self.label, None, len(self.passes), threshold)
+        count = len(self.passes)
+        self.passes = plan(self.spec, self.rows, self.label, None, count, threshold, self.place)
 
     def built_as(self, field: str) -> list[nn.Module]:
         """The bodies for ``body``; else as `Primitive.built_as`."""
@@ -137,7 +138,7 @@ class BodyLoop(Loop):
             if one.routed is not None and one.step >= skipped:
                 skipped = one.step + self._skips(x_BTD, one, ctx)
             if one.routed is not None and one.step < skipped:
-                ctx.trace.shares[one.routed.name] = 0.0
+                ctx.trace.shares[one.routed.key] = 0.0
                 continue
             now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
             chosen = self._choose(x_BTD, one, now, chosen, known)
@@ -152,7 +153,7 @@ class BodyLoop(Loop):
                 known = self.exit.after(x_BTD, known, chosen, following, now)
         if self.exit is None or known is None:
             return x_BTD
-        return self.exit.end(x_BTD, known, self.label, ctx)
+        return self.exit.end(x_BTD, known, self.place, ctx)
 
     def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The state that the first pass reads, [B, T, D].
@@ -195,16 +196,33 @@ class BodyLoop(Loop):
             for block in ctx.handed or ():
                 block.pass_over(inner)
             return rest_BTD
-        x_BKD = take(x_BTD, index_BK)
+        left = None
+        if rest_BTD is x_BTD:
+            x_BKD, left = split(x_BTD, index_BK)
+        else:
+            x_BKD = take(x_BTD, index_BK)
         inner.count_step(x_BKD)
         start_BKD = take(start_BTD, index_BK) if self.spec.injection else x_BKD
         y_BKD = self._body(x_BKD, start_BKD, one, inner)
 
-        new_BKD = self._normed(self._join(x_BKD, y_BKD, chosen.gate_BK, one))
-        if chosen.keep_BK is not None:
-            rest_BKD = take(rest_BTD, index_BK)
-            new_BKD = torch.where(chosen.keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
-        return put(rest_BTD, index_BK, new_BKD)
+        keep_BK, weight_BK = chosen.keep_BK, self._weights(x_BKD, one, chosen)
+        if keep_BK is not None and left and weight_BK is not None and self._adds:
+            weight_BK, keep_BK = torch.where(keep_BK, weight_BK, 0), None
+        new_BKD = self._normed(self._join(x_BKD, y_BKD, weight_BK, one))
+        if keep_BK is not None:
+            rest_BKD = x_BKD if left else take(rest_BTD, index_BK)
+            new_BKD = torch.where(keep_BK.unsqueeze(-1), new_BKD, rest_BKD)
+        return join(left, new_BKD) if left else put(rest_BTD, index_BK, new_BKD)
+
+    @property
+    def _adds(self) -> bool:
+        """Whether a token with the weight 0 stays what it was."""
+        return self.spec.residual.adds and self.norm is None
+
+    def _weights(self, x_BKD: Tensor, one: Pass, chosen: Selection) -> Tensor | None:
+        if self.router is None or one.routed is None:
+            return None
+        return self.router.weights(x_BKD, one.routed, chosen)
 
     def _join(self, x: Tensor, y: Tensor, gate: Tensor | None, one: Pass) -> Tensor:
         scale = self._scale(one)
@@ -254,10 +272,10 @@ class BodyLoop(Loop):
         share = chosen.stream.tokens(chosen.index_BK) / tokens
         if ctx.stream.static and isinstance(tokens, Tensor) and isinstance(share, Tensor):
             # it may run for nobody; then the share of its last run stands
-            last = shares.get(at.name)
+            last = shares.get(at.key)
             last = last if isinstance(last, Tensor) else torch.zeros_like(share)
             share = torch.where(tokens > 0, share, last)
-        shares[at.name] = share
+        shares[at.key] = share
         return chosen
 
     def _skips(self, x_BTD: Tensor, one: Pass, ctx: Context) -> int:
@@ -273,7 +291,8 @@ class BodyLoop(Loop):
         return router.skips(x_BTD, self.passes[one.step :], ctx)
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
-        return lambda y: cast(Tensor, self.encoding(y, one.like, after=True))
+        like = one.like  # alone, because the name of a pass differs between equal loops
+        return lambda y: cast(Tensor, self.encoding(y, like, after=True))
 
 
 def _moved(handed: dict[Block, KeysValues], before: Block, body: Block) -> dict[Block, KeysValues]:

@@ -130,7 +130,7 @@ class Moe(Block, BatchStatistics):
         tokens = one_NK.sum().clamp(min=1) / self.spec.top_k
         loss = (share_NE.sum(0) * load_E).sum() / (tokens * tokens * self.spec.top_k)
         loss = self.spec.loss_weight * self.spec.experts * loss
-        ctx.trace.add_loss(f"moe.{self.number}", loss)
+        ctx.trace.add_loss(".moe", loss)
 
     def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
         """Moves the biases by the sign of what each expert lacks of the mean load of a batch."""

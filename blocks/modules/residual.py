@@ -47,4 +47,4 @@ class Gated(Residual):
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor | None, scale: Scale) -> Tensor:
         """x + scale(gate * sigmoid(a) * (y - x)), [B, K, D]."""
-        return x + scale(gated(torch.sigmoid(self.gate_D) * (y - x), gate))
+        return x + scale(gated(torch.sigmoid(self.gate_D).to(x.dtype) * (y - x), gate))

@@ -6,8 +6,9 @@ Shapes: B batch, T tokens, S tokens kept in a cache, K selected tokens, D width,
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec, RandomSpec, RouterSpec
 
 
+PAIRS = 2**28  # of scores that a device other than a CPU compares at a time
+
+
 class ScoreRouter(Router):
     """Scores tokens and selects a share of them, within a budget; one row for each of ``steps``.
 
@@ -37,26 +41,23 @@ class ScoreRouter(Router):
         super().__init__()
         self.alpha = [at_step(spec.alpha, step) for step in steps]
 
-    def gate(self, score_BK: Tensor) -> Tensor:
-        """The weight of a selected token from its score, [B, K]."""
-        raise NotImplementedError
-
     def forward(self, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None) -> Selection:
         """The tokens of a step; only among ``active_BT``, if given."""
         memory = None if self.training or ctx.stream.static else ctx.memory(self)
         if memory is not None and x_BTD.shape[:2] == (1, 1):
             return self._one(x_BTD, at, ctx, active_BT, memory)
-        score_BT = self.scores(x_BTD, at.row, ctx)
+        has_loss = self.training and self.learned and bool(self.z_loss or self.aux_loss)
+        with nullcontext() if has_loss else torch.no_grad():  # `weights` has the other gradient
+            score_BT = self.scores(x_BTD, at.row, ctx)
         ranked_BT = without_noise(score_BT.detach())
         for allowed_BT in (active_BT, ctx.stream.real(x_BTD)):
             if allowed_BT is not None:
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
-        gate_BK = self.alpha[at.row] * self.gate(score_BT.gather(1, index_BK))
-        chosen = Selection(index_BK, gate_BK.to(x_BTD.dtype), keep_BK, stream)
-        if self.training and self.learned and (self.z_loss or self.aux_loss):
+        chosen = Selection(index_BK, score_BT.detach().gather(1, index_BK), keep_BK, stream)
+        if has_loss:
             asked_BT = ranked_BT > -math.inf
-            ctx.trace.add_loss(at.name, self._loss(score_BT, asked_BT, chosen))
+            ctx.trace.add_loss(at.key, self._loss(score_BT, asked_BT, chosen))
         return chosen
 
     def _one(
@@ -77,8 +78,7 @@ class ScoreRouter(Router):
         stream = Stream(taken, None, share_of(at.capacity, ctx.stream.limit))
         if not chosen:
             return Selection(index_BK, None, None, stream)
-        gate_BK = self.alpha[at.row] * self.gate(self.scores(x_BTD, at.row, ctx))
-        return Selection(index_BK, gate_BK.to(x_BTD.dtype), None, stream)
+        return Selection(index_BK, self.scores(x_BTD, at.row, ctx).detach(), None, stream)
 
     def _loss(self, score_BT: Tensor, asked_BT: Tensor, chosen: Selection) -> Tensor:
         """The weighted losses of a selection, each the mean over the tokens that were asked for.
@@ -147,6 +147,22 @@ class ScoreRouter(Router):
         return rank <= share_of(at.capacity, past + 1)
 
 
+class _Known(torch.autograd.Function):
+    """The product of tokens and a vector, which is known already, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BKD: Tensor, weight_D: Tensor, product_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BKD, weight_D)
+        return product_BK.view_as(product_BK)
+
+    @staticmethod
+    def backward(ctx: Any, slope_BK: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_BKD, weight_D = ctx.saved_tensors
+        slope_BK = slope_BK.to(x_BKD.dtype)
+        slope_D = slope_BK.flatten() @ x_BKD.flatten(0, 1)
+        return slope_BK.unsqueeze(-1) * weight_D.to(x_BKD.dtype), slope_D.to(weight_D.dtype), None
+
+
 class Learned(ScoreRouter):
     """Its scores are a learned matrix times the tokens."""
 
@@ -165,9 +181,12 @@ class Learned(ScoreRouter):
         """The log-odds that a token is selected, [B, T]."""
         return F.linear(x_BTD, self.weight_RD[row : row + 1]).squeeze(-1)
 
-    def gate(self, score_BK: Tensor) -> Tensor:
-        """The sigmoid or tanh of the score, [B, K]."""
-        return self.squash(score_BK)
+    def weights(self, x_BKD: Tensor, at: Step, chosen: Selection) -> Tensor:
+        """alpha times the sigmoid or tanh of the score."""
+        assert chosen.score_BK is not None
+        weight_D = self.weight_RD[at.row]
+        score_BK = _Known.apply(x_BKD, weight_D, chosen.score_BK)  # type: ignore[no-untyped-call]
+        return (self.alpha[at.row] * self.squash(score_BK)).to(x_BKD.dtype)
 
 
 class Prefix(Learned):
@@ -187,9 +206,9 @@ class Random(ScoreRouter):
         score_BT = uniform(pos_BT, (self.seed * 31 + self.salt) * 64 + row)
         return score_BT.expand(x_BTD.shape[:2])
 
-    def gate(self, score_BK: Tensor) -> Tensor:
-        """One for every selected token, [B, K]."""
-        return torch.ones_like(score_BK)
+    def weights(self, x_BKD: Tensor, at: Step, chosen: Selection) -> Tensor:
+        """alpha."""
+        return torch.full_like(x_BKD[..., 0], self.alpha[at.row])
 
 
 def packed(
@@ -248,16 +267,25 @@ def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: C
     return taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1]) + column(taken)) > 0
 
 
-def prefix_rank(score_BT: Tensor, size: int = 256) -> Tensor:
+def prefix_rank(score_BT: Tensor, size: int | None = None, sorts: bool | None = None) -> Tensor:
     """The rank of each score among those up to it, best is 1; ties go to the later one.
 
-    In parts: within a part each score is held against each, those before it are sorted.
+    In parts of ``size`` scores. With ``sorts``, by default on a CPU, each score of a part is held
+    against each, and those before it are sorted. Otherwise it is held against all before it, which
+    takes few kernels.
     """
+    B, T = score_BT.shape
+    if sorts is None:
+        sorts = score_BT.device.type == "cpu"
+    if size is None:
+        size = 256 if sorts else max(256, PAIRS // max(1, B * T))
     ranks = []
-    for start in range(0, score_BT.size(1), size):
-        part_BP = score_BT[:, start : start + size].contiguous()
-        above = (part_BP.unsqueeze(1) > part_BP.unsqueeze(2)).tril(-1).sum(-1)
-        if start:
+    for start in range(0, T, size):
+        part_BP, first = score_BT[:, start : start + size].contiguous(), start if sorts else 0
+        others_BS = score_BT[:, first : start + size]
+        higher_BPS = others_BS.unsqueeze(1) > part_BP.unsqueeze(2)
+        above = higher_BPS.tril(start - first - 1).sum(-1)
+        if start and sorts:
             before = score_BT[:, :start].sort().values
             above = above + start - torch.searchsorted(before, part_BP, right=True)
         ranks.append(above + 1)

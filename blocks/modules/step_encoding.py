@@ -44,7 +44,7 @@ class Scale(Encoding):
 
     def after(self, y: Tensor, step: int) -> Tensor:
         """``y`` times the vector of pass ``step``."""
-        return y * self.phi_SD[step]
+        return y * self.phi_SD[step].to(y.dtype)
 
 
 class Add(Encoding):
@@ -61,4 +61,4 @@ class Add(Encoding):
 
     def before(self, x: Tensor, step: int) -> Tensor:
         """``x`` plus the vector of pass ``step``."""
-        return x + self.e_SD[step]
+        return x + self.e_SD[step].to(x.dtype)

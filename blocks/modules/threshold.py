@@ -112,21 +112,27 @@ class Threshold(Learned, BatchStatistics):
 
     def note(self, score_BT: Tensor, row: int) -> None:
         """Stores the scores of a training pass; the table does not change before `commit`."""
-        score = score_BT.detach().float().masked_fill(score_BT == -math.inf, math.nan).flatten()
-        self.pending[row] = _sample(score)
+        self.pending[row] = _sample(score_BT.detach().flatten())
 
     def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
         """Mixes the quantiles of the scores of a batch into the table."""
-        for place, scores in parts.items():
-            row = cast(int, place)
-            score = torch.cat(list(scores))
-            levels_Q = torch.linspace(0, 1, QUANTILES, device=score.device)
-            new_Q = torch.nanquantile(_sample(score), levels_Q)
-            known = new_Q.isfinite().all()
-            self.seen_R[row] += known
-            share = (1 / self.seen_R[row]).clamp(min=MOMENTUM)
-            moved_Q = self.quantiles_RQ[row].lerp(new_Q.to(share.dtype), share)
-            self.quantiles_RQ[row] = torch.where(known, moved_Q, self.quantiles_RQ[row])
+        scores = {cast(int, row): _sample(torch.cat(list(found))) for row, found in parts.items()}
+        # passes that some sequences do not take have fewer scores
+        for size in {score_N.numel() for score_N in scores.values()}:
+            rows = [row for row, score_N in scores.items() if score_N.numel() == size]
+            self._mix(rows, torch.stack([scores[row] for row in rows]))
+
+    def _mix(self, rows: list[int], score_SN: Tensor) -> None:
+        score_SN = score_SN.float().masked_fill(score_SN == -math.inf, math.nan)
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=score_SN.device)
+        new_SQ = torch.nanquantile(score_SN, levels_Q, dim=1).t()
+        known_S1 = new_SQ.isfinite().all(1, keepdim=True)
+        at_S = torch.tensor(rows, device=score_SN.device)
+        self.seen_R[at_S] += known_S1.squeeze(1)
+        share_S1 = (1 / self.seen_R[at_S].unsqueeze(1)).clamp(min=MOMENTUM)
+        old_SQ = self.quantiles_RQ[at_S]
+        moved_SQ = old_SQ.lerp(new_SQ.to(share_S1.dtype), share_S1)
+        self.quantiles_RQ[at_S] = torch.where(known_S1, moved_SQ, old_SQ)
 
 
 def _sample(score_N: Tensor) -> Tensor:
@@ -248,6 +254,6 @@ class Predictor(TopK):
         asked = asked_BT.sum().clamp(min=1)
         right_BT = ((likely_BT > 0) == target_BT).float()
         loss = self.loss_weight * (loss_BT * asked_BT).sum() / asked
-        ctx.trace.add_loss(at.name, loss)
-        ctx.trace.accuracies[at.name] = ((right_BT * asked_BT).sum() / asked).detach()
+        ctx.trace.add_loss(at.key, loss)
+        ctx.trace.accuracies[at.key] = ((right_BT * asked_BT).sum() / asked).detach()
         self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)

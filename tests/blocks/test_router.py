@@ -19,6 +19,7 @@ from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
 from archdsl.nn.block import Context
 from archdsl.nn.cache import Cache, Stream
+from archdsl.nn.gather import take
 from archdsl.nn.loop import Pass, Step
 from tests import naive
 
@@ -49,7 +50,8 @@ def test_ranks_do_not_depend_on_how_they_are_sliced(rows: int) -> None:
     want = [
         [1 + sum(a > s for a in row[:t]) for t, s in enumerate(row)] for row in score_BT.tolist()
     ]
-    assert prefix_rank(score_BT, rows).tolist() == want
+    for sorts in (True, False):
+        assert prefix_rank(score_BT, rows, sorts).tolist() == want
 
 
 @pytest.mark.parametrize("capacity", [0.01, 0.3, 0.5, 0.7, 0.9])
@@ -128,7 +130,7 @@ def test_one_token_at_a_time_selects_what_all_at_once_select(
     for capacity in (0.2, 0.5, 0.6, 1.0):
         whole = router(x_BTD[:, real_BT[0]], at(capacity), Context(), active_BT[:, real_BT[0]])
         keep_BK = torch.ones_like(whole.index_BK) > 0 if whole.keep_BK is None else whole.keep_BK
-        cache, places, gates = Cache(48), [], []
+        cache, places, scores = Cache(48), [], []
         for t in range(48):
             stream = cache.stream(1, real_BT[:, t].long())
             ctx, x_11D = Context(stream, cache=cache), x_BTD[:, t : t + 1]
@@ -137,11 +139,11 @@ def test_one_token_at_a_time_selects_what_all_at_once_select(
             if active_BT[0, t] and real_BT[0, t]:
                 assert skips == (isinstance(router, Threshold) and one.index_BK.size(1) == 0)
             places += [cache.length] * one.index_BK.size(1)
-            gates += [] if one.gate_BK is None else [one.gate_BK]
+            scores += [] if one.score_BK is None else [one.score_BK]
             cache.move(stream.after(1))
         assert places == whole.index_BK[keep_BK].tolist()
-        assert whole.gate_BK is not None
-        torch.testing.assert_close(torch.cat(gates, 1), whole.gate_BK[keep_BK].unsqueeze(0))
+        assert whole.score_BK is not None
+        torch.testing.assert_close(torch.cat(scores, 1), whole.score_BK[keep_BK].unsqueeze(0))
 
 
 @pytest.mark.parametrize("kind", ["threshold", "predictor", "prefix", "random"])
@@ -190,7 +192,9 @@ def test_a_gate_is_alpha_times_the_squashed_score() -> None:
         (weight_RD,) = router.parameters()
         choice = router(x_BTD, at(0.999, row=1), Context(), None)
         want = 3 * squash(x_BTD[0] @ weight_RD[1])[choice.index_BK[0]]
-        torch.testing.assert_close(choice.gate_BK[0], want)
+        found = router.weights(take(x_BTD, choice.index_BK), at(0.999, row=1), choice)
+        assert found is not None
+        torch.testing.assert_close(found[0], want)
 
 
 def test_random_knows_the_place_and_nothing_else() -> None:
@@ -374,7 +378,7 @@ def selected_by(
 
 
 def at(capacity: float, row: int = 0) -> Step:
-    return Step("loop.0", row, capacity, among=1.0)
+    return Step("loop.0", row, capacity, among=1.0, key="loop.0")
 
 
 def select(
