@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archdsl.nn.cache import Cache, Memory, Stream, shifted
-from archdsl.nn.gather import take
+from archdsl.nn.gather import pick, take
 from archdsl.nn.precision import autocast_dtype
 from archdsl.nn.rope import RopeScaling, inverse_frequencies
 
@@ -300,14 +300,15 @@ class Context:
 
         ``keep_BK``: False where an entry only fills up its row; None: all are selected.
         """
+        pos_BT = _picked(self.pos_BT, index_BK)
         return replace(
             self,
             whole=(self, index_BK, keep_BK),
             stream=stream,
-            pos_BT=_picked(self.pos_BT, index_BK),
+            pos_BT=pos_BT,
             place_BT=_picked(self.place_BT, index_BK),
             order_BT=shifted(index_BK, self.stream.past),
-            tables={},
+            tables=self.tables if pos_BT is self.pos_BT else {},
         )
 
     def memory(self, module: Primitive) -> Memory | None:
@@ -320,6 +321,9 @@ class Context:
             return
         real_BT = self.stream.real(x_BTD)
         real_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool) if real_BT is None else real_BT
+        if self.trace.steps_BT.size(1) == 1:
+            self.trace.steps_BT.add_(real_BT)
+            return
         place_BT = Stream().order(x_BTD) if self.place_BT is None else self.place_BT
         self.trace.steps_BT.scatter_add_(1, place_BT.expand_as(real_BT), real_BT.long())
 
@@ -375,7 +379,7 @@ def _rows_of(table: Tensor, index_BK: Tensor) -> Tensor:
 def _picked(numbers_BT: Tensor | None, index_BK: Tensor) -> Tensor:
     if numbers_BT is None:
         return index_BK
-    return numbers_BT.expand(len(index_BK), -1).gather(1, index_BK)
+    return pick(numbers_BT, index_BK)
 
 
 def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

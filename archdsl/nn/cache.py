@@ -15,8 +15,9 @@ Shapes: B batch, T tokens of a chunk, S tokens kept, G heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from archdsl.errors import ArchdslError
 
 Count = int | Tensor  # the same for every row, or one for each, [B]
+Found = TypeVar("Found")
 
 
 class ContextFullError(ArchdslError):
@@ -36,12 +38,38 @@ class Stream:
 
     ``length_B``: how many of the chunk's tokens are real; None: all. ``limit``: how many the
     sequence can ever have; 0 where nothing is kept. ``static``: of one token a row, see above.
+    ``known``: what `once` has computed.
     """
 
     past: Count = 0
     length_B: Tensor | None = None
     limit: int = 0
     static: bool = False
+    known: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], Found]) -> Found:
+        """What ``compute`` returns, which depends on the stream alone. In a static stream it is
+        called once for each key, and all layers share the result."""
+        if not self.static:
+            return compute()
+        if key not in self.known:
+            self.known[key] = compute()
+        return cast(Found, self.known[key])
+
+    def places(self, limit: int) -> tuple[Tensor, Tensor]:
+        """Where each row of a static cache writes its token: the rows, and the places among
+        ``limit`` and a spare one, [B]."""
+        assert isinstance(self.past, Tensor)
+        place_B = self.past % limit
+        if self.length_B is not None:
+            place_B = torch.where(self.length_B > 0, place_B, limit)
+        return torch.arange(len(place_B), device=place_B.device), place_B
+
+    def advance(self) -> None:
+        """Counts the tokens of this chunk as past, where a static cache counts them."""
+        if self.static and isinstance(self.past, Tensor):
+            assert self.length_B is not None
+            self.past.add_(self.length_B)
 
     @property
     def begins(self) -> bool:
@@ -50,6 +78,8 @@ class Stream:
 
     def order(self, x_BT: Tensor) -> Tensor:
         """The place of each token among those of its sequence, [1 or B, T]."""
+        if isinstance(self.past, Tensor) and x_BT.size(1) == 1:
+            return self.past.unsqueeze(1)
         place_1T = torch.arange(x_BT.size(1), device=x_BT.device).unsqueeze(0)
         return shifted(place_1T, self.past)
 
@@ -57,6 +87,8 @@ class Stream:
         """True where a token is no padding, [B, T]; None: everywhere."""
         if self.length_B is None:
             return None
+        if x_BT.size(1) == 1:
+            return self.once("real", lambda: cast(Tensor, self.length_B).unsqueeze(1) > 0)
         place_T = torch.arange(x_BT.size(1), device=x_BT.device)
         return place_T < self.length_B.unsqueeze(1)
 
@@ -104,20 +136,23 @@ def alike(count: Count) -> Count:
 
 
 class Kept:
-    """Entries of each row, [B, ..., S, E], filled from the left; the oldest make room for new."""
+    """Entries of each row, [B, ..., S, E], filled from the left; the oldest make room for new.
+
+    ``limit``: how many entries a row has room for. In a static cache there is one place more at the
+    end, to which rows that have no token write.
+    """
 
     def __init__(self, like: Tensor, limit: int) -> None:
+        self.limit = limit
         self.data = like.new_zeros(*like.shape[:-2], limit, like.size(-1))
-
-    @property
-    def limit(self) -> int:
-        """How many entries a row has room for."""
-        return self.data.size(-2)
 
     def grow(self, limit: int) -> None:
         """Makes room for ``limit`` entries. So far none was overwritten: all keep their places."""
-        more = self.data.new_zeros(*self.data.shape[:-2], limit - self.limit, self.data.size(-1))
-        self.data = torch.cat((self.data, more), -2)
+        self.data = torch.cat((self.read(limit), self._empty(limit - self.limit)), -2)
+        self.limit = limit
+
+    def _empty(self, places: int) -> Tensor:
+        return self.data.new_zeros(*self.data.shape[:-2], places, self.data.size(-1))
 
     def write(self, new: Tensor, stream: Stream) -> None:
         """Adds a chunk, [B, ..., T, E]."""
@@ -138,14 +173,11 @@ class Kept:
         self.data.movedim(-2, 1)[b, order_BT[b, t] % self.limit] = new_BT[b, t]
 
     def _write_one(self, new: Tensor, stream: Stream) -> None:
-        """A token of each row; where it is none, what is there is written once more."""
-        assert isinstance(stream.past, Tensor)
-        shape = (-1, *[1] * (new.dim() - 1))
-        index = (stream.past % self.limit).view(shape).expand_as(new)
-        if stream.length_B is not None:
-            real = (stream.length_B > 0).view(shape)
-            new = torch.where(real, new, self.data.gather(-2, index))
-        self.data.scatter_(-2, index, new)
+        """A token of each row; a row that has none writes to the place behind all entries."""
+        if self.data.size(-2) == self.limit:
+            self.data = torch.cat((self.data, self._empty(1)), -2)
+        rows_B, place_B = stream.once(("place", self.limit), lambda: stream.places(self.limit))
+        self.data.movedim(-2, 1)[rows_B, place_B] = new.movedim(-2, 1)[:, 0]
 
     def read(self, stop: int) -> Tensor:
         """The first ``stop`` entries of each row, as far as there are so many."""

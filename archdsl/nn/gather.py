@@ -17,6 +17,8 @@ def take(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
     index_select over flattened rows is the fastest gather.
     """
     B, T, D = x_BTD.shape
+    if T == index_BK.size(1) == 1:
+        return x_BTD
     return x_BTD.reshape(B * T, D).index_select(0, _flat(index_BK, T)).view(B, -1, D)
 
 
@@ -26,6 +28,8 @@ def put(x_BTD: Tensor, index_BK: Tensor, new_BKD: Tensor) -> Tensor:
     index_copy is a little faster, but keeps the new tokens for the backward pass.
     """
     B, T, D = x_BTD.shape
+    if T == index_BK.size(1) == 1:
+        return new_BKD
     flat = x_BTD.reshape(B * T, D).index_put((_flat(index_BK, T),), new_BKD.reshape(-1, D))
     return flat.view(B, T, D)
 
@@ -85,6 +89,13 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, slope_ND: Tensor) -> tuple[Tensor, None, Tensor]:
         (index,) = ctx.saved_tensors
         return slope_ND, None, slope_ND.index_select(0, index)
+
+
+def pick(numbers_BT: Tensor, index_BK: Tensor) -> Tensor:
+    """The numbers at the places ``index_BK`` of each row, [B, K]; of a single place, as given."""
+    if numbers_BT.size(1) == index_BK.size(1) == 1:
+        return numbers_BT
+    return numbers_BT.expand(len(index_BK), -1).gather(1, index_BK)
 
 
 def _flat(index_BK: Tensor, T: int) -> Tensor:

@@ -141,13 +141,13 @@ class Attention(Block):
     def _within_window(
         self, new: KeysValues, pos: Kept, k: Kept, v: Kept, ctx: Context
     ) -> KeysValues:
-        stream, new_pos = ctx.stream, _places(new, ctx)
+        stream, new_pos, limit = ctx.stream, _places(new, ctx), k.limit
         order_BT = stream.order(new_pos).expand(new_pos.shape[:2])
         order_BS = pos.order(stream.past).expand(len(new_pos), -1)
         both = KeysValues(
-            torch.cat((k.data, new.k_BGSE), 2),
-            torch.cat((v.data, new.v_BGSE), 2),
-            torch.cat((pos.data, new_pos), 1)[..., 0],
+            torch.cat((k.read(limit), new.k_BGSE), 2),
+            torch.cat((v.read(limit), new.v_BGSE), 2),
+            torch.cat((pos.read(limit), new_pos), 1)[..., 0],
             torch.cat((order_BS, order_BT), 1),
         )
         for kept, entries in ((k, new.k_BGSE), (v, new.v_BGSE), (pos, new_pos)):
@@ -172,12 +172,16 @@ class Attention(Block):
             return self._among_all(q_BHTE, kv, order_BT)
         asking_BT = stream.order(q_BHTE[:, 0]) if order_BT is None else order_BT
         pos_BT = asking_BT if ctx.pos_BT is None else ctx.pos_BT
+        if stream.static and self.window is None and kv.order_BS is None:
+            asked = stream if order_BT is None or ctx.whole is None else ctx.whole[0].stream
+            S, dtype = kv.k_BGSE.size(2), kv.k_BGSE.dtype
+            same_BT, keys = asking_BT, slice(0, S)
+            bias = asked.once((S, dtype), lambda: self._bias(same_BT, same_BT, kv, keys))
+            return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, bias)
         y = []
         for part, keys in self._parts(T, kv, ctx):
             k_BGSE, v_BGSE = kv.k_BGSE[:, :, keys], kv.v_BGSE[:, :, keys]
-            mask = self._mask(asking_BT[:, part], pos_BT[:, part], kv, keys)
-            # floats, because each kernel would convert a boolean mask again
-            bias = q_BHTE.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            bias = self._bias(asking_BT[:, part], pos_BT[:, part], kv, keys)
             y.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, bias))
         return torch.cat(y, 2) if len(y) > 1 else y[0]
 
@@ -223,6 +227,12 @@ class Attention(Block):
             )
         # the T tokens are distinct, so this is the latest place of the last of them
         return ((part, slice(0, S - T + part.stop)) for part in parts)
+
+    def _bias(self, order_BT: Tensor, pos_BT: Tensor, kv: KeysValues, keys: slice) -> Tensor:
+        """0 where a query sees a key, else -inf, [B, 1, T, S]."""
+        # floats, because each kernel would convert a boolean mask again
+        unseen = ~self._mask(order_BT, pos_BT, kv, keys)
+        return kv.k_BGSE.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
     def _mask(self, order_BT: Tensor, pos_BT: Tensor, kv: KeysValues, keys: slice) -> Tensor:
         """Which keys a query sees, [B, 1, T, S]."""

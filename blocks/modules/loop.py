@@ -146,6 +146,7 @@ class BodyLoop(Loop):
                 x_BTD = self._full(x_BTD, start_BTD, one, now)
             else:
                 x_BTD = self._routed(x_BTD, start_BTD, one, now, chosen)
+                chosen.stream.advance()
             if after_passes is not None and one.learns:
                 after_passes.append(x_BTD)
             nobody = chosen is not None and chosen.index_BK.size(1) == 0

@@ -19,6 +19,7 @@ from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
 from archdsl.nn.cache import Count, Kept, Memory, Stream, column
 from archdsl.nn.devices import in_float64
+from archdsl.nn.gather import pick
 from archdsl.nn.loop import Router, Selection, Step
 from archdsl.nn.noise import uniform
 
@@ -54,7 +55,7 @@ class ScoreRouter(Router):
             if allowed_BT is not None:
                 ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
-        chosen = Selection(index_BK, score_BT.detach().gather(1, index_BK), keep_BK, stream)
+        chosen = Selection(index_BK, pick(score_BT.detach(), index_BK), keep_BK, stream)
         if has_loss:
             asked_BT = ranked_BT > -math.inf
             ctx.trace.add_loss(at.key, self._loss(score_BT, asked_BT, chosen))
@@ -107,8 +108,6 @@ class ScoreRouter(Router):
         """
         memory = ctx.memory(self)
         taken = memory.taken if memory else 0
-        if isinstance(taken, Tensor):
-            taken = taken.clone()  # a static cache changes it in place
         selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken)
         most = share_of(at.capacity, x_BTD.size(1)) if memory is None else None
         return packed(selected_BT, ctx, memory, share_of(at.capacity, ctx.stream.limit), most)
@@ -119,6 +118,9 @@ class ScoreRouter(Router):
         wanted_BT = score_BT > -math.inf
         if at.capacity < 1:
             wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
+        if ctx.stream.static and isinstance(taken, Tensor):
+            # what `within_budget` says of a single token
+            return wanted_BT & (taken.unsqueeze(1) < _budgets(at.capacity, score_BT, ctx.stream))
         return within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
@@ -129,7 +131,7 @@ class ScoreRouter(Router):
             kept = memory.named("scores", score_BT.unsqueeze(-1), ctx.stream.limit)
             rank_BT = rank_BT + _ranked_above(kept, score_BT, ctx.stream)
             kept.write(score_BT.unsqueeze(-1), ctx.stream)
-        return rank_BT <= budgets(at.capacity, ctx.stream.order(score_BT))
+        return rank_BT <= _budgets(at.capacity, score_BT, ctx.stream)
 
     def wants(self, x_BTD: Tensor, at: Step, ctx: Context, allowed: bool) -> bool:
         """`wanted` for one token of one sequence with a cache.
@@ -222,8 +224,8 @@ def packed(
     length_B = selected_BT.sum(1)
     if memory is not None and ctx.stream.static:
         assert isinstance(memory.taken, Tensor)
-        stream = Stream(memory.taken.clone(), length_B, limit, static=True)
-        memory.taken.add_(length_B)
+        # `memory.taken` grows when the loop has run the pass, by `Stream.advance`
+        stream = Stream(memory.taken, length_B, limit, static=True)
         return torch.zeros_like(selected_BT, dtype=torch.long), selected_BT, stream
     stream = Stream(memory.taken if memory else 0, length_B, limit)
     K = int(length_B.max()) if most is None else most
@@ -253,6 +255,11 @@ def budgets(capacity: float, order_BT: Tensor) -> Tensor:
     least = 1 if capacity > 0 else 0
     count_BT = (capacity * in_float64(order_BT + 1) + 0.5).floor().clamp(min=least).long()
     return count_BT.to(order_BT.device)
+
+
+def _budgets(capacity: float, score_BT: Tensor, stream: Stream) -> Tensor:
+    """`budgets` of the tokens of a stream, [1 or B, T]."""
+    return stream.once(("budget", capacity), lambda: budgets(capacity, stream.order(score_BT)))
 
 
 def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: Count = 0) -> Tensor:
