@@ -76,16 +76,16 @@ def ours(model: LanguageModel, room: int = CONTEXT) -> Read:
     return lambda tokens_BT: model.next_logits(tokens_BT, cache=cache)
 
 
-def graphed(model: LanguageModel, rows: int) -> Read:
-    """Reads as `archdsl.generate` does on CUDA: the prompt at once, then each token with a captured
-    CUDA graph."""
+def graphed(model: LanguageModel, rows: int, compiled: bool = False) -> Read:
+    """Reads as `archdsl.generate` does on CUDA: the prompt at once, then each token with captured
+    CUDA graphs, of compiled layers if that is asked for."""
     cache, step = model.new_cache(CONTEXT), None
 
     def read(tokens_BT: Tensor) -> Tensor:
         nonlocal step
         if tokens_BT.size(1) > 1:
             return model.next_logits(tokens_BT, cache=cache)
-        step = step or TokenStep(model, cache, rows)
+        step = step or TokenStep(model, cache, rows, compiled=compiled)
         return step(tokens_BT[:, 0].tolist())
 
     return read
@@ -93,7 +93,7 @@ def graphed(model: LanguageModel, rows: int) -> Read:
 
 def reader(model: LanguageModel, args: Namespace) -> Read:
     """Returns the fastest way of reading with archdsl on the device."""
-    return graphed(model, args.batch) if args.device == "cuda" else ours(model)
+    return graphed(model, args.batch, args.compile) if args.device == "cuda" else ours(model)
 
 
 def theirs(peer: Peer, batch: int) -> Read:
@@ -241,7 +241,7 @@ def main() -> None:
         routed={"default": str(ROOT / "benchmarks/specs/itt-10m.yaml"), "help": "a routed model"},
         prompt={"type": int, "default": 128, "help": "length of the prompt in tokens"},
         batch={"type": int, "default": 1, "help": "number of sequences"},
-        compile={"action": "store_true", "help": "also measure transformers with a static cache"},
+        compile={"action": "store_true", "help": "compile, also transformers with a static cache"},
     )
     made, prompt_BT = plain(args)
     models = routed(load(args.routed), args.device)

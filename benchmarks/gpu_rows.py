@@ -404,7 +404,7 @@ def _decoder(model: LanguageModel, tokens_BT: Tensor, at: Sizes) -> Decoder:
         nonlocal step
         if tokens_BT.size(1) > 1:
             return model.next_logits(tokens_BT.to(at.device), cache=cache)
-        step = step or TokenStep(model, cache, 1)
+        step = step or TokenStep(model, cache, 1, compiled=at.compiled)
         return step(tokens_BT[:, 0].tolist())
 
     return Decoder(read, tokens_BT, wanted_TV, whole, at)

@@ -473,8 +473,8 @@ class ArchdslModel(Backbone, ArchdslPreTrainedModel):
             return transformers.DynamicCache(config=self.config)
         return ArchdslCache(super().new_cache(max_length))
 
-    def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
-        """See `Backbone.run_layer`."""
+    def call_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """See `Backbone.call_layer`."""
         return cast(Tensor, self.stage(x_BTD, layer, ctx))
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -22,6 +22,8 @@ from archdsl.nn.loop import DialError, Loop, Router, selecting_causally
 from archdsl.nn.norm import make_norm
 from archdsl.nn.precision import autocast_dtype
 
+Call = Callable[[nn.Module, Tensor, Context], Tensor]  # of a layer
+
 
 class Backbone(nn.Module):
     """Maps embedded tokens to the stream after all ``blocks``. Whoever inherits from it builds
@@ -55,15 +57,16 @@ class Backbone(nn.Module):
         self.layer_names = {layer: names[layer] for layer in self.layers}
         self.loops = [module for module in self.modules() if isinstance(module, Loop)]
         self.routers = [loop.router for loop in self.loops if loop.router is not None]
+        places = {
+            module: f".{name}" if name else ""
+            for layer in self.layers
+            for name, module in layer.named_modules()
+        }
         for number, (name, module) in enumerate(self.named_modules()):
             if isinstance(module, Primitive):
-                module.number = number
+                module.number, module.place = number, places.get(module, name)
             if isinstance(module, Loop):
                 module.label = name
-                above = [
-                    one for one in self.layer_names.values() if f"{name}.".startswith(f"{one}.")
-                ]
-                module.place = name.removeprefix(above[0]) if above else name
                 module.dial()
         primitives = [one for one in self.blocks.modules() if isinstance(one, Primitive)]
         self.counting = [one for one in primitives if type(one).commit is not Primitive.commit]
@@ -95,33 +98,52 @@ class Backbone(nn.Module):
         if index_BT is not None:
             x_BTD = take(x_BTD, index_BT)
             pos_BT = None if pos_BT is None else pos_BT.expand_as(index_BT).gather(1, index_BT)
-        ctx = self._context(x_BTD, length_B, cache, pos_BT)
+        ctx = self.begin(x_BTD, length_B, cache, pos_BT)
         for number, layer in enumerate(self.layers, 1):
             last = passes is not None and number == len(self.layers)
             here = replace(ctx, passes=passes) if last else ctx
             x_BTD = self.run_layer(layer, x_BTD, here)
             if each is not None:
                 each.append(_as_before(x_BTD, index_BT))
-        if cache is not None:
-            cache.move(ctx.stream.after(x_BTD.size(1)))
-        self.trace = ctx.trace
+        self.end(x_BTD, ctx)
         if index_BT is not None:
             self.trace.put_back(index_BT.argsort(1))
         return _as_before(x_BTD, index_BT)
 
-    def run_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
-        """The stream after one of the layers, [B, T, D]."""
-        inner = replace(ctx, trace=ctx.trace.for_layer())
-        if self.checkpoint_activations and self.training:
-            x_BTD = cast(Tensor, checkpoint(layer, x_BTD, inner, use_reentrant=False))
-        else:
-            x_BTD = cast(Tensor, layer(x_BTD, inner))
-        ctx.trace.take_over(inner.trace, self.layer_names.get(layer, ""))
+    def run_layer(
+        self, layer: nn.Module, x_BTD: Tensor, ctx: Context, call: Call | None = None
+    ) -> Tensor:
+        """The stream after one of the layers, [B, T, D]. ``call``: default: `call_layer`."""
+        name = self.layer_names.get(layer, "")
+        kept = None if ctx.cache is None else ctx.cache.of_layer(name)
+        inner = replace(ctx, trace=ctx.trace.for_layer(), kept=kept)
+        x_BTD = (call or self.call_layer)(layer, x_BTD, inner)
+        ctx.trace.take_over(inner.trace, name)
         return x_BTD
 
-    def _context(
-        self, x_BTD: Tensor, length_B: Tensor | None, cache: Cache | None, pos_BT: Tensor | None
+    def call_layer(self, layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """Calls a layer; see ``checkpoint_activations``."""
+        if self.checkpoint_activations and self.training:
+            return cast(Tensor, checkpoint(layer, x_BTD, ctx, use_reentrant=False))
+        return cast(Tensor, layer(x_BTD, ctx))
+
+    def end(self, x_BTD: Tensor, ctx: Context) -> None:
+        """Ends the pass over a chunk: its tokens are past, and its trace is that of the model."""
+        if ctx.cache is not None:
+            ctx.cache.move(ctx.stream.after(x_BTD.size(1)))
+        self.trace = ctx.trace
+
+    def begin(
+        self,
+        x_BTD: Tensor,
+        length_B: Tensor | None,
+        cache: Cache | None,
+        pos_BT: Tensor | None = None,
     ) -> Context:
+        """The context of a pass over embedded tokens, the real ones first in each row.
+
+        ``length_B``: the number of real tokens; None: all are. See `hidden` for the others.
+        """
         B, T, _ = x_BTD.shape
         trace = Trace()
         if not torch.is_grad_enabled():

@@ -1,26 +1,47 @@
-"""Decoding of one token for every row at fixed shapes; on CUDA as one captured graph.
+"""Decoding of one token for every row at fixed shapes; on CUDA as captured graphs.
 
-Without this, decoding checks on the host at each routed step whether any row takes it, and skips
-the step if none does. On a CPU that saves time. On a GPU it costs more than it saves (estimated,
-not measured): a layer of the 162M spec has 24 MB of bfloat16 weights, which an H100 reads in 7 us,
-while waiting for the host takes 10 to 20 us, in which nothing is queued. Besides, a token of that
-model takes 2,000 operations (counted), each of which costs the host some microseconds; a graph is
-one launch. So here every step is computed for every row, and the result is dropped for a row that
-does not take the step.
+A graph is launched at once, and what it computes cannot depend on a choice of the host. A routed
+pass is worth a question to the host: on an H100, a pass of the 162M spec takes .25 ms, and waiting
+for the host takes about .02 ms. So the step is captured in pieces. A piece ends with a loop's full
+passes and asks the loop's router which rows would take each of the routed passes after them. While
+no row takes one, the stream stays as it is, so that all of them can be asked at once. The host then
+launches the first pass that some row takes, for all rows; the result is dropped for the others.
+That pass is a piece, too, and asks about the passes after it. Where a loop cannot be run in parts,
+see `Loop.skippable`, every routed pass is computed for every row.
 
-Shapes: B rows, V vocabulary.
+Shapes: B rows, D width, P routed passes of a loop, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archdsl.errors import ArchdslError
+from archdsl.model.backbone import Call
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.block import Context, Part
 from archdsl.nn.cache import Cache, ContextFullError
+from archdsl.nn.loop import Loop, Step
+from archdsl.nn.precision import autocast_dtype
+
+
+@dataclass
+class Section:
+    """Layers up to a loop whose routed passes can be left out. In the last section there is none.
+
+    ``steps``: these passes. ``part``: the part of the loop that is run. ``told_PB``: which rows
+    take each pass, on the host.
+    """
+
+    layers: list[nn.Module]
+    steps: list[Step]
+    part: Part
+    told_PB: Tensor
 
 
 class TokenStep:
@@ -31,17 +52,34 @@ class TokenStep:
     in the batch, because a graph has a fixed batch size.
     """
 
-    def __init__(self, model: LanguageModel, cache: Cache, rows: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: Cache,
+        rows: int,
+        compiled: bool = False,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
         self.model, self.cache = model, cache
+        self.call: Call | None = None
         device = model.embedding.weight.device
         cache.make_static(rows, device)
         self.length_B = torch.as_tensor(cache.length).to("cpu", copy=True)  # what Python knows
         self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.mask_B1 = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.ctx = Context()
+        dtype = autocast_dtype(device) or model.embedding.weight.dtype
+        self.x_B1D = torch.zeros(rows, 1, model.spec.dim, dtype=dtype, device=device)
+        self.logits_BV = torch.empty(0)
+        self.sections = list(self._sections())
+        self.graphs: dict[tuple[int, int | None], torch.cuda.CUDAGraph] = {}
         # without any token nothing changes, but the memory of every step is allocated
-        self.logits_BV = self._run()
-        self.graph = self._capture() if device.type == "cuda" else None
-        self.trace = model.trace
+        self._compute_all()
+        if compiled:
+            self.call = _compiled(model, backend)
+            self._compute_all()
+        if device.type == "cuda":
+            self._capture()
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """The logits [B, V] after one more token for each row; -1 stands for no token.
@@ -55,11 +93,14 @@ class TokenStep:
         self.tokens_B1.copy_(tokens_B.clamp(min=0).unsqueeze(1))
         self.mask_B1.copy_((tokens_B >= 0).unsqueeze(1))
         self.length_B += tokens_B >= 0
-        if self.graph is None:
-            self.logits_BV, self.trace = self._run(), self.model.trace
-        else:
-            self.graph.replay()
-            self.model.trace = self.trace
+        real = max(1, sum(token >= 0 for token in tokens))
+        shares: dict[str, float | Tensor] = {}
+        for n, section in enumerate(self.sections):
+            told = self._run_section(n)
+            counts = zip(section.steps, map(sum, told), strict=True)
+            shares |= {step.name: count / real for step, count in counts}
+        # of loops that are not run in parts, the trace knows the shares
+        self.model.trace = replace(self.ctx.trace, shares=self.ctx.trace.shares | shares)
         return self.logits_BV
 
     def _check(self, tokens_B: Tensor) -> None:
@@ -71,19 +112,107 @@ class TokenStep:
                 f"this cache has room for {self.cache.max_length:,} tokens of a row, no more"
             )
 
-    @torch.no_grad()
-    def _run(self) -> Tensor:
-        return self.model.next_logits(self.tokens_B1, self.mask_B1, self.cache)
+    def _sections(self) -> Iterator[Section]:
+        layers: list[nn.Module] = []
+        for layer in self.model.layers:
+            layers.append(layer)
+            if isinstance(layer, Loop) and layer.skippable:
+                yield self._section(layers, layer.skippable)
+                layers = []
+        yield self._section(layers, [])
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """A graph of the step. Steps on another stream come first, to initialise libraries."""
+    def _section(self, layers: list[nn.Module], steps: list[Step]) -> Section:
+        score_PB = self.x_B1D.new_zeros(len(steps), len(self.x_B1D))
+        selected_PB = torch.zeros_like(score_PB, dtype=torch.bool)
+        told_PB = torch.zeros(score_PB.shape, dtype=torch.bool, pin_memory=score_PB.is_cuda)
+        return Section(layers, steps, Part(selected_PB, score_PB), told_PB)
+
+    def _run_section(self, n: int) -> list[list[bool]]:
+        """Runs a section without the passes that no row takes; returns which rows take each."""
+        self._run(n, None)
+        told, P = self._told(n), len(self.sections[n].steps)
+        at = 0
+        while at < P:
+            if any(told[at]):
+                self._run(n, at)
+                told = self._told(n) if at + 1 < P else told
+            at += 1
+        return told
+
+    def _told(self, n: int) -> list[list[bool]]:
+        """Which rows take each routed pass of a section. Waits for the device."""
+        section = self.sections[n]
+        on_cuda = section.part.selected_PB.is_cuda
+        section.told_PB.copy_(section.part.selected_PB, non_blocking=on_cuda)
+        if section.steps and on_cuda:
+            torch.cuda.current_stream().synchronize()
+        return cast(list[list[bool]], section.told_PB.tolist())
+
+    def _run(self, n: int, at: int | None) -> None:
+        if self.graphs:
+            self.graphs[n, at].replay()
+        else:
+            self._compute(n, at)
+
+    @torch.no_grad()
+    def _compute(self, n: int, at: int | None) -> None:
+        """Computes a piece: the layers of section ``n`` with the full passes of its loop, or the
+        routed pass ``at`` of the loop."""
+        section = self.sections[n]
+        x_BTD, ctx, layers = self.x_B1D, self.ctx, section.layers
+        if at is not None:
+            # what it computes is not there for others, as it may be left out
+            stream = replace(ctx.stream, known=dict(ctx.stream.known))
+            ctx, layers = replace(ctx, stream=stream, tables=dict(ctx.tables)), layers[-1:]
+        elif n == 0:
+            x_BTD = self.model.embedding(self.tokens_B1).to(x_BTD.dtype)
+            ctx = self.ctx = self.model.begin(x_BTD, self.mask_B1.sum(1), self.cache)
+        for layer in layers:
+            in_parts = section.steps and layer is layers[-1]
+            section.part.at = at
+            here = replace(ctx, part=section.part) if in_parts else ctx
+            x_BTD = self.model.run_layer(layer, x_BTD, here, self.call)
+        if section is not self.sections[-1]:
+            self.x_B1D.copy_(x_BTD)
+            return
+        self.model.end(x_BTD, ctx)
+        self.logits_BV = self.model.readout(x_BTD[:, -1])
+
+    def _pieces(self) -> Iterator[tuple[int, int | None]]:
+        for n, section in enumerate(self.sections):
+            yield n, None
+            for at in range(len(section.steps)):
+                yield n, at
+
+    def _compute_all(self) -> None:
+        for n, at in self._pieces():
+            self._compute(n, at)
+
+    def _capture(self) -> None:
+        """Captures a graph of each piece, in the order in which they run, so that they can share
+        memory. Steps on another stream come first, to initialise libraries."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._run()
+                self._compute_all()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits_BV = self._run()
-        return graph
+        pool, graphs = torch.cuda.graph_pool_handle(), {}
+        for n, at in self._pieces():
+            graphs[n, at] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[n, at], pool=pool):
+                self._compute(n, at)
+        self.graphs = graphs
+
+
+def _compiled(model: LanguageModel, backend: str | Callable[..., Any]) -> Call:
+    """Calls a layer compiled as one graph. Equal layers share it, unless they share keys."""
+    dynamo, loops = torch._dynamo.config, model.loops
+    pieces = 3 + max((len(loop.skippable) for loop in loops), default=0)
+    # an argument of `compile` from torch 2.13 on; several models may be compiled in a process
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64 + pieces * len(model.layers))
+    return torch.compile(_call, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _call(layer: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+    return cast(Tensor, layer(x_BTD, ctx))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.nn.cache import Cache, Memory, Stream, shifted
+from archdsl.nn.cache import Cache, LayerCache, Memory, Stream, shifted
 from archdsl.nn.gather import pick, take
 from archdsl.nn.precision import autocast_dtype
 from archdsl.nn.rope import RopeScaling, inverse_frequencies
@@ -24,11 +24,13 @@ class Primitive(nn.Module):
     """A module that draws the initial values of its own parameters.
 
     Blocks, routers and step encodings are primitives. What a primitive was built as from its spec
-    can be found with `built_as`. ``number``: its place among the modules of its language model,
-    by which a cache knows it; equal in copies of the model.
+    can be found with `built_as`. ``number``: its place among the modules of its language model.
+    ``place``: the end of its name, after that of the layer that it is in, by which the cache of the
+    layer knows it. Both are equal in copies of the model.
     """
 
     number: int = 0
+    place: str = ""
 
     def begin_pass(self) -> None:
         """Called before each training pass. Adds to its statistics what the last batch showed,
@@ -239,6 +241,27 @@ class Trace:
         self.losses[name] = self.losses[name] + loss if name in self.losses else loss
 
 
+@dataclass
+class Part:
+    """A part of a loop in a static decoding step, and what the parts hand on to each other.
+
+    The first part runs the passes that take every token, each of the others one routed pass. Every
+    part ends by asking the router about the routed passes after it, P in all, so that the host can
+    leave out those that no row takes.
+
+    ``selected_PB``: which rows take each pass, as far as the last part could tell: no row takes a
+    pass between. ``score_PB``: their scores. ``at``: the place of the routed pass
+    among the P; None: the first part. ``start_BTD``: the input of the loop. ``handed``: see
+    `Context`.
+    """
+
+    selected_PB: Tensor
+    score_PB: Tensor
+    at: int | None = None
+    start_BTD: Tensor | None = None
+    handed: dict[Block, KeysValues] | None = None
+
+
 @dataclass(frozen=True)
 class Context:
     """What a block may use besides the stream.
@@ -251,14 +274,15 @@ class Context:
     selected; None: every token takes the pass.
     ``handed``: the keys and values that the passes of a loop so far hand on, by attention module;
     None: a pass reads only those that it computes. ``kv``: see `LoopSpec`.
-    ``cache``: the state of the tokens before; ``path``: the steps of the loops around this block,
-    because each step has a state of its own.
+    ``cache``: the state of the tokens before; ``kept``: that of this layer. ``path``: the steps of
+    the loops around this block, because each step has a state of its own.
     ``trace``: what happens in the pass. ``tables``: rotary angles that were computed already.
     ``host``: whose attention and cache are used; None: the model's own.
     ``added``: what the pass of a loop around adds to the results of linear maps, by linear map.
     ``passes``: where the last layer, a loop, adds the stream after each of its passes that gets a
     gradient; None: nowhere.
     ``readout``: the logits of a stream, by the last norm and the head; None: where there is none.
+    ``part``: which part of the next loop is to be run; None: all of it.
     """
 
     stream: Stream = field(default_factory=Stream)  # not a default: Dynamo of torch 2.11
@@ -269,6 +293,7 @@ class Context:
     handed: dict[Block, KeysValues] | None = None
     kv: str = "own"
     cache: Cache | None = None
+    kept: LayerCache | None = None
     path: tuple[int, ...] = ()
     trace: Trace = field(default_factory=Trace)
     tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -276,6 +301,7 @@ class Context:
     added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
     passes: list[Tensor] | None = None
     readout: Callable[[Tensor], Tensor] | None = None
+    part: Part | None = None
 
     def linear(self, matrix: nn.Linear, x: Tensor) -> Tensor:
         """The product of a linear map with ``x`` [..., inputs], and what this pass adds to it."""
@@ -287,13 +313,18 @@ class Context:
         """The products of linear maps without biases with the same ``x``, as of `linear`.
 
         In half precision, as on a GPU, one product computes all of them: it is larger, and the
-        matrices are copied to that precision anyway.
+        matrices are copied to that precision anyway. So it does in static decoding, where the time
+        of a product is hardly that of its numbers; see `join_`.
         """
         dtype = autocast_dtype(x.device)
-        if dtype is None or any(one in self.added for one in matrices):
+        alone = any(one in self.added or type(one) is not nn.Linear for one in matrices)
+        if alone or (dtype is None and not self.stream.static):
             return [self.linear(one, x) for one in matrices]
-        joined = torch.cat([one.weight.to(dtype) for one in matrices])
-        return list(F.linear(x.to(dtype), joined).split([one.out_features for one in matrices], -1))
+        if dtype is None:
+            joined = join_(matrices)
+        else:
+            joined, x = torch.cat([one.weight.to(dtype) for one in matrices]), x.to(dtype)
+        return list(F.linear(x, joined).split([one.out_features for one in matrices], -1))
 
     def at(self, index_BK: Tensor, stream: Stream, keep_BK: Tensor | None = None) -> Context:
         """The context of the selected tokens at ``index_BK``, which are a chunk of ``stream``.
@@ -313,7 +344,7 @@ class Context:
 
     def memory(self, module: Primitive) -> Memory | None:
         """The state that ``module`` keeps for this step; None in a pass without a cache."""
-        return None if self.cache is None else self.cache.memory((module.number, self.path))
+        return None if self.kept is None else self.kept.memory((module.place, self.path))
 
     def count_step(self, x_BTD: Tensor) -> None:
         """Counts a further step for each of these tokens that is no padding."""
@@ -366,6 +397,23 @@ class Context:
             angle = angle.unsqueeze(1)  # heads
         cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def join_(matrices: Sequence[nn.Linear]) -> Tensor:
+    """The weights of linear maps, one below the other. From then on they are parts of that matrix,
+    so that it needs no memory, and what changes them in place changes it."""
+    first, sizes = matrices[0], [one.out_features for one in matrices]
+    joined = cast(Tensor | None, getattr(first, "joined", None))
+    if torch.compiler.is_compiling() and joined is not None:
+        return joined
+    parts = () if joined is None else joined.split(sizes)
+    if [part.data_ptr() for part in parts] != [one.weight.data_ptr() for one in matrices]:
+        with torch.inference_mode(False), torch.no_grad():
+            joined = torch.cat([one.weight for one in matrices])
+            for one, part in zip(matrices, joined.split(sizes), strict=True):
+                one.weight.data = part
+        first.joined = joined
+    return cast(Tensor, joined)
 
 
 def _rows_of(table: Tensor, index_BK: Tensor) -> Tensor:

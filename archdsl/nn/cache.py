@@ -15,8 +15,9 @@ Shapes: B batch, T tokens of a chunk, S tokens kept, G heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar, cast
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from archdsl.errors import ArchdslError
 
 Count = int | Tensor  # the same for every row, or one for each, [B]
+Key = tuple[str, tuple[int, ...]]  # the place of a module in its layer, and the step
 Found = TypeVar("Found")
 
 
@@ -56,14 +58,15 @@ class Stream:
             self.known[key] = compute()
         return cast(Found, self.known[key])
 
-    def places(self, limit: int) -> tuple[Tensor, Tensor]:
-        """Where each row of a static cache writes its token: the rows, and the places among
-        ``limit`` and a spare one, [B]."""
+    def places(self, limit: int, outer: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+        """Where each row of a static cache writes its token, as an index: the rows, all places of
+        the dimensions ``outer``, and the places among ``limit`` and a spare one."""
         assert isinstance(self.past, Tensor)
         place_B = self.past % limit
         if self.length_B is not None:
             place_B = torch.where(self.length_B > 0, place_B, limit)
-        return torch.arange(len(place_B), device=place_B.device), place_B
+        each = [torch.arange(n, device=place_B.device) for n in (len(place_B), *outer)]
+        return (*torch.meshgrid(*each, indexing="ij"), place_B.view(-1, *[1] * len(outer)))
 
     def advance(self) -> None:
         """Counts the tokens of this chunk as past, where a static cache counts them."""
@@ -176,8 +179,10 @@ class Kept:
         """A token of each row; a row that has none writes to the place behind all entries."""
         if self.data.size(-2) == self.limit:
             self.data = torch.cat((self.data, self._empty(1)), -2)
-        rows_B, place_B = stream.once(("place", self.limit), lambda: stream.places(self.limit))
-        self.data.movedim(-2, 1)[rows_B, place_B] = new.movedim(-2, 1)[:, 0]
+        outer = tuple(new.shape[1:-2])
+        # not by a view in another order, for which inductor would copy all entries
+        key = (self.limit, *outer)
+        self.data[stream.once(key, lambda: stream.places(self.limit, outer))] = new.select(-2, 0)
 
     def read(self, stop: int) -> Tensor:
         """The first ``stop`` entries of each row, as far as there are so many."""
@@ -254,6 +259,22 @@ class RowsError(ArchdslError):
     """A batch of another size than the one that a cache was begun with."""
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """What is kept for the modules of a layer, by their places in it: equal layers have equal keys,
+    so that they are equal to a compiler. ``like``: a count of tokens."""
+
+    memories: dict[Key, Memory]
+    like: Count = 0
+
+    def memory(self, key: Key) -> Memory:
+        """What is kept for a module and a step, made when first asked for."""
+        if key not in self.memories:
+            like = self.like
+            self.memories[key] = Memory(taken=like if isinstance(like, int) else like * 0)
+        return self.memories[key]
+
+
 class Cache:
     """Everything that is kept of the tokens so far. Use it for one model and one batch.
 
@@ -267,8 +288,8 @@ class Cache:
         self.length: Count = 0  # tokens so far
         self.settings: object = None  # of the dial, when the first token came
         self.static = False
-        # by the number of the module and the step
-        self._memories: dict[tuple[Hashable, tuple[int, ...]], Memory] = {}
+        # by the name of the layer, the place of the module in it, and the step
+        self._memories: dict[str, dict[Key, Memory]] = {}
 
     def check_rows(self, rows: int) -> None:
         """Notes the size of the first batch. Raises RowsError at one of another size."""
@@ -305,12 +326,14 @@ class Cache:
         else:
             self.length = length
 
-    def memory(self, key: tuple[Hashable, tuple[int, ...]]) -> Memory:
-        """What is kept for a module and a step, made when first asked for."""
-        if key not in self._memories:
-            none_yet = torch.zeros_like(torch.as_tensor(self.length)) if self.static else 0
-            self._memories[key] = Memory(taken=none_yet)
-        return self._memories[key]
+    def of_layer(self, name: str) -> LayerCache:
+        """What is kept for the modules of a layer."""
+        return LayerCache(self._memories.setdefault(name, {}), self.length if self.static else 0)
+
+    @property
+    def memories(self) -> Iterator[tuple[Key, Memory]]:
+        """All that is kept, by the place of the module in its layer and the step."""
+        return chain.from_iterable(memories.items() for memories in self._memories.values())
 
     def make_static(self, rows: int, device: torch.device) -> None:
         """Makes the cache static: from now on, each of ``rows`` gets one token at a time."""
@@ -319,7 +342,7 @@ class Cache:
             return torch.as_tensor(count, device=device).expand(rows).clone()
 
         self.static, self.length = True, counts(self.length)
-        for memory in self._memories.values():
+        for _, memory in self.memories:
             memory.taken = counts(memory.taken)
 
     def reorder(self, index_B: Tensor) -> None:
@@ -336,7 +359,7 @@ class Cache:
             return data.index_select(0, index_B.to(data.device))
 
         self.length = rows(self.length)
-        for memory in self._memories.values():
+        for _, memory in self.memories:
             memory.taken = rows(memory.taken)
             for kept in memory.kept.values():
                 kept.data = picked(kept.data)
@@ -346,7 +369,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all entries, those in use or not, and of all states."""
-        memories = self._memories.values()
+        memories = [memory for _, memory in self.memories]
         tensors = [kept.data for memory in memories for kept in memory.kept.values()]
         tensors += [state.data for memory in memories for state in memory.states.values()]
         return sum(data.numel() * data.element_size() for data in tensors)

@@ -187,6 +187,11 @@ class Loop(Block):
         """
         raise DialError(f"{self.label}: has no exit")
 
+    @property
+    def skippable(self) -> list[Step]:
+        """The routed passes that decoding can leave out where no row takes them, see `Part`."""
+        return []
+
     def as_run(self, spec: BlockSpec, shares: Sequence[float]) -> BlockSpec:
         """``spec``, a spec of this kind, with one pass for each of ``shares`` of the tokens."""
         raise NotImplementedError

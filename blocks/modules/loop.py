@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
+from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar, assert_never, cast
 
 import torch
@@ -17,10 +18,11 @@ from archdsl.blocks.lora import LoraSpec
 from archdsl.blocks.modules.dial import plan
 from archdsl.blocks.modules.injection import DiagonalInjection, make_injection, reset_injection
 from archdsl.blocks.modules.lora import Lora
+from archdsl.blocks.modules.router import ScoreRouter
 from archdsl.blocks.modules.step_encoding import Encoding
-from archdsl.nn.block import Block, Context, KeysValues
+from archdsl.nn.block import Block, Context, KeysValues, Part
 from archdsl.nn.gather import join, put, split, take
-from archdsl.nn.loop import Loop, Pass, Selection
+from archdsl.nn.loop import Loop, Pass, Selection, Step
 from archdsl.nn.noise import normal
 from archdsl.nn.norm import make_norm
 
@@ -121,17 +123,17 @@ class BodyLoop(Loop):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The stream after all passes, [B, T, D]."""
+        if ctx.part is not None:
+            return self._part(x_BTD, replace(ctx, part=None), ctx.part)
         start_BTD, chosen = x_BTD, None
         x_BTD = self._first_state(x_BTD, ctx)
         known = None if self.exit is None else self.exit.begin(x_BTD, ctx)
         after_passes = ctx.passes
-        ctx = replace(ctx, kv=self.spec.kv, handed=None, order_BT=None, whole=None, passes=None)
+        ctx = self._inner(ctx)
         skipped = 0  # no token takes the routed passes before this one
-        handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
         around = zip((None, *self.passes), self.passes, (*self.passes[1:], None), strict=False)
         for before, one, following in around:
-            if handed and before and self.body(before) is not self.body(one):
-                handed = _moved(handed, self.body(before), self.body(one))
+            ctx = self._following(ctx, before, one)
             if one.routed is not None and one.routed.capacity == 0 and known is None:
                 x_BTD = self.spec.residual.rest(x_BTD, self._scale(one))
                 continue
@@ -140,7 +142,7 @@ class BodyLoop(Loop):
             if one.routed is not None and one.step < skipped:
                 ctx.trace.shares[one.routed.key] = 0.0
                 continue
-            now = replace(ctx, handed=handed, path=(*ctx.path, one.step))
+            now = replace(ctx, path=(*ctx.path, one.step))
             chosen = self._choose(x_BTD, one, now, chosen, known)
             if chosen is None:
                 x_BTD = self._full(x_BTD, start_BTD, one, now)
@@ -155,6 +157,80 @@ class BodyLoop(Loop):
         if self.exit is None or known is None:
             return x_BTD
         return self.exit.end(x_BTD, known, self.place, ctx)
+
+    def _inner(self, ctx: Context) -> Context:
+        """The context of the passes."""
+        handed: dict[Block, KeysValues] | None = None if self.spec.kv == "own" else {}
+        return replace(ctx, kv=self.spec.kv, handed=handed, order_BT=None, whole=None, passes=None)
+
+    def _following(self, ctx: Context, before: Pass | None, one: Pass) -> Context:
+        """The context of ``one``; what the pass before it handed on is known by its own blocks."""
+        if not ctx.handed or before is None or self.body(before) is self.body(one):
+            return ctx
+        return replace(ctx, handed=_moved(ctx.handed, self.body(before), self.body(one)))
+
+    @property
+    def skippable(self) -> list[Step]:
+        """See `Loop`: all routed passes; none where a pass that is left out changes something, or
+        where passes after it have more to know."""
+        full, routed = self._full_and_routed()
+        steps = [one.routed for one in routed if one.routed is not None]
+        x = torch.zeros(1)
+        kept = self.exit is None and self.spec.residual.rest(x, lambda y: y) is x
+        known = isinstance(self.router, ScoreRouter) and self.spec.kv in ("own", "shared")
+        nested = any(isinstance(one, Loop) for one in self.bodies.modules())
+        simple = kept and known and not nested and len(steps) == len(routed)
+        return steps if simple and (full or self.spec.kv == "own") else []
+
+    def _full_and_routed(self) -> tuple[list[Pass], list[Pass]]:
+        """The first passes, which take every token, and those of the others that any may take."""
+        full = list(takewhile(lambda one: one.routed is None, self.passes))
+        others = self.passes[len(full) :]
+        return full, [one for one in others if one.routed is None or one.routed.capacity > 0]
+
+    def _part(self, x_BTD: Tensor, ctx: Context, part: Part) -> Tensor:
+        """The stream after a part, [B, 1, D]; see `Part`."""
+        full, routed = self._full_and_routed()
+        chosen, later = None, 0
+        if part.at is None:
+            x_BTD = self._full_part(x_BTD, ctx, part, full)
+        ctx = replace(self._inner(ctx), handed=part.handed)
+        if part.at is not None:
+            one, later = routed[part.at], part.at + 1
+            last = full[-1] if full else None
+            now = replace(self._following(ctx, last, one), path=(*ctx.path, one.step))
+            chosen = self._chosen_before(one, now, part)
+            assert part.start_BTD is not None
+            x_BTD = self._routed(x_BTD, part.start_BTD, one, now, chosen)
+            chosen.stream.advance()
+        selected, scores = [], []
+        for one in routed[later:]:
+            now = replace(ctx, path=(*ctx.path, one.step))
+            chosen = self._ask(x_BTD, one, now, chosen)
+            selected.append(cast(Tensor, chosen.keep_BK)[:, 0])
+            scores.append(cast(Tensor, chosen.score_BK)[:, 0])
+        if selected:
+            part.selected_PB[later:] = torch.stack(selected)
+            part.score_PB[later:] = torch.stack(scores)
+        return x_BTD
+
+    def _chosen_before(self, one: Pass, ctx: Context, part: Part) -> Selection:
+        """What the router selected for a pass when it was asked last."""
+        assert isinstance(self.router, ScoreRouter)
+        assert one.routed is not None
+        selected_BT = part.selected_PB[part.at].unsqueeze(1)
+        score_BT = part.score_PB[part.at].unsqueeze(1)
+        return self.router.again(selected_BT, score_BT, one.routed, ctx)
+
+    def _full_part(self, x_BTD: Tensor, ctx: Context, part: Part, full: list[Pass]) -> Tensor:
+        part.start_BTD = start_BTD = x_BTD.clone() if self.spec.injection else x_BTD
+        x_BTD, inner = self._first_state(x_BTD, ctx), self._inner(ctx)
+        for before, one in zip((None, *full), full, strict=False):
+            inner = self._following(inner, before, one)
+            now = replace(inner, path=(*inner.path, one.step))
+            x_BTD = self._full(x_BTD, start_BTD, one, now)
+        part.handed = inner.handed
+        return x_BTD
 
     def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The state that the first pass reads, [B, T, D].
@@ -264,11 +340,7 @@ class BodyLoop(Loop):
                 return None
             chosen = self.exit.choose(x_BTD, known, ctx)
         else:
-            assert self.router is not None
-            assert self.spec.router is not None
-            nested = self.spec.router.nested
-            active_BT = before.mask(x_BTD.size(1)) if nested and before else None
-            chosen = self.router(x_BTD, at, ctx, active_BT)
+            chosen = self._ask(x_BTD, one, ctx, before)
         tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
         share = chosen.stream.tokens(chosen.index_BK) / tokens
         if ctx.stream.static and isinstance(tokens, Tensor) and isinstance(share, Tensor):
@@ -290,6 +362,16 @@ class BodyLoop(Loop):
         if spec.router.nested or spec.residual.rest(x_BTD, self._scale(one)) is not x_BTD:
             return 0
         return router.skips(x_BTD, self.passes[one.step :], ctx)
+
+    def _ask(self, x_BTD: Tensor, one: Pass, ctx: Context, before: Selection | None) -> Selection:
+        """The tokens that the router selects for a pass; ``before``: those of the pass before."""
+        assert self.router is not None
+        assert self.spec.router is not None
+        assert one.routed is not None
+        nested = self.spec.router.nested
+        active_BT = before.mask(x_BTD.size(1)) if nested and before else None
+        chosen: Selection = self.router(x_BTD, one.routed, ctx, active_BT)
+        return chosen
 
     def _scale(self, one: Pass) -> Callable[[Tensor], Tensor]:
         like = one.like  # alone, because the name of a pass differs between equal loops

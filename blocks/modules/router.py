@@ -81,6 +81,12 @@ class ScoreRouter(Router):
             return Selection(index_BK, None, None, stream)
         return Selection(index_BK, self.scores(x_BTD, at.row, ctx).detach(), None, stream)
 
+    def again(self, selected_BT: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Selection:
+        """The selection of a static step, made anew from the rows that it selected."""
+        limit = share_of(at.capacity, ctx.stream.limit)
+        index_BK, keep_BK, stream = packed(selected_BT, ctx, ctx.memory(self), limit, None)
+        return Selection(index_BK, score_BT, keep_BK, stream)
+
     def _loss(self, score_BT: Tensor, asked_BT: Tensor, chosen: Selection) -> Tensor:
         """The weighted losses of a selection, each the mean over the tokens that were asked for.
 
@@ -118,10 +124,7 @@ class ScoreRouter(Router):
         wanted_BT = score_BT > -math.inf
         if at.capacity < 1:
             wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
-        if ctx.stream.static and isinstance(taken, Tensor):
-            # what `within_budget` says of a single token
-            return wanted_BT & (taken.unsqueeze(1) < _budgets(at.capacity, score_BT, ctx.stream))
-        return within_budget(wanted_BT, at.capacity, ctx.stream.order(x_BTD), taken)
+        return within_budget(wanted_BT, _budgets(at.capacity, score_BT, ctx.stream), taken)
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         """True where a token is to be selected if the budget allows it, [B, T]."""
@@ -186,8 +189,9 @@ class Learned(ScoreRouter):
     def weights(self, x_BKD: Tensor, at: Step, chosen: Selection) -> Tensor:
         """alpha times the sigmoid or tanh of the score."""
         assert chosen.score_BK is not None
-        weight_D = self.weight_RD[at.row]
-        score_BK = _Known.apply(x_BKD, weight_D, chosen.score_BK)  # type: ignore[no-untyped-call]
+        score_BK = chosen.score_BK
+        if torch.is_grad_enabled():
+            score_BK = _Known.apply(x_BKD, self.weight_RD[at.row], score_BK)  # type: ignore[no-untyped-call]
         return (self.alpha[at.row] * self.squash(score_BK)).to(x_BKD.dtype)
 
 
@@ -262,14 +266,16 @@ def _budgets(capacity: float, score_BT: Tensor, stream: Stream) -> Tensor:
     return stream.once(("budget", capacity), lambda: budgets(capacity, stream.order(score_BT)))
 
 
-def within_budget(wanted_BT: Tensor, capacity: float, order_BT: Tensor, taken: Count = 0) -> Tensor:
-    """Which of the wanted tokens are selected: each while the selected ones so far stay within
-    ``capacity`` of all so far, ``taken`` of them before this chunk.
+def within_budget(wanted_BT: Tensor, budget_BT: Tensor, taken: Count = 0) -> Tensor:
+    """Which of the wanted tokens are selected: each while the selected ones up to it are not more
+    than its budget, ``taken`` of them before this chunk.
 
     taken(i) = min(taken(i-1) + wanted(i), budget(i)), unrolled to a running minimum.
     """
+    if wanted_BT.size(1) == 1:
+        return wanted_BT & (budget_BT > column(taken))
     sum_BT = wanted_BT.long().cumsum(1) + column(taken)
-    spare_BT = budgets(capacity, order_BT) - sum_BT
+    spare_BT = budget_BT - sum_BT
     taken_BT = sum_BT + spare_BT.cummin(1).values.clamp(max=0)
     return taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1]) + column(taken)) > 0
 

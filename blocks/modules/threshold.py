@@ -70,15 +70,15 @@ class Threshold(Learned, BatchStatistics):
 
     def skips(self, x_BTD: Tensor, passes: Sequence[Pass], ctx: Context) -> int:
         """See `Router`. For one token of one sequence, by one product for all passes."""
-        past, cache = ctx.stream.past, ctx.cache
-        if cache is None or x_BTD.shape[:2] != (1, 1):
+        past, kept = ctx.stream.past, ctx.kept
+        if kept is None or x_BTD.shape[:2] != (1, 1):
             return 0
         assert isinstance(past, int)
         odds: list[float] = []
         for n, one in enumerate(passes):
             if one.routed is None:
                 return n
-            memory = cache.memory((self.number, (*ctx.path, one.step)))
+            memory = kept.memory((self.place, (*ctx.path, one.step)))
             assert isinstance(memory.taken, int)
             if memory.taken < share_of(one.routed.capacity, past + 1):
                 odds = odds or self.odds(x_BTD[0, 0])

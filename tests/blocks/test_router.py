@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import archdsl
-from archdsl.blocks.modules.router import ScoreRouter, prefix_rank
+from archdsl.blocks.modules.router import ScoreRouter, budgets, prefix_rank, within_budget
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
@@ -42,6 +42,19 @@ def test_prefix_selects_what_a_decoder_with_a_sorted_list_selects(
     assert selected(*prefix_share(score_BT, capacity)) == [
         naive.within_budget(wanted, capacity, len(values))
     ]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=17), capacities)
+def test_a_budget_allows_one_token_at_a_time_what_it_allows_all_at_once(
+    wanted: list[bool], capacity: float
+) -> None:
+    wanted_BT = torch.tensor([wanted])
+    budget_BT = budgets(capacity, torch.arange(len(wanted)).unsqueeze(0))
+    one_by_one, taken_B = [], torch.zeros(1, dtype=torch.long)
+    for one_B1, budget_B1 in zip(wanted_BT.split(1, 1), budget_BT.split(1, 1), strict=True):
+        one_by_one.append(within_budget(one_B1, budget_B1, taken_B))
+        taken_B = taken_B + one_by_one[-1].sum(1)
+    assert torch.equal(torch.cat(one_by_one, 1), within_budget(wanted_BT, budget_BT))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 256])
@@ -133,7 +146,8 @@ def test_one_token_at_a_time_selects_what_all_at_once_select(
         cache, places, scores = Cache(48), [], []
         for t in range(48):
             stream = cache.stream(1, real_BT[:, t].long())
-            ctx, x_11D = Context(stream, cache=cache), x_BTD[:, t : t + 1]
+            ctx = Context(stream, cache=cache, kept=cache.of_layer(""))
+            x_11D = x_BTD[:, t : t + 1]
             skips = router.skips(x_11D, [Pass(1, 1, at(capacity))], ctx)
             one = router(x_11D, at(capacity), replace(ctx, path=(1,)), active_BT[:, t : t + 1])
             if active_BT[0, t] and real_BT[0, t]:

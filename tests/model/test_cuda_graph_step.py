@@ -19,7 +19,7 @@ from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import DialError, LanguageModel
-from archdsl.nn.cache import ContextFullError
+from archdsl.nn.cache import Cache, ContextFullError, Kept
 from archdsl.testing import models, small_model
 from tests import naive
 from tests.strategies import specs
@@ -135,39 +135,83 @@ def test_no_shape_depends_on_values_and_nothing_is_copied_to_the_host(name: str)
         step([turn % 5, -1 if turn % 3 else 2, 4])
         taken.add(str({**model.router_shares()}))
         with Recorder() as recorder:
-            step._run()
+            step._compute_all()
         recorded.append(recorder.ops)
     assert all(ops == recorded[0] for ops in recorded)
     assert not [op for op, _ in recorded[0] if op.startswith(ASKS)]
     assert len(taken) > 1 or not model.routers, "the router always said the same"
 
 
+@pytest.mark.parametrize(
+    ("name", "skips"),
+    {
+        "shared": True,
+        "narrow, shared": True,
+        "narrow": True,
+        "last": False,
+        "narrow, all": False,
+        "loop in loop": False,
+        "shared, all": False,
+    }.items(),
+)
+def test_passes_that_no_row_takes_are_left_out(
+    name: str, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = built(CASES[name]), []
+    model.dial(1.0 if model.routers else None)
+    step = TokenStep(model, model.new_cache(), 2)
+    compute = step._compute
+
+    def noting(n: int, at: int | None) -> None:
+        pieces.append((n, at))
+        compute(n, at)
+
+    monkeypatch.setattr(step, "_compute", noting)
+    for tokens, at in (([1, 2], [0, 1]), ([-1, 2], [0, 1]), ([-1, -1], [])):
+        pieces.clear()
+        step(tokens)
+        assert [at for _, at in pieces if at is not None] == (at if skips else [])
+        assert set(model.router_shares().values()) <= {float(bool(at))}
+
+
+def test_a_row_without_a_token_changes_no_entry_of_the_cache() -> None:
+    model = built(CASES["narrow, shared"])
+    cache = model.new_cache(6)
+    step = TokenStep(model, cache, 2)
+    for turn in range(6):
+        step([turn, 2])
+    before = [kept.read(kept.limit).clone() for kept in entries(cache)]
+    step([-1, -1])
+    for kept, data in zip(entries(cache), before, strict=True):
+        torch.testing.assert_close(kept.read(kept.limit), data, rtol=0, atol=0)
+
+
+def entries(cache: Cache) -> list[Kept]:
+    return [kept for _, memory in cache.memories for kept in memory.kept.values()]
+
+
 ROUTER = "blocks.0.body.1.router.kind"
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"),
+    ("overrides", "most"),
     [
-        ("transformer", []),
-        ("mor", []),
-        ("itt", [f"{ROUTER}=prefix"]),
-        ("itt", [f"{ROUTER}=threshold"]),
-        ("itt", ["blocks.0.body.1.kv=shared", "blocks.0.body.1.body.attention.window=7"]),
+        ([f"{ROUTER}=prefix"], 4 + 3),  # a layer, a loop, either's first, and its routed passes
+        (["blocks.0.body.1.kv=shared", "blocks.0.body.1.body.attention.window=7"], 2 + 2 * (1 + 3)),
     ],
-    ids=["plain", "mor", "itt-prefix", "itt-threshold", "itt-shared-window"],
+    ids=["prefix", "shared-window"],
 )
-def test_a_step_compiles_once_as_a_single_graph(
-    name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_step_compiles_before_the_first_token(overrides: list[str], most: int) -> None:
     torch._dynamo.reset()
-    model, counter = built(shipped(name, *overrides)), CompileCounter()
-    step, plain = (TokenStep(model, model.new_cache(), ROWS) for _ in range(2))
-    compiled = torch.compile(step._run, fullgraph=True, dynamic=False, backend=counter)
-    monkeypatch.setattr(step, "_run", compiled)
-    for turn in range(20):
+    model, counter = built(shipped("itt", *overrides)), CompileCounter()
+    plain = TokenStep(model, model.new_cache(), ROWS)
+    step = TokenStep(model, model.new_cache(), ROWS, compiled=True, backend=counter)
+    compilations = counter.frame_count
+    assert 0 < compilations <= most
+    for turn in range(10):
         tokens = [turn % 5, -1 if turn % 3 else 2, 4]
         torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-11, atol=1e-11)
-    assert counter.frame_count == 1
+    assert counter.frame_count == compilations
 
 
 def test_an_unsupported_model_or_cache_is_an_error_that_changes_nothing() -> None:
@@ -206,7 +250,7 @@ def test_a_captured_graph_equals_the_steps_without_a_graph(name: str) -> None:
         for cache in caches:
             model(tokens_BT, mask_BT, cache)
         step = TokenStep(model, caches[0], ROWS)
-        assert step.graph is not None
+        assert step.graphs
         for turn in range(8):
             row = [turn % 5, -1 if turn % 3 else 2, 4]
             now_B1 = torch.tensor(row, device="cuda").unsqueeze(1)

@@ -67,7 +67,7 @@ def test_entries_of_selected_tokens_only_take_the_memory_of_these_tokens() -> No
     model(tokens(1), cache=cache)
     kept = {
         (path, name): entries.limit
-        for (_, path), memory in cache._memories.items()
+        for (_, path), memory in cache.memories
         for name, entries in memory.kept.items()
     }
     assert kept == {
@@ -142,7 +142,7 @@ def test_each_token_keeps_the_keys_of_each_pass_and_no_pass_reads_those_of_a_lat
 
 def kept_of(cache: Cache, step: int) -> dict[str, Kept]:
     found: dict[str, Kept] = {}
-    for (_, path), memory in cache._memories.items():
+    for (_, path), memory in cache.memories:
         found |= memory.kept if path == (step,) else {}
     return found
 
@@ -278,7 +278,7 @@ def test_a_state_is_that_after_the_last_real_token_of_each_row(chunk: int) -> No
 def test_a_state_moves_with_its_row_and_is_counted() -> None:
     cache = Cache(8)
     x_BTD = torch.arange(3.0).view(3, 1, 1)
-    state = cache.memory(("block", ())).state("last", x_BTD, 1)
+    state = cache.of_layer("block").memory(("", ())).state("last", x_BTD, 1)
     state.write(x_BTD, Stream())
     assert cache.nbytes == 3 * 4
     cache.reorder(torch.tensor([2, 0, 0, 1]))
