@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
-from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar, assert_never, cast
 
 import torch
@@ -184,8 +183,10 @@ class BodyLoop(Loop):
 
     def _full_and_routed(self) -> tuple[list[Pass], list[Pass]]:
         """The first passes, which take every token, and those of the others that any may take."""
-        full = list(takewhile(lambda one: one.routed is None, self.passes))
-        others = self.passes[len(full) :]
+        # not itertools.takewhile, which the compiler of torch 2.11 cannot read
+        routed = [place for place, one in enumerate(self.passes) if one.routed is not None]
+        first = routed[0] if routed else len(self.passes)
+        full, others = self.passes[:first], self.passes[first:]
         return full, [one for one in others if one.routed is None or one.routed.capacity > 0]
 
     def _part(self, x_BTD: Tensor, ctx: Context, part: Part) -> Tensor:
