@@ -143,8 +143,9 @@ def save_checkpoint(
 def _write(
     folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
 ) -> None:
-    for parameter in model.parameters():  # `for_decoding` stores them in another order
-        parameter.data = parameter.data.contiguous()
+    for parameter in model.parameters():  # `for_decoding` stores them in another way
+        alone = parameter.untyped_storage().nbytes() == parameter.nbytes
+        parameter.data = parameter.data.contiguous() if alone else parameter.data.clone()
     save_model(model, str(folder / WEIGHTS))
     (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
     if isinstance(tokenizer, Path):

@@ -64,9 +64,8 @@ class TokenStep:
         self.call: Call | None = None
         device = model.embedding.weight.device
         cache.make_static(rows, device)
-        self.length_B = torch.as_tensor(cache.length).to("cpu", copy=True)  # what Python knows
-        self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.mask_B1 = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.lengths: list[int] = torch.as_tensor(cache.length).tolist()  # what Python knows
+        self.tokens_B1 = torch.full((rows, 1), -1, dtype=torch.long, device=device)
         self.ctx = Context()
         dtype = autocast_dtype(device) or model.embedding.weight.dtype
         self.x_B1D = torch.zeros(rows, 1, model.spec.dim, dtype=dtype, device=device)
@@ -88,11 +87,8 @@ class TokenStep:
         row is full; ArchdslError if the rows of the cache were reordered; DialError if the compute
         dial was turned.
         """
-        tokens_B = torch.tensor(tokens)
-        self._check(tokens_B)
-        self.tokens_B1.copy_(tokens_B.clamp(min=0).unsqueeze(1))
-        self.mask_B1.copy_((tokens_B >= 0).unsqueeze(1))
-        self.length_B += tokens_B >= 0
+        self.lengths = self._checked(tokens)
+        self.tokens_B1.copy_(torch.tensor(tokens).unsqueeze(1), non_blocking=True)
         real = max(1, sum(token >= 0 for token in tokens))
         shares: dict[str, float | Tensor] = {}
         for n, section in enumerate(self.sections):
@@ -103,14 +99,17 @@ class TokenStep:
         self.model.trace = replace(self.ctx.trace, shares=self.ctx.trace.shares | shares)
         return self.logits_BV
 
-    def _check(self, tokens_B: Tensor) -> None:
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """The lengths of the rows with these tokens."""
         if not self.cache.static:
             raise ArchdslError("the rows of the cache were reordered: make another TokenStep")
         self.model.check_dial(self.cache)
-        if bool((self.length_B + (tokens_B >= 0) > self.cache.max_length).any()):
+        lengths = [n + (token >= 0) for n, token in zip(self.lengths, tokens, strict=True)]
+        if max(lengths) > self.cache.max_length:
             raise ContextFullError(
                 f"this cache has room for {self.cache.max_length:,} tokens of a row, no more"
             )
+        return lengths
 
     def _sections(self) -> Iterator[Section]:
         layers: list[nn.Module] = []
@@ -165,8 +164,9 @@ class TokenStep:
             stream = replace(ctx.stream, known=dict(ctx.stream.known))
             ctx, layers = replace(ctx, stream=stream, tables=dict(ctx.tables)), layers[-1:]
         elif n == 0:
-            x_BTD = self.model.embedding(self.tokens_B1).to(x_BTD.dtype)
-            ctx = self.ctx = self.model.begin(x_BTD, self.mask_B1.sum(1), self.cache)
+            x_BTD = self.model.embedding(self.tokens_B1.clamp(min=0)).to(x_BTD.dtype)
+            real_B = (self.tokens_B1[:, 0] >= 0).long()
+            ctx = self.ctx = self.model.begin(x_BTD, real_B, self.cache)
         for layer in layers:
             in_parts = section.steps and layer is layers[-1]
             section.part.at = at

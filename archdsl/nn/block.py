@@ -123,6 +123,10 @@ class Block(Primitive):
         Called only for blocks that have written to ``Context.handed``. By default, does nothing.
         """
 
+    def side_by_side(self) -> Iterable[Sequence[nn.Linear]]:
+        """The linear maps that this block applies to the same input by `Context.linears`."""
+        return ()
+
     def unrolled(self) -> Iterable[nn.Module]:
         """The blocks that this one runs one after the other and nothing else; default: itself."""
         return (self,)
@@ -313,17 +317,18 @@ class Context:
         """The products of linear maps without biases with the same ``x``, as of `linear`.
 
         In half precision, as on a GPU, one product computes all of them: it is larger, and the
-        matrices are copied to that precision anyway. So it does in static decoding, where the time
-        of a product is hardly that of its numbers; see `join_`.
+        matrices are copied to that precision anyway. So it does in static decoding after `join_`,
+        because the time of a product with one token is hardly that of its numbers.
         """
         dtype = autocast_dtype(x.device)
         alone = any(one in self.added or type(one) is not nn.Linear for one in matrices)
         if alone or (dtype is None and not self.stream.static):
             return [self.linear(one, x) for one in matrices]
-        if dtype is None:
-            joined = join_(matrices)
-        else:
+        joined = _joined(matrices) if dtype is None else None
+        if dtype is not None:
             joined, x = torch.cat([one.weight.to(dtype) for one in matrices]), x.to(dtype)
+        if joined is None:
+            return [self.linear(one, x) for one in matrices]
         return list(F.linear(x, joined).split([one.out_features for one in matrices], -1))
 
     def at(self, index_BK: Tensor, stream: Stream, keep_BK: Tensor | None = None) -> Context:
@@ -399,21 +404,28 @@ class Context:
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def join_(matrices: Sequence[nn.Linear]) -> Tensor:
-    """The weights of linear maps, one below the other. From then on they are parts of that matrix,
-    so that it needs no memory, and what changes them in place changes it."""
-    first, sizes = matrices[0], [one.out_features for one in matrices]
+def join_(matrices: Sequence[nn.Linear]) -> None:
+    """Moves the weights of linear maps into one matrix, one below the other, of which they are
+    parts from then on; see `Context.linears`."""
+    with torch.inference_mode(False), torch.no_grad():
+        joined = torch.cat([one.weight for one in matrices])
+        parts = joined.split([one.out_features for one in matrices])
+        for one, part in zip(matrices, parts, strict=True):
+            one.weight.data = part
+    matrices[0].joined = joined
+
+
+def _joined(matrices: Sequence[nn.Linear]) -> Tensor | None:
+    """The matrix that `join_` made of these; None if there is none, or they are elsewhere now."""
+    first = matrices[0]
     joined = cast(Tensor | None, getattr(first, "joined", None))
-    if torch.compiler.is_compiling() and joined is not None:
+    if joined is None or torch.compiler.is_compiling():
         return joined
-    parts = () if joined is None else joined.split(sizes)
-    if [part.data_ptr() for part in parts] != [one.weight.data_ptr() for one in matrices]:
-        with torch.inference_mode(False), torch.no_grad():
-            joined = torch.cat([one.weight for one in matrices])
-            for one, part in zip(matrices, joined.split(sizes), strict=True):
-                one.weight.data = part
-        first.joined = joined
-    return cast(Tensor, joined)
+    parts = joined.split([one.out_features for one in matrices])
+    if [part.data_ptr() for part in parts] == [one.weight.data_ptr() for one in matrices]:
+        return joined
+    del first.joined
+    return None
 
 
 def _rows_of(table: Tensor, index_BK: Tensor) -> Tensor:

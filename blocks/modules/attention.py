@@ -254,6 +254,10 @@ class Attention(Block):
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
         )
 
+    def side_by_side(self) -> list[tuple[nn.Linear, ...]]:
+        """See `Block`."""
+        return [(self.q, self.k, self.v)]
+
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.view(*x_BTD.shape[:-1], -1, self.head_size).transpose(1, 2)
 

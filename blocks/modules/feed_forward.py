@@ -36,3 +36,7 @@ class FeedForward(Block):
             return ctx.linear(self.down, F.gelu(ctx.linear(self.up, x_BTD)))
         gate_BTF, up_BTF = ctx.linears((self.gate, self.up), x_BTD)
         return ctx.linear(self.down, F.silu(gate_BTF) * up_BTF)
+
+    def side_by_side(self) -> list[tuple[nn.Linear, ...]]:
+        """See `Block`."""
+        return [] if self.gate is None else [(self.gate, self.up)]

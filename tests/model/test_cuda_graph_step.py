@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from archdsl.checks.invariants import gap
 from archdsl.errors import ArchdslError
 from archdsl.lang.registry import families
 from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.checkpoint import load_checkpoint, save_checkpoint
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import DialError, LanguageModel
 from archdsl.nn.cache import Cache, ContextFullError, Kept
 from archdsl.testing import models, small_model
+from benchmarks.launches import Counter
 from tests import naive
 from tests.strategies import specs
 
@@ -184,6 +187,21 @@ def test_a_row_without_a_token_changes_no_entry_of_the_cache() -> None:
     step([-1, -1])
     for kept, data in zip(entries(cache), before, strict=True):
         torch.testing.assert_close(kept.read(kept.limit), data, rtol=0, atol=0)
+
+
+def test_joined_products_are_equal_and_can_be_saved_and_moved(tmp_path: Path) -> None:
+    model = built(shipped("itt"))
+    plain = TokenStep(model, model.new_cache(), 1)([3]).clone()
+    model._side_by_side()
+    with Counter() as counter:
+        torch.testing.assert_close(TokenStep(model, model.new_cache(), 1)([3]), plain)
+    assert "Context.linears" in {caller for _, caller in counter.counts}
+    save_checkpoint(tmp_path / "saved", model, tokenizer_from=None, provenance={})
+    loaded = load_checkpoint(tmp_path / "saved").model
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), check_dtype=False)
+    model.embedding.weight.data.zero_()
+    model.float()
+    assert TokenStep(model, model.new_cache(), 1)([3]).dtype == torch.float32
 
 
 def entries(cache: Cache) -> list[Kept]:
