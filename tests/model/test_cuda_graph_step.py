@@ -23,7 +23,7 @@ from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import DialError, LanguageModel
 from archdsl.nn.cache import Cache, ContextFullError, Kept
 from archdsl.testing import models, small_model
-from benchmarks.launches import Counter
+from benchmarks.launches import Counter, total
 from tests import naive
 from tests.strategies import specs
 
@@ -209,6 +209,29 @@ def entries(cache: Cache) -> list[Kept]:
 
 
 ROUTER = "blocks.0.body.1.router.kind"
+
+
+def launches(spec: ModelSpec) -> float:
+    """The operations of a token that takes no routed pass; see `benchmarks.launches`."""
+    model = archdsl.build(spec).eval()
+    for name, quantiles in model.named_buffers():
+        if name.endswith("quantiles_RQ"):
+            quantiles.fill_(math.inf)
+    model._side_by_side()
+    step = TokenStep(model, model.new_cache(), 1)
+    step([1])
+    with Counter() as counter, torch.inference_mode():
+        step([2])
+    return total(counter.counts).launches
+
+
+def test_a_layer_and_a_pass_that_no_row_takes_launch_few_operations() -> None:
+    plain = archdsl.load("transformer")
+    two, three = (launches(plain.resized(Sizes(32, 40, 64, 8, n))) for n in (2, 3))
+    assert three - two <= 32  # of these 14 for the two norms, each of which is one on a GPU
+    passes = [f"blocks.0.body.1.steps={n}" for n in (3, 4)]
+    three, four = (launches(shipped("itt", f"{ROUTER}=threshold", one)) for one in passes)
+    assert (four - three) / 2 <= 14  # of one pass of each of two loops
 
 
 @pytest.mark.parametrize(
