@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -51,9 +52,12 @@ class ScoreRouter(Router):
         with nullcontext() if has_loss else torch.no_grad():  # `weights` has the other gradient
             score_BT = self.scores(x_BTD, at.row, ctx)
         ranked_BT = without_noise(score_BT.detach())
-        for allowed_BT in (active_BT, ctx.stream.real(x_BTD)):
-            if allowed_BT is not None:
-                ranked_BT = ranked_BT.masked_fill(~allowed_BT, -math.inf)
+        if active_BT is not None:
+            ranked_BT = ranked_BT.masked_fill(~active_BT, -math.inf)
+        real_BT = ctx.stream.real(x_BTD)
+        if real_BT is not None:
+            padding_BT = ctx.stream.once("padding", partial(torch.logical_not, real_BT))
+            ranked_BT = ranked_BT.masked_fill(padding_BT, -math.inf)
         index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
         chosen = Selection(index_BK, pick(score_BT.detach(), index_BK), keep_BK, stream)
         if has_loss:
@@ -230,7 +234,10 @@ def packed(
         assert isinstance(memory.taken, Tensor)
         # `memory.taken` grows when the loop has run the pass, by `Stream.advance`
         stream = Stream(memory.taken, length_B, limit, static=True)
-        return torch.zeros_like(selected_BT, dtype=torch.long), selected_BT, stream
+        first_BT = ctx.stream.once(
+            "first", partial(torch.zeros_like, selected_BT, dtype=torch.long)
+        )
+        return first_BT, selected_BT, stream
     stream = Stream(memory.taken if memory else 0, length_B, limit)
     K = int(length_B.max()) if most is None else most
     if memory is not None:
