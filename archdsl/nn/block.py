@@ -321,7 +321,7 @@ class Context:
         because the time of a product with one token is hardly that of its numbers.
         """
         dtype = autocast_dtype(x.device)
-        alone = any(one in self.added or type(one) is not nn.Linear for one in matrices)
+        alone = any(one in self.added or not _is_plain(one, x) for one in matrices)
         if alone or (dtype is None and not self.stream.static):
             return [self.linear(one, x) for one in matrices]
         joined = _joined(matrices) if dtype is None else None
@@ -402,6 +402,13 @@ class Context:
             angle = angle.unsqueeze(1)  # heads
         cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _is_plain(matrix: nn.Linear, x: Tensor) -> bool:
+    """Whether the weight can be read where ``x`` is: not one that is quantised, sharded or
+    offloaded, nor a linear map of another class."""
+    weight = matrix.weight
+    return type(matrix) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
 
 
 def join_(matrices: Sequence[nn.Linear]) -> None:

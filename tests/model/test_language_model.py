@@ -12,12 +12,13 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 import archdsl
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import TooLargeError, meta_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context
 from archdsl.nn.cache import ContextFullError
 from tests import naive
+from tests.shipped import STRUCTURES
 from tests.strategies import specs
 
 LAYER = {"kind": "layer", "attention": {"head_size": 4}, "ffn": {"hidden": 20}}
@@ -262,3 +263,32 @@ def test_the_meta_model_has_no_data() -> None:
     model = meta_model(archdsl.load("itt-466m"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) == archdsl.cost(model.spec).params
+
+
+@settings(max_examples=15)
+@given(specs())
+def test_under_autocast_the_stream_of_any_model_is_as_wide_as_products(random: ModelSpec) -> None:
+    model = archdsl.build(random).train()
+    tokens_BT = torch.arange(2 * random.context).view(2, -1) % random.vocab_size
+    each: list[Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(model.embedding(tokens_BT), each=each)
+        loss = model.loss(tokens_BT, tokens_BT)
+    torch.stack([loss, *model.trace.losses.values()]).sum().backward()
+    assert {x_BTD.dtype for x_BTD in each} == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_loss_under_autocast_is_near_the_exact_one(name: str) -> None:
+    sizes = Sizes(dim=32, context=48, vocab_size=101, head_size=16, repeat=1)
+    model = archdsl.build(archdsl.load(name).resized(sizes)).eval()
+    tokens_BT = torch.randint(101, (2, 48))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = model.loss(tokens_BT, tokens_BT)
+        half_BTV = model(tokens_BT)
+    with torch.no_grad():
+        exact = model.loss(tokens_BT, tokens_BT)
+    assert float(half) == pytest.approx(float(exact), rel=5e-3)
+    assert half_BTV.dtype == torch.bfloat16
