@@ -92,7 +92,7 @@ GROUPS = {
     "loss": Group(gpu_rows.loss, ("loss", "loss_memory"), 20),
     "launches": Group(gpu_rows.launches, ("launches",), 10),
     "plain": Group(gpu_rows.plain, ("plain", "mfu"), 80),
-    "decoding": Group(gpu_rows.decoding, ("decode", "decode_nobody", "decode_half"), 50),
+    "decoding": Group(gpu_rows.decoding, ("decode", "decode_nobody", "decode_half"), 90),
     "itt": Group(gpu_rows.itt, ("compile", "itt_half", "itt_most"), 90),
     "routers": Group(gpu_rows.routers, ("own", "prefix", "threshold", "predictor"), 60),
     "shared": Group(gpu_rows.shared, ("shared",), 30),
