@@ -124,7 +124,7 @@ class Subject:
         """Within the block, the model runs this one block only, with the context it needs."""
         layers = self.model.layers
         if self.block is not None:
-            self.model.layers = [self.block]
+            self.model.layers = list(self.block.unrolled())
         try:
             yield
         finally:

@@ -195,7 +195,8 @@ class Attention(Block):
 
     def _among_all(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
         """Plain causal attention with each query at its place, and zeros at the other places."""
-        index = order_BT[:, None, :, None].expand_as(q_BHTE)
+        # a part of a larger tensor would be saved whole
+        index = order_BT.contiguous()[:, None, :, None].expand_as(q_BHTE)
         q_BHSE = torch.zeros_like(kv.k_BGSE[:, :1]).expand(-1, q_BHTE.size(1), -1, -1)
         q_BHSE = q_BHSE.scatter(2, index, q_BHTE)
         y_BHSE = self._scaled(q_BHSE, kv.k_BGSE, kv.v_BGSE, None, causal=True)

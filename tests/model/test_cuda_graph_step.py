@@ -234,21 +234,14 @@ def test_a_layer_and_a_pass_that_no_row_takes_launch_few_operations() -> None:
     assert (four - three) / 2 <= 12  # of one pass of each of two loops
 
 
-@pytest.mark.parametrize(
-    ("overrides", "most"),
-    [
-        ([f"{ROUTER}=prefix"], 4 + 3),  # a layer, a loop, either's first, and its routed passes
-        (["blocks.0.body.1.kv=shared", "blocks.0.body.1.body.attention.window=7"], 2 + 2 * (1 + 3)),
-    ],
-    ids=["prefix", "shared-window"],
-)
-def test_a_compiled_step_compiles_before_the_first_token(overrides: list[str], most: int) -> None:
+def test_a_compiled_step_compiles_before_the_first_token() -> None:
     torch._dynamo.reset()
-    model, counter = built(shipped("itt", *overrides)), CompileCounter()
+    model, counter = built(shipped("itt", f"{ROUTER}=prefix")), CompileCounter()
     plain = TokenStep(model, model.new_cache(), ROWS)
     step = TokenStep(model, model.new_cache(), ROWS, compiled=True, backend=counter)
     compilations = counter.frame_count
-    assert 0 < compilations <= most
+    # a layer, a loop, either's first, and the routed passes of a loop
+    assert 0 < compilations <= 4 + 3
     for turn in range(10):
         tokens = [turn % 5, -1 if turn % 3 else 2, 4]
         torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-11, atol=1e-11)

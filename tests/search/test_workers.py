@@ -42,7 +42,7 @@ blocks:
           body: *layer
 """
 Connection = psycopg.Connection[tuple[Any, ...]]
-TRIALS, WORKERS, KILLS = 5, 2, 2
+TRIALS, WORKERS, KILLS = 4, 2, 2
 LONGEST = 600.0  # seconds, on a machine that does much else
 
 
