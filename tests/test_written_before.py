@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import archdsl
-from archdsl.data.loading import TextData, TokenCache
+from archdsl.data.text_data import TextData
+from archdsl.data.token_cache import TokenCache
 from archdsl.data.types import Batch
 from archdsl.lang.spec import Budget
 from archdsl.search.engine import Machine

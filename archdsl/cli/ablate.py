@@ -14,6 +14,7 @@ from archdsl.cli.options import (
     Source,
     Spec,
     duration,
+    one_source,
     print_json,
     print_parts,
 )
@@ -73,7 +74,7 @@ def ablate(
     from archdsl.search.report.tables import result, saying
     from archdsl.search.trials.proxy import Proxy
 
-    small = Proxy.parse(proxy, source)
+    small = Proxy.parse(proxy, one_source(source))
     say_what_is_trained_on(small)
     with saying() as tell:
         found = ablate(

@@ -16,6 +16,7 @@ from archdsl.cli.options import (
     Json,
     Source,
     check_output,
+    one_source,
     print_json,
     print_parts,
     shares,
@@ -192,7 +193,7 @@ def eval_(
     else:
         windows: dict[str, Any] = {"split": split, "batch_size": batch_size}
         windows |= {"context": context, "limit_tokens": tokens}
-        data = data_of(found, source)
+        data = data_of(found, one_source(source))
         if sweep or len(settings) > 1:
             answered = _along(found, data, settings, windows, plot)
         else:

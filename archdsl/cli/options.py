@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import NoneType, UnionType
@@ -127,12 +127,13 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else to stdout.")
 ]
 Source = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--data",
-        metavar="SOURCE",
+        metavar="SOURCE[:WEIGHT]",
         help="A text, JSONL, parquet or arrow file or folder, hf:DATASET/CONFIG or skill:NAME. "
-        "SOURCE::COLUMN also says which column is the text. Default: the embedded corpus.",
+        "SOURCE::COLUMN also says which column is the text. May be repeated to mix texts, in "
+        "equal shares or by weights: --data a:0.8 --data b:0.2. Default: the embedded corpus.",
     ),
 ]
 Column = Annotated[
@@ -202,6 +203,22 @@ def refuse_to_replace(folder: Path, force: bool) -> None:
     """Raises ArchdslError if the folder holds something and ``force`` is not given."""
     if not force and folder.is_dir() and any(folder.iterdir()):
         raise ArchdslError(f"{folder} is not empty; --force replaces the checkpoint in it")
+
+
+def one_source(sources: Sequence[str] | None, column: str | None = None) -> str | None:
+    """The data of all ``--data`` as one text, which `archdsl.load_data` takes; None without any.
+
+    Raises ArchdslError if a column is given beside several data.
+    """
+    if not sources:
+        from archdsl.data.documents import EMBEDDED
+
+        return f"{EMBEDDED}::{column}" if column else None
+    if column and len(sources) > 1:
+        raise ArchdslError(
+            f"--column {column} belongs to one of several --data: write it as SOURCE::{column}"
+        )
+    return f"{sources[0]}::{column}" if column else " + ".join(sources)
 
 
 def check_output(path: Path) -> None:

@@ -18,6 +18,7 @@ from archdsl.cli.options import (
     Source,
     Tokenizer,
     config_from,
+    one_source,
     print_json,
     print_parts,
 )
@@ -72,12 +73,13 @@ def train(
 
       archdsl train tiny --data skill:p-hop --context 64 --lr 2e-3
 
+      archdsl train tiny --data novels:0.8 --data speeches:0.2
+
       archdsl train tiny --config training.yaml --out runs/mine
 
       archdsl train runs/grafted --only new --out runs/thinking
     """
     config = config_from(ctx, config_class(), config_file)
-    from archdsl.data.documents import EMBEDDED
     from archdsl.lang.load import load
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
@@ -85,7 +87,7 @@ def train(
 
     start = checkpoint_at(spec, overrides, tokenizer)
     model = start.spec if start else load(spec, overrides=overrides or ())
-    named = f"{source or EMBEDDED}::{column}" if column else source
+    named = one_source(source, column)
     data = data_of(start, named) if start else data_for(model, named, tokenizer)
     folder = out or Path("runs") / model.name
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
@@ -120,9 +122,9 @@ def _in_float32_on_cpu(config: TrainConfig) -> bool:
 
 def say_what_is_in(data: Data) -> None:
     """Prints to stderr what each split of a text has, and what is left out and why."""
-    from archdsl.data.loading import TextData
+    from archdsl.data.loading import MixedData, TextData
 
-    for line in data.summary() if isinstance(data, TextData) else ():
+    for line in data.summary() if isinstance(data, TextData | MixedData) else ():
         print(f"  {line}", file=sys.stderr)
 
 

@@ -132,10 +132,10 @@ def _run(config: SearchConfig, overrides: list[str] | None) -> SearchReport:
 
 def say_what_is_trained_on(proxy: Proxy) -> None:
     """Prints to stderr the texts of the tasks of a proxy, and what they hold."""
-    from archdsl.data.loading import TextData
+    from archdsl.data.loading import MixedData, TextData
 
     for name, task in proxy.tasks.items():
-        if isinstance(data := task.load(), TextData):
+        if isinstance(data := task.load(), TextData | MixedData):
             print(f"{name}: {data.name}", file=sys.stderr)
             say_what_is_in(data)
 

@@ -73,7 +73,7 @@ def test_an_interrupted_build_leaves_no_incomplete_file(
         yield np.array([1, 2, 3]), 3
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archdsl.data.loading.encode", interrupted)
+    monkeypatch.setattr("archdsl.data.token_cache.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_data(str(corpus), cache=corpus.parent / "cache")
     assert not list((corpus.parent / "cache" / "tokens").iterdir())
