@@ -1,8 +1,8 @@
 """The peak memory of a training step, in closed form.
 
-Weights and the two moments of AdamW are always in memory. The forward pass saves activations for
-the backward pass, which frees them layer by layer and adds gradients instead. So the peak is at the
-beginning of the backward pass (head and loss), at one of the layers, or at its end.
+Weights and the moments of the optimizer are always in memory. The forward pass saves activations
+for the backward pass, which frees them layer by layer and adds gradients instead. So the peak is at
+the beginning of the backward pass (head and loss), at one of the layers, or at its end.
 
 The formulas are for float32 on a CPU; benchmarks/memory.py compares them with the allocator.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
 
 from archdsl.blocks.norm import norm_footprint, norm_size
 from archdsl.costs.activations import FLOAT, LOGITS, Footprint, Rows, in_a_row
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class TrainingMemory:
     """The memory in bytes at the peak of a training step.
 
-    ``optimizer``: the two moments of AdamW. ``gradients_at_peak``: those that exist at the peak,
-    which are at most those of all weights, ``gradient_bytes`` of the receipt.
+    ``optimizer``: the two moments of AdamW, or the one of Muon. ``gradients_at_peak``: those that
+    exist at the peak, which are at most those of all weights, ``gradient_bytes`` of the receipt.
     ``activations``: everything else, including the part of the logits that exists at one time.
     """
 
@@ -50,12 +50,15 @@ def training_memory(
     *,
     accumulate: int = 1,
     checkpointed: bool = False,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> TrainingMemory:
     """Returns the peak memory of a step on ``batch_size`` sequences of ``context`` tokens.
 
     ``context``: by default that of the spec. ``accumulate``: the number of parts that the batch is
-    divided into. ``checkpointed``: whether each layer is recomputed in the backward pass. If the
-    training of the spec draws the depth of its loops, it is the peak at the depth that needs most.
+    divided into. ``checkpointed``: whether each layer is recomputed in the backward pass.
+    ``optimizer``: muon keeps one moment of a matrix of a block, adamw keeps two of every parameter.
+    If the training of the spec draws the depth of its loops, it is the peak at the depth that
+    needs most.
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
@@ -69,7 +72,13 @@ def training_memory(
         _at_depth(spec, full_batch(spec, min(rows, at_once), context), depth, several, checkpointed)
         for depth, rows in runs
     ]
-    return max(needs, key=lambda need: need.peak)
+    most = max(needs, key=lambda need: need.peak)
+    if optimizer == "muon":
+        # for this estimate, the vectors of routers and exits, which are few, count as matrices
+        costs = [block_cost(block, spec.dim, 1) for block in spec.blocks]
+        saved = TRAIN_BYTES * sum(cost.matrices for cost in costs)
+        most = replace(most, optimizer=most.optimizer - saved)
+    return most
 
 
 def _runs(spec: ModelSpec, batch_size: int) -> list[tuple[int | None, int]]:
@@ -121,7 +130,12 @@ def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:
     size, parts = config.batch_size, config.accumulate
     checkpointed = config.activation_checkpointing
     need = training_memory(
-        spec, size, config.context, accumulate=parts, checkpointed=checkpointed
+        spec,
+        size,
+        config.context,
+        accumulate=parts,
+        checkpointed=checkpointed,
+        optimizer=config.optimizer,
     ).peak
     have = installed_memory()
     if need <= have:

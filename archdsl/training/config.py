@@ -6,6 +6,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -14,6 +15,10 @@ from archdsl.errors import describe
 from archdsl.lang.strict import Size, Strict, validation_error
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# Settings that older versions did not have: their runs had the default. So records of a setting at
+# its default are the same with it and without it.
+LATER_SETTINGS = {"optimizer"}
 
 
 def _pair(value: Any) -> Any:
@@ -38,6 +43,11 @@ class TrainConfig(Strict):
     context: Size | None = Field(None, ge=1, description="tokens per sequence; default: the spec's")
     accumulate: int = Field(
         1, ge=1, description="split each batch into this many parts, to save memory"
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, or muon, which is for the matrices of the blocks and leaves the rest "
+        "to adamw",
     )
     lr: Finite = Field(3e-3, gt=0, description="the highest learning rate")
     min_lr_ratio: Finite = Field(
@@ -112,6 +122,17 @@ class TrainConfig(Strict):
             message = f"accumulate must divide batch_size, got {found}"
             raise validation_error([(("accumulate",), message)])
         return self
+
+    @classmethod
+    def with_later(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a run recorded, with those that its version did not have."""
+        return {name: cls.model_fields[name].default for name in LATER_SETTINGS} | dict(recorded)
+
+    def identity(self, exclude: set[str]) -> dict[str, Any]:
+        """Return the settings as JSON values, as the first version would record this run."""
+        fields = type(self).model_fields
+        later = {n for n in LATER_SETTINGS if getattr(self, n) == fields[n].default}
+        return self.model_dump(mode="json", exclude=exclude | later)
 
     @property
     def warmup(self) -> int:

@@ -1,6 +1,7 @@
 """Where a training stood: what a checkpoint keeps of it, and the check that nothing is missing.
 
-A state is a mapping of names to tensors and JSON values. The tensors are the moments of AdamW.
+A state is a mapping of names to tensors and JSON values. The tensors are what the
+optimizer keeps of each parameter, its moments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import TENSORS, TRAINING, CheckpointError
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of each parameter, as AdamW names them
 PREFIX = "optimizer/"
 
 S = TypeVar("S", bound=Strict)
@@ -72,19 +72,24 @@ def checked(kind: type[S], state: Mapping[str, Any], path: Path) -> S:
 
 
 def moments(
-    state: Mapping[str, Any], parameters: Mapping[str, Tensor], stood: TrainingState, path: Path
+    state: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[str, ...]],
+    stood: TrainingState,
+    path: Path,
 ) -> dict[str, dict[str, Tensor]]:
     """Return the moments of each parameter that has some, by its name.
 
-    Raises CheckpointError, which names the tensor, unless they are those that AdamW has for
-    ``parameters`` after ``stood.step`` steps.
+    ``kept``: the names of the moments that the optimizer keeps of each of the ``parameters``.
+    Raises CheckpointError, which names the tensor, unless they are there as they can be after
+    ``stood.step`` steps.
     """
     left = {key for key in state if key.startswith(PREFIX)}
     found: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         if name in stood.without_moments:
             continue
-        keys = {moment: f"{PREFIX}{name}/{moment}" for moment in MOMENTS}
+        keys = {moment: f"{PREFIX}{name}/{moment}" for moment in kept[name]}
         found[name] = {
             moment: _tensor(state, key, parameter if moment != "step" else None, path)
             for moment, key in keys.items()
@@ -114,9 +119,9 @@ def _tensor(state: Mapping[str, Any], key: str, like: Tensor | None, path: Path)
 def _check_values(
     found: Mapping[str, Tensor], keys: Mapping[str, str], step: int, path: Path
 ) -> None:
-    if not 1 <= (count := float(found["step"])) <= step:
+    if "step" in found and not 1 <= (count := float(found["step"])) <= step:
         _refuse(path, keys["step"], f"is {count:g}, and must be 1 to {step}")
-    if (found["exp_avg_sq"] < 0).any():
+    if "exp_avg_sq" in found and (found["exp_avg_sq"] < 0).any():
         _refuse(path, keys["exp_avg_sq"], "has values below 0, and is a mean of squares")
 
 

@@ -33,6 +33,7 @@ from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
 from archdsl.training.config import TrainConfig
 from archdsl.training.depth import at_depth
+from archdsl.training.optimizers import Optimizer
 from archdsl.training.state import PREFIX, TrainingState, checked, moments
 
 IN_MEMORY = Path("the state")  # in errors, where a state was not read from a checkpoint
@@ -103,7 +104,7 @@ class Trainer:
         self.depth = model.spec.depth_law
         self.capacity = model.spec.training.capacity if model.spec.training else None
         self.horizon = horizon or config.steps
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = Optimizer(model, config)
         self.step = 0
         self.tokens = 0
         self.lowest_loss = math.log(model.spec.vocab_size)  # the loss of a uniform guess
@@ -283,34 +284,23 @@ class Trainer:
         if stood.step > self.config.steps:
             most = f"must be at most {self.config.steps}, the steps of the run"
             raise CheckpointError(f"{path / TRAINING}: step: {most}, got {stood.step}")
-        return stood, moments(state, self._parameters(), stood, path)
+        kept = self.optimizer.moments
+        return stood, moments(state, self.optimizer.parameters, kept, stood, path)
 
     def _restore(self, stood: TrainingState, found: dict[str, dict[str, Tensor]]) -> None:
         self.step, self.tokens = stood.step, stood.tokens
         self.lowest_loss, self.diverging_steps = stood.lowest_loss, stood.absurd_steps
-        places = {name: index for index, name in enumerate(self._parameters())}
-        groups = self.optimizer.state_dict()["param_groups"]
-        by_place = {places[name]: tensors for name, tensors in found.items()}
-        self.optimizer.load_state_dict({"state": by_place, "param_groups": groups})
+        self.optimizer.restore(found)
 
     def _optimizer_state(self) -> dict[str, Any]:
-        names = list(self._parameters())
-        found = self.optimizer.state_dict()["state"]
-        without = [name for index, name in enumerate(names) if index not in found]
+        found = self.optimizer.state()
+        without = [name for name in self.optimizer.parameters if name not in found]
         tensors = {
-            f"{PREFIX}{names[index]}/{key}": tensor
-            for index, moments in found.items()
-            for key, tensor in moments.items()
+            f"{PREFIX}{name}/{key}": tensor
+            for name, kept in found.items()
+            for key, tensor in kept.items()
         }
         return tensors | ({"without_moments": without} if without else {})
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """Return the parameters by name, in the order of the optimizer."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        groups = self.optimizer.param_groups
-        return {
-            names[id(parameter)]: parameter for group in groups for parameter in group["params"]
-        }
 
     def _made_by(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude=UNCHECKED_SETTINGS)
@@ -326,7 +316,7 @@ class Trainer:
 
         The message lists the differences. Raises CheckpointError if the state is damaged.
         """
-        found = list(differences(checked(TrainingState, state, path).made_by, self._given()))
+        found = list(differences(_made_by(checked(TrainingState, state, path)), self._given()))
         if found:
             refused = f"{path} belongs to another run; use another folder, or delete that one:"
             raise RunMismatchError("\n".join([refused, *found, *_about_steps(found, path)]))
@@ -353,7 +343,7 @@ class Trainer:
         if steps is None or not stood.step <= self.config.steps:
             return False
         config = given["config"] | {"steps": steps}
-        if list(differences(stood.made_by, given | {"config": config})):
+        if list(differences(_made_by(stood), given | {"config": config})):
             return False
         before = self.config.model_copy(update={"steps": steps})
         return steps == self.config.steps or all(
@@ -433,6 +423,13 @@ def differences(stored: Any, given: Any, path: str = "") -> Iterator[str]:
         yield f"  {path}: {stored!r:.80} there, {given!r:.80} now"
 
 
+def _made_by(stood: TrainingState) -> dict[str, Any]:
+    """Return what a state says its run was made by, also the settings that came later."""
+    found = stood.made_by
+    config = found.get("config")
+    return found | ({"config": TrainConfig.with_later(config)} if isinstance(config, dict) else {})
+
+
 def _steps_of(stood: TrainingState) -> int | None:
     """Return the number of steps that a run was to have; None if its state does not say it."""
     config = stood.made_by.get("config")
@@ -483,18 +480,3 @@ def _freeze_old_parameters(model: LanguageModel, start: Checkpoint | None) -> No
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in new)
-
-
-def _optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay for the matrices of the blocks and the head alone."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if id(p) in matrices]
-    others = [p for p in trained if id(p) not in matrices]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # On a CPU the fused version takes a quarter of the time of the default.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

@@ -231,7 +231,7 @@ class Job:
             "archdsl": __version__,
             "model": model.model_dump(mode="json"),
             "data": data.fingerprint,
-            "training": self.config.model_dump(mode="json", exclude={"steps", "accumulate"}),
+            "training": self.config.identity(exclude={"steps", "accumulate"}),
             **plugin_digests(self.spec),
             **({"horizon": self.horizon} if self.horizon else {}),
         }
