@@ -29,6 +29,7 @@ from archdsl.cli.options import (
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
+    from archdsl.costs import devices as costs
     from archdsl.lang.spec import ModelSpec
 
 Convention = Annotated[
@@ -44,6 +45,28 @@ Tokens = Annotated[
         parser=size,
         metavar="SIZE",
         help="Count at this sequence length, for example 4k. Default: the context of the spec.",
+    ),
+]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Also say what training on so many devices needs: the memory of each, and the bytes "
+        "that it sends for one optimizer step.",
+    ),
+]
+Parallel = Annotated[
+    Literal["ddp", "fsdp", "hsdp"] | None,
+    typer.Option(
+        help="With --devices: ddp keeps all weights on each device, fsdp a shard of them, hsdp a "
+        "shard within a group of devices. Default: fsdp."
+    ),
+]
+ShardGroup = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --parallel hsdp: the number of devices that share one copy of the weights.",
     ),
 ]
 Out = Annotated[
@@ -65,6 +88,9 @@ def build(
     kv: KV = None,
     convention: Convention = "node",
     tokens: Tokens = None,
+    devices: Devices = None,
+    parallel: Parallel = None,
+    shard_group: ShardGroup = None,
     out: Out = None,
     tokenizer: Tokenizer = None,
     seed: Seed = 0,
@@ -79,18 +105,21 @@ def build(
       archdsl build itt --set blocks.0.body.1.router.kind=prefix
 
       archdsl build itt --budget 100M --budget-of non_embedding --kv 64KiB
+
+      archdsl build itt --devices 16 --parallel hsdp --shard-group 8
     """
     from archdsl.lang.budget import describe_excess, largest_excess
     from archdsl.lang.load import load
     from archdsl.reports import tables
 
+    several = _devices(devices, parallel, shard_group)
     model = load(spec, overrides=overrides or (), budget=budget(params, flops, kv, budget_of))
 
     counted = model.model_copy(update={"context": tokens}) if tokens else model
     if as_json:
-        print_json(tables.receipt_data(counted, convention, model.budget))
+        print_json(tables.receipt_data(counted, convention, model.budget, several))
     else:
-        print_parts(tables.receipt(counted, convention, model.budget))
+        print_parts(tables.receipt(counted, convention, model.budget, several))
     if model.budget and largest_excess(model, model.budget) > 0:
         raise OverBudgetError(
             f"{model.name} is over its budget: {describe_excess(model, model.budget)}"
@@ -98,6 +127,18 @@ def build(
     if out:
         _write(model, out, tokenizer, seed, force)
         print(f"wrote {out}", file=sys.stderr)
+
+
+def _devices(
+    count: int | None, parallel: Parallel, shard_group: int | None
+) -> costs.Devices | None:
+    from archdsl.costs.devices import devices
+
+    if count is None:
+        if parallel or shard_group:
+            raise typer.BadParameter("--parallel and --shard-group go with --devices: give it too")
+        return None
+    return devices(count, parallel or "fsdp", shard_group)
 
 
 def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force: bool) -> None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from archdsl.costs.devices import ONE, Devices, Traffic, traffic
 from archdsl.costs.receipt import Receipt, cost, paper_flops
 from archdsl.lang.budget import limit_uses
 from archdsl.lang.spec import Budget, ModelSpec, to_tree, walk
 from archdsl.reports.layout import StackingTable, TwoColumns, wrapped
 from archdsl.reports.outline import OutlineNode, outline
-from archdsl.reports.training_memory import training_memory
+from archdsl.reports.training_memory import TrainingMemory, training_memory
 
 if TYPE_CHECKING:
     from archdsl.evaluation.dial_sweep import DialSetting, SweepPoint
@@ -66,8 +67,13 @@ def parameters(number: float) -> str:
     return short(number).replace("G", "B")
 
 
-def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None) -> dict[str, Any]:
-    """Returns the receipt as data for JSON; the FLOPs of nodes are per full context."""
+def receipt_data(
+    spec: ModelSpec, convention: Convention, budget: Budget | None, devices: Devices | None = None
+) -> dict[str, Any]:
+    """Returns the receipt as data for JSON; the FLOPs of nodes are per full context.
+
+    ``devices``: those to train on, for which it says what each of them needs.
+    """
     root = outline(spec)
     return {
         "name": spec.name,
@@ -75,19 +81,38 @@ def receipt_data(spec: ModelSpec, convention: Convention, budget: Budget | None)
         "convention": convention,
         "counted": COUNTED[convention],
         "receipt": cost(spec)._asdict(),
-        "training_memory": {
-            name: asdict(need) | {"peak": need.peak}
-            for name, need in (
-                ("stored", training_memory(spec)),
-                ("checkpointed", training_memory(spec, checkpointed=True)),
-            )
-        },
+        "training_memory": _memory_data(spec),
+        "devices": devices and _devices_data(spec, devices),
         "training": _training_data(spec),
         "paper": {"parameters": root.cost.matrices, "flops_per_context": paper_flops(spec)},
         "leaks": [node.path for node in root.walk() if node.leaks],
         "budget": budget and _budget_data(spec, budget),
         "tree": _node_data(root),
     }
+
+
+def _memory_data(spec: ModelSpec, devices: Devices = ONE) -> dict[str, dict[str, int]]:
+    needs = {
+        name: training_memory(spec, checkpointed=name == "checkpointed", devices=devices)
+        for name in ("stored", "checkpointed")
+    }
+    return {name: asdict(need) | {"peak": need.peak} for name, need in needs.items()}
+
+
+def _devices_data(spec: ModelSpec, devices: Devices) -> dict[str, Any]:
+    """What each device needs: memory for one sequence, and the bytes that it sends per step."""
+    sent = _traffic(spec, devices)
+    return {
+        **devices._asdict(),
+        "training_memory": _memory_data(spec, devices),
+        "bytes_sent_per_step": sent._asdict() | {"total": sent.total},
+    }
+
+
+def _traffic(spec: ModelSpec, devices: Devices) -> Traffic:
+    from archdsl.reports.units import units  # needs torch
+
+    return traffic(units(spec), devices)
 
 
 def _training_data(spec: ModelSpec) -> dict[str, Any] | None:
@@ -118,14 +143,20 @@ def _node_data(node: OutlineNode) -> dict[str, Any]:
     }
 
 
-def receipt(spec: ModelSpec, convention: Convention, budget: Budget | None) -> RenderableType:
-    """Returns the receipt as a table: the tree of nodes, and below it the totals."""
+def receipt(
+    spec: ModelSpec, convention: Convention, budget: Budget | None, devices: Devices | None = None
+) -> RenderableType:
+    """Returns the receipt as a table: the tree of nodes, and below it the totals.
+
+    ``devices``: those to train on, for which it says what each of them needs.
+    """
     root, total = outline(spec), cost(spec)
     facts = (
         _paper(spec, root)
         if convention == "paper"
         else [*_node_by_node(spec, total), *_memory(spec)]
     )
+    facts += _on(devices, spec) if devices else []
     facts += [("counted", COUNTED[convention])]
     facts += [("leak", f"{node.path} {LEAK}") for node in root.walk() if node.leaks]
     facts += [("budget", line) for line in _budget_lines(spec, budget)] if budget else []
@@ -256,19 +287,48 @@ def _active(total: Receipt) -> list[tuple[str, str]]:
 
 
 def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    need = training_memory(spec)
+    where = f"training in float32 on one sequence of {spec.context:,} tokens"
+    yield "memory", f"{where}: {_parts(training_memory(spec))}"
+    yield from _peaks(spec, ONE)
+
+
+def _parts(need: TrainingMemory) -> str:
     sizes = {
         "weights": need.weights,
+        "weights gathered at the peak": need.gathered,
         "gradients at the peak": need.gradients_at_peak,
         "activations": need.activations,
         "AdamW": need.optimizer,
     }
-    parts = ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
-    yield "memory", f"training in float32 on one sequence of {spec.context:,} tokens: {parts}"
+    return ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
+
+
+def _peaks(spec: ModelSpec, devices: Devices) -> Iterator[tuple[str, str]]:
     for how in ("", " with activation checkpointing"):
-        one, two = (training_memory(spec, n, checkpointed=bool(how)).peak for n in (1, 2))
+        one, two = (
+            training_memory(spec, n, checkpointed=bool(how), devices=devices).peak for n in (1, 2)
+        )
         each = f"{quantity(two - one, 'B')} more for each further sequence"
         yield "", f"{quantity(one, 'B')} in total{how}, {each}"
+
+
+def _on(devices: Devices, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """The memory of each of several devices, and what it sends to the others."""
+    count = f"{devices.number} devices"
+    groups = f" in groups of {devices.shards}" if devices.parallel == "hsdp" else ""
+    yield (
+        count,
+        f"{devices.parallel}{groups}, each with one sequence: "
+        f"{_parts(training_memory(spec, devices=devices))}",
+    )
+    yield from _peaks(spec, devices)
+    sent = _traffic(spec, devices)
+    sizes = ", ".join(
+        f"{name.replace('_', '-')} {quantity(size, 'B')}"
+        for name, size in sent._asdict().items()
+        if size
+    )
+    yield "", f"each sends {quantity(sent.total, 'B')} per optimizer step{sizes and ': ' + sizes}"
 
 
 def _cache(total: Receipt) -> str:

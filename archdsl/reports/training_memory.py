@@ -4,6 +4,9 @@ Weights and the moments of the optimizer are always in memory. The forward pass 
 for the backward pass, which frees them layer by layer and adds gradients instead. So the peak is at
 the beginning of the backward pass (head and loss), at one of the layers, or at its end.
 
+With sharded weights, see `archdsl.costs.devices`, a device has shards of weights, moments and
+reduced gradients, and besides whole weights and gradients of the units that it works on.
+
 The formulas are for float32 on a CPU; benchmarks/memory.py compares them with the allocator.
 """
 
@@ -11,11 +14,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from archdsl.blocks.norm import norm_footprint, norm_size
 from archdsl.costs.activations import FLOAT, LOGITS, Footprint, Rows, in_a_row
+from archdsl.costs.devices import ONE, Devices
 from archdsl.costs.receipt import TRAIN_BYTES, block_cost, sequence_cost
 from archdsl.lang.spec import BlockSpec, ModelSpec
 
@@ -25,22 +30,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The memory in bytes at the peak of a training step.
+    """The memory in bytes on each device at the peak of a training step.
 
     ``optimizer``: the two moments of AdamW, or the one of Muon. ``gradients_at_peak``: those that
     exist at the peak, which are at most those of all weights, ``gradient_bytes`` of the receipt.
     ``activations``: everything else, including the part of the logits that exists at one time.
+    ``gathered``: whole weights of the units in use, and what is being sent; 0 without shards.
     """
 
     weights: int
     optimizer: int
     gradients_at_peak: int
     activations: int
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
         """The sum of all parts in bytes."""
-        return self.weights + self.optimizer + self.gradients_at_peak + self.activations
+        kept = self.weights + self.optimizer + self.gradients_at_peak
+        return kept + self.activations + self.gathered
 
 
 def training_memory(
@@ -51,14 +59,15 @@ def training_memory(
     accumulate: int = 1,
     checkpointed: bool = False,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    devices: Devices = ONE,
 ) -> TrainingMemory:
     """Returns the peak memory of a step on ``batch_size`` sequences of ``context`` tokens.
 
     ``context``: by default that of the spec. ``accumulate``: the number of parts that the batch is
     divided into. ``checkpointed``: whether each layer is recomputed in the backward pass.
     ``optimizer``: muon keeps one moment of a matrix of a block, adamw keeps two of every parameter.
-    If the training of the spec draws the depth of its loops, it is the peak at the depth that
-    needs most.
+    ``devices``: those that train; the sequences are those of one of them. If the training of the
+    spec draws the depth of its loops, it is the peak at the depth that needs most.
 
     >>> import archdsl
     >>> f"{training_memory(archdsl.load('transformer')).peak / 1e9:.1f} GB"
@@ -68,17 +77,60 @@ def training_memory(
     runs = _runs(spec, batch_size)
     several = accumulate > 1 or (len(runs) > 1 and _draws_per_sequence(spec) and batch_size > 1)
     at_once = batch_size // accumulate
+    shards = _shards(spec, devices)
     needs = [
-        _at_depth(spec, full_batch(spec, min(rows, at_once), context), depth, several, checkpointed)
+        _at_depth(
+            spec,
+            full_batch(spec, min(rows, at_once), context),
+            depth,
+            several,
+            checkpointed,
+            shards,
+        )
         for depth, rows in runs
     ]
     most = max(needs, key=lambda need: need.peak)
     if optimizer == "muon":
         # for this estimate, the vectors of routers and exits, which are few, count as matrices
         costs = [block_cost(block, spec.dim, 1) for block in spec.blocks]
-        saved = TRAIN_BYTES * sum(cost.matrices for cost in costs)
+        saved = TRAIN_BYTES * sum(cost.matrices for cost in costs) // devices.shards
         most = replace(most, optimizer=most.optimizer - saved)
     return most
+
+
+class _Shards(NamedTuple):
+    """The bytes of shards and of whole units on a device. ``weights``: of its shards.
+
+    The others have a value for each of the parts of `_parts`. ``gathered``: whole weights, and what
+    is being sent, when the backward pass is at the part. ``freed``: how much smaller the gradients
+    of the part are from the next part on, as they are then reduced and scattered.
+    """
+
+    weights: int
+    gathered: Sequence[int]
+    freed: Sequence[int]
+
+
+def _shards(spec: ModelSpec, devices: Devices) -> _Shards:
+    around = 2 + spec.final_norm  # embedding, norm and head
+    if devices.shards == 1:
+        nothing = [0] * (around + sum(len(block.unrolled()) for block in spec.blocks))
+        return _Shards(TRAIN_BYTES * sequence_cost(spec, tokens=1).params, nothing, nothing)
+    from archdsl.reports.units import units  # needs torch
+
+    found, n = units(spec), devices.shards
+    layers, root = found
+    whole = [layer.gathered(n) for layer in layers]
+    # The layer, the one gathered next, and the gradients of the one before, which are being sent.
+    # At head and loss it is the last layer that was gathered; at the end the root is sent.
+    near = [sum(whole[max(0, i - 1) : i + 2]) for i in range(len(whole))]
+    before = [whole[0] + root.gathered(n), *near, *[whole[-1]] * (around - 1)]
+    freed = [layer.whole - layer.shard(n) for layer in layers]
+    return _Shards(
+        found.shard(n),
+        [root.gathered(n) + size for size in before],
+        [0, *freed, *[0] * (around - 1)],
+    )
 
 
 def _runs(spec: ModelSpec, batch_size: int) -> list[tuple[int | None, int]]:
@@ -99,27 +151,32 @@ def _draws_per_sequence(spec: ModelSpec) -> bool:
 
 
 def _at_depth(
-    spec: ModelSpec, rows: Rows, depth: int | None, several: bool, checkpointed: bool
+    spec: ModelSpec,
+    rows: Rows,
+    depth: int | None,
+    several: bool,
+    checkpointed: bool,
+    shards: _Shards,
 ) -> TrainingMemory:
     """Returns the peak of a pass at a depth. ``several``: whether a step has several passes."""
     law = spec.depth_law
     rows = rows._replace(backprop_last=law.backprop_last if law else None)
-    weights = TRAIN_BYTES * sequence_cost(spec, tokens=1).params
     parts = _parts(spec, rows, checkpointed, depth)
     saved = _saved_for_backward(rows, parts)
     # gradients of the passes of this step before this one
-    accumulated = weights if several else 0
+    gradients = TRAIN_BYTES * sequence_cost(spec, tokens=1).params if several else 0
     # the gradient of the head is computed with the loss and added to them at the end
-    gradients, pending = 0, parts[-1][1]
+    pending = parts[-1][1] if several else 0
     candidates = []
-    for footprint, new in reversed(parts):
-        gradients += new
-        candidates.append(
-            (accumulated + pending if accumulated else gradients, saved + footprint.work)
-        )
+    for (footprint, new), gathered, freed in zip(
+        reversed(parts), reversed(shards.gathered), reversed(shards.freed), strict=True
+    ):
+        gradients += 0 if several else new
+        candidates.append((gradients + pending, saved + footprint.work, gathered))
+        gradients -= freed
         saved -= footprint.kept + rows.stream * footprint.reads
         pending *= spec.tie_embeddings
-    return TrainingMemory(weights, 2 * weights, *max(candidates, key=sum))
+    return TrainingMemory(shards.weights, 2 * shards.weights, *max(candidates, key=sum))
 
 
 def shortage(spec: ModelSpec, config: TrainConfig) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 import archdsl
+from archdsl.costs.devices import devices
 from archdsl.lang.source import shipped_specs
 from archdsl.lang.spec import ModelSpec
 from archdsl.reports.outline import OutlineNode, outline
@@ -294,3 +295,23 @@ def test_an_unknown_kind_is_met_with_a_known_one(cli: Cli) -> None:
     found = cli("blocks", "rooter")
     assert (found.status, found.out) == (2, "")
     assert "no kind 'rooter'" in found.err
+
+
+def test_devices_say_what_each_needs_and_sends(cli: Cli) -> None:
+    given = ["itt", "--devices", "16", "--parallel", "hsdp", "--shard-group", "8"]
+    found = cli("build", *given, "--json").json["devices"]
+    memory = training_memory(archdsl.load("itt"), devices=devices(16, "hsdp", 8))
+    assert found["training_memory"]["stored"]["peak"] == memory.peak
+    sent = found["bytes_sent_per_step"]
+    shard = memory.weights
+    assert sent["reduce_scatter"] == 7 * shard < sent["all_gather"] < 14 * shard
+    assert sent["all_reduce"] == shard  # between two groups
+    said = " ".join(cli("build", *given).out.split())
+    assert "16 devices hsdp in groups of 8, each with one sequence: weights 81.0 MB" in said
+    assert "each sends 1.55 GB per optimizer step: all-gather 905.2 MB" in said
+
+
+def test_an_option_for_devices_needs_their_number(cli: Cli) -> None:
+    found = cli("build", "itt", "--parallel", "ddp")
+    assert found.status == 2
+    assert "go with --devices" in found.err
