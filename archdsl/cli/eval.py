@@ -22,7 +22,6 @@ from archdsl.cli.options import (
     shares,
     size,
 )
-from archdsl.cli.runs import data_of
 from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
@@ -193,6 +192,8 @@ def eval_(
     else:
         windows: dict[str, Any] = {"split": split, "batch_size": batch_size}
         windows |= {"context": context, "limit_tokens": tokens}
+        from archdsl.evaluation.data_choice import data_of
+
         data = data_of(found, one_source(source))
         if sweep or len(settings) > 1:
             answered = _along(found, data, settings, windows, plot)

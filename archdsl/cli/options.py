@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import RenderableType
 
+    from archdsl.lang.source import Tree
     from archdsl.lang.spec import Budget
     from archdsl.lang.strict import Strict
 
@@ -206,19 +207,10 @@ def refuse_to_replace(folder: Path, force: bool) -> None:
 
 
 def one_source(sources: Sequence[str] | None, column: str | None = None) -> str | None:
-    """The data of all ``--data`` as one text, which `archdsl.load_data` takes; None without any.
+    """The data of all ``--data`` as one text, which `archdsl.load_data` takes; None without any."""
+    from archdsl.training.train_file import one_source
 
-    Raises ArchdslError if a column is given beside several data.
-    """
-    if not sources:
-        from archdsl.data.documents import EMBEDDED
-
-        return f"{EMBEDDED}::{column}" if column else None
-    if column and len(sources) > 1:
-        raise ArchdslError(
-            f"--column {column} belongs to one of several --data: write it as SOURCE::{column}"
-        )
-    return f"{sources[0]}::{column}" if column else " + ".join(sources)
+    return one_source(sources, column)
 
 
 def check_output(path: Path) -> None:
@@ -398,20 +390,26 @@ def _flag(name: str) -> str:
 
 
 def config_from(
-    ctx: typer.Context, kind: type[Config], file: Path | None = None, **arguments: Any
+    ctx: typer.Context,
+    kind: type[Config],
+    file: Path | Tree | None = None,
+    options: Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> Config:
     """The config of a `ConfigCommand`: what its options say, then what the file says.
 
-    ``arguments`` are values of fields that the command declared itself; None stands for one that
-    was not given. Option values are YAML: ``--lr 1e-3``, ``--clip null``.
+    ``options`` and ``arguments`` are values of fields that the command declared itself, as options
+    and as arguments; None stands for one that was not given. Option values are YAML: ``--lr 1e-3``,
+    ``--clip null``.
     Raises SpecError with everything that is wrong, each with its option or its place in the file.
     """
     from archdsl.lang import source
     from archdsl.lang.config import check_config
 
-    tree = source.read_file(file, "a config") if file else source.Tree({}, {})
+    tree = source.read_file(file, "a config") if isinstance(file, Path) else file
+    tree = tree or source.Tree({}, {})
     problems: list[Problem] = []
-    for name, text in (arguments | ctx.obj).items():
+    for name, text in (arguments | dict(options or {}) | ctx.obj).items():
         if text is None:
             continue
         flag = Position(name.upper() if name in arguments else _flag(name), 0, 0)

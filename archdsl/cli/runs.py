@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,6 @@ from archdsl.cli.options import (
     Source,
     Tokenizer,
     config_from,
-    one_source,
     print_json,
     print_parts,
 )
@@ -26,17 +24,17 @@ from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
     from archdsl.data.types import Data
-    from archdsl.lang.spec import ModelSpec
     from archdsl.model.checkpoint import Checkpoint
     from archdsl.training.config import TrainConfig
     from archdsl.training.run import TrainResult
+    from archdsl.training.train_file import TrainPlan
 
-SpecOrCheckpoint = Annotated[
+Subject = Annotated[
     str,
     typer.Argument(
-        metavar="SPEC|CHECKPOINT",
-        help="A YAML file, the name of a shipped spec such as itt, or the folder of a checkpoint "
-        "to train further.",
+        metavar="SPEC|CHECKPOINT|RUN.yaml",
+        help="A YAML file, the name of a shipped spec such as itt, the folder of a checkpoint "
+        "to train further, or a train file, which has all that this command takes.",
         autocompletion=completion.specs_and_checkpoints,
     ),
 ]
@@ -54,7 +52,7 @@ def config_class() -> type[TrainConfig]:
 
 def train(
     ctx: typer.Context,
-    spec: SpecOrCheckpoint,
+    spec: Subject,
     overrides: Overrides = None,
     source: Source = None,
     column: Column = None,
@@ -63,11 +61,15 @@ def train(
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Train a model from a spec, or train a checkpoint further.
+    """Train a model from a spec or as a train file says, or train a checkpoint further.
 
     The same command continues after a crash, Ctrl-C or SIGTERM from the last checkpoint. With more
     --steps it goes on where the learning rates so far stay the same: with --schedule constant, or
-    wsd before the rate falls. Examples:
+    wsd before the rate falls.
+
+    A train file is YAML with the key model (a spec, or the name of one), and may have data, column,
+    tokenizer, out and every option of this command with _ in place of -. Options given here replace
+    its values. The folder of each run has the file that gives the same run, run.yaml. Examples:
 
       archdsl train tiny --steps 300
 
@@ -77,24 +79,21 @@ def train(
 
       archdsl train tiny --config training.yaml --out runs/mine
 
+      archdsl train run.yaml --set model.dim=64 --lr 1e-3
+
       archdsl train runs/grafted --only new --out runs/thinking
     """
-    config = config_from(ctx, config_class(), config_file)
-    from archdsl.lang.load import load
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
-    from archdsl.training.run import train
 
-    start = checkpoint_at(spec, overrides, tokenizer)
-    model = start.spec if start else load(spec, overrides=overrides or ())
-    named = one_source(source, column)
-    data = data_of(start, named) if start else data_for(model, named, tokenizer)
-    folder = out or Path("runs") / model.name
+    options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out}
+    plan = _plan(ctx, spec, overrides or [], config_file, options)
+    model, data, config, folder = plan.spec, plan.data, plan.config, plan.out
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
     say_what_is_in(data)
-    result = train(start or model, data, config, folder, progress=True)
+    result = plan.run(progress=True)
     if result.resumed_from == result.steps:
         print("the run was complete already: no step was trained", file=sys.stderr)
     if as_json:
@@ -102,6 +101,36 @@ def train(
     else:
         print_parts(tables.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
+
+
+def _plan(
+    ctx: typer.Context,
+    subject: str,
+    overrides: list[str],
+    config_file: Path | None,
+    options: dict[str, Any],
+) -> TrainPlan:
+    """The training of a train file, a spec or a checkpoint, with the options of the command."""
+    from archdsl.lang.load import load
+    from archdsl.training.train_file import (
+        TrainFile,
+        is_train_file,
+        planned,
+        read_tree,
+        subject_of,
+    )
+
+    if not is_train_file(subject):
+        settings = config_from(ctx, TrainFile, config_file, options)
+        start = checkpoint_at(subject, overrides, settings.tokenizer)
+        return planned(settings, start or load(subject, overrides=overrides))
+    if config_file:
+        raise ArchdslError(
+            f"{subject} is a train file, so its settings do not come from --config {config_file}: "
+            "give one of the two"
+        )
+    tree = read_tree(subject, overrides)
+    return planned(config_from(ctx, TrainFile, tree, options), subject_of(tree))
 
 
 def _facts(result: TrainResult, folder: Path) -> dict[str, Any]:
@@ -145,51 +174,3 @@ def checkpoint_at(
                 f"{spec} is a checkpoint, which {option} cannot change: leave {option} out"
             )
     return load_checkpoint(Path(spec))
-
-
-def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
-    """The data of ``source``, else that which the checkpoint was trained on, in its tokens.
-
-    Whoever made a checkpoint must not decide which files or data sets are read: raises ArchdslError
-    if it was trained on other data than the embedded corpus or a skill, and ``source`` is None.
-    """
-    trained_on = checkpoint.provenance.get("data", {}).get("name")
-    if not source and trained_on and not is_embedded(trained_on):
-        raise ArchdslError(
-            f"{checkpoint.path} was trained on {trained_on!r}. A checkpoint does not decide which "
-            f"data are read: name them, as in --data {shlex.quote(trained_on)}"
-        )
-    tokenizer = str(checkpoint.tokenizer) if checkpoint.tokenizer else None
-    return data_for(checkpoint.spec, source or trained_on, tokenizer)
-
-
-def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data:
-    """The data, in tokens that fit into the vocabulary. Raises ArchdslError if they do not fit."""
-    from archdsl.data.loading import load_data
-
-    choice = tokenizer or _filling(spec.vocab_size)
-    data = load_data(source, tokenizer=choice)
-    if data.vocab_size > spec.vocab_size:
-        fixes = [f"--set vocab_size={data.vocab_size}"]
-        if data.chance is None and spec.vocab_size >= BYTES:
-            fixes.append(f"--tokenizer {_filling(spec.vocab_size)}")
-        raise ArchdslError(
-            f"{data.name} has {data.vocab_size:,} different tokens, but {spec.name} has only a "
-            f"vocab_size of {spec.vocab_size:,}. Use {' or '.join(fixes)}"
-        )
-    return data
-
-
-def is_embedded(source: str) -> bool:
-    """Whether data come with archdsl: the embedded corpus, or a skill."""
-    from archdsl.data.documents import EMBEDDED
-
-    return source == EMBEDDED or source.startswith("skill:")
-
-
-BYTES = 257  # tokens of the tokenizer `bytes`: 256, and one that ends a document
-
-
-def _filling(vocab_size: int) -> str:
-    """The choice of tokenizer that uses as much of a vocabulary as possible."""
-    return f"bpe:{vocab_size}" if vocab_size >= 2 * BYTES else "bytes"

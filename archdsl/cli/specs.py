@@ -143,7 +143,7 @@ def _devices(
 
 def _write(model: ModelSpec, out: Path, tokenizer: str | None, seed: int, force: bool) -> None:
     refuse_to_replace(out, force)
-    from archdsl.cli.runs import BYTES, data_for
+    from archdsl.evaluation.data_choice import BYTES, data_for
     from archdsl.model.build import build as build_model
     from archdsl.model.checkpoint import save_checkpoint
 

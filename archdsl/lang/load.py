@@ -53,8 +53,12 @@ def load(
     >>> archdsl.load({"extends": "itt", "context": 512}).context
     512
     """
-    tree = template.fill(read(spec, overrides), template.defaults)
-    return fitted(tree, budget)
+    return load_tree(read(spec, overrides), budget)
+
+
+def load_tree(tree: source.Tree, budget: Budget | None = None) -> ModelSpec:
+    """Returns the spec of a tree that `read` returned: see `load`."""
+    return fitted(template.fill(tree, template.defaults), budget)
 
 
 def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
@@ -65,6 +69,15 @@ def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
     if isinstance(spec, ModelSpec):
         return source.override(source.from_value(to_tree(spec), f"spec {spec.name}"), overrides)
     tree = source.override(source.read(spec), overrides)
+    refuse_other_files(tree, spec)
+    return tree
+
+
+def refuse_other_files(tree: source.Tree, spec: Source) -> None:
+    """Raises SpecError if a tree is that of an overlay, of a train file or of settings.
+
+    ``spec``: what the tree was read from.
+    """
     if "loop" in tree.value and "blocks" not in tree.value:
         message = (
             "is an overlay, which changes a trained model, and not a model. Use it with "
@@ -76,10 +89,10 @@ def read(spec: Source, overrides: Sequence[str] = ()) -> source.Tree:
         message = (
             "this does not look like a model spec, which has the keys name, vocab_size, context, "
             f"dim and blocks, or extends another spec; got {', '.join(map(str, tree.value))[:200]}."
-            " A file of settings goes with --config"
+            " A file of settings goes with --config; one with the key model is a train file, which "
+            "archdsl train takes instead of a spec"
         )
         raise SpecError(Problem("", message, tree.position(())))
-    return tree
 
 
 def as_spec(spec: Source) -> ModelSpec:

@@ -43,8 +43,10 @@ __all__ = [
     "put",
     "read",
     "read_file",
+    "read_inside",
     "resolve",
     "shipped_specs",
+    "subtree",
 ]
 
 SPECS = pathlib.Path(__file__).parents[1] / "specs"
@@ -228,11 +230,35 @@ def _entries(tree: Tree) -> list[tuple[str, Tree]]:
     if not isinstance(wanted, dict):
         message = f"must map paths to values, as in {{{EXAMPLE}: 2}}; got {describe(wanted)}"
         raise SpecError(Problem("set", message, tree.position(("set",))))
-    return [(key, _subtree(tree, ("set", key), value)) for key, value in wanted.items()]
+    return [(key, subtree(tree, ("set", key), value)) for key, value in wanted.items()]
 
 
-def _subtree(tree: Tree, path: Path, value: Any) -> Tree:
-    return Tree(value, {place: tree.positions[(*path, *place)] for place in _paths(value)})
+def subtree(tree: Tree, path: Path, value: Any) -> Tree:
+    """Returns the tree of ``value``, which is at ``path`` in a tree."""
+    whole = {place: tree.positions.get((*path, *place)) for place in _paths(value)}
+    return Tree(value, {place: position for place, position in whole.items() if position})
+
+
+def read_inside(tree: Tree, key: str, folder: pathlib.Path) -> Tree:
+    """Returns the spec that is written or named at ``key``, with ``extends`` and ``set`` applied.
+
+    A file is looked for in ``folder`` first, then in the working directory, and then among the
+    shipped specs. Raises SpecError.
+    """
+    value, at = tree.value[key], tree.position((key,))
+    if isinstance(value, Mapping):
+        return _whole(subtree(tree, (key,), value), folder, ())
+    if not isinstance(value, str) or not value:
+        message = f"must be a spec, or the name of one, got {describe(value)}"
+        raise SpecError(Problem(key, message, at))
+    beside = folder / value
+    try:
+        return _read(beside if beside.is_file() else resolve(value), ())
+    except SpecError as error:
+        named = [p for p in error.problems if p.position is None or p.position.line]
+        if named:
+            raise
+        raise SpecError(Problem(key, f"{value}: {error.problems[0].message}", at)) from None
 
 
 def from_value(value: Any, file: str) -> Tree:

@@ -25,6 +25,7 @@ from archdsl.files import (
     remove_folder,
     remove_leftovers,
     remove_temporary_files,
+    write_text,
 )
 from archdsl.lang.load import Source
 from archdsl.model.build import build
@@ -80,6 +81,7 @@ def train(
     config: TrainConfig,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    record: str | None = None,
 ) -> TrainResult:
     """Train to the last step of the config, and validate.
 
@@ -88,7 +90,8 @@ def train(
     ``out``: a folder for metrics.jsonl, checkpoints/step-*/ and, at the end, final/; default:
     nothing is written. The same call resumes a run that was interrupted; with more steps it goes on
     where the learning rates so far stay the same (``constant``, or ``wsd`` before the decay).
-    ``progress``: show the progress on stderr.
+    ``progress``: show the progress on stderr. ``record``: a text that describes the run, kept as
+    run.yaml in ``out``.
 
     Ctrl-C or SIGTERM finishes and saves the current step; a second one stops at once.
 
@@ -107,6 +110,8 @@ def train(
     with _locked(folder) if folder else nullcontext():
         validation = _resume(trainer, folder) if folder else None
         resumed_from = trainer.step
+        if folder and record is not None:  # only now: `out` may have been that of another run
+            write_text(folder / "run.yaml", record)
         if validation is None:
             with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
                 validation = _run(trainer, Recorder(trainer, folder, display, stop))

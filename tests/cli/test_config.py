@@ -14,6 +14,7 @@ from archdsl.lang.source import parse
 from archdsl.lang.strict import Strict
 from archdsl.search.config import SearchConfig
 from archdsl.training.config import TrainConfig
+from archdsl.training.train_file import TrainFile
 from tests.cli.command import SKILL, Cli
 
 PYDANTIC = ("Input should", "Value error", "Assertion failed", "instance of", "valid")
@@ -111,7 +112,7 @@ def complaint(kind: type[Strict], text: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", [SearchConfig, TrainConfig])
+@pytest.mark.parametrize("kind", [SearchConfig, TrainFile])
 def test_every_wrong_value_is_told_in_plain_words(kind: type[Strict]) -> None:
     values = ("null", "3", "-1", "1.5", "word", "''", "[]", "[1]", "{a: 1}", "yes", "true")
     for name in kind.model_fields:

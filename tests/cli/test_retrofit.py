@@ -109,7 +109,7 @@ def test_a_text_is_read_with_the_tokenizer_of_the_checkpoint(
         asked.append((source, tokenizer))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archdsl.data.loading.load_data", load_data)
+    monkeypatch.setattr("archdsl.evaluation.data_choice.load_data", load_data)
     made("train", "base")
     made("train", "base", "--data", "other.txt")
     assert asked == [(None, "base/tokenizer.json"), ("other.txt", "base/tokenizer.json")]

@@ -104,7 +104,7 @@ def test_the_tokenizer_fills_the_vocabulary(
         asked.append(tokenizer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archdsl.data.loading.load_data", load_data)
+    monkeypatch.setattr("archdsl.evaluation.data_choice.load_data", load_data)
     cli("train", "tiny", "--set", f"vocab_size={vocabulary}")
     assert asked == [choice]
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_does_not_decide_which_data_are_read(
 ) -> None:
     """A checkpoint of a stranger may name any file of the reader."""
     cli("build", "tiny", "--set", "vocab_size=257", "--out", "made")
-    monkeypatch.setattr("archdsl.data.loading.load_data", None)
+    monkeypatch.setattr("archdsl.evaluation.data_choice.load_data", None)
     about = json.loads(Path("made/provenance.json").read_text())
     Path("made/provenance.json").write_text(json.dumps(about | {"data": {"name": name}}))
     found = cli(command[0], "made", *command[1:])

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig
 
-from archdsl.cli.runs import data_of
 from archdsl.data.text_format import text_format_of
 from archdsl.data.tokenizers import (
     beginning_tokens,
@@ -25,6 +24,7 @@ from archdsl.data.tokenizers import (
 )
 from archdsl.data.types import DataError
 from archdsl.errors import ArchdslError
+from archdsl.evaluation.data_choice import data_of
 from archdsl.evaluation.lm_eval_model import HarnessModel
 from archdsl.generation.generate import generate
 from archdsl.generation.sampling_config import Sampling
