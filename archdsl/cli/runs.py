@@ -24,6 +24,7 @@ from archdsl.errors import ArchdslError
 
 if TYPE_CHECKING:
     from archdsl.data.types import Data
+    from archdsl.lang.spec import ModelSpec
     from archdsl.model.checkpoint import Checkpoint
     from archdsl.training.config import TrainConfig
     from archdsl.training.run import TrainResult
@@ -40,6 +41,17 @@ Subject = Annotated[
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the run. Default: runs/ and the name of the spec.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Do not train; print the steps, the memory of each device and the bytes that it "
+        "sends. This needs no device.",
+    ),
+]
+Devices = Annotated[
+    int, typer.Option(min=1, help="With --dry-run: the number of devices to train on.")
 ]
 
 
@@ -58,6 +70,8 @@ def train(
     column: Column = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
+    dry_run: DryRun = False,
+    devices: Devices = 1,
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
@@ -82,6 +96,8 @@ def train(
       archdsl train run.yaml --set model.dim=64 --lr 1e-3
 
       archdsl train runs/grafted --only new --out runs/thinking
+
+      archdsl train itt --batch-size 512 --dry-run --devices 64
     """
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
@@ -89,6 +105,9 @@ def train(
     options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out}
     plan = _plan(ctx, spec, overrides or [], config_file, options)
     model, data, config, folder = plan.spec, plan.data, plan.config, plan.out
+    if dry_run:
+        _print_forecast(model, config, devices, as_json)
+        return
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
@@ -101,6 +120,14 @@ def train(
     else:
         print_parts(tables.evaluation(result.validation, data.chance))
         print(f"checkpoint: {folder / 'final'}")
+
+
+def _print_forecast(model: ModelSpec, config: TrainConfig, number: int, as_json: bool) -> None:
+    from archdsl.costs.devices import devices
+    from archdsl.reports.train_forecast import forecast_data, forecast_table, forecast_training
+
+    found = forecast_training(model, config, devices(number))
+    print_json(forecast_data(found)) if as_json else print_parts(forecast_table(found))
 
 
 def _plan(

@@ -288,17 +288,18 @@ def _active(total: Receipt) -> list[tuple[str, str]]:
 
 def _memory(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     where = f"training in float32 on one sequence of {spec.context:,} tokens"
-    yield "memory", f"{where}: {_parts(training_memory(spec))}"
+    yield "memory", f"{where}: {memory_parts(training_memory(spec))}"
     yield from _peaks(spec, ONE)
 
 
-def _parts(need: TrainingMemory) -> str:
+def memory_parts(need: TrainingMemory, optimizer: str = "AdamW") -> str:
+    """Returns the parts of the memory of a training step, in words."""
     sizes = {
         "weights": need.weights,
         "weights gathered at the peak": need.gathered,
         "gradients at the peak": need.gradients_at_peak,
         "activations": need.activations,
-        "AdamW": need.optimizer,
+        optimizer: need.optimizer,
     }
     return ", ".join(f"{part} {quantity(size, 'B')}" for part, size in sizes.items() if size)
 
@@ -319,16 +320,20 @@ def _on(devices: Devices, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield (
         count,
         f"{devices.parallel}{groups}, each with one sequence: "
-        f"{_parts(training_memory(spec, devices=devices))}",
+        f"{memory_parts(training_memory(spec, devices=devices))}",
     )
     yield from _peaks(spec, devices)
-    sent = _traffic(spec, devices)
+    yield "", f"each sends {sent_parts(_traffic(spec, devices))}"
+
+
+def sent_parts(sent: Traffic) -> str:
+    """Returns what a device sends for an optimizer step, in words."""
     sizes = ", ".join(
         f"{name.replace('_', '-')} {quantity(size, 'B')}"
         for name, size in sent._asdict().items()
         if size
     )
-    yield "", f"each sends {quantity(sent.total, 'B')} per optimizer step{sizes and ': ' + sizes}"
+    return f"{quantity(sent.total, 'B')} per optimizer step{sizes and ': ' + sizes}"
 
 
 def _cache(total: Receipt) -> str:

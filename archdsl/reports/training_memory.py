@@ -146,6 +146,18 @@ def _runs(spec: ModelSpec, batch_size: int) -> list[tuple[int | None, int]]:
     return [(depth, -(-batch_size * n // depths.total())) for depth, n in depths.items()]
 
 
+def passes_of_step(spec: ModelSpec, batch_size: int, accumulate: int = 1) -> int:
+    """Returns the number of forward and backward passes of a step on ``batch_size`` sequences.
+
+    There is one for each of the ``accumulate`` parts of the batch. Where each sequence draws its
+    own depth, there is at least one for each depth, and the number is the most that there can be.
+    """
+    if not _draws_per_sequence(spec):
+        return accumulate
+    at_once = batch_size // accumulate
+    return min(batch_size, sum(-(-rows // at_once) for _, rows in _runs(spec, batch_size)))
+
+
 def _draws_per_sequence(spec: ModelSpec) -> bool:
     return spec.depth_law is not None and spec.depth_law.per == "sequence"
 

@@ -94,6 +94,19 @@ def test_warns_before_it_takes_more_memory_than_there_is(
     assert "warning: tiny: a step needs about" in found.err
 
 
+def test_a_dry_run_says_what_each_device_needs_and_trains_nothing(cli: Cli) -> None:
+    train = ["train", "tiny", "--data", SKILL, "--context", "8", "--steps", "10", "--dry-run"]
+    found = cli(*train, "--devices", "8", "--out", "none", "--json").json
+    assert (found["tokens"], found["sequences_per_device"]) == (10 * 16 * 8, 2)
+    assert found["bytes_sent_per_step"]["reduce_scatter"] == 7 * found["training_memory"]["weights"]
+    said = " ".join(cli(*train, "--devices", "8", "--out", "none").out.split())
+    assert "devices 8, fsdp; 2 sequences per step each" in said
+    assert not Path("none").exists()
+    refused = cli(*train, "--devices", "64")
+    assert refused.status == 2
+    assert "batch_size: 16 sequences cannot be divided among 64 devices" in refused.err
+
+
 @pytest.mark.parametrize(("vocabulary", "choice"), [(257, "bytes"), (4096, "bpe:4096")])
 def test_the_tokenizer_fills_the_vocabulary(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, vocabulary: int, choice: str
