@@ -53,7 +53,8 @@ def load_data(
     $ARCHDSL_CACHE, or else $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if
     the source or the tokenizer is wrong, or if the cache cannot be written.
     """
-    if not (source is None or isinstance(source, str | os.PathLike | Sequence)) or source == "":
+    known = source is None or isinstance(source, str | os.PathLike | Sequence)
+    if not known or source == "" or isinstance(source, bytes):
         raise DataError(f"{reprlib.repr(source)} names no data; {ACCEPTED}")
     parts = [] if source is None else parse_mixture(source)
     if len(parts) > 1:
