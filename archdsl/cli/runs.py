@@ -53,6 +53,14 @@ DryRun = Annotated[
 Devices = Annotated[
     int, typer.Option(min=1, help="With --dry-run: the number of devices to train on.")
 ]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="tensorboard|wandb|trackio",
+        help="Where the figures go besides metrics.jsonl. May be repeated.",
+        autocompletion=completion.words("tensorboard", "wandb", "trackio"),
+    ),
+]
 
 
 def config_class() -> type[TrainConfig]:
@@ -70,6 +78,7 @@ def train(
     column: Column = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
+    log: Log = None,
     dry_run: DryRun = False,
     devices: Devices = 1,
     as_json: Json = False,
@@ -102,7 +111,7 @@ def train(
     from archdsl.reports import tables
     from archdsl.reports.training_memory import shortage
 
-    options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out}
+    options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out, "log": log}
     plan = _plan(ctx, spec, overrides or [], config_file, options)
     model, data, config, folder = plan.spec, plan.data, plan.config, plan.out
     if dry_run:

@@ -18,13 +18,22 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # Settings that older versions did not have: their runs had the default. So records of a setting at
 # its default are the same with it and without it.
-LATER_SETTINGS = {"optimizer"}
+LATER_SETTINGS = {"optimizer", "log", "loss_per_step", "peak_flops", "profile"}
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"must be a list of two numbers, got {describe(value)}")
     return tuple(value)
+
+
+def _loggers(value: Any) -> Any:
+    named = [value] if isinstance(value, str) else value
+    if not isinstance(named, list | tuple) or not set(map(str, named)) <= set(LOGGERS):
+        raise ValueError(f"must be some of {', '.join(LOGGERS)}, got {describe(value)}")
+    return tuple(named)
 
 
 class TrainConfig(Strict):
@@ -95,6 +104,28 @@ class TrainConfig(Strict):
     checkpoint_every: Size = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints to keep")
     log_every: Size = Field(10, ge=1, description="steps between the lines of metrics.jsonl")
+    log: Annotated[tuple[str, ...], BeforeValidator(_loggers)] = Field(
+        (),
+        description="where the figures go besides metrics.jsonl: tensorboard, wandb or trackio, or "
+        "a list of them; default: nowhere",
+    )
+    loss_per_step: bool = Field(
+        False,
+        description="at each validation, also measure the loss on one batch with the last loop "
+        "ended after each of its steps",
+    )
+    peak_flops: Size | None = Field(
+        None,
+        ge=1,
+        description="FLOPs per second that the device can reach, for example 989T, of which mfu is "
+        "the share; default: known for some cards in bfloat16",
+    )
+    profile: Size = Field(
+        0,
+        ge=0,
+        description="write a trace of so many steps, after two to warm up, to profile/ in the "
+        "folder of the run; 0: none",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$",
@@ -124,9 +155,13 @@ class TrainConfig(Strict):
         return self
 
     @classmethod
-    def with_later(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings that a run recorded, with those that its version did not have."""
-        return {name: cls.model_fields[name].default for name in LATER_SETTINGS} | dict(recorded)
+    def with_later(cls, recorded: Mapping[str, Any], exclude: set[str]) -> dict[str, Any]:
+        """Return the settings that a run recorded, with those that its version did not have.
+
+        ``exclude``: settings that runs do not record.
+        """
+        later = LATER_SETTINGS - exclude
+        return {name: cls.model_fields[name].default for name in later} | dict(recorded)
 
     def identity(self, exclude: set[str]) -> dict[str, Any]:
         """Return the settings as JSON values, as the first version would record this run."""

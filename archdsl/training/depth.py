@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from archdsl.data.types import Batch
+from archdsl.evaluation.evaluate import evaluation_mode, score_batch
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.loop import Loop, Pass
 
@@ -46,3 +48,23 @@ def _open(loop: Loop, share: float) -> None:
 def _last_learn(passes: list[Pass], count: int) -> list[Pass]:
     first = len(passes) - count
     return [one._replace(learns=i >= first) for i, one in enumerate(passes)]
+
+
+def losses_of_steps(model: LanguageModel, batch: Batch) -> list[float]:
+    """Return the loss on a batch with the last loop ended after 1, 2, ... of its steps.
+
+    In nats per target. What follows the loop runs as always. Empty if the model has no loop.
+    """
+    if not model.loops:
+        return []
+    loop, losses = model.loops[-1], []
+    before = loop.passes
+    with evaluation_mode(model):
+        try:
+            for steps in range(1, len(before) + 1):
+                loop.dial(steps=steps)
+                nats, targets, _ = score_batch(model, batch).sum(1).tolist()
+                losses.append(nats / targets)
+        finally:
+            loop.passes = before
+    return losses

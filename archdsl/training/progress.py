@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,8 @@ class TrainProgress:
     def __init__(self, steps: int, shown: bool) -> None:
         self.steps = steps
         self.shown = shown
-        self.last_line = time.monotonic()
+        self.last_line = self.began = time.monotonic()
+        self.first_step = 0  # the step before the first one of this process
         self.bar = _bar() if shown and sys.stderr.isatty() else None
         self.task = self.bar.add_task("", total=steps, facts="") if self.bar else TaskID(0)
 
@@ -42,6 +44,7 @@ class TrainProgress:
 
     def resumed(self, step: int) -> None:
         """Start the progress bar at ``step``, and do not count the earlier steps in its speed."""
+        self.first_step = step
         if self.bar is not None:
             self.bar.reset(self.task, completed=step)
         self.note(f"resumed after step {step}/{self.steps}")
@@ -57,7 +60,13 @@ class TrainProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or step == self.steps:
-            self.note(f"step {step}/{self.steps}  {facts}")
+            self.note(f"step {step}/{self.steps}  {facts}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """Return how long the steps after this one will take, at the mean speed so far."""
+        seconds = (time.monotonic() - self.began) / max(1, step - self.first_step)
+        left = timedelta(seconds=round(seconds * (self.steps - step)))
+        return f"  {left} left" if left else ""
 
     def note(self, text: str) -> None:
         """Print a line that stays on the screen."""

@@ -8,7 +8,7 @@ import reprlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,6 @@ from archdsl.data.types import Data
 from archdsl.errors import ArchdslError
 from archdsl.evaluation.evaluate import Evaluation
 from archdsl.files import (
-    JsonLines,
     exclusive,
     remove_folder,
     remove_leftovers,
@@ -38,8 +37,11 @@ from archdsl.model.checkpoint import (
 )
 from archdsl.model.language_model import LanguageModel
 from archdsl.training.config import TrainConfig
+from archdsl.training.loggers import JsonLog, open_loggers
+from archdsl.training.profile import profile_of
 from archdsl.training.progress import TrainProgress
 from archdsl.training.state import FinishedState, checked
+from archdsl.training.throughput import Throughput, peak_flops
 from archdsl.training.trainer import RunMismatchError, Trainer, TrainingDiverged, TrainStep
 
 __all__ = [
@@ -212,7 +214,14 @@ class Recorder:
         self, trainer: Trainer, out: Path | None, display: TrainProgress, stop: threading.Event
     ) -> None:
         self.trainer, self.out, self.display, self.stop = trainer, out, display, stop
-        self.log = JsonLines(out / "metrics.jsonl", trainer.step) if out else None
+        config = trainer.config
+        facts = {"spec": trainer.model.spec.name, "data": trainer.data.name} | config.model_dump()
+        self.loggers = open_loggers(config.log, out, trainer.step, facts)
+        self.log = JsonLog(out / "metrics.jsonl", trainer.step) if out else None
+        self.loggers += [self.log] if self.log else []
+        peak = config.peak_flops or peak_flops(trainer.device, trainer.in_bfloat16)
+        self.throughput = Throughput(trainer.model, trainer.context, peak)
+        self.profile = profile_of(trainer.model, config, out)
         self.tokens, self.seconds = 0, 0.0  # since the last line of the log
         self.shares: dict[str, float] = {}
         self.validation: Evaluation | None = None
@@ -223,6 +232,8 @@ class Recorder:
         """Record a step. Raises KeyboardInterrupt, after saving, if a stop was requested."""
         config = self.trainer.config
         last = step.step == config.steps
+        if self.profile is not None:
+            self.profile.after_step(step.step)
         self.tokens += step.tokens
         self.seconds += step.seconds
         validate = last or _due(step, config.eval_every)
@@ -243,13 +254,13 @@ class Recorder:
 
     def _write_line(self, step: TrainStep, rate: float, validate: bool) -> None:
         self.shares = self.trainer.model.router_shares()
-        record = {
-            "step": step.step,
+        record: dict[str, Any] = {
             "tokens": self.trainer.tokens,
             "loss": step.loss,
             "lr": step.lr,
             "grad_norm": step.grad_norm,
             "tokens_per_s": round(rate, 1),
+            **self.throughput.figures(rate),
             "router_shares": self.shares,
         }
         if accuracies := self.trainer.model.predictor_accuracies():
@@ -257,16 +268,18 @@ class Recorder:
         if validate:
             self.validation = self.trainer.evaluate()
             record["validation"] = self.validation.model_dump(mode="json")
+            if self.trainer.config.loss_per_step:
+                record["loss_of_steps"] = self.trainer.loss_of_steps()
             self.display.note(f"step {step.step}: {_described(self.validation)}")
-        if self.log is not None:
-            self.log.append(record)
+        for logger in self.loggers:
+            logger.log(step.step, record)
         self.tokens, self.seconds = 0, 0.0
 
     def _save(self) -> None:
         if self.out is None or self.log is None:
             return
         # Write the log first: a crash must not leave a checkpoint without the lines before it.
-        self.log.fsync()
+        self.log.lines.fsync()
         self.trainer.save(self.out / "checkpoints" / f"step-{self.trainer.step:06d}")
         for old in _checkpoints(self.out)[: -self.trainer.config.keep_last]:
             remove_folder(old)
@@ -288,9 +301,12 @@ class Recorder:
         raise TrainingDiverged(f"{error}; {rest}") from None
 
     def close(self) -> None:
-        """Close the log."""
-        if self.log is not None:
-            self.log.close()
+        """Close the logs, and end the profile."""
+        with ExitStack() as stack:  # all of them, also if one fails
+            for logger in self.loggers:
+                stack.callback(logger.close)
+            if self.profile is not None:
+                stack.callback(self.profile.close)
 
     def finish(self) -> Evaluation:
         """Write the final checkpoint and return the validation after the last step."""

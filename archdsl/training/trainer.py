@@ -32,7 +32,7 @@ from archdsl.model.checkpoint import (
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
 from archdsl.training.config import TrainConfig
-from archdsl.training.depth import at_depth
+from archdsl.training.depth import at_depth, losses_of_steps
 from archdsl.training.optimizers import Optimizer
 from archdsl.training.state import PREFIX, TrainingState, checked, moments
 
@@ -40,7 +40,17 @@ IN_MEMORY = Path("the state")  # in errors, where a state was not read from a ch
 PATIENCE = 50  # steps in a row with a far too high loss before training is stopped
 
 # Settings that may differ between a run and its continuation, as no weight depends on them.
-UNCHECKED_SETTINGS = {"eval_every", "eval_tokens", "checkpoint_every", "keep_last", "log_every"}
+UNCHECKED_SETTINGS = {
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "keep_last",
+    "log_every",
+    "log",
+    "loss_per_step",
+    "peak_flops",
+    "profile",
+}
 
 
 class TrainingDiverged(ArchdslError):  # noqa: N818  the name states what happened
@@ -112,6 +122,8 @@ class Trainer:
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
             depths = len(set(model.spec.training_depths))
+            if config.loss_per_step and model.loops:
+                depths += len(model.loops[-1].passes)
             if self.depth and self.depth.per == "sequence":
                 depths *= 2  # the number of sequences with a depth differs by one between steps
             compile_layers(model, depths=depths + (LEVELS if self.capacity else 0))
@@ -220,9 +232,13 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Return a context for the forward pass in the data type of the config."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the arithmetic is in bfloat16."""
         dtype = self.config.dtype
-        half = dtype == "bfloat16" or (dtype == "auto" and self.device.type in BFLOAT16)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        return dtype == "bfloat16" or (dtype == "auto" and self.device.type in BFLOAT16)
 
     def _refuse_divergence(self, loss: float, grad_norm: float) -> None:
         guess_loss = math.log(self.model.spec.vocab_size)
@@ -257,6 +273,15 @@ class Trainer:
         if not math.isfinite(evaluation.loss):
             self._give_up(f"the validation loss is {evaluation.loss}")
         return evaluation
+
+    def loss_of_steps(self) -> list[float]:
+        """Return the loss on a batch of the validation split with the last loop ended after 1, 2,
+        ... steps, in nats per target; empty if there is no loop."""
+        size = self.config.batch_size // self.config.accumulate
+        tokens = size * self.context
+        batch = next(iter(self.data.held_out("validation", size, self.context, tokens)))
+        with self.autocast():
+            return losses_of_steps(self.model, batch)
 
     def state(self) -> dict[str, Any]:
         """Return the state of training without the weights: tensors and JSON values by name."""
@@ -427,7 +452,9 @@ def _made_by(stood: TrainingState) -> dict[str, Any]:
     """Return what a state says its run was made by, also the settings that came later."""
     found = stood.made_by
     config = found.get("config")
-    return found | ({"config": TrainConfig.with_later(config)} if isinstance(config, dict) else {})
+    if not isinstance(config, dict):
+        return found
+    return found | {"config": TrainConfig.with_later(config, exclude=UNCHECKED_SETTINGS)}
 
 
 def _steps_of(stood: TrainingState) -> int | None:
