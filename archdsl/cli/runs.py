@@ -78,11 +78,11 @@ def train(
     column: Column = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
-    log: Log = None,
     dry_run: DryRun = False,
     devices: Devices = 1,
     as_json: Json = False,
     config_file: ConfigFile = None,
+    log: Log = None,
 ) -> None:
     """Train a model from a spec or as a train file says, or train a checkpoint further.
 

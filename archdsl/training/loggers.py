@@ -8,7 +8,9 @@ numbers alone, by names such as ``validation/loss``.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from archdsl.errors import ArchdslError, blamed_on
-from archdsl.files import JsonLines, write_text, writing
+from archdsl.files import JsonLines, make_folder, write_all, write_text, writing
 
 PROJECT = "archdsl"  # at W&B and trackio
 RUN_ID = "wandb-id.txt"  # by which W&B knows a run again
@@ -48,28 +50,46 @@ class JsonLog:
 
 
 class TensorBoardLog:
-    """Event files that TensorBoard shows: ``tensorboard --logdir runs``."""
+    """A file of events that TensorBoard shows: ``tensorboard --logdir runs``.
+
+    The `SummaryWriter` of torch writes in a thread, where the error of a full disk would be printed
+    with a traceback. This writes the same file at once.
+    """
 
     def __init__(self, folder: Path, after_step: int) -> None:
-        _module("tensorboard", "tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
+        """Raises ArchdslError if tensorboard is missing, WriteError if nothing can be written."""
+        _module("tensorboard")
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.folder = folder
-        with writing(folder):
+        self.events = event_pb2
+        make_folder(folder)
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        with writing(self.path):
+            self.file = self.path.open("wb", buffering=0)
+            self.records = RecordWriter(self)
+            self._write(file_version="brain.Event:2")
             # figures of later steps, which a run that was stopped has left, are hidden
-            self.writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+            start = self.events.SessionLog(status=self.events.SessionLog.START)
+            self._write(step=after_step + 1, session_log=start)
+
+    def _write(self, **values: Any) -> None:
+        event = self.events.Event(wall_time=time.time(), **values)
+        self.records.write(event.SerializeToString())
+
+    def write(self, record: bytes) -> None:
+        """Write a whole record; called by tensorboard."""
+        write_all(self.file, record)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write the numbers as scalars."""
-        with writing(self.folder):
-            for name, number in numbers(figures):
-                self.writer.add_scalar(name, number, step)
-            self.writer.flush()
+        scalars = [{"tag": name, "simple_value": number} for name, number in numbers(figures)]
+        with writing(self.path):
+            self._write(step=step, summary={"value": scalars})
 
     def close(self) -> None:
         """Close the file."""
-        with writing(self.folder):
-            self.writer.close()
+        self.file.close()
 
 
 class RunLog:
@@ -106,7 +126,7 @@ def open_loggers(
 def _opened(kind: str, out: Path, after_step: int, facts: Mapping[str, Any]) -> Logger:
     if kind == "tensorboard":
         return TensorBoardLog(out / "tensorboard", after_step)
-    module = _module(kind, kind)
+    module = _module(kind)
     options: dict[str, Any] = {"name": out.absolute().name, "config": dict(facts)}
     if kind == "wandb":
         options |= {"dir": str(out), "id": _run_id(out / RUN_ID)}
@@ -121,13 +141,12 @@ def _run_id(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _module(name: str, extra: str) -> Any:
+def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ArchdslError(
-            f"log: {name} is not installed: pip install 'archdsl[{extra}]'"
-        ) from None
+        fix = f"pip install 'archdsl[{name}]'"
+        raise ArchdslError(f"log: {name} is not installed: {fix}") from None
 
 
 def numbers(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
