@@ -102,10 +102,14 @@ class Unit(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The units of a model. ``root``: embedding, last norm and head."""
+    """The units of a model. ``root``: embedding, last norm and head.
+
+    ``matrices``: those of the layers that Muon trains; they are in ``layers`` as well.
+    """
 
     layers: Sequence[Unit]
     root: Unit
+    matrices: Unit = Unit(())
 
     def shard(self, shards: int) -> int:
         """Returns the bytes of a shard of all parameters."""
@@ -125,13 +129,14 @@ class Traffic(NamedTuple):
         return sum(self)
 
 
-def traffic(units: Units, on: Devices, passes: int = 1) -> Traffic:
+def traffic(units: Units, on: Devices, passes: int = 1, muon: bool = False) -> Traffic:
     """Returns the bytes that each device sends for an optimizer step.
 
     ``passes``: the number of forward and backward passes of a step, such as the parts that a batch
-    is divided into.
+    is divided into. ``muon``: whether the optimizer is Muon, which gathers each of its matrices.
     """
     others, shard, root = on.shards - 1, units.shard(on.shards), units.root.shard(on.shards)
     # the largest part of a ring's two rounds, if the groups do not divide the shard
     all_reduce = 2 * (on.replicas - 1) * -(-shard // on.replicas)
-    return Traffic(passes * others * (2 * shard - root), others * shard, all_reduce)
+    gathered = passes * (2 * shard - root) + (units.matrices.shard(on.shards) if muon else 0)
+    return Traffic(others * gathered, others * shard, all_reduce)

@@ -74,13 +74,13 @@ def forecast_training(spec: ModelSpec, config: TrainConfig, devices: Devices) ->
             optimizer=config.optimizer,
             devices=devices,
         ),
-        traffic(found, devices, passes),
+        traffic(found, devices, passes, config.optimizer == "muon"),
     )
 
 
 def forecast_data(found: TrainForecast) -> dict[str, Any]:
     """Returns a forecast as data for JSON; sizes are in bytes, memory is that of each device."""
-    layers, root = found.units
+    layers, root, _ = found.units
     return {
         "name": found.spec.name,
         "steps": found.config.steps,

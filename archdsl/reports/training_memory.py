@@ -119,7 +119,7 @@ def _shards(spec: ModelSpec, devices: Devices) -> _Shards:
     from archdsl.reports.units import units  # needs torch
 
     found, n = units(spec), devices.shards
-    layers, root = found
+    layers, root, _ = found
     whole = [layer.gathered(n) for layer in layers]
     # The layer, the one gathered next, and the gradients of the one before, which are being sent.
     # At head and loss it is the last layer that was gathered; at the end the root is sent.

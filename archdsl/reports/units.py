@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from archdsl.costs.devices import Unit, Units
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.build import meta_model
@@ -16,4 +18,8 @@ def units(spec: ModelSpec) -> Units:
     layers = [Unit([tuple(one.shape) for one in layer.parameters()]) for layer in model.layers]
     inside = {one for layer in model.layers for one in layer.parameters()}
     rest = [tuple(one.shape) for one in model.parameters() if one not in inside]
-    return Units(layers, Unit(rest))
+    linear = [
+        one for one in model.modules() if isinstance(one, nn.Linear) and one is not model.head
+    ]
+    matrices = [tuple(one.weight.shape) for one in linear if min(one.weight.shape) > 1]
+    return Units(layers, Unit(rest), Unit(matrices))

@@ -51,6 +51,8 @@ def test_a_model_of_two_layers_by_hand() -> None:
     assert model.shard(2) == 2 * layer + root
     assert traffic(model, devices(2)) == Traffic(4 * layer + root, 2 * layer + root, 0)
     assert traffic(model, devices(2), passes=3).all_gather == 3 * (4 * layer + root)
+    muon = traffic(model._replace(matrices=Unit([(5, 10)])), devices(2), muon=True)
+    assert muon == Traffic(5 * layer + root, 2 * layer + root, 0)
     whole = 4 * (2 * 50 + 300)
     assert traffic(model, devices(4, "ddp")) == Traffic(0, 0, 2 * 3 * whole // 4)
     both = traffic(model, devices(4, "hsdp", 2))

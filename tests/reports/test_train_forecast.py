@@ -21,6 +21,18 @@ def test_a_run_on_eight_devices_by_hand() -> None:
     assert found.sent == traffic(units(spec), devices(8), passes=2)
 
 
+def test_muon_gathers_each_of_its_matrices_once_more() -> None:
+    spec = archdsl.load("transformer")
+    adamw, muon = (
+        forecast_training(spec, TrainConfig(batch_size=8, optimizer=name), devices(8))
+        for name in ("adamw", "muon")
+    )
+    matrices = spec.dim * (4 * spec.dim + 3 * 2560) * 8  # of 8 layers
+    assert muon.sent.all_gather - adamw.sent.all_gather == 7 * 4 * matrices // 8
+    assert muon.sent.reduce_scatter == adamw.sent.reduce_scatter
+    assert adamw.memory.optimizer - muon.memory.optimizer == 4 * matrices // 8
+
+
 def test_sequences_that_draw_their_own_depth_are_computed_in_a_pass_for_each() -> None:
     drawn = "training={depth: {law: uniform, min: 2, max: 4, per: sequence}}"
     spec = archdsl.load("loop", overrides=[drawn])
