@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 import archdsl
-from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study
+from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study, tokenize
 from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED, PLAIN, SETTINGS, Command, CommandGroup, with_options_of
 from archdsl.errors import ArchdslError
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
     "build": (specs.build, Command),
     "search": (search.search, with_options_of(search.config_class)),
     "ablate": (ablate.ablate, Command),
+    "tokenize": (tokenize.tokenize, Command),
     "train": (runs.train, with_options_of(runs.config_class)),
     "eval": (evaluation.eval_, Command),
     "check": (check.check, Command),

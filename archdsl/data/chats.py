@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from archdsl.data.text_format import TextFormat
+from archdsl.data.text_format import TextFormat, text_format_beside
 from archdsl.data.tokenizer_limits import Allowance
 from archdsl.data.types import DataError
 from archdsl.errors import describe
@@ -73,6 +73,12 @@ class ChatTemplate:
         words: dict[str, Any] = {str(name): word for name, word in self.special_tokens.items()}
         words["chat_template"] = self.template
         return lambda chat: str(render(conversations=[chat], **words)[0][0])
+
+
+def renderer(tokenizer: Path) -> Callable[[Any, str], str] | None:
+    """Returns what turns chats into text, if there is a chat template beside the tokenizer.json."""
+    text_format = text_format_beside(tokenizer)
+    return ChatTemplate(text_format).render if text_format and text_format.chat_template else None
 
 
 def _messages(value: Any, place: str) -> list[dict[str, Any]]:

@@ -17,14 +17,15 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from archdsl.data.folders import SPLIT_WORDS, find_files, format_of
-from archdsl.data.reading import Render, column_of, json_rows, read_texts
+from archdsl.data.folders import SPLIT_WORDS, find_files, find_in_all, format_of
+from archdsl.data.reading import Render, Span, column_of, json_rows, read_texts
 from archdsl.data.types import DataError, Split
 
 if TYPE_CHECKING:
@@ -82,11 +83,19 @@ def find_source(
     return _from_files(f"{path}::{column}" if column else str(path), path, column, render)
 
 
+def named_column(source: str, column: str | None) -> tuple[str, str | None]:
+    """Divides SOURCE::COLUMN, which is how the names of data say a column."""
+    if column or os.path.exists(source):
+        return source, column
+    name, _, after = source.rpartition("::")
+    return (name, after) if name and after else (source, None)
+
+
 def _embedded() -> TextSource:
     path = Path(__file__).parent / "corpus" / "sotu.jsonl.xz"
 
     def read() -> dict[Split, Texts]:
-        splits = [_split_of_year(row["year"]) for _, row in json_rows(path)]
+        splits = [_split_of_year(row["year"]) for _, row in json_rows(Span(path))]
         return _select_by_split(partial(read_texts, [path]), splits)
 
     return TextSource(EMBEDDED, _file_digest(path), read)
@@ -125,6 +134,40 @@ def _from_files(name: str, path: Path, column: str | None, render: Render | None
         rules=PLAIN if formats == {"text"} else BY_NAME,
         without_text=without_text,
     )
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of each split, the column of their text, and a SHA-256 of all of that."""
+
+    by_split: Mapping[Split, list[Path]]
+    column: str | None
+    digest: str
+    left_out: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def find_all(sources: Sequence[str], column: str | None, threads: int) -> Files:
+    """Finds the files of several sources, which are read as if they stood in one folder.
+
+    A single file is training text, whatever its name; of several, the names say the splits. They
+    are hashed by several threads. Raises DataError as `find_source`.
+    """
+    named = [named_column(source, column) for source in sources]
+    if len({own for _, own in named}) > 1:
+        raise DataError("the text must be in the same column of all data: name it with --column")
+    for source, _ in named:
+        if source.startswith(("hf:", "skill:")):
+            raise DataError(f"{source} is no file or folder: only these can be tokenized")
+    column = named[0][1]
+    found = find_in_all([Path(os.path.expanduser(source)) for source, _ in named])
+    files = [file for own in found.by_split.values() for file in own]
+    with ThreadPoolExecutor(threads) as pool:
+        content = dict(zip(files, pool.map(_file_digest, files), strict=True))
+    notes = _equal_files(found.by_split, content)
+    by_split = {split: found.by_split[split] for split in SPLITS if split in found.by_split}
+    digest = _files_digest(by_split, content, column)
+    return Files(by_split, column, digest, found.left_out, notes)
 
 
 def _equal_files(by_split: Mapping[Split, list[Path]], content: Mapping[Path, str]) -> list[str]:
@@ -316,13 +359,21 @@ def _select_by_split(texts: Texts, splits: list[Split]) -> dict[Split, Texts]:
 
 def _part_of_each(texts: Texts, missing: Sequence[Split], wanted: Split) -> Iterator[str]:
     for text in texts():
-        share = len(text) // HELD_OUT_SHARE
-        begin = len(text) - share * len(missing)
-        if wanted != "train":
-            begin += share * missing.index(wanted)
-            yield text[begin : begin + share]
-        else:
-            yield text[:begin]
+        begin, end = ranges_of(len(text), missing)[wanted]
+        yield text[begin:end]
+
+
+def ranges_of(length: int, missing: Sequence[Split]) -> dict[Split, tuple[int, int]]:
+    """Returns which characters of a document of some length go to training and the missing splits.
+
+    The ends of the document are those of the missing splits.
+    """
+    share = length // HELD_OUT_SHARE
+    rest = length - share * len(missing)
+    found: dict[Split, tuple[int, int]] = {"train": (0, rest)}
+    for i, split in enumerate(missing):
+        found[split] = (rest + i * share, rest + (i + 1) * share)
+    return found
 
 
 def _texts(rows: Dataset, column: str, place: str, render: Render | None) -> Iterator[str]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def find_files(path: Path) -> FoundFiles:
     if format_of(path) is None:
         raise DataError(f"{str(path)!r} does not end in {', '.join(FORMATS)}; {ACCEPTED}")
     return FoundFiles({"train": [path]}, {})
+
+
+def find_in_all(paths: Sequence[Path]) -> FoundFiles:
+    """Finds the files of several paths, as if all of them stood in one folder.
+
+    Raises DataError as `find_files`, or if a file is named twice.
+    """
+    if len(paths) == 1:
+        return find_files(paths[0])
+    by_split: dict[Split, list[Path]] = {}
+    left_out: dict[str, str] = {}
+    for path in paths:
+        found = find_files(path)
+        named = None if path.is_dir() else _named_split(path.parent, Path(path.name))
+        for split, files in found.by_split.items():
+            by_split.setdefault(named or split, []).extend(files)
+        left_out |= found.left_out
+    files = [file.resolve() for own in by_split.values() for file in own]
+    if twice := next((file for file, n in Counter(files).items() if n > 1), None):
+        raise DataError(f"{str(twice)!r} is named twice")
+    if "train" not in by_split:
+        raise DataError("there is no training text: by their names, all files are held-out text")
+    return FoundFiles(by_split, left_out)
 
 
 def format_of(path: Path) -> str | None:

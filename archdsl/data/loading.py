@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from archdsl.data.chats import ChatTemplate
-from archdsl.data.documents import SPLITS, TextSource, find_source
+from archdsl.data.chats import renderer
+from archdsl.data.documents import SPLITS, TextSource, find_source, named_column
 from archdsl.data.folders import ACCEPTED
 from archdsl.data.mixture import MixedData, Weighted, parse_mixture
-from archdsl.data.reading import Render
+from archdsl.data.shard_index import TOKENIZER
+from archdsl.data.shards import holds_shards, open_shards
 from archdsl.data.skills import Skill, parse_skill
 from archdsl.data.text_data import TextData, evenly_spaced
-from archdsl.data.text_format import text_format_beside
 from archdsl.data.token_cache import FORMAT, TokenCache, common_tokenizer, sha256
 from archdsl.data.tokenizers import tokenizer_key
 from archdsl.data.types import Batch, Data, DataError, HeldOut, Split
@@ -43,12 +43,13 @@ def load_data(
 ) -> Data:
     """Loads text or a synthetic task for training and evaluation.
 
-    ``source``: a file or folder of text, ``hf:DATASET/CONFIG`` from the Hugging Face Hub, or
-    ``skill:NAME,option=value``. The default is the corpus that comes with archdsl. Several texts
-    are mixed: ``[("a", 0.8), ("b", 0.2)]``, or ``"a:0.8 + b:0.2"`` as one string, trains on them
-    in these shares; without weights the shares are equal. ``tokenizer``: "bytes" (the default),
-    "bpe:SIZE" (trained on the training split) or the path of a tokenizer.json; skills use
-    none. ``column``: the column of the text, if it is not called text, content or document; a
+    ``source``: a file or folder of text, a folder that `archdsl tokenize` wrote,
+    ``hf:DATASET/CONFIG`` from the Hugging Face Hub, or ``skill:NAME,option=value``. The default is
+    the corpus that comes with archdsl. Several texts are mixed: ``[("a", 0.8), ("b", 0.2)]``, or
+    ``"a:0.8 + b:0.2"`` as one string, trains on them in these shares; without weights the shares
+    are equal. ``tokenizer``: "bytes", "bpe:SIZE" (trained on the training split) or the path of a
+    tokenizer.json; skills use none. The default is "bytes", or what the text was tokenized by
+    before. ``column``: the column of the text, if it is not called text, content or document; a
     source ``SOURCE::COLUMN`` means the same. ``cache``: the folder for the tokens; the default is
     $ARCHDSL_CACHE, or else $XDG_CACHE_HOME/archdsl, or else ~/.cache/archdsl. Raises DataError if
     the source or the tokenizer is wrong, or if the cache cannot be written.
@@ -58,22 +59,31 @@ def load_data(
         raise DataError(f"{reprlib.repr(source)} names no data; {ACCEPTED}")
     parts = [] if source is None else parse_mixture(source)
     if len(parts) > 1:
-        return _mixed(parts, tokenizer or "bytes", column, cache)
-    name, column = _named_column(parts[0].source if parts else None, column)
-    if name is not None and name.startswith("skill:"):
-        if column:
-            raise DataError(f"{name} has no column {column!r}: a skill has no columns")
-        return SkillData(parse_skill(name.removeprefix("skill:")))
+        return _mixed(parts, tokenizer, column, cache)
+    name = None
+    if parts:
+        name, column = named_column(parts[0].source, column)
+        if name.startswith("skill:"):
+            if column:
+                raise DataError(f"{name} has no column {column!r}: a skill has no columns")
+            return SkillData(parse_skill(name.removeprefix("skill:")))
+        if holds_shards(name):
+            return open_shards(Path(name), tokenizer)
     choice = tokenizer or "bytes"
     root = _cache_folder(cache)
     tokenizer_key(choice)  # a wrong choice is told before files are read
     with _cache_errors(root):
-        return _tokenized(find_source(name, root, column, _renderer(choice)), choice, root)
+        return _tokenized(find_source(name, root, column, renderer(Path(choice))), choice, root)
+
+
+def are_tokenized(source: str) -> bool:
+    """Tells whether some of the data are shards, so that their tokenizer is that of all."""
+    return any(holds_shards(part.source) for part in parse_mixture(source))
 
 
 def _mixed(
     parts: Sequence[Weighted],
-    tokenizer: str,
+    tokenizer: str | None,
     column: str | None,
     cache: str | os.PathLike[str] | None,
 ) -> MixedData:
@@ -88,19 +98,25 @@ def _mixed(
                 f"{part.source} cannot be mixed with other data: a skill has tokens and a length "
                 "of its own"
             )
-    root = _cache_folder(cache)
-    tokenizer_key(tokenizer)
+    shards = [Path(part.source) for part in parts if holds_shards(part.source)]
+    choice = tokenizer or (str(shards[0] / TOKENIZER) if shards else "bytes")
+    tokenizer_key(choice)
+    root, render = _cache_folder(cache), renderer(Path(choice))
     with _cache_errors(root):
-        render = _renderer(tokenizer)
-        texts = [find_source(*_named(part.source, root), render) for part in parts]
-        choice = common_tokenizer(texts, tokenizer, root / "tokens")
-        loaded = tuple(_tokenized(text, choice, root) for text in texts)
+        texts = {
+            part.source: find_source(name, root, own, render)
+            for part in parts
+            if Path(part.source) not in shards
+            for name, own in [named_column(part.source, None)]
+        }
+        choice = common_tokenizer([*texts.values()], choice, root / "tokens")
+        loaded = tuple(
+            _tokenized(texts[part.source], choice, root)
+            if part.source in texts
+            else open_shards(Path(part.source), choice)
+            for part in parts
+        )
     return MixedData(loaded, tuple(part.weight for part in parts))
-
-
-def _named(source: str, root: Path) -> tuple[str | None, Path, str | None]:
-    name, column = _named_column(source, None)
-    return name, root, column
 
 
 def _tokenized(text: TextSource, choice: str, root: Path) -> TextData:
@@ -122,20 +138,6 @@ def _cache_errors(root: Path) -> Iterator[None]:
         raise DataError(
             f"cache {str(root)!r}: {error}; set $ARCHDSL_CACHE to use another folder"
         ) from None
-
-
-def _renderer(tokenizer: str) -> Render | None:
-    """Returns what turns chats into text, if the tokenizer has a chat template."""
-    text_format = text_format_beside(Path(tokenizer))
-    return ChatTemplate(text_format).render if text_format and text_format.chat_template else None
-
-
-def _named_column(source: str | None, column: str | None) -> tuple[str | None, str | None]:
-    """Divides SOURCE::COLUMN, which is how the names of data say a column."""
-    if source is None or column or os.path.exists(source):
-        return source, column
-    name, _, after = source.rpartition("::")
-    return (name, after) if name and after else (source, None)
 
 
 def _default_cache() -> Path:

@@ -12,11 +12,11 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from archdsl.data.chats import CHAT_COLUMNS
 from archdsl.data.folders import few, format_of
@@ -41,8 +41,21 @@ Render = Callable[[Any, str], str]
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a stream of arrow tables
 
 
+class Span(NamedTuple):
+    """A part of a file: bytes of a text or of JSON lines, or row groups of a parquet table.
+
+    It is the whole file by default. ``number``, ``of``: its place among the parts of the file.
+    """
+
+    file: Path
+    begin: int = 0
+    end: int | None = None
+    number: int = 0
+    of: int = 1
+
+
 def read_texts(
-    files: Sequence[Path],
+    files: Iterable[Path],
     column: str | None = None,
     render: Render | None = None,
     without_text: dict[Path, int] | None = None,
@@ -56,14 +69,24 @@ def read_texts(
     """
     for file in files:
         missing = 0
-        with _blamed_on(file):
-            for text in READERS[format_of(file) or "text"](file, column, render):
-                if text is None:
-                    missing += 1
-                else:
-                    yield text
+        for text in read_span(Span(file), column, render):
+            if text is None:
+                missing += 1
+            else:
+                yield text
         if without_text is not None:
             without_text[file] = missing
+
+
+def read_span(
+    span: Span, column: str | None = None, render: Render | None = None
+) -> Iterator[str | None]:
+    """Yields the documents of a part of a file, and None for a row without text.
+
+    See `read_texts`.
+    """
+    with _blamed_on(span.file):
+        yield from READERS[format_of(span.file) or "text"](span, column, render)
 
 
 @contextmanager
@@ -108,16 +131,22 @@ def _open_zst(file: Path) -> IO[bytes]:
     return buffered
 
 
-def _text(file: Path, column: str | None, render: Render | None) -> Iterator[str]:
-    with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as content:  # without a mark
-        text = content.read()
+def _text(span: Span, column: str | None, render: Render | None) -> Iterator[str]:
+    content = open_bytes(span.file)
+    if span.end is not None:
+        with content:
+            content.seek(span.begin)
+            content = io.BytesIO(content.read(span.end - span.begin))
+    encoding = "utf-8" if span.begin else "utf-8-sig"  # without the mark
+    with io.TextIOWrapper(content, encoding=encoding) as characters:
+        text = characters.read()
     yield text
 
 
-def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
-    name, columns = f"{str(file)!r}", dict[str, None]()
-    found = False
-    for place, row in json_rows(file):
+def _json(span: Span, column: str | None, render: Render | None) -> Iterator[str | None]:
+    name, columns = f"{str(span.file)!r}", dict[str, None]()
+    found = span.begin > 0  # the first part of a file tells whether there is such a column
+    for place, row in json_rows(span):
         if not isinstance(row, dict):
             raise DataError(
                 f"{name}: {place} is {describe(row)}; expected an object with a text, such "
@@ -136,21 +165,46 @@ def _json(file: Path, column: str | None, render: Render | None) -> Iterator[str
         raise _no_column(name, columns, column)
 
 
-def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file of JSON lines or of one JSON array, with their places in it."""
-    with open_bytes(file) as content:
-        lines = enumerate(content, 1)
+def json_rows(span: Span) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a file of JSON lines or of one JSON array, with their places in it.
+
+    Of a part of a file, the rows are those of the lines that begin in it.
+    """
+    name = f"{str(span.file)!r}"
+    with open_bytes(span.file) as content:
+        lines = enumerate(_lines(content, span), 1)
         first = next((entry for entry in lines if entry[1].strip(b"\xef\xbb\xbf \t\r\n")), None)
         if first is None:
             return
-        if _is_document(first[1]):
-            whole = _parsed(first[1] + content.read(), f"{str(file)!r}")
+        if span.end is None and _is_document(first[1]):
+            whole = _parsed(first[1] + content.read(), name)
             rows = whole if isinstance(whole, list) else [whole]
             yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
             return
+        after = f" after byte {span.begin:,}" if span.begin else ""
         for number, line in chain([first], lines):
             if line.strip():
-                yield f"line {number}", _parsed(line, f"{str(file)!r}: line {number}")
+                place = f"line {number}{after}"
+                yield place, _parsed(line, f"{name}: {place}")
+
+
+def _lines(content: IO[bytes], span: Span) -> Iterator[bytes]:
+    """Yields the lines of a part of a file, which begins and ends with a line."""
+    if span.end is None:
+        yield from content
+        return
+    content.seek(span.begin)
+    place = span.begin
+    while place < span.end and (line := content.readline()):
+        place += len(line)
+        yield line
+
+
+def is_json_lines(file: Path) -> bool:
+    """Tells whether each line of a JSON file is a row, and the file no array or single object."""
+    with open_bytes(file) as content:
+        first = next((line for line in content if line.strip(b"\xef\xbb\xbf \t\r\n")), b"[")
+        return not _is_document(first)
 
 
 def _is_document(line: bytes) -> bool:
@@ -229,18 +283,24 @@ def _checked(value: Any, place: str, column: str, render: Render | None) -> Iter
 # tables
 
 
-def _parquet(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
+def _parquet(span: Span, column: str | None, render: Render | None) -> Iterator[str | None]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(_table_bytes(file)) as table:
-        own = column_of(table.schema_arrow, column, f"{str(file)!r}", render)
-        batches = table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[own])
-        yield from _column(batches, own, f"{str(file)!r}", render)
+    place = f"{str(span.file)!r}"
+    with pq.ParquetFile(_table_bytes(span.file)) as table:
+        own = column_of(table.schema_arrow, column, place, render)
+        end = table.num_row_groups if span.end is None else span.end
+        batches = table.iter_batches(
+            batch_size=ROWS_AT_ONCE, row_groups=list(range(span.begin, end)), columns=[own]
+        )
+        before = sum(table.metadata.row_group(group).num_rows for group in range(span.begin))
+        yield from _column(batches, own, place, render, before)
 
 
-def _arrow(file: Path, column: str | None, render: Render | None) -> Iterator[str | None]:
+def _arrow(span: Span, column: str | None, render: Render | None) -> Iterator[str | None]:
     import pyarrow as pa
 
+    file = span.file
     content = _table_bytes(file)
     if content.read(6) == b"ARROW1":
         table = pa.ipc.open_file(content)
@@ -267,9 +327,13 @@ def _table_bytes(file: Path) -> pa.NativeFile:
 
 
 def _column(
-    batches: Iterable[pa.RecordBatch], column: str, place: str, render: Render | None
+    batches: Iterable[pa.RecordBatch],
+    column: str,
+    place: str,
+    render: Render | None,
+    before: int = 0,
 ) -> Iterator[str | None]:
-    row = 0
+    row = before
     for batch in batches:
         texts = batch.column(column)
         texts.validate(full=True)  # reading a damaged table may end the process
@@ -305,7 +369,7 @@ def column_of(
     return column
 
 
-READERS: dict[str, Callable[[Path, str | None, Render | None], Iterator[str | None]]] = {
+READERS: dict[str, Callable[[Span, str | None, Render | None], Iterator[str | None]]] = {
     "text": _text,
     "json": _json,
     "parquet": _parquet,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,8 @@ END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # without a format
 PROBES = ("a", "0", " ", "\n", "\u7684")  # texts; most tokenizers have a token for each
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # the smallest has all bytes and the end of a document
-DOCUMENTS_AT_ONCE = 64  # limits the memory that encoding needs
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # limit the memory that encoding needs
+LINE_END = re.compile("[A-Za-z](?=\n)")
 
 
 def byte_level() -> Tokenizer:
@@ -168,19 +171,73 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens,
     What looks like a special token is one in a `Chat` only. Raises DataError if the tokenizer
     takes far too long.
     """
-    are_bytes, allowance = tokenizer.to_str() == byte_level().to_str(), Allowance()
-    for_chats = cache(lambda: _for_chats(tokenizer))
+    are_bytes, allowance = is_byte_level(tokenizer), Allowance()
+    for_chats, cuttable = cache(lambda: _for_chats(tokenizer)), cuts_at_lines(tokenizer)
     for are_chats, some in groupby(texts, key=lambda text: isinstance(text, Chat)):
         own = for_chats() if are_chats else tokenizer
-        while chunk := list(islice(some, DOCUMENTS_AT_ONCE)):
+        for chunk in _chunks(some):
             contents = [text.encode() for text in chunk]
             if are_bytes and not are_chats:
                 yield from ((np.frombuffer(text, np.uint8), len(text)) for text in contents)
                 continue
-            encode_chunk = partial(own.encode_batch_fast, chunk, add_special_tokens=False)
-            encodings = allowance.run(encode_chunk, sum(map(len, contents)))
-            for encoding, content in zip(encodings, contents, strict=True):
-                yield np.array(encoding.ids, np.uint32), len(content)
+            sizes = list(map(len, contents))
+            parts = at_lines(chunk[0]) if len(chunk) == 1 and cuttable and not are_chats else chunk
+            found = [
+                np.array(encoding.ids, np.uint32)
+                for some_parts in _chunks(parts)
+                for encoding in allowance.run(
+                    partial(own.encode_batch_fast, some_parts, add_special_tokens=False),
+                    sum(len(part.encode()) for part in some_parts),
+                )
+            ]
+            if parts is not chunk:
+                found = [np.concatenate(found)]
+            yield from zip(found, sizes, strict=True)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields texts to encode at once; a text of CHARACTERS_AT_ONCE stands alone."""
+    chunk, size = list[str](), 0
+    for text in texts:
+        if chunk and (len(chunk) == DOCUMENTS_AT_ONCE or size + len(text) > CHARACTERS_AT_ONCE):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
+
+
+def at_lines(text: str) -> list[str]:
+    """Cuts a long text before ends of lines that follow a letter; see `cuts_at_lines`."""
+    parts, begin = list[str](), 0
+    while found := LINE_END.search(text, begin + CHARACTERS_AT_ONCE):
+        parts.append(text[begin : found.start() + 1])
+        begin = found.start() + 1
+    return [*parts, text[begin:]]
+
+
+def cuts_at_lines(tokenizer: Tokenizer) -> bool:
+    """Tells whether a text gives the same tokens if it is cut between a letter and an end of line.
+
+    It does for a byte-level BPE with the regular expression of GPT-2, which begins a new word there
+    whatever stands before and after, and for bytes.
+    """
+    if is_byte_level(tokenizer):
+        return True
+    kind = tokenizer.pre_tokenizer and json.loads(tokenizer.pre_tokenizer.__getstate__())
+    return (
+        tokenizer.normalizer is None
+        and kind is not None
+        and (kind["type"], kind.get("add_prefix_space"), kind.get("use_regex"))
+        == ("ByteLevel", False, True)
+        and all(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    )
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Tells whether it is the tokenizer `byte_level`."""
+    return tokenizer.to_str() == byte_level().to_str()
 
 
 def _for_chats(tokenizer: Tokenizer) -> Tokenizer:

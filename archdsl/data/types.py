@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from archdsl.errors import ArchdslError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
 HeldOut = Literal["validation", "test"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from archdsl.data.documents import EMBEDDED
-from archdsl.data.loading import load_data
+from archdsl.data.loading import are_tokenized, load_data
 from archdsl.data.types import Data
 from archdsl.errors import ArchdslError
 from archdsl.lang.spec import ModelSpec
@@ -32,10 +32,11 @@ def data_of(checkpoint: Checkpoint, source: str | None) -> Data:
 
 def data_for(spec: ModelSpec, source: str | None, tokenizer: str | None) -> Data:
     """The data, in tokens that fit into the vocabulary. Raises ArchdslError if they do not fit."""
-    data = load_data(source, tokenizer=tokenizer_for(spec, tokenizer))
+    data = load_data(source, tokenizer=tokenizer_for(spec, tokenizer, source))
     if data.vocab_size > spec.vocab_size:
         fixes = [f"--set vocab_size={data.vocab_size}"]
-        if data.chance is None and spec.vocab_size >= BYTES:
+        tokenized = source is not None and are_tokenized(source)
+        if data.chance is None and not tokenized and spec.vocab_size >= BYTES:
             fixes.append(f"--tokenizer {_filling(spec.vocab_size)}")
         raise ArchdslError(
             f"{data.name} has {data.vocab_size:,} different tokens, but {spec.name} has only a "
@@ -54,6 +55,11 @@ def _filling(vocab_size: int) -> str:
     return f"bpe:{vocab_size}" if vocab_size >= 2 * BYTES else "bytes"
 
 
-def tokenizer_for(spec: ModelSpec, choice: str | None) -> str:
-    """The tokenizer that was chosen, or else the one that uses most of the vocabulary."""
+def tokenizer_for(spec: ModelSpec, choice: str | None, source: str | None) -> str | None:
+    """The tokenizer that was chosen, or else the one that uses most of the vocabulary.
+
+    None without a choice for data that are tokenized already: their tokenizer comes with them.
+    """
+    if choice is None and source is not None and are_tokenized(source):
+        return None
     return choice or _filling(spec.vocab_size)

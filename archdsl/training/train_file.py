@@ -186,7 +186,7 @@ def planned(settings: TrainFile, model: ModelSpec | Checkpoint) -> TrainPlan:
 
     named = one_source(settings.data, settings.column)
     if isinstance(model, ModelSpec):
-        spec, tokenizer = model, tokenizer_for(model, settings.tokenizer)
+        spec, tokenizer = model, tokenizer_for(model, settings.tokenizer, named)
         with blamed_on("data"):
             data = data_for(model, named, tokenizer)
     else:

@@ -51,7 +51,8 @@ class ProxyError(ArchdslError):
 @cache
 def _load(source: str | None, tokenizer: str) -> Data:
     """Load data once per process, because computing the fingerprint of a large text is slow."""
-    return load_data(source, tokenizer=tokenizer)
+    # the default gives way to the tokenizer of data that are tokenized already
+    return load_data(source, tokenizer=None if tokenizer == "bytes" else tokenizer)
 
 
 class Task(Strict):

@@ -123,6 +123,7 @@ def test_completes_at_once(words: str, completed: list[str]) -> None:
         "search",
         "ablate",
         "retrofit",
+        "tokenize",
         "train",
         "eval",
         "generate",

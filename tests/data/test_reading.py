@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from archdsl.data.loading import load_data
-from archdsl.data.reading import json_rows, read_texts
+from archdsl.data.reading import Span, json_rows, read_texts
 from archdsl.data.types import DataError
 from tests.texts import document, documents, load_text, text_of
 
@@ -302,11 +302,11 @@ def test_rows_are_parsed_once_unless_they_are_too_many_to_keep(
     lines = "".join(json.dumps({"text": document(n)}) + "\n" for n in range(60))
     (tmp_path / "a.jsonl").write_text(lines)
     whole = load_text(tmp_path / "a.jsonl", tmp_path / "whole")
-    parsed: list[Path] = []
+    parsed: list[Span] = []
 
-    def noted(file: Path) -> Iterator[tuple[str, Any]]:
-        parsed.append(file)
-        return json_rows(file)
+    def noted(span: Span) -> Iterator[tuple[str, Any]]:
+        parsed.append(span)
+        return json_rows(span)
 
     monkeypatch.setattr("archdsl.data.documents.MAX_KEPT", most)
     monkeypatch.setattr("archdsl.data.reading.json_rows", noted)
