@@ -1,8 +1,8 @@
 """Cuts files into parts that several processes read independently of each other.
 
 Where a file is cut depends on its content alone. A file of JSON lines is cut at ends of lines, a
-parquet table between row groups, and a text, if its tokenizer allows it, before an end of line
-that follows a letter (`archdsl.data.tokenizers.cuts_at_lines`). Other files stay whole.
+parquet table between row groups, and a text, if its tokenizer allows it, at an end of a word
+(`archdsl.data.tokenizers.cuts_at_words`). Other files stay whole.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict
 from archdsl.data.documents import HELD_OUT_SHARE, ranges_of
 from archdsl.data.folders import COMPRESSED, format_of
 from archdsl.data.reading import Render, Span, is_json_lines, read_span
+from archdsl.data.tokenizers import WORD_END
 from archdsl.data.types import Split
 
-LINE_END = re.compile(rb"[A-Za-z](?=\n)")
-BLOCK = 2**20  # bytes that are searched for the end of a line at once
+VISIBLE = re.compile(rb"[^\x00-\x20\x7f](?=[ \n])")  # the last byte of what may be a word
+BLOCK = 2**20  # bytes that are searched for the end of a word at once
+LONGEST_CHARACTER = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def span_is_of_text(span: Span) -> bool:
 def cut(by_split: Mapping[Split, Sequence[Path]], size: int, cut_texts: bool) -> list[Part]:
     """Returns parts of about ``size`` bytes each, in the order of the files.
 
-    ``cut_texts``: whether texts may be cut at ends of lines.
+    ``cut_texts``: whether texts may be cut at ends of words.
     """
     parts: list[Part] = []
     for split, files in by_split.items():
@@ -192,7 +194,7 @@ def _places(file: Path, total: int, size: int, is_text: bool) -> list[int]:
     with file.open("rb") as content:
         while places[-1] + size < total:
             content.seek(places[-1] + size)
-            place = _letter_before_line_end(content) if is_text else _line_begin(content)
+            place = _word_end(content) if is_text else _line_begin(content)
             if not places[-1] < place < total:
                 break
             places.append(place)
@@ -204,13 +206,15 @@ def _line_begin(content: io.BufferedReader) -> int:
     return content.tell()
 
 
-def _letter_before_line_end(content: io.BufferedReader) -> int:
-    """Returns the place of the next end of line after a letter; 0 if there is none."""
+def _word_end(content: io.BufferedReader) -> int:
+    """Returns the place of the next end of a word; 0 if there is none. See `at_words`."""
     place, block = content.tell(), content.read(BLOCK)
-    while len(block) > 1:
-        if found := LINE_END.search(block):
-            return place + found.end()
-        place += len(block) - 1
+    while len(block) > LONGEST_CHARACTER:
+        for found in VISIBLE.finditer(block):
+            last = block[max(0, found.end() - LONGEST_CHARACTER) : found.end()]
+            if WORD_END.search(last.decode(errors="ignore") + " "):
+                return place + found.end()
+        place += len(block) - LONGEST_CHARACTER
         content.seek(place)
         block = content.read(BLOCK)
     return 0

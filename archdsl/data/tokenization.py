@@ -53,7 +53,7 @@ from archdsl.data.shard_index import (
 )
 from archdsl.data.text_format import text_format_of
 from archdsl.data.tokenizers import (
-    cuts_at_lines,
+    cuts_at_words,
     encode,
     end_of_document,
     make_tokenizer,
@@ -467,7 +467,7 @@ def _planned(
     own = None if key.startswith("bpe:") else make_tokenizer(choice, ())
     if own is not None:
         _write_tokenizer(out, own)
-    cut_texts = own is None or cuts_at_lines(own)
+    cut_texts = own is None or cuts_at_words(own)
     plan = Plan(out, cut(files.by_split, size, cut_texts), files.column, size, Division(missing=[]))
     plan = replace(plan, division=_division(plan, workers, tell))
     if own is None and not (out / TOKENIZER).exists():

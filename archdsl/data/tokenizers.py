@@ -31,7 +31,7 @@ KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # w
 PROBES = ("a", "0", " ", "\n", "\u7684")  # texts; most tokenizers have a token for each
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # the smallest has all bytes and the end of a document
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # limit the memory that encoding needs
-LINE_END = re.compile("[A-Za-z](?=\n)")
+WORD_END = re.compile(r"\S(?=[ \n])")
 
 
 def byte_level() -> Tokenizer:
@@ -172,7 +172,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens,
     takes far too long.
     """
     are_bytes, allowance = is_byte_level(tokenizer), Allowance()
-    for_chats, cuttable = cache(lambda: _for_chats(tokenizer)), cuts_at_lines(tokenizer)
+    for_chats, cuttable = cache(lambda: _for_chats(tokenizer)), cuts_at_words(tokenizer)
     for are_chats, some in groupby(texts, key=lambda text: isinstance(text, Chat)):
         own = for_chats() if are_chats else tokenizer
         for chunk in _chunks(some):
@@ -181,7 +181,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[Tokens,
                 yield from ((np.frombuffer(text, np.uint8), len(text)) for text in contents)
                 continue
             sizes = list(map(len, contents))
-            parts = at_lines(chunk[0]) if len(chunk) == 1 and cuttable and not are_chats else chunk
+            parts = at_words(chunk[0]) if len(chunk) == 1 and cuttable and not are_chats else chunk
             found = [
                 np.array(encoding.ids, np.uint32)
                 for some_parts in _chunks(parts)
@@ -208,20 +208,21 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def at_lines(text: str) -> list[str]:
-    """Cuts a long text before ends of lines that follow a letter; see `cuts_at_lines`."""
+def at_words(text: str) -> list[str]:
+    """Cuts a long text between words and the spaces or ends of lines after them."""
     parts, begin = list[str](), 0
-    while found := LINE_END.search(text, begin + CHARACTERS_AT_ONCE):
+    while found := WORD_END.search(text, begin + CHARACTERS_AT_ONCE):
         parts.append(text[begin : found.start() + 1])
         begin = found.start() + 1
     return [*parts, text[begin:]]
 
 
-def cuts_at_lines(tokenizer: Tokenizer) -> bool:
-    """Tells whether a text gives the same tokens if it is cut between a letter and an end of line.
+def cuts_at_words(tokenizer: Tokenizer) -> bool:
+    """Tells whether a text gives the same tokens if it is cut where `at_words` cuts it.
 
-    It does for a byte-level BPE with the regular expression of GPT-2, which begins a new word there
-    whatever stands before and after, and for bytes.
+    It does for bytes, and for a byte-level BPE with the regular expression of GPT-2: in what that
+    matches, white space is all or only a space at the beginning, so that a match ends there
+    whatever stands before and after.
     """
     if is_byte_level(tokenizer):
         return True

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from archdsl.data.documents import SPLITS
 from archdsl.data.loading import load_data
+from archdsl.data.parts import cut
 from archdsl.data.shards import ShardedData
 from archdsl.data.text_data import TextData
 from archdsl.data.tokenization import Plan, tokenize
@@ -53,11 +54,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("archdsl.data.parts.BLOCK", 40)
 
 
-WORDS = [" loop", " it's", "\n", "loops\nthink", " \n\n", "s\r\nthink", "\u00e9\n", "\u2028", " 12"]
+WORDS = [
+    " loop", " it's", "\n",
+    "think.\nloops", "loops think", " \n\n", "s\r\nthink", "\u00e9\n", "\u2028 ",
+    " 12", "\u3000\n", "\u601d\u8003\u3002\n", "\xa0 think", "\x1c loop", "  ", "\U0001f600 ",
+]  # fmt: skip
 
 
 def text(rng: np.random.Generator) -> str:
     return "".join(rng.choice(WORDS, rng.integers(0, 200)))
+
+
+def test_a_text_is_cut_into_many_parts(small: None, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Prose. More of it!\n" * 500)
+    parts = cut({"train": [tmp_path / "a.txt"]}, 500, True)
+    assert [part.bytes for part in parts] == pytest.approx([500] * 19, abs=60)
 
 
 @given(
