@@ -90,8 +90,9 @@ def _find(path: pathlib.Path, name: pathlib.Path) -> pathlib.Path:
     short = name.as_posix().removeprefix("specs/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short]
-    if path.is_dir() and (path / "spec.yaml").is_file():
-        reason += f"; did you mean {path / 'spec.yaml'}?"
+    inside = ("spec.yaml", "final/spec.yaml")  # of a checkpoint, and of a run
+    if meant := [path / name for name in inside if (path / name).is_file()]:
+        reason += f"; did you mean {meant[0] if meant[0].parent == path else meant[0].parent}?"
     if reason == MISSING:
         hint = did_you_mean(short, shipped)
         reason += f"{hint}; the specs that come with archdsl are {', '.join(shipped_specs())}"

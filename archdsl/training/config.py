@@ -173,7 +173,12 @@ class TrainConfig(Strict):
     def warmup(self) -> int:
         """The number of steps in which the learning rate rises."""
         given = self.warmup_steps
-        return min(100, self.steps // 10) if given is None else given
+        return usual_warmup(self.steps) if given is None else given
+
+    @property
+    def steps_before_decay(self) -> int:
+        """The number of steps of wsd after which the learning rate falls."""
+        return max(0, self.steps - max(1, round(self.decay_share * self.steps)))
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of update number ``step``, counted from 0.
@@ -190,10 +195,15 @@ class TrainConfig(Strict):
         if self.schedule == "cosine":
             shape = (1 + math.cos(math.pi * _share(step, max(0, self.warmup - 1), last))) / 2
         elif self.schedule == "wsd":  # linear decay: Hägele et al. 2405.18392
-            shape = 1 - _share(step, last - max(1, round(self.decay_share * self.steps)), last)
+            shape = 1 - _share(step, self.steps_before_decay - 1, last)
         else:
             shape = 1.0
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
+
+
+def usual_warmup(steps: int) -> int:
+    """The number of steps in which the learning rate rises, where none is given."""
+    return min(100, steps // 10)
 
 
 def _share(step: int, start: int, end: int) -> float:

@@ -7,6 +7,7 @@ compiled, the trace therefore has no spans of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from archdsl.errors import ArchdslError, blamed_on
-from archdsl.files import make_folder, writing
+from archdsl.files import WriteError, make_folder, writing
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context
 from archdsl.training.config import TrainConfig
@@ -50,6 +51,8 @@ class Profile:
             self.close()
 
     def _begin(self, first_step: int) -> None:
+        # the profiler's own messages, which would stand between those of the training
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -60,6 +63,10 @@ class Profile:
             make_folder(self.folder)
             with writing(path):
                 profiler.export_chrome_trace(str(path))
+            if not path.exists():  # the profiler raises no error, and leaves half a file
+                for half in self.folder.glob(f"{path.name}*"):
+                    half.unlink()
+                raise WriteError(f"{path} could not be written: the disk may be full")
 
         with ExitStack() as stack:
             stack.callback(write)

@@ -247,7 +247,8 @@ class Recorder:
             return
         # Do not let the checkpoints of a diverging run replace the good ones.
         diverging = self.trainer.diverging_steps > 0
-        if self.stop.is_set() or (not diverging and _due(step, config.checkpoint_every)):
+        due = _due(step, config.checkpoint_every) or step.step == self._branch
+        if self.stop.is_set() or (not diverging and due):
             self._save()
         if self.stop.is_set():
             raise KeyboardInterrupt(f"stopped after step {step.step}; {self._how_to_resume()}")
@@ -282,7 +283,17 @@ class Recorder:
         self.log.lines.fsync()
         self.trainer.save(self.out / "checkpoints" / f"step-{self.trainer.step:06d}")
         for old in _checkpoints(self.out)[: -self.trainer.config.keep_last]:
-            remove_folder(old)
+            if _step_of(old) != self._branch:
+                remove_folder(old)
+
+    @property
+    def _branch(self) -> int | None:
+        """The step from which a run of more steps goes on with wsd: the last one before the decay.
+
+        Its checkpoint is kept. With the schedule constant it is the last step.
+        """
+        config = self.trainer.config
+        return config.steps_before_decay if config.schedule == "wsd" else None
 
     def _how_to_resume(self) -> str:
         if self.out is None:

@@ -31,7 +31,7 @@ from archdsl.model.checkpoint import (
 )
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
-from archdsl.training.config import TrainConfig
+from archdsl.training.config import TrainConfig, usual_warmup
 from archdsl.training.depth import at_depth, losses_of_steps
 from archdsl.training.optimizers import Optimizer
 from archdsl.training.state import PREFIX, TrainingState, checked, moments
@@ -344,10 +344,13 @@ class Trainer:
         found = list(differences(_made_by(checked(TrainingState, state, path)), self._given()))
         if found:
             refused = f"{path} belongs to another run; use another folder, or delete that one:"
-            raise RunMismatchError("\n".join([refused, *found, *_about_steps(found, path)]))
+            fewer = not self.has_more_steps_than(state, path)
+            raise RunMismatchError("\n".join([refused, *found, *_about_steps(found, path, fewer)]))
 
     def _given(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(self._made_by())))
+        given = dict(json.loads(json.dumps(self._made_by())))
+        given["config"]["warmup_steps"] = self.config.warmup
+        return given
 
     def has_more_steps_than(self, state: Mapping[str, Any], path: Path) -> bool:
         """Whether the run that ``state`` belongs to was to have fewer steps than this config.
@@ -370,7 +373,7 @@ class Trainer:
         config = given["config"] | {"steps": steps}
         if list(differences(_made_by(stood), given | {"config": config})):
             return False
-        before = self.config.model_copy(update={"steps": steps})
+        before = self.config.model_copy(update={"steps": steps, "warmup_steps": self.config.warmup})
         return steps == self.config.steps or all(
             before.learning_rate(step) == self.config.learning_rate(step)
             and self._openness(step, steps) == self._openness(step, self.horizon)
@@ -454,7 +457,10 @@ def _made_by(stood: TrainingState) -> dict[str, Any]:
     config = found.get("config")
     if not isinstance(config, dict):
         return found
-    return found | {"config": TrainConfig.with_later(config, exclude=UNCHECKED_SETTINGS)}
+    config = TrainConfig.with_later(config, exclude=UNCHECKED_SETTINGS)
+    if config.get("warmup_steps") is None and (steps := _steps_of(stood)) is not None:
+        config["warmup_steps"] = usual_warmup(steps)
+    return found | {"config": config}
 
 
 def _steps_of(stood: TrainingState) -> int | None:
@@ -464,14 +470,18 @@ def _steps_of(stood: TrainingState) -> int | None:
     return steps if type(steps) is int and steps > 0 else None
 
 
-def _about_steps(found: list[str], path: Path) -> list[str]:
+def _about_steps(found: list[str], path: Path, fewer: bool) -> list[str]:
     """Return what can be done if two runs differ in nothing but the number of steps."""
-    if len(found) != 1 or not found[0].startswith("  config.steps:"):
+    if any(not line.startswith(("  config.steps:", "  config.warmup_steps:")) for line in found):
         return []
+    anew = f"To start a new run from its weights: `archdsl train {path} --steps N --out FOLDER`."
+    if fewer:
+        return [f"A run does not go back to fewer steps. {anew}"]
+    warmup = [line for line in found if "warmup_steps" in line]
     return [
+        *(f"Give --warmup-steps {line.split()[1]}, as it was there." for line in warmup),
         "A run goes on to more steps from a checkpoint up to which its learning rates stay the "
-        "same: with the schedule constant, or with wsd before the rate falls. To start a new run "
-        f"from its weights: `archdsl train {path} --steps N --out FOLDER`."
+        f"same: with the schedule constant, or with wsd before the rate falls. {anew}",
     ]
 
 

@@ -60,6 +60,7 @@ def test_a_train_file_gives_the_run_of_the_command_and_leaves_a_file_that_does_s
 
 def test_a_train_file_may_train_a_checkpoint_further(cli: Cli) -> None:
     assert cli("train", "run.yaml").status == 0
+    assert "did you mean runs/mine/final?" in cli("train", "runs/mine").err
     Path("more.yaml").write_text(f"model: runs/mine/final\nsteps: 1\nout: more\ndata: {SKILL}\n")
     plan = train_plan("more.yaml")
     assert isinstance(plan.model, Checkpoint)

@@ -495,14 +495,15 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     [
         ({"schedule": "constant"}, None, 12),
         ({"schedule": "constant"}, 11, 10),
-        ({"schedule": "wsd", "decay_share": 0.5}, None, 5),  # before the rate falls
-        ({"schedule": "wsd", "decay_share": 0.5}, 11, 5),
+        ({"schedule": "wsd", "decay_share": 0.5}, None, 6),  # after which the rate falls
+        ({"schedule": "wsd", "decay_share": 0.5, "keep_last": 1}, None, 6),
+        ({"schedule": "wsd", "decay_share": 0.5}, 11, 6),
     ],
 )
 def test_a_run_goes_on_to_more_steps_where_the_rates_so_far_are_the_same(
     tmp_path: Path, changes: dict[str, Any], killed_at: int | None, start: int
 ) -> None:
-    changes |= {"warmup_steps": 2, "keep_last": 3}
+    changes = {"warmup_steps": 2, "keep_last": 3} | changes
     data = SKILL if killed_at is None else HookedData(SKILL.skill, killed_at, kill)
     with nullcontext() if killed_at is None else pytest.raises(Killed):
         train(spec(), data, config(**changes), tmp_path / "run")
@@ -516,7 +517,7 @@ def test_a_run_goes_on_to_more_steps_where_the_rates_so_far_are_the_same(
         for run in ("run", "whole")
     ]
     assert kept[0][-2:] == kept[1][-2:]
-    assert len(kept[0]) <= 3
+    assert len(kept[0]) <= changes["keep_last"] + ("decay_share" in changes)
     assert train(spec(), SKILL, config(steps=20, **changes), tmp_path / "run").resumed_from == 20
 
 
@@ -542,6 +543,16 @@ def test_where_a_run_cannot_have_other_steps_the_error_says_what_can_be_done(
         refused.value
     )
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_warm_up_that_depends_on_the_steps_is_named_and_can_be_given(tmp_path: Path) -> None:
+    train(spec(), SKILL, config(schedule="constant"), tmp_path)  # a tenth of the steps: 1
+    with pytest.raises(RunMismatchError, match=r"\nGive --warmup-steps 1, as it was there\.\n"):
+        train(spec(), SKILL, config(schedule="constant", steps=20), tmp_path)
+    more = config(schedule="constant", steps=20, warmup_steps=1)
+    assert train(spec(), SKILL, more, tmp_path).resumed_from == 12
+    with pytest.raises(RunMismatchError, match="A run does not go back to fewer steps"):
+        train(spec(), SKILL, config(schedule="constant", warmup_steps=1), tmp_path)
 
 
 # Starting from a checkpoint

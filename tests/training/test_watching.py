@@ -12,6 +12,7 @@ import pytest
 
 from archdsl.costs.receipt import cost
 from archdsl.errors import ArchdslError
+from archdsl.files import WriteError
 from archdsl.model.build import build
 from archdsl.training.loggers import numbers
 from archdsl.training.profile import profile_of
@@ -181,3 +182,15 @@ def test_a_profile_adds_no_hooks_to_layers_that_are_compiled(tmp_path: Path) -> 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     compiled.close()
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["trace-step-000003.json"]
+
+
+def test_a_trace_that_was_not_written_ends_the_training_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(_: object, path: str) -> None:  # so does the profiler of torch on a full disk
+        Path(f"{path}.tmp").write_text("{")
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", half)
+    with pytest.raises(WriteError, match=r"trace-step-000003.json could not be written: the disk"):
+        train(spec(), SKILL, config(profile=2, steps=6), tmp_path)
+    assert not list((tmp_path / "profile").iterdir())
