@@ -24,7 +24,8 @@ Sources = Annotated[
     typer.Argument(
         metavar="DATA...",
         help="Files or folders of text, JSONL, parquet or arrow. Several are read as if they stood "
-        "in one folder. SOURCE::COLUMN also says which column is the text.",
+        "in one folder. Or one hf:DATASET/CONFIG, whose text is read without storing it. "
+        "SOURCE::COLUMN also says which column is the text.",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the shards, for --data of the other commands.")]

@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from archdsl.data.folders import SPLIT_WORDS, find_files, find_in_all, format_of
 from archdsl.data.reading import Render, Span, column_of, json_rows, read_texts
 from archdsl.data.types import DataError, Split
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 Texts = Callable[[], Iterator[str]]  # each call returns a new iterator over the documents
 
@@ -158,7 +158,7 @@ def find_all(sources: Sequence[str], column: str | None, threads: int) -> Files:
         raise DataError("the text must be in the same column of all data: name it with --column")
     for source, _ in named:
         if source.startswith(("hf:", "skill:")):
-            raise DataError(f"{source} is no file or folder: only these can be tokenized")
+            raise DataError(f"{source} cannot be tokenized beside other data, or is no text")
     column = named[0][1]
     found = find_in_all([Path(os.path.expanduser(source)) for source, _ in named])
     files = [file for own in found.by_split.values() for file in own]
@@ -250,7 +250,9 @@ def _file_digest(path: Path) -> str:
 def _from_hub(
     name: str, source: str, cache: Path, column: str | None, render: Render | None
 ) -> TextSource:
-    named, left_out = _named_splits(_fetch(source, cache), source)
+    named, left_out = named_splits(
+        fetched(source, cache_dir=str(cache / "datasets" / "hub")), source
+    )
     splits = _with_missing(
         {
             split: partial(
@@ -271,12 +273,16 @@ def _from_hub(
     return TextSource(name, digest.hexdigest(), lambda: splits, frozenset(named), {}, left_out)
 
 
-def _fetch(source: str, cache: Path) -> DatasetDict:
+def fetched(source: str, **options: Any) -> Any:
+    """Returns the splits of a data set of the Hub, by their names.
+
+    ``options``: those of ``datasets.load_dataset``. Raises DataError if it cannot be reached.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     failed: Exception | None = None
-    for name, config in _hub_names(source):
+    for name, config in hub_names(source):
         if Path(name).exists():
             raise DataError(
                 f"{source!r}: the local file or folder {name!r} has the same name; rename it, or "
@@ -284,7 +290,7 @@ def _fetch(source: str, cache: Path) -> DatasetDict:
             )
         with _quiet():
             try:
-                return load_dataset(name, config, cache_dir=str(cache / "datasets" / "hub"))
+                return load_dataset(name, config, **options)
             except (DatasetNotFoundError, ConnectionError) as error:
                 failed = error
             except (DatasetsError, EOFError, OSError, ValueError) as error:
@@ -295,7 +301,7 @@ def _fetch(source: str, cache: Path) -> DatasetDict:
     )
 
 
-def _hub_names(source: str) -> list[tuple[str, str | None]]:
+def hub_names(source: str) -> list[tuple[str, str | None]]:
     """Returns the pairs of dataset and configuration to try.
 
     Three parts are OWNER/DATASET/CONFIG. Two parts are DATASET/CONFIG or else OWNER/DATASET.
@@ -310,12 +316,12 @@ def _hub_names(source: str) -> list[tuple[str, str | None]]:
     return [("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)]
 
 
-def _named_splits(dataset: DatasetDict, source: str) -> tuple[dict[Split, Dataset], dict[str, str]]:
+def named_splits(dataset: Any, source: str) -> tuple[dict[Split, Any], dict[str, str]]:
     """Returns the rows of each split, and why other splits are left out.
 
     A split may have another usual name, such as dev, if none has the name itself.
     """
-    named: dict[Split, Dataset] = {split: dataset[split] for split in SPLITS if split in dataset}
+    named: dict[Split, Any] = {split: dataset[split] for split in SPLITS if split in dataset}
     left_out = {}
     for name, rows in dataset.items():
         split = SPLIT_WORDS.get(name)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from archdsl.data.documents import HELD_OUT_SHARE, ranges_of
 from archdsl.data.folders import COMPRESSED, format_of
+from archdsl.data.hub_stream import Stream
 from archdsl.data.reading import Render, Span, is_json_lines, read_span
 from archdsl.data.tokenizers import WORD_END
 from archdsl.data.types import Split
@@ -34,12 +35,13 @@ LONGEST_CHARACTER = 4  # bytes
 class Part:
     """Spans of files of one split, which are read one after another.
 
-    ``bytes``: how many bytes of the disk they take.
+    ``bytes``: how many bytes of the disk they take. ``stream``: rows to read in place of files.
     """
 
     split: Split
     spans: tuple[Span, ...]
     bytes: int
+    stream: Stream | None = None
 
 
 class Item(NamedTuple):
@@ -73,6 +75,9 @@ class Division(BaseModel):
 
     def pieces(self, part: Part, column: str | None, render: Render | None) -> Iterator[Item]:
         """Yields the documents of a part with their splits, in order; empty ones are left out."""
+        for streamed in part.stream.texts(column, render) if part.stream else ():
+            if streamed:
+                yield from self._of_whole(part.split, streamed, True)
         for span in part.spans:
             long = self.long.get(str(span.file)) if span_is_of_text(span) else None
             for text in read_span(span, column, render):
@@ -126,12 +131,14 @@ def hash_of(text: str) -> int:
 
 def hashes_of(part: Part, column: str | None, render: Render | None) -> np.ndarray:
     """Returns the hashes of the documents of a part, uint64 [N], without those of long texts."""
-    texts = (
+    texts: Iterator[str | None] = (
         text
         for span in part.spans
         if span.of == 1 or not span_is_of_text(span)
         for text in read_span(span, column, render)
     )
+    if part.stream:
+        texts = part.stream.texts(column, render)
     return np.fromiter((hash_of(text) for text in texts if text is not None), np.uint64)
 
 

@@ -12,7 +12,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -278,6 +278,20 @@ def _checked(value: Any, place: str, column: str, render: Render | None) -> Iter
             f"{place}: the column {column!r} holds half of a surrogate pair, which is no character"
         ) from None
     yield value
+
+
+def texts_of_rows(
+    rows: Iterable[Mapping[str, Any]], place: str, column: str | None, render: Render | None
+) -> Iterator[str | None]:
+    """Yields the texts of rows of a data set, and None for a row without text.
+
+    Raises DataError if there is no such column, or something is no text.
+    """
+    for number, row in enumerate(rows, 1):
+        own = column or _known_column(row, place, render)
+        if own is None or own not in row:
+            raise _no_column(place, row, column)
+        yield from _checked(row[own], f"{place}: row {number}", own, render)
 
 
 # tables

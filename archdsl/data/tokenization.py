@@ -20,18 +20,19 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from archdsl.data.chats import renderer
-from archdsl.data.documents import SPLITS, Files, find_all
+from archdsl.data.documents import SPLITS, find_all, named_column
+from archdsl.data.hub_stream import find_streams
 from archdsl.data.parts import (
     Division,
     Item,
@@ -371,15 +372,16 @@ def tokenize(
     """Writes the tokens of texts as shards into the folder ``out``; see `archdsl.data.shards`.
 
     The same call goes on after an interruption. ``sources``: files and folders, which are read as
-    if they stood in one folder. ``tokenizer``, ``column``: see `archdsl.load_data`. ``workers``:
+    if they stood in one folder, or one data set of the Hub, which is read without storing it.
+    ``tokenizer``, ``column``: see `archdsl.load_data`. ``workers``: the number of
     processes; default: one for each processor. ``shard_tokens``: the most tokens of a shard, but
     for one of a single longer piece. ``tell`` is told how far it is. Raises DataError if a source
     or the tokenizer is wrong, or ``out`` holds something else; WriteError if the disk is full.
     """
     workers = workers or len(os.sched_getaffinity(0))
     key = tokenizer_key(tokenizer)
-    files = find_all(sources, column, workers)
-    settings = Settings(source=files.digest, tokenizer=key, shard_tokens=shard_tokens)
+    found = _found(sources, column, workers)
+    settings = Settings(source=found.digest, tokenizer=key, shard_tokens=shard_tokens)
     if index := _finished(out, settings):
         return index
     make_folder(out / UNFINISHED)
@@ -388,10 +390,34 @@ def tokenize(
         remove_temporary_files(out)
         remove_temporary_files(out / UNFINISHED)
         _same_settings(out, settings)
-        plan = _planned(files, out, tokenizer, key, workers, shard_tokens, tell)
+        plan = _planned(found, out, tokenizer, key, workers, shard_tokens, tell)
         index = _tokenized(plan, settings, workers, tell)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return index
+
+
+class Found(NamedTuple):
+    """What is to be tokenized: a SHA-256 of it, its bytes on disk if known, and its parts.
+
+    ``parts`` is called with the bytes of a part and whether texts may be cut.
+    """
+
+    digest: str
+    bytes: int
+    column: str | None
+    parts: Callable[[int, bool], Sequence[Part]]
+
+
+def _found(sources: Sequence[str], column: str | None, workers: int) -> Found:
+    """Finds the files, or the data set of the Hub. Raises DataError if there is no such thing."""
+    name, own = named_column(sources[0], column)
+    if len(sources) == 1 and name.startswith("hf:"):
+        streams, digest = find_streams(name, own)
+        parts = [Part(split, (), 0, one) for split, some in streams.items() for one in some]
+        return Found(digest, PIECES * LARGEST_PIECE, own, lambda *_: parts)
+    files = find_all(sources, column, workers)
+    total = sum(file.stat().st_size for some in files.by_split.values() for file in some)
+    return Found(files.digest, total, files.column, partial(cut, files.by_split))
 
 
 @contextmanager
@@ -453,7 +479,7 @@ def _refuse_others(out: Path, stood: Settings, given: Settings) -> None:
 
 
 def _planned(
-    files: Files,
+    found: Found,
     out: Path,
     choice: str,
     key: str,
@@ -462,13 +488,13 @@ def _planned(
     tell: Tell,
 ) -> Plan:
     """Cuts the files into parts, divides their documents into splits, and writes the tokenizer."""
-    total = sum(file.stat().st_size for own in files.by_split.values() for file in own)
-    size = min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE, -(-shard_tokens // 2))
+    size = min(max(found.bytes // PIECES, SMALLEST_PIECE), LARGEST_PIECE, -(-shard_tokens // 2))
     own = None if key.startswith("bpe:") else make_tokenizer(choice, ())
     if own is not None:
         _write_tokenizer(out, own)
     cut_texts = own is None or cuts_at_words(own)
-    plan = Plan(out, cut(files.by_split, size, cut_texts), files.column, size, Division(missing=[]))
+    parts = found.parts(size, cut_texts)
+    plan = Plan(out, parts, found.column, size, Division(missing=[]))
     plan = replace(plan, division=_division(plan, workers, tell))
     if own is None and not (out / TOKENIZER).exists():
         tell("training the tokenizer", 0, 0)

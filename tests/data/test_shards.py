@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -273,3 +274,35 @@ def test_several_files_are_as_in_one_folder(tmp_path: Path) -> None:
     tokenize([*map(str, (names[2], names[1]))], tmp_path / "out", workers=1)
     (tmp_path / "set" / "a.jsonl").unlink()
     assert whole(shards_of(tmp_path / "out")) == whole(load_text(tmp_path / "set", tmp_path))
+
+
+def test_a_data_set_of_the_hub_is_streamed_and_goes_on(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [write_jsonl(tmp_path / "set" / f"train-{i}.jsonl",
+                         [document(100 * i + n) for n in range(30)]) for i in range(2)]  # fmt: skip
+    expected = load_text(tmp_path / "set", tmp_path / "cache", "bpe:300")
+    load, opened = datasets.load_dataset, list[dict[str, Any]]()
+
+    def local(name: str, config: str | None, **options: Any) -> Any:
+        opened.append(options)
+        files = {"train": [str(path) for path in names]}
+        return load("json", data_files=files, streaming=options["streaming"])
+
+    monkeypatch.setattr("datasets.load_dataset", local)
+    monkeypatch.setattr("archdsl.data.hub_stream.revision_of", lambda source: "c0ffee")
+    monkeypatch.setattr("archdsl.data.tokenization.LARGEST_PIECE", 500)
+    out, write = tmp_path / "out", Plan._write
+
+    def interrupted(plan: Plan, number: int, piece: int, items: Any) -> Any:
+        if piece == 1:
+            raise KeyboardInterrupt
+        return write(plan, number, piece, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(["hf:owner/set"], out, tokenizer="bpe:300", workers=1, shard_tokens=2000)
+    tokenize(["hf:owner/set"], out, tokenizer="bpe:300", workers=1, shard_tokens=2000)
+    assert whole(shards_of(out)) == whole(expected)
+    assert opened[-1] == {"revision": "c0ffee", "streaming": True}
