@@ -32,11 +32,14 @@ LETTER = r"[^\W\d_]"
 SPLIT_WORD = re.compile(rf"(?<!{LETTER})({'|'.join(SPLIT_WORDS)})(?!{LETTER})", re.IGNORECASE)
 FORMATS = {
     ".txt": "text",
+    ".md": "text",
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 READ = f"{', '.join(FORMATS)} (also {', '.join(COMPRESSED)})"
@@ -46,9 +49,11 @@ TEMPORARY = ("~", ".swp", ".swo", ".tmp", ".temp", ".bak", ".orig", ".part", ".c
 DESCRIPTIVE = {  # files that the library datasets writes beside the text
     "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
 }  # fmt: skip
+ABOUT = ("readme", "license", "licence", "changelog", "contributing", "citation")  # names of .md
 ACCEPTED = (
-    "expected nothing (the embedded corpus), a file or folder of .txt, .jsonl, .json, .parquet or "
-    ".arrow files (also .gz, .bz2, .xz or .zst), hf:DATASET/CONFIG, or skill:NAME"
+    "expected nothing (the embedded corpus), a file or folder of .txt, .md, .jsonl, .json, "
+    ".parquet, .arrow, .csv or .tsv files (also .gz, .bz2, .xz or .zst), hf:DATASET/CONFIG, or "
+    "skill:NAME"
 )
 
 
@@ -163,7 +168,8 @@ def _why_left_out(file: Path) -> str | None:
         return "hidden"
     if name.lower().endswith(TEMPORARY) or name.startswith(("~$", "#")):
         return "temporary"
-    if name in DESCRIPTIVE:
+    is_about = name.lower().endswith(".md") and name.lower().startswith(ABOUT)
+    if name in DESCRIPTIVE or is_about:
         return "describes the data"
     if name.lower().endswith(UNREAD):
         raise DataError(

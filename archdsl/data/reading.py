@@ -1,4 +1,4 @@
-"""Reads the documents of files: text, JSON, parquet and arrow, also compressed.
+"""Reads the documents of files: text, JSON, parquet, arrow and CSV, also compressed.
 
 JSON is not read by the library datasets, which infers types: it turns texts that look like dates
 into time stamps, and refuses a number among texts without saying where it is.
@@ -7,6 +7,7 @@ into time stamps, and refuses a number among texts without saying where it is.
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from archdsl.data.chats import CHAT_COLUMNS
-from archdsl.data.folders import few, format_of
+from archdsl.data.folders import COMPRESSED, few, format_of
 from archdsl.data.types import DataError
 from archdsl.errors import describe
 
@@ -36,6 +37,7 @@ NOT_TEXT = {
     "input_ids": "tokens. Pass the text that they were made of",
 }
 COLUMNS_SHOWN = 20  # of an error
+LARGEST_FIELD = 2**30  # characters of a field of a .csv
 ROWS_AT_ONCE = 64  # limits the memory that a table needs
 Render = Callable[[Any, str], str]
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of a stream of arrow tables
@@ -111,7 +113,7 @@ def _errors() -> tuple[type[Exception], ...]:
     """Returns what damaged files raise. pyarrow is imported only when something has failed."""
     import pyarrow as pa
 
-    return OSError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException
+    return OSError, ValueError, csv.Error, zlib.error, lzma.LZMAError, pa.ArrowException
 
 
 def open_bytes(file: Path) -> IO[bytes]:
@@ -294,6 +296,23 @@ def texts_of_rows(
         yield from _checked(row[own], f"{place}: row {number}", own, render)
 
 
+def _csv(span: Span, column: str | None, render: Render | None) -> Iterator[str | None]:
+    """Yields the texts of a table of text whose first row names the columns."""
+    csv.field_size_limit(LARGEST_FIELD)
+    ending = Path(span.file.stem if span.file.suffix in COMPRESSED else span.file.name).suffix
+    with io.TextIOWrapper(open_bytes(span.file), encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(
+            lines, delimiter="\t" if ending.lower() == ".tsv" else ",", strict=True
+        )
+        name = f"{str(span.file)!r}"
+        names = rows.fieldnames or []
+        own = column or text_column(names, name)
+        if own is None or own not in names:
+            raise _no_column(name, names, column)
+        for row in rows:
+            yield from _checked(row[own], f"{name}: line {rows.line_num}", own, None)
+
+
 # tables
 
 
@@ -388,4 +407,5 @@ READERS: dict[str, Callable[[Span, str | None, Render | None], Iterator[str | No
     "json": _json,
     "parquet": _parquet,
     "arrow": _arrow,
+    "csv": _csv,
 }

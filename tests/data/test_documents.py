@@ -95,7 +95,10 @@ def test_empty_rows_are_skipped(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({}, "no file or folder '.*'; expected nothing .the embedded corpus., a file"),
-        ({"": {}}, "no .txt, .jsonl, .ndjson, .json, .parquet, .arrow file in the folder"),
+        (
+            {"": {}},
+            "no .txt, .md, .jsonl, .ndjson, .json, .parquet, .arrow, .csv, .tsv file in the folder",
+        ),
         ({"/a.pkl": b"x"}, "no .txt, .* file in the folder '.*'; 'a.pkl' cannot be used"),
         ({"/a.txt": b"\xff\xfe"}, "a.txt' is not UTF-8 text: .* at byte 0; convert it"),
         ({"/a.jsonl": b'{"text": '}, "a.jsonl': line 1 is not JSON"),

@@ -136,8 +136,8 @@ LEFT_OUT: Mapping[str, str] = {
     "#train.txt#": "temporary",
     "train.jsonl.part": "temporary",
     "dataset_info.json": "describes the data",
-    "README.md": "another format",
-    "rows.csv": "another format",
+    "README.md": "describes the data",
+    "rows.xlsx": "another format",
     "notes.txt": "named for no split, while others are",
 }
 
@@ -193,14 +193,14 @@ def test_only_the_tables_that_save_to_disk_lists_are_read(tmp_path: Path) -> Non
 
 
 def test_the_summary_counts_what_is_in_each_split(tmp_path: Path) -> None:
-    names = ["train/a.txt", "train/b.txt", "dev.txt", "about.md"]
+    names = ["train/a.txt", "train/b.txt", "dev.txt", "about.rst"]
     data = load_text(write(tmp_path / "set", names), tmp_path / "cache")
     lengths = [len(data.tokens[split]) for split in SPLITS]
     assert data.summary() == [
         f"train: 2 files, 2 documents, {lengths[0]:,} tokens",
         f"validation: 1 file, 1 document, {lengths[1]:,} tokens",
         f"test: 2 documents, {lengths[2]:,} tokens, taken from the training text",
-        "left out: 'about.md' (another format)",
+        "left out: 'about.rst' (another format)",
     ]
 
 

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from archdsl.data.folders import find_files
 from archdsl.data.loading import load_data
 from archdsl.data.reading import Span, json_rows, read_texts
 from archdsl.data.types import DataError
-from tests.texts import document, documents, load_text, text_of
+from tests.texts import document, documents, load_text, text_of, write_jsonl
 
 
 def zst(content: bytes) -> bytes:
@@ -313,3 +314,27 @@ def test_rows_are_parsed_once_unless_they_are_too_many_to_keep(
     data = load_text(tmp_path / "a.jsonl", tmp_path / "cache")
     assert len(parsed) == times
     assert text_of(data) == text_of(whole)
+
+
+def test_all_kinds_of_files_of_a_folder_are_read_together(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_jsonl(folder / "a.jsonl", [document(1)])
+    (folder / "b.csv").write_text('id,text\n7,"two\nlines, ""quoted"""\n8,\n')
+    (folder / "c.tsv").write_text("text\tid\nby, tabs\t1\n")
+    (folder / "d.md").write_text("# A title")
+    texts = list(read_texts(sorted(folder.iterdir())))
+    assert texts == [document(1), 'two\nlines, "quoted"', "", "by, tabs", "# A title"]
+    assert set(find_files(folder).by_split["train"]) == set(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,name\n1,x\n", "has no column text, content or document: name the column"),
+        ('text\n"open', "is damaged or cannot be read: unexpected end of data"),
+    ],
+)
+def test_a_wrong_csv_is_told(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_texts([tmp_path / "a.csv"]))
