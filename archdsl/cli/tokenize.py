@@ -82,8 +82,8 @@ def tokenize(
         print_json(_facts(out, index))
         return
     for split, facts in _by_split(index).items():
-        words = ", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in facts.items())
-        print(f"{split}: {words}")
+        words = (f"{what.replace('_', ' ')} {number:,}" for what, number in facts.items())
+        print(f"{split}: {', '.join(words)}")
     print(f"shards: {out}")
 
 

@@ -157,8 +157,10 @@ def find_all(sources: Sequence[str], column: str | None, threads: int) -> Files:
     if len({own for _, own in named}) > 1:
         raise DataError("the text must be in the same column of all data: name it with --column")
     for source, _ in named:
-        if source.startswith(("hf:", "skill:")):
-            raise DataError(f"{source} cannot be tokenized beside other data, or is no text")
+        if source.startswith("skill:"):
+            raise DataError(f"{source} has no text that could be tokenized")
+        if source.startswith("hf:"):
+            raise DataError(f"{source} cannot be tokenized together with other data: name it alone")
     column = named[0][1]
     found = find_in_all([Path(os.path.expanduser(source)) for source, _ in named])
     files = [file for own in found.by_split.values() for file in own]
