@@ -24,6 +24,7 @@ from archdsl.lang.strict import Strict
 from archdsl.model.build import require_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import in_float64, random_state_kept, seed_torch
+from archdsl.nn.ranks import Ranks
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -69,11 +70,13 @@ def evaluate(
     batch_size: int = 16,
     context: int | None = None,
     limit_tokens: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measure the loss of ``model`` on the held-out windows of ``split``.
 
     ``batch_size``: windows per forward pass. ``context``: tokens per window; default: the spec's.
-    ``limit_tokens``: the largest number of tokens to read; default: all.
+    ``limit_tokens``: the largest number of tokens to read; default: all. ``ranks``: the processes
+    that call this together, each with its share of the model and of the work; default: this one.
 
     A model whose router looks at later tokens is measured twice: as trained, and with causal
     routing. The mode of the model and the state of the random numbers are left unchanged. Raises
@@ -85,8 +88,8 @@ def evaluate(
 
     def evaluated(leaks: bool) -> Evaluation:
         batches = data.held_out(split, batch_size, context, limit_tokens)
-        with evaluation_mode(model):
-            scores = [score_batch(model, batch) for batch in batches]
+        with evaluation_mode(model, sharded=ranks is not None and ranks.size > 1):
+            scores = _scores(model, batches, ranks)
         score_3W = scored_windows(scores, data, split)
         return _summary(score_3W, split, data.bytes_per_token(split), leaks)
 
@@ -95,6 +98,15 @@ def evaluate(
     with model.causal_routing():
         causal = evaluated(leaks=False)
     return evaluated(leaks=True).model_copy(update={"causal": causal})
+
+
+def _scores(model: LanguageModel, batches: Iterator[Batch], ranks: Ranks | None) -> list[Tensor]:
+    """`score_batch` of each batch, computed by all processes."""
+    if ranks is None or ranks.size == 1:
+        return [score_batch(model, batch) for batch in batches]
+    found = [(score_batch(model, batch), own) for batch, own in ranks.own(batches)]
+    mine = [score_3B for score_3B, own in found if own]
+    return [score_3B for everyones in ranks.gather(mine) for score_3B in everyones]
 
 
 def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
@@ -122,11 +134,16 @@ def check_data_fits(spec: ModelSpec, data: Data, context: int) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: LanguageModel) -> Iterator[None]:
-    """Switch to evaluation mode, no gradients and seed 0; restore everything afterwards."""
+def evaluation_mode(model: LanguageModel, sharded: bool = False) -> Iterator[None]:
+    """Switch to evaluation mode, no gradients and seed 0; restore everything afterwards.
+
+    ``sharded``: whether the weights are divided among processes.
+    """
     training = model.training
     device = next(model.parameters()).device
-    with random_state_kept(device), torch.inference_mode():
+    # weights that are gathered in inference mode could not be trained afterwards
+    without_gradient = torch.no_grad() if sharded else torch.inference_mode()
+    with random_state_kept(device), without_gradient:
         seed_torch(0, device)
         model.eval()
         try:

@@ -32,8 +32,10 @@ class Backbone(nn.Module):
     ``layers``: the blocks in their order, those of a stack one by one; ``layer_names``: of each.
     ``loops`` and ``routers``: all loops and all routers, in their order. ``counting``: what keeps
     statistics of training batches, see `Primitive.commit`. ``checkpoint_activations``: whether the
-    backward pass recomputes each layer instead of storing its activations. ``trace``: of the last
-    pass. ``readout``: the logits of a stream; None: there is no head.
+    backward pass recomputes each layer instead of storing its activations. ``noise_B``: int64 [B],
+    what the random numbers of the rows of the next training passes are drawn by; None: the state of
+    torch's generator. ``trace``: of the last pass. ``readout``: the logits of a stream; None: there
+    is no head.
     """
 
     spec: ModelSpec
@@ -45,6 +47,7 @@ class Backbone(nn.Module):
     counting: list[Primitive]
     trace: Trace
     checkpoint_activations: bool = False
+    noise_B: Tensor | None = None
     readout: Callable[[Tensor], Tensor] | None = None
 
     def find_parts(self) -> None:
@@ -117,6 +120,8 @@ class Backbone(nn.Module):
         name = self.layer_names.get(layer, "")
         kept = None if ctx.cache is None else ctx.cache.of_layer(name)
         inner = replace(ctx, trace=ctx.trace.for_layer(), kept=kept)
+        if ctx.noise_B is not None:  # a tensor, so that equal layers share a compiled graph
+            inner = replace(inner, noise_B=ctx.noise_B * 0x85EBCA77 + self.layers.index(layer))
         x_BTD = (call or self.call_layer)(layer, x_BTD, inner)
         ctx.trace.take_over(inner.trace, name)
         return x_BTD
@@ -153,7 +158,8 @@ class Backbone(nn.Module):
             if self.spec.context < T:
                 raise ContextFullError(f"{T:,} tokens exceed the context of {self.spec.context:,}")
             stream = Stream(length_B=length_B)
-            return Context(stream, pos_BT, trace=trace, readout=readout)
+            noise_B = self.noise_B if self.training else None
+            return Context(stream, pos_BT, trace=trace, readout=readout, noise_B=noise_B)
         self.check_dial(cache)
         cache.check_rows(B)
         stream = cache.stream(T, length_B)

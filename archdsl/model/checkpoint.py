@@ -1,10 +1,11 @@
 """A checkpoint: a folder with a model, and what is needed to use it or to continue its training.
 
-    model.safetensors       the weights, shared ones once
+    model.safetensors       the weights, shared ones once; or shard-*.safetensors, see `shards`
     spec.yaml               the model, as ``archdsl build`` takes it
     tokenizer.json          unless the data has none
     text_format.json        for imported models: which tokens end a text, and the chat template
-    training.json, .safetensors     where training stood, if it is to go on
+    training.json, .safetensors     where training stood, if it is to go on; the tensors are among
+                            the shards, if there are shards
     provenance.json         what made it, the plugins that define its kinds, and the SHA-256 of each
                             file above
 
@@ -13,6 +14,7 @@ No file of it can carry code. It is written whole or not at all.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -48,6 +50,7 @@ from archdsl.lang.source import read, shipped_specs
 from archdsl.lang.spec import ModelSpec, parse_spec, walk
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
+from archdsl.model.shards import read_shards, stored_shapes
 
 FORMAT = 1
 WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
@@ -56,6 +59,7 @@ WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
     "tokenizer.json",
     "provenance.json",
 )
+SHARDS = "shard-*.safetensors"
 TENSORS, TRAINING = "training.safetensors", "training.json"
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # that weights may have
@@ -90,8 +94,9 @@ class Checkpoint:
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 of the file of weights."""
-        return str(self.provenance["files"][WEIGHTS])
+        """SHA-256 of the file of weights, or of those of all shards."""
+        digests = [self.provenance["files"][name] for name in _weight_files(self.provenance)]
+        return digests[0] if len(digests) == 1 else _sha256_of("\n".join(digests).encode())
 
     @property
     def new_parameters(self) -> frozenset[str]:
@@ -117,13 +122,14 @@ def save_checkpoint(
     provenance: Mapping[str, Any],
     training: State | None = None,
     durable: bool = True,
+    shards: Path | None = None,
 ) -> None:
     """Writes the folder ``path``, in place of an older checkpoint of that name.
 
     ``tokenizer_from``: data, or a tokenizer.json with its text format. ``training`` maps names to
-    tensors or JSON values. Not ``durable``: a kill harms nothing, but after a power failure it may
-    be damaged, as whoever loads it is then told. Raises CheckpointError if the folder holds
-    something else, or if it cannot be written.
+    tensors or JSON values. ``shards``: a folder with all tensors, which is moved. Not ``durable``:
+    a kill harms nothing, but after a power failure it may be damaged, as whoever loads it is then
+    told. Raises CheckpointError if the folder holds something else, or if it cannot be written.
     """
     path = Path(path)
     empty = path.is_dir() and not any(path.iterdir())
@@ -131,7 +137,11 @@ def save_checkpoint(
         raise CheckpointError(f"{path} exists and is no checkpoint; it is left as it is")
     try:
         with atomic_folder(path, durable=durable) as folder:
-            _write(folder, model, tokenizer_from, training)
+            if shards is None:
+                _write_weights(folder, model)
+            else:
+                _move_shards(shards, folder)
+            _write(folder, model.spec, tokenizer_from, training, tensors=shards is None)
             about = _about(folder, model.spec) | dict(provenance)
             _write_json(folder / PROVENANCE, about)
     except WriteError as error:
@@ -140,14 +150,27 @@ def save_checkpoint(
         raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
-def _write(
-    folder: Path, model: LanguageModel, tokenizer: Data | Path | None, training: State | None
-) -> None:
+def _move_shards(shards: Path, folder: Path) -> None:
+    for file in shards.iterdir():
+        file.rename(folder / file.name)
+    shards.rmdir()
+
+
+def _write_weights(folder: Path, model: LanguageModel) -> None:
     for parameter in model.parameters():  # `for_decoding` stores them in another way
         alone = parameter.untyped_storage().nbytes() == parameter.nbytes
         parameter.data = parameter.data.contiguous() if alone else parameter.data.clone()
     save_model(model, str(folder / WEIGHTS))
-    (folder / SPEC).write_text(model.spec.to_yaml(), encoding="utf-8")
+
+
+def _write(
+    folder: Path,
+    spec: ModelSpec,
+    tokenizer: Data | Path | None,
+    training: State | None,
+    tensors: bool,
+) -> None:
+    (folder / SPEC).write_text(spec.to_yaml(), encoding="utf-8")
     if isinstance(tokenizer, Path):
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         if (beside := tokenizer.with_name(TEXT_FORMAT)).exists():
@@ -155,9 +178,10 @@ def _write(
     elif tokenizer is not None:
         tokenizer.save_tokenizer(folder / TOKENIZER)
     if training is not None:
-        tensors = {key: value for key, value in training.items() if isinstance(value, Tensor)}
-        save_file(tensors, folder / TENSORS)
-        told = {key: value for key, value in training.items() if key not in tensors}
+        found = {key: value for key, value in training.items() if isinstance(value, Tensor)}
+        if tensors:
+            save_file(found, folder / TENSORS)
+        told = {key: value for key, value in training.items() if key not in found}
         _write_json(folder / TRAINING, told, indent=None)  # ten times as fast, and often written
 
 
@@ -184,6 +208,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _weight_files(provenance: Mapping[str, Any]) -> list[str]:
+    """The names of the files of weights in a checkpoint; none if it is no valid one."""
+    recorded = provenance.get("files")
+    if not isinstance(recorded, dict):
+        return []
+    return [WEIGHTS] if WEIGHTS in recorded else sorted(fnmatch.filter(recorded, SHARDS))
+
+
 def load_checkpoint(
     path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
 ) -> Checkpoint:
@@ -197,7 +233,7 @@ def load_checkpoint(
     # on the device meta first, so that a spec of another size costs no memory
     _check_tensors(path, meta_model(spec))
     model = build(spec, device=device)
-    load_model(model, path / WEIGHTS, device=str(device))
+    _fill(path, model)
     return Checkpoint(path, model, provenance)
 
 
@@ -233,14 +269,59 @@ def load_weights(path: Path, model: LanguageModel) -> None:
     """Replaces the weights of ``model``. Raises CheckpointError if they do not fit."""
     _verified(path, WEIGHTS)
     _check_tensors(path, model)
-    load_model(model, path / WEIGHTS, device=str(next(model.parameters()).device))
+    _fill(path, model)
+
+
+def _fill(path: Path, model: LanguageModel) -> None:
+    if (path / WEIGHTS).exists():
+        load_model(model, path / WEIGHTS, device=str(next(model.parameters()).device))
+    else:
+        read_tensors(path, stored_state(path, model), together=False)
+        check_weights(path, model.state_dict(), model)
+
+
+def one_of_each(model: LanguageModel) -> dict[str, Tensor]:
+    """The tensors of a model, shared ones once."""
+    state = model.state_dict()
+    return {names[0]: state[names[0]] for names in _aliases(model)}
+
+
+def stored_state(path: Path, model: LanguageModel) -> dict[str, Tensor]:
+    """The tensors of a model by the names that a checkpoint has stored them under."""
+    stored, state = _shapes_of_weights(path), model.state_dict()
+    names = [next((one for one in each if one in stored), each[0]) for each in _aliases(model)]
+    return {name: state[name] for name in names}
+
+
+def _shapes_of_weights(path: Path) -> dict[str, list[int]]:
+    """The shape of each stored weight. Only the state of training has names with a slash."""
+    with _refusing_nonsense(path):
+        return {name: shape for name, shape in stored_shapes(path).items() if "/" not in name}
+
+
+def read_tensors(path: Path, tensors: Mapping[str, Tensor], together: bool) -> None:
+    """Fills tensors, also divided ones, from a checkpoint of whole or of divided tensors.
+
+    ``together``: whether several processes do so. Raises CheckpointError if one is missing or does
+    not fit.
+    """
+    with _refusing_nonsense(path):
+        try:
+            read_shards(tensors, path, together)
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit: {error}") from None
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """Reads the state of training that was saved. Raises CheckpointError if there is none."""
-    _verified(path, TRAINING, TENSORS)
+    """Reads the state of training that was saved, without tensors that are among the shards.
+
+    Raises CheckpointError if there is none.
+    """
+    provenance = _verified(path, TRAINING, TENSORS)
     if not (path / TRAINING).exists():
         raise CheckpointError(f"{path} holds a model, but not where its training stood")
+    if _weight_files(provenance) != [WEIGHTS]:
+        return read_json(path / TRAINING, CheckpointError)
     if not (path / TENSORS).exists():
         raise CheckpointError(f"{path / TENSORS} is missing, which belongs to {TRAINING}")
     with _refusing_nonsense(path / TENSORS):
@@ -259,10 +340,12 @@ def _verified(path: Path, *names: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has checkpoint format {found!r}; this version reads {FORMAT}"
         )
-    recorded = provenance.get("files")
-    if not isinstance(recorded, dict) or not {WEIGHTS, SPEC} <= recorded.keys():
+    weights, recorded = _weight_files(provenance), provenance.get("files", {})
+    if not weights or SPEC not in recorded:
         raise CheckpointError(f"{path / PROVENANCE} does not say which files belong to it")
-    for name in names:
+    if WEIGHTS in names:
+        names += (*weights, *(file.name for file in path.glob(SHARDS)))
+    for name in dict.fromkeys(names):
         file, wanted = path / name, recorded.get(name)
         if wanted is not None and (why := why_unreadable(file)):
             raise CheckpointError(f"{file} {'is missing' if why == MISSING else why}")
@@ -311,6 +394,9 @@ def _refusing_nonsense(path: Path) -> Iterator[None]:
 def _check_tensors(path: Path, model: LanguageModel) -> None:
     """Compares the stored tensors with those of the model, in names, shapes, types and values."""
     file = path / WEIGHTS
+    if not file.exists():
+        _check_names_and_shapes(path, _shapes_of_weights(path), model)
+        return
     wanted = model.state_dict()
     with _refusing_nonsense(file), safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
@@ -335,6 +421,14 @@ def _check_names_and_shapes(
     if unexpected or missing:
         what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise CheckpointError(f"{file} does not fit the spec: {what}")
+
+
+def check_weights(path: Path, tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
+    """Raises CheckpointError if a weight of a checkpoint, or this process's part, is not finite."""
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in tensors.items():
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        _check_values(path, name, own, own, name in buffers)
 
 
 def _check_values(file: Path, name: str, found: Tensor, wanted: Tensor, is_buffer: bool) -> None:

@@ -68,7 +68,13 @@ class BatchStatistics(Primitive):
     ``pending``: what the last training pass showed, by the place that it was seen at, so that a
     place which is computed again does not count twice. ``parts``: what the passes before it showed
     with equal weights, which are parts of one batch. ``version``: that of these weights.
+    ``mean_over_ranks``: where several processes compute parts of one batch, the mean of a tensor
+    over them; None: this process is alone, or the others may not be at the same place.
+    ``counted_by_caller``: whether nothing but a call of `commit` ends a batch.
     """
+
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    counted_by_caller: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,22 +84,23 @@ class BatchStatistics(Primitive):
 
     def begin_pass(self) -> None:
         """See `Primitive`. Optimizers change weights in place, which counts a version."""
-        self._end_pass()
+        self.seen()
         weight = next(self.parameters())
-        if self.version != weight._version:
+        if not self.counted_by_caller and self.version != weight._version:
             self.commit()
             self.version = weight._version
 
-    def _end_pass(self) -> None:
+    def seen(self) -> dict[Hashable, list[Tensor]]:
+        """What the passes of this batch showed so far; see ``parts``."""
         for place, seen in self.pending.items():
             self.parts.setdefault(place, []).append(seen)
         self.pending.clear()
+        return self.parts
 
     @torch.no_grad()
     def commit(self) -> None:
         """Adds to its statistics what the last batch showed."""
-        self._end_pass()
-        self.add(self.parts)
+        self.add(self.seen())
         self.parts.clear()
 
     def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
@@ -287,6 +294,7 @@ class Context:
     gradient; None: nowhere.
     ``readout``: the logits of a stream, by the last norm and the head; None: where there is none.
     ``part``: which part of the next loop is to be run; None: all of it.
+    ``noise_B``: what the random numbers of each row are drawn by in training; None: torch's state.
     """
 
     stream: Stream = field(default_factory=Stream)  # not a default: Dynamo of torch 2.11
@@ -306,6 +314,7 @@ class Context:
     passes: list[Tensor] | None = None
     readout: Callable[[Tensor], Tensor] | None = None
     part: Part | None = None
+    noise_B: Tensor | None = None
 
     def linear(self, matrix: nn.Linear, x: Tensor) -> Tensor:
         """The product of a linear map with ``x`` [..., inputs], and what this pass adds to it."""

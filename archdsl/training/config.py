@@ -131,6 +131,12 @@ class TrainConfig(Strict):
         pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$",
         description="auto: cuda, xpu or mps if there is one, else cpu",
     )
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="how processes that torchrun starts share a model: ddp: each has a copy; fsdp: "
+        "each has a part; hsdp: those of one machine have a copy together; auto: ddp where a "
+        "quarter of the memory is enough, else fsdp, or hsdp on several machines",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="data type of the arithmetic; auto: bfloat16 on cuda and xpu, else float32",

@@ -33,9 +33,9 @@ from archdsl.model.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_training,
-    load_weights,
 )
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.ranks import Ranks, joined
 from archdsl.training.config import TrainConfig
 from archdsl.training.loggers import JsonLog, open_loggers
 from archdsl.training.profile import profile_of
@@ -108,16 +108,28 @@ def train(
         raise ArchdslError(f"{wanted}; got {reprlib.repr(config)}")
     folder = None if out is None else Path(out)
     start = model if isinstance(model, Checkpoint) else None
-    trainer = Trainer(_built(model, config.seed), data, config, start)
-    with _locked(folder) if folder else nullcontext():
-        validation = _resume(trainer, folder) if folder else None
-        resumed_from = trainer.step
-        if folder and record is not None:  # only now: `out` may have been that of another run
-            write_text(folder / "run.yaml", record)
-        if validation is None:
-            with TrainProgress(config.steps, progress) as display, _interrupts() as stop:
-                validation = _run(trainer, Recorder(trainer, folder, display, stop))
+    built = _built(model, config.seed)
+    params = sum(parameter.numel() for parameter in built.parameters())
+    with joined(config.device, config.parallel, params) as ranks:
+        trainer = Trainer(built, data, config, start, ranks=ranks)
+        with locked_by_first(folder, ranks) if folder else nullcontext():
+            validation = _resume(trainer, folder) if folder else None
+            resumed_from = trainer.step
+            if folder and record is not None and ranks.first:
+                write_text(folder / "run.yaml", record)  # only now: `out` may be another run's
+            if validation is None:
+                shown = progress and ranks.first
+                with TrainProgress(config.steps, shown) as display, _interrupts() as stop:
+                    validation = _run(trainer, Recorder(trainer, folder, display, stop))
     return TrainResult(trainer.model, trainer.step, validation, resumed_from)
+
+
+@contextmanager
+def locked_by_first(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Create the folder of a run, and keep others than ``ranks`` from it inside the block."""
+    with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(_locked(out)))
+        yield
 
 
 @contextmanager
@@ -172,7 +184,7 @@ def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
         for index, path in enumerate(saved):
             if trainer.can_go_on_from(found := load_training(path), path):
                 trainer.continue_from(path, found)
-                for newer in saved[:index]:
+                for newer in saved[:index] if trainer.ranks.first else ():
                     remove_folder(newer)
                 return None
     if state is not None:
@@ -189,7 +201,7 @@ def _finished(trainer: Trainer, state: Mapping[str, Any], final: Path) -> Evalua
     if stood.step != trainer.config.steps:
         wanted = f"must be {trainer.config.steps}, the last step of the run"
         raise CheckpointError(f"{final / TRAINING}: step: {wanted}, got {stood.step}")
-    load_weights(final, trainer.model)
+    trainer.load_weights(final)
     trainer.step = stood.step
     return stood.validation
 
@@ -214,14 +226,17 @@ class Recorder:
         self, trainer: Trainer, out: Path | None, display: TrainProgress, stop: threading.Event
     ) -> None:
         self.trainer, self.out, self.display, self.stop = trainer, out, display, stop
+        self.ranks = trainer.ranks
         config = trainer.config
         facts = {"spec": trainer.model.spec.name, "data": trainer.data.name} | config.model_dump()
-        self.loggers = open_loggers(config.log, out, trainer.step, facts)
-        self.log = JsonLog(out / "metrics.jsonl", trainer.step) if out else None
+        chosen = config.log if self.ranks.first else ()
+        self.loggers = open_loggers(chosen, out, trainer.step, facts)
+        writes = out is not None and self.ranks.first
+        self.log = JsonLog(out / "metrics.jsonl", trainer.step) if out and writes else None
         self.loggers += [self.log] if self.log else []
         peak = config.peak_flops or peak_flops(trainer.device, trainer.in_bfloat16)
         self.throughput = Throughput(trainer.model, trainer.context, peak)
-        self.profile = profile_of(trainer.model, config, out)
+        self.profile = profile_of(trainer.model, config, out) if self.ranks.first else None
         self.tokens, self.seconds = 0, 0.0  # since the last line of the log
         self.shares: dict[str, float] = {}
         self.validation: Evaluation | None = None
@@ -248,13 +263,15 @@ class Recorder:
         # Do not let the checkpoints of a diverging run replace the good ones.
         diverging = self.trainer.diverging_steps > 0
         due = _due(step, config.checkpoint_every) or step.step == self._branch
-        if self.stop.is_set() or (not diverging and due):
+        stop = self.ranks.any(self.stop.is_set())
+        if stop or (not diverging and due):
             self._save()
-        if self.stop.is_set():
+        if stop:
+            self.trainer.wait()
             raise KeyboardInterrupt(f"stopped after step {step.step}; {self._how_to_resume()}")
 
     def _write_line(self, step: TrainStep, rate: float, validate: bool) -> None:
-        self.shares = self.trainer.model.router_shares()
+        self.shares = self.ranks.mean(self.trainer.model.router_shares())
         record: dict[str, Any] = {
             "tokens": self.trainer.tokens,
             "loss": step.loss,
@@ -277,13 +294,14 @@ class Recorder:
         self.tokens, self.seconds = 0, 0.0
 
     def _save(self) -> None:
-        if self.out is None or self.log is None:
+        if self.out is None:
             return
         # Write the log first: a crash must not leave a checkpoint without the lines before it.
-        self.log.lines.fsync()
+        if self.log is not None:
+            self.log.lines.fsync()
         self.trainer.save(self.out / "checkpoints" / f"step-{self.trainer.step:06d}")
         for old in _checkpoints(self.out)[: -self.trainer.config.keep_last]:
-            if _step_of(old) != self._branch:
+            if self.ranks.first and _step_of(old) != self._branch:
                 remove_folder(old)
 
     @property
@@ -312,8 +330,9 @@ class Recorder:
         raise TrainingDiverged(f"{error}; {rest}") from None
 
     def close(self) -> None:
-        """Close the logs, and end the profile."""
+        """Close the logs, end the profile, and wait for a checkpoint that is being written."""
         with ExitStack() as stack:  # all of them, also if one fails
+            stack.callback(self.trainer.close)
             for logger in self.loggers:
                 stack.callback(logger.close)
             if self.profile is not None:

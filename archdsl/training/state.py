@@ -19,6 +19,7 @@ from archdsl.evaluation.evaluate import Evaluation
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import TENSORS, TRAINING, CheckpointError
+from archdsl.training.parallel import local
 
 PREFIX = "optimizer/"
 
@@ -100,6 +101,21 @@ def moments(
     return found
 
 
+def empty_moments(
+    parameters: Mapping[str, Tensor], kept: Mapping[str, tuple[str, ...]], stood: TrainingState
+) -> dict[str, Tensor]:
+    """Return tensors for the moments in a checkpoint, divided among processes as the parameters.
+
+    ``kept``: the names of the moments of each parameter.
+    """
+    return {
+        f"{PREFIX}{name}/{moment}": torch.zeros(()) if moment == "step" else torch.zeros_like(one)
+        for name, one in parameters.items()
+        if name not in stood.without_moments
+        for moment in kept[name]
+    }
+
+
 def _tensor(state: Mapping[str, Any], key: str, like: Tensor | None, path: Path) -> Tensor:
     """Return the tensor ``key`` if it is like a parameter, or a single number if that is None."""
     tensor = state.get(key)
@@ -111,7 +127,7 @@ def _tensor(state: Mapping[str, Any], key: str, like: Tensor | None, path: Path)
     dtype = torch.float32 if like is None else like.dtype
     if tensor.dtype != dtype:
         _refuse(path, key, f"is of type {_name(tensor.dtype)}, and must be of {_name(dtype)}")
-    if not tensor.isfinite().all():
+    if not local(tensor).isfinite().all():
         _refuse(path, key, "has values that are not finite")
     return tensor
 
@@ -121,7 +137,7 @@ def _check_values(
 ) -> None:
     if "step" in found and not 1 <= (count := float(found["step"])) <= step:
         _refuse(path, keys["step"], f"is {count:g}, and must be 1 to {step}")
-    if "exp_avg_sq" in found and (found["exp_avg_sq"] < 0).any():
+    if "exp_avg_sq" in found and (local(found["exp_avg_sq"]) < 0).any():
         _refuse(path, keys["exp_avg_sq"], "has values below 0, and is a mean of squares")
 
 

@@ -11,30 +11,48 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from archdsl.blocks.loop import LoopSpec
 from archdsl.data.types import IGNORE, Batch, Data
 from archdsl.errors import ArchdslError, blamed_on
 from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate
+from archdsl.lang.spec import walk
 from archdsl.lang.training import LEVELS
 from archdsl.model.checkpoint import (
     TRAINING,
     Checkpoint,
     CheckpointError,
+    check_weights,
     load_training,
     load_weights,
+    one_of_each,
+    read_tensors,
     save_checkpoint,
+    stored_state,
 )
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
+from archdsl.nn.ranks import Ranks
 from archdsl.training.config import TrainConfig, usual_warmup
 from archdsl.training.depth import at_depth, losses_of_steps
 from archdsl.training.optimizers import Optimizer
-from archdsl.training.state import PREFIX, TrainingState, checked, moments
+from archdsl.training.parallel import (
+    gathered,
+    give_back,
+    local,
+    part_of_batch,
+    shard,
+    share_statistics,
+    whole,
+)
+from archdsl.training.sharded import ShardWriter
+from archdsl.training.state import PREFIX, TrainingState, checked, empty_moments, moments
 
 IN_MEMORY = Path("the state")  # in errors, where a state was not read from a checkpoint
 PATIENCE = 50  # steps in a row with a far too high loss before training is stopped
@@ -88,8 +106,10 @@ class Trainer:
     is not (on a CPU).
 
     ``start``: the checkpoint that ``model`` was loaded from, if any. ``horizon``: the steps that a
-    schedule of capacities is a share of; default: those of the config. Raises ArchdslError if the
-    data do not fit the model, the device is not available, or ``only: new`` has nothing to train.
+    schedule of capacities is a share of; default: those of the config. ``ranks``: the processes
+    that train the model together, all of which call the same methods; default: this one alone.
+    Raises ArchdslError if the data do not fit the model, the batch cannot be divided among the
+    processes, the device is not available, or ``only: new`` has nothing to train.
     """
 
     def __init__(
@@ -99,12 +119,16 @@ class Trainer:
         config: TrainConfig,
         start: Checkpoint | None = None,
         horizon: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        with blamed_on("device"):
-            self.device = device_named(config.device)
+        if ranks is None:
+            with blamed_on("device"):
+                ranks = Ranks(device_named(config.device))
+        self.ranks, self.device = ranks, ranks.device
+        self._check_batch_size(config)
         self.context = config.context or model.spec.context
         check_data_fits(model.spec, data, self.context)
-        self.model = model.to(self.device)
+        self.model = model
         self.data = data
         self.config = config
         self.start = start
@@ -114,6 +138,11 @@ class Trainer:
         self.depth = model.spec.depth_law
         self.capacity = model.spec.training.capacity if model.spec.training else None
         self.horizon = horizon or config.steps
+        self.draws_noise = any(_starts_with_noise(part) for _, part in walk(model.spec))
+        in_step = self.depth is None or self.depth.per == "batch"
+        many = config.accumulate > 1 or not in_step
+        self.writer = ShardWriter(ranks) if ranks.size > 1 else None
+        self.units = shard(model, ranks, parts=many, in_step=in_step)
         self.optimizer = Optimizer(model, config)
         self.step = 0
         self.tokens = 0
@@ -145,19 +174,30 @@ class Trainer:
                 if on_step is not None:
                     on_step(step)
 
+    def _check_batch_size(self, config: TrainConfig) -> None:
+        if config.batch_size % (config.accumulate * self.ranks.size):
+            parts = f" x accumulate ({config.accumulate})" if config.accumulate > 1 else ""
+            with blamed_on("batch_size"):
+                raise ArchdslError(
+                    f"a batch of {config.batch_size} sequences cannot be divided evenly among the "
+                    f"processes ({self.ranks.size}){parts}; use a multiple of "
+                    f"{config.accumulate * self.ranks.size}"
+                )
+
     def _advance(self) -> TrainStep:
         started, config = time.perf_counter(), self.config
         seed_torch(_step_seed(config.seed, self.step), self.device)
         batch = self.data.batch(self.step, config.batch_size, self.context, config.seed)
-        loss = self.backward(batch)
+        [loss] = self.ranks.sum(self.backward(batch))
         grad_norm = float(
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+            whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
         )
         self._refuse_divergence(loss, grad_norm)
         lr = config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        share_statistics(self.model, self.ranks)
         self.model.commit()
         self.step += 1
         self.tokens += batch.tokens_BT.numel()
@@ -167,8 +207,9 @@ class Trainer:
     def backward(self, batch: Batch) -> float:
         """Compute the gradient of the loss on ``batch``.
 
-        Returns the loss in nats, averaged over all target positions of the batch. Raises
-        ArchdslError if the batch has no target.
+        Returns the loss in nats, averaged over all target positions of the batch; with several
+        processes, the part of it that comes from the rows of this process. Raises ArchdslError if
+        the batch has no target.
         """
         self.optimizer.zero_grad(set_to_none=True)
         return self.add_gradient(batch)
@@ -176,43 +217,56 @@ class Trainer:
     def add_gradient(self, batch: Batch) -> float:
         """Add the gradient of the loss on ``batch`` to the gradient that exists.
 
-        Returns the loss in nats, averaged over all target positions of the batch. Raises
-        ArchdslError if the batch has no target.
+        Returns the loss as `backward` does. Raises ArchdslError if the batch has no target.
         """
         target_count = int((batch.targets_BT != IGNORE).sum())
         if not target_count:
             raise ArchdslError(f"batch {self.step} of {self.data.name} has no target to predict")
         total = 0.0
-        for depth, part in self._parts(batch):
-            parts = len(batch.tokens_BT) / len(part.tokens_BT)
+        parts = list(self._parts(len(batch.tokens_BT)))
+        for number, (depth, rows) in enumerate(parts, 1):
+            part = Batch(batch.tokens_BT[rows], batch.targets_BT[rows])
             last = self.depth.backprop_last if self.depth else None
+            part_of_batch(self.units, last=number == len(parts))
+            self.model.noise_B = self._noise(rows)
             with at_depth(self.model, depth, last, self._openness(self.step, self.horizon)):
-                total += self._backward_part(part, target_count, parts)
+                total += self._backward_part(part, target_count, len(batch.tokens_BT) / len(rows))
         return total
 
     def _openness(self, step: int, steps: int) -> float:
         return self.capacity.openness(step, steps) if self.capacity else 0.0
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[int | None, Batch]]:
-        """Yield the parts of a batch, each with the number of passes of the loops in it.
+    def _parts(self, rows: int) -> Iterator[tuple[int | None, list[int]]]:
+        """Yield the parts of a batch of so many rows that this process computes: the rows, and the
+        number of passes of the loops in them.
 
         None: as many as the loops run now. Sequences of different depths are in different parts.
         """
-        rows = len(batch.tokens_BT)
-        size = -(-rows // self.config.accumulate)
+        size = -(-rows // (self.config.accumulate * self.ranks.size))
         for depth, numbers in self._rows_by_depth(rows):
-            chosen = Batch(batch.tokens_BT[numbers], batch.targets_BT[numbers])
-            pairs = zip(chosen.tokens_BT.split(size), chosen.targets_BT.split(size), strict=True)
-            yield from ((depth, Batch(*pair)) for pair in pairs)
+            for start in range(0, len(numbers), size):
+                yield depth, numbers[start : start + size]
 
-    def _rows_by_depth(self, rows: int) -> Iterator[tuple[int | None, list[int] | slice]]:
+    def _rows_by_depth(self, rows: int) -> Iterator[tuple[int | None, list[int]]]:
+        own = self.ranks.rows(rows)
         if self.depth is None:
-            yield None, slice(None)
+            yield None, list(range(rows)[own])
             return
         steps = self.model.spec.loops[0].steps
         drawn = self.depth.draw(steps, rows, self.config.seed, self.step)
-        for depth in sorted(set(drawn)):
-            yield depth, [row for row, one in enumerate(drawn) if one == depth]
+        # each process gets about as many rows of each depth as the others
+        by_depth = sorted(range(rows), key=lambda row: drawn[row])[
+            self.ranks.rank :: self.ranks.size
+        ]
+        for depth in sorted({drawn[row] for row in by_depth}):
+            yield depth, [row for row in by_depth if drawn[row] == depth]
+
+    def _noise(self, rows: list[int]) -> Tensor | None:
+        """What the random numbers of each row are drawn by: they depend on its number alone."""
+        if not self.draws_noise:
+            return None
+        seeds = [_seed(f"{self.config.seed}/{self.step}/{row}") for row in rows]
+        return torch.tensor(seeds, device=self.device)
 
     def _backward_part(self, part: Batch, target_count: int, parts: float) -> float:
         """Add the gradient of one of ``parts`` equally large parts of a batch; return its loss."""
@@ -269,7 +323,9 @@ class Trainer:
                 batch_size=config.batch_size // config.accumulate,
                 context=self.context,
                 limit_tokens=config.eval_tokens,
+                ranks=self.ranks,
             )
+        give_back(self.units)
         if not math.isfinite(evaluation.loss):
             self._give_up(f"the validation loss is {evaluation.loss}")
         return evaluation
@@ -311,6 +367,12 @@ class Trainer:
             raise CheckpointError(f"{path / TRAINING}: step: {most}, got {stood.step}")
         kept = self.optimizer.moments
         return stood, moments(state, self.optimizer.parameters, kept, stood, path)
+
+    def _moments_at(self, path: Path, stood: TrainingState) -> dict[str, Tensor]:
+        """Read the state of the optimizer, which may be divided there and is divided here."""
+        wanted = empty_moments(self.optimizer.parameters, self.optimizer.moments, stood)
+        read_tensors(path, wanted, together=self.ranks.size > 1)
+        return wanted
 
     def _restore(self, stood: TrainingState, found: dict[str, dict[str, Tensor]]) -> None:
         self.step, self.tokens = stood.step, stood.tokens
@@ -387,30 +449,51 @@ class Trainer:
         """
         self._save(path, self.state())
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written, which several processes do in the background.
+
+        Raises CheckpointError if it cannot be.
+        """
+        if self.writer is not None:
+            self.writer.wait()
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, whether or not it can be."""
+        if self.writer is not None:
+            self.writer.close()
+
     def save_final(self, path: Path, validation: Evaluation) -> None:
         """Write a checkpoint without the state of the optimizer.
 
         Raises TrainingDiverged if a weight is not finite, CheckpointError if it cannot be written.
         """
         state = {k: v for k, v in self.state().items() if not isinstance(v, Tensor)}
-        self._save(path, state | {"validation": validation.model_dump(mode="json")})
+        self._save(path, state | {"validation": validation.model_dump(mode="json")}, final=True)
 
-    def _save(self, path: Path, state: Mapping[str, Any]) -> None:
-        not_finite = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
-        if not_finite:
-            self._give_up(f"after the last update {not_finite[0]} has values that are not finite")
-        save_checkpoint(
-            path,
-            self.model,
-            tokenizer_from=self.data,
-            provenance={
-                "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
-                "seed": self.config.seed,
-                "step": self.step,
-                **self._origin(),
-            },
-            training=state,
+    def _save(self, path: Path, state: Mapping[str, Any], final: bool = False) -> None:
+        parameters = self.model.named_parameters()
+        not_finite = [name for name, p in parameters if not local(p).isfinite().all()]
+        for name in (name for names in self.ranks.gather(not_finite) for name in names):
+            self._give_up(f"after the last update {name} has values that are not finite")
+        provenance = {
+            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            "seed": self.config.seed,
+            "step": self.step,
+            **self._origin(),
+        }
+        write = partial(
+            save_checkpoint, path, tokenizer_from=self.data, provenance=provenance, training=state
         )
+        if self.writer is None:
+            write(model=self.model)
+        elif final:
+            model = gathered(self.model, self.ranks)
+            self.writer.wait()
+            self.ranks.on_first(lambda: write(model=model))
+        else:
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            tensors |= one_of_each(self.model)
+            self.writer.write(path, tensors, lambda shards: write(model=self.model, shards=shards))
 
     def _origin(self) -> dict[str, Any]:
         if self.start is None:
@@ -433,9 +516,35 @@ class Trainer:
 
         Raises CheckpointError if one of them is damaged; then nothing is changed.
         """
-        found = self._checked(state, path)
-        load_weights(path, self.model)
+        if self.units or not any(isinstance(value, Tensor) for value in state.values()):
+            state = dict(state) | self._moments_at(path, checked(TrainingState, state, path))
+        load = self._weights_at(path)
+        found = self.ranks.agree(lambda: self._checked(state, path))
+        load()
         self._restore(*found)
+
+    def load_weights(self, path: Path) -> None:
+        """Replace the weights by those of a checkpoint.
+
+        Raises CheckpointError if it is damaged; then nothing is changed.
+        """
+        self._weights_at(path)()
+
+    def _weights_at(self, path: Path) -> Callable[[], None]:
+        """Return what replaces the weights by those of a checkpoint, which is read and checked."""
+        if not self.units:
+            return lambda: load_weights(path, self.model)
+        own = stored_state(path, self.model)
+        found = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+        read_tensors(path, found, together=True)
+        self.ranks.agree(lambda: check_weights(path, found, self.model))
+
+        @torch.no_grad()
+        def load() -> None:
+            for name, tensor in found.items():
+                own[name].copy_(tensor)
+
+        return load
 
 
 def differences(stored: Any, given: Any, path: str = "") -> Iterator[str]:
@@ -504,7 +613,15 @@ def compile_layers(
 
 def _step_seed(seed: int, step: int) -> int:
     """Derive the random seed of a step. Seeds of neighbouring steps are unrelated."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest())
+    return _seed(f"{seed}/{step}")
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+
+
+def _starts_with_noise(part: object) -> bool:
+    return isinstance(part, LoopSpec) and part.first_injects and part.start == "noise"
 
 
 def _freeze_old_parameters(model: LanguageModel, start: Checkpoint | None) -> None:

@@ -236,18 +236,20 @@ class BodyLoop(Loop):
     def _first_state(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """The state that the first pass reads, [B, T, D].
 
-        Noise is drawn anew in each training pass. Otherwise it depends on the position alone, so
-        that no other token, chunk or pass changes it.
+        Noise is drawn anew in each training pass, for each row by its `Context.noise_B`. Otherwise
+        it depends on the position alone, so that no other token, chunk or pass changes it.
         """
         match self.spec.start if self.spec.first_injects else "embedding":
             case "embedding":
                 return x_BTD
             case "zeros":
                 return torch.zeros_like(x_BTD)
-            case "noise" if self.training:
+            case "noise" if self.training and ctx.noise_B is None:
                 return torch.randn_like(x_BTD) * self.spec.start_std
             case "noise":
                 pos_BT = ctx.stream.order(x_BTD) if ctx.pos_BT is None else ctx.pos_BT
+                if self.training and ctx.noise_B is not None:
+                    pos_BT = pos_BT + _at(ctx.path, ctx.noise_B).unsqueeze(1)
                 noise_BTD = normal(pos_BT, x_BTD.size(-1), x_BTD.dtype)
                 return (noise_BTD * self.spec.start_std).expand_as(x_BTD)
             case start:
@@ -383,3 +385,10 @@ def _moved(handed: dict[Block, KeysValues], before: Block, body: Block) -> dict[
     """What blocks of the body ``before`` handed on, by the blocks at their places in ``body``."""
     pairs = zip(before.modules(), body.modules(), strict=True)
     return {cast(Block, now): handed[old] for old, now in pairs if old in handed}
+
+
+def _at(path: tuple[int, ...], noise_B: Tensor) -> Tensor:
+    """Other numbers for each pass of the loops around, whose steps are ``path``."""
+    for step in path:
+        noise_B = noise_B * 0x9E3779B1 + step + 1
+    return noise_B

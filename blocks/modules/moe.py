@@ -127,7 +127,9 @@ class Moe(Block, BatchStatistics):
         share_NE = score_NE / score_NE.sum(1, keepdim=True)
         if real_N1 is not None:
             share_NE = share_NE * real_N1
-        tokens = one_NK.sum().clamp(min=1) / self.spec.top_k
+        if self.mean_over_ranks is not None:
+            load_E = self.mean_over_ranks(load_E)
+        tokens = load_E.sum().clamp(min=1) / self.spec.top_k
         loss = (share_NE.sum(0) * load_E).sum() / (tokens * tokens * self.spec.top_k)
         loss = self.spec.loss_weight * self.spec.experts * loss
         ctx.trace.add_loss(".moe", loss)

@@ -1,0 +1,194 @@
+"""The processes that train one model together.
+
+torchrun starts them, and torch.distributed connects them. A process that was started alone is the
+only one, and everything here is then done by it at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from archdsl.errors import ArchdslError, blamed_on
+from archdsl.nn.devices import device_named
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+BYTES_OF_A_PARAMETER = 16  # weight, gradient and two moments in float32
+SHARE_FOR_REPLICAS = 0.25  # of a device's memory; larger models are sharded, by `auto`
+WAIT = timedelta(hours=2)  # for the others, one of which may tokenize a large text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model together, as one of them sees them.
+
+    ``rank``: the number of this process, of ``size``. ``device``: of this process. ``mesh``: the
+    processes as a grid, in which each row holds one copy of the weights; None: there is one
+    process alone.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = field(default=None, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """The rows of this process, of ``total`` rows that the processes share evenly."""
+        each = total // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over all processes, in float64 (in float32 on mps)."""
+        if self.size == 1:
+            return list(values)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true in any process."""
+        return bool(self.sum(float(value))[0])
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each value over all processes, which have the same names."""
+        totals = self.sum(*values.values())
+        return {name: total / self.size for name, total in zip(values, totals, strict=True)}
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, in their order. They are sent by pickle, among processes of
+        one run."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do something in every process, and return what it returns in this one.
+
+        Raises an ArchdslError in all of them if one of them raises it: that of the first.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except ArchdslError as error:
+            if self.size == 1:
+                raise
+            failure = error
+        for found in self.gather(failure):
+            if found is not None:
+                raise found
+        return cast(T, result)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something in the first process, and return its result in all of them.
+
+        Raises the ArchdslError that it raises there, in all of them.
+        """
+        return self.gather(self.agree(lambda: work() if self.first else None))[0]  # type: ignore[return-value]
+
+    def own(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """The items of this process, of which each takes every ``size``-th one.
+
+        All processes get equally many, as each has to do what the others wait for: where an item is
+        another process's, too, the second value is False.
+        """
+        left = iter(items)
+        while some := list(islice(left, self.size)):
+            yield some[min(self.rank, len(some) - 1)], self.rank < len(some)
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def joined(device: str = "auto", parallel: Parallel = "auto", params: int = 0) -> Iterator[Ranks]:
+    """Connect this process with the others that torchrun started, inside the block.
+
+    ``device``: as in `TrainConfig`. ``params``: the number of parameters, by which `auto` decides.
+    A process that was started alone is alone. Raises ArchdslError if ``device`` names one of
+    several devices, or there are more processes than devices.
+    """
+    with blamed_on("device"):
+        given = device_named(device)
+    if not launched():
+        yield Ranks(given)
+        return
+    own = _own_device(device, given)
+    begun = not dist.is_initialized()
+    if begun:
+        dist.init_process_group(timeout=WAIT, device_id=own if own.index is not None else None)
+    try:
+        alone = Ranks(own, dist.get_rank(), dist.get_world_size())
+        yield Ranks(own, alone.rank, alone.size, _mesh(alone, parallel, params))
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def _own_device(name: str, given: torch.device) -> torch.device:
+    if given.type == "cpu":
+        return given
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    with blamed_on("device"):
+        if given.index is not None:
+            raise ArchdslError(f"device: {name}: names one device for all processes; leave it out")
+        if local >= count:
+            raise ArchdslError(
+                f"process {local + 1} of this machine has no device: there are {count} of the kind "
+                f"{given.type}; start as many processes, or use --device cpu"
+            )
+    torch.accelerator.set_device_index(local)
+    return torch.device(given.type, local)
+
+
+def _mesh(ranks: Ranks, parallel: Parallel, params: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    together = min(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), ranks.size)
+    if parallel == "auto":
+        parallel = _chosen(ranks, params, together)
+    sharded = {"ddp": 1, "fsdp": ranks.size, "hsdp": together}[parallel]
+    if ranks.size % sharded:
+        raise ArchdslError(
+            f"parallel: hsdp needs equally many processes on each machine; here are {together} of "
+            f"{ranks.size}"
+        )
+    shape = (ranks.size // sharded, sharded)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _chosen(ranks: Ranks, params: int, together: int) -> Parallel:
+    """Copies for models that are small for the device; else shards, within a machine if that is
+    enough: then only gradients go from one machine to another."""
+    if params * BYTES_OF_A_PARAMETER <= SHARE_FOR_REPLICAS * _memory(ranks.device):
+        return "ddp"
+    return "fsdp" if together == ranks.size else "hsdp"
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
