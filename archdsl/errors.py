@@ -16,10 +16,12 @@ class ArchdslError(Exception):
 
     The command line prints the message without a traceback and exits with ``exit_status``.
     ``setting``: the name of the setting whose value has to be corrected, if it is one.
+    ``told_by_another``: whether another process of the same run prints it.
     """
 
     exit_status = 1
     setting: str | None = None
+    told_by_another: bool = False
 
 
 @contextmanager

@@ -77,6 +77,8 @@ class Commands(CommandGroup):
                 raise typer.Exit(1) from None
             raise
         except ArchdslError as error:
+            if error.told_by_another:
+                raise typer.Exit(error.exit_status) from None
             if settings := ctx.meta.get(SETTINGS):
                 from archdsl.lang.config import say_where
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from archdsl.data.types import Data
     from archdsl.lang.spec import ModelSpec
     from archdsl.model.checkpoint import Checkpoint
+    from archdsl.nn.ranks import Ranks
     from archdsl.training.config import TrainConfig
     from archdsl.training.run import TrainResult
     from archdsl.training.train_file import TrainPlan
@@ -107,21 +108,43 @@ def train(
       archdsl train runs/grafted --only new --out runs/thinking
 
       archdsl train itt --batch-size 512 --dry-run --devices 64
+
+      torchrun --nproc-per-node 8 -m archdsl train itt --batch-size 64
     """
-    from archdsl.reports import tables
-    from archdsl.reports.training_memory import shortage
+    from archdsl.nn.ranks import connected
 
     options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out, "log": log}
-    plan = _plan(ctx, spec, overrides or [], config_file, options)
-    model, data, config, folder = plan.spec, plan.data, plan.config, plan.out
-    if dry_run:
-        _print_forecast(model, config, devices, as_json)
-        return
+    with connected() as ranks:
+        plan = ranks.one_after_first(
+            lambda: _plan(ctx, spec, overrides or [], config_file, options)
+        )
+        if dry_run:
+            if ranks.first:
+                _print_forecast(plan.spec, plan.config, devices, as_json)
+            return
+        if ranks.first:
+            _announce(plan, ranks)
+        result = plan.run(progress=True)
+    if ranks.first:
+        _print_result(result, plan, as_json)
+
+
+def _announce(plan: TrainPlan, ranks: Ranks) -> None:
+    from archdsl.reports.training_memory import shortage
+
+    model, data, config = plan.spec, plan.data, plan.config
     if _in_float32_on_cpu(config) and (warning := shortage(model, config)):
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{model.name} on {data.name}, {config.steps:,} steps, in {folder}", file=sys.stderr)
+    processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
+    steps = f"{config.steps:,} steps{processes}"
+    print(f"{model.name} on {data.name}, {steps}, in {plan.out}", file=sys.stderr)
     say_what_is_in(data)
-    result = plan.run(progress=True)
+
+
+def _print_result(result: TrainResult, plan: TrainPlan, as_json: bool) -> None:
+    from archdsl.reports import tables
+
+    folder, data = plan.out, plan.data
     if result.resumed_from == result.steps:
         print("the run was complete already: no step was trained", file=sys.stderr)
     if as_json:

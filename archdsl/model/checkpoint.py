@@ -312,21 +312,21 @@ def read_tensors(path: Path, tensors: Mapping[str, Tensor], together: bool) -> N
             raise CheckpointError(f"{path} does not fit: {error}") from None
 
 
-def load_training(path: Path) -> dict[str, Any]:
+def load_training(path: Path, tensors: bool = True) -> dict[str, Any]:
     """Reads the state of training that was saved, without tensors that are among the shards.
 
-    Raises CheckpointError if there is none.
+    Not ``tensors``: without any. Raises CheckpointError if there is no state, or it is damaged.
     """
-    provenance = _verified(path, TRAINING, TENSORS)
+    provenance = _verified(path, TRAINING, *([TENSORS] if tensors else []))
     if not (path / TRAINING).exists():
         raise CheckpointError(f"{path} holds a model, but not where its training stood")
-    if _weight_files(provenance) != [WEIGHTS]:
-        return read_json(path / TRAINING, CheckpointError)
+    told = read_json(path / TRAINING, CheckpointError)
+    if not tensors or _weight_files(provenance) != [WEIGHTS]:
+        return told
     if not (path / TENSORS).exists():
         raise CheckpointError(f"{path / TENSORS} is missing, which belongs to {TRAINING}")
     with _refusing_nonsense(path / TENSORS):
-        tensors: dict[str, Any] = load_file(path / TENSORS)
-    return read_json(path / TRAINING, CheckpointError) | tensors
+        return told | load_file(path / TENSORS)
 
 
 def _verified(path: Path, *names: str) -> dict[str, Any]:

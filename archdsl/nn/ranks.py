@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -37,8 +37,8 @@ class Ranks:
     """The processes that train one model together, as one of them sees them.
 
     ``rank``: the number of this process, of ``size``. ``device``: of this process. ``mesh``: the
-    processes as a grid, in which each row holds one copy of the weights; None: there is one
-    process alone.
+    processes as a grid, in which each row holds one copy of the weights, or as the only row; None:
+    there is one process alone.
     """
 
     device: torch.device
@@ -95,8 +95,9 @@ class Ranks:
             if self.size == 1:
                 raise
             failure = error
-        for found in self.gather(failure):
+        for rank, found in enumerate(self.gather(failure)):
             if found is not None:
+                found.told_by_another = rank != self.rank
                 raise found
         return cast(T, result)
 
@@ -106,6 +107,14 @@ class Ranks:
         Raises the ArchdslError that it raises there, in all of them.
         """
         return self.gather(self.agree(lambda: work() if self.first else None))[0]  # type: ignore[return-value]
+
+    def one_after_first(self, work: Callable[[], T]) -> T:
+        """Do something in the first process, and then, when its files are there, in the others."""
+        if self.size == 1:
+            return work()
+        done: list[T] = []
+        self.on_first(lambda: done.append(work()) if self.first else None)
+        return done[0] if done else work()
 
     def own(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """The items of this process, of which each takes every ``size``-th one.
@@ -124,28 +133,39 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined(device: str = "auto", parallel: Parallel = "auto", params: int = 0) -> Iterator[Ranks]:
+def connected() -> Iterator[Ranks]:
     """Connect this process with the others that torchrun started, inside the block.
 
-    ``device``: as in `TrainConfig`. ``params``: the number of parameters, by which `auto` decides.
-    A process that was started alone is alone. Raises ArchdslError if ``device`` names one of
-    several devices, or there are more processes than devices.
+    They are not yet at their devices; see `joined`. A process that was started alone is alone.
     """
-    with blamed_on("device"):
-        given = device_named(device)
     if not launched():
-        yield Ranks(given)
+        yield Ranks(torch.device("cpu"))
         return
-    own = _own_device(device, given)
     begun = not dist.is_initialized()
     if begun:
-        dist.init_process_group(timeout=WAIT, device_id=own if own.index is not None else None)
+        dist.init_process_group(timeout=WAIT)
     try:
-        alone = Ranks(own, dist.get_rank(), dist.get_world_size())
-        yield Ranks(own, alone.rank, alone.size, _mesh(alone, parallel, params))
+        yield Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     finally:
         if begun:
             dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str = "auto", parallel: Parallel = "auto", params: int = 0) -> Iterator[Ranks]:
+    """As `connected`, with each process at a device of its own.
+
+    ``device``: as in `TrainConfig`. ``params``: the number of parameters, by which `auto` decides.
+    Raises ArchdslError if ``device`` names one of several devices, or there are more processes than
+    devices.
+    """
+    with blamed_on("device"):
+        given = device_named(device)
+    with connected() as found:
+        own = given if found.size == 1 else _own_device(device, given)
+        ranks = replace(found, device=own)
+        mesh = None if found.size == 1 else _mesh(ranks, parallel, params)
+        yield replace(ranks, mesh=mesh)
 
 
 def _own_device(name: str, given: torch.device) -> torch.device:
@@ -176,6 +196,8 @@ def _mesh(ranks: Ranks, parallel: Parallel, params: int) -> DeviceMesh:
             f"parallel: hsdp needs equally many processes on each machine; here are {together} of "
             f"{ranks.size}"
         )
+    if sharded == ranks.size:
+        return init_device_mesh(ranks.device.type, (sharded,), mesh_dim_names=("shard",))
     shape = (ranks.size // sharded, sharded)
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 

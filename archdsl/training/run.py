@@ -176,21 +176,34 @@ def _resume(trainer: Trainer, out: Path) -> Evaluation | None:
     A run that is given more steps goes on from the newest checkpoint up to which the learning rates
     stay the same. Raises RunMismatchError if there is none.
     """
+    path = trainer.ranks.on_first(lambda: _where_to_go_on(trainer, out))
+    if path is None:
+        return None
+    state = load_training(path)
+    if path == out / "final":
+        return _finished(trainer, state, path)
+    trainer.continue_from(path, state)
+    for newer in _checkpoints(out) if trainer.ranks.first else ():
+        if _step_of(newer) > _step_of(path):
+            remove_folder(newer)
+    return None
+
+
+def _where_to_go_on(trainer: Trainer, out: Path) -> Path | None:
+    """Return the checkpoint to go on from, or the final one of a finished run; None: begin anew."""
     final, saved = out / "final", _checkpoints(out)[::-1]
-    state = load_training(final) if final.exists() else None
+    state = load_training(final, tensors=False) if final.exists() else None
     if state is not None and not trainer.has_more_steps_than(state, final):
-        return _finished(trainer, state, final)
+        return final
     if saved and _step_of(saved[0]) <= trainer.config.steps:
-        for index, path in enumerate(saved):
-            if trainer.can_go_on_from(found := load_training(path), path):
-                trainer.continue_from(path, found)
-                for newer in saved[:index] if trainer.ranks.first else ():
-                    remove_folder(newer)
-                return None
+        for path in saved:
+            if trainer.can_go_on_from(load_training(path, tensors=False), path):
+                return path
     if state is not None:
         trainer.check_same_run(state, final)
     elif saved:
-        trainer.load(saved[0])
+        trainer.check_same_run(load_training(saved[0], tensors=False), saved[0])
+        return saved[0]
     return None
 
 

@@ -25,6 +25,7 @@ from archdsl.evaluation.evaluate import Evaluation, check_data_fits, evaluate
 from archdsl.lang.spec import walk
 from archdsl.lang.training import LEVELS
 from archdsl.model.checkpoint import (
+    TENSORS,
     TRAINING,
     Checkpoint,
     CheckpointError,
@@ -68,6 +69,7 @@ UNCHECKED_SETTINGS = {
     "loss_per_step",
     "peak_flops",
     "profile",
+    "parallel",
 }
 
 
@@ -516,7 +518,7 @@ class Trainer:
 
         Raises CheckpointError if one of them is damaged; then nothing is changed.
         """
-        if self.units or not any(isinstance(value, Tensor) for value in state.values()):
+        if self.units or not (path / TENSORS).exists():
             state = dict(state) | self._moments_at(path, checked(TrainingState, state, path))
         load = self._weights_at(path)
         found = self.ranks.agree(lambda: self._checked(state, path))
