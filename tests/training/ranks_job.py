@@ -1,11 +1,14 @@
 """What torchrun starts in several processes for `test_ranks`. Writes what it found as JSON.
 
-    torchrun --nproc-per-node N -m tests.training.ranks_job JOB FILE
+    torchrun --nproc-per-node N -m tests.training.ranks_job JOB PARALLEL FILE
+
+Each job trains ARCHDSL_RANKS_STEPS steps, by default 6.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +32,7 @@ from tests.shipped import STRUCTURES
 
 SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
 SMALL = Sizes(dim=16, context=16, vocab_size=8, head_size=8, repeat=2)
+STEPS = int(os.environ.get("ARCHDSL_RANKS_STEPS", "6"))
 LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
 
 
@@ -44,7 +48,9 @@ def models() -> dict[str, ModelSpec]:
     made = {
         "threshold": small_model(loop("threshold"), context=16),
         "predictor": small_model(loop("predictor"), context=16, tie_embeddings=True),
-        "balance": small_model(balanced, {"kind": "loop", "steps": 2, "body": balanced}, context=16),
+        "balance": small_model(
+            balanced, {"kind": "loop", "steps": 2, "body": balanced}, context=16
+        ),
         "depths": small_model(LAYER, loop("threshold"), context=16, training=deep),
     }
     return {name: load(name).resized(SMALL) for name in STRUCTURES} | made
@@ -70,7 +76,7 @@ class Collectives(TorchDispatchMode):
 
 
 def trainer(spec: ModelSpec, ranks: Ranks | None, **changes: Any) -> Trainer:
-    settings = {"steps": 50, "batch_size": 8, "lr": 1e-3, "device": "cpu", "seed": 3} | changes
+    settings = {"steps": STEPS, "batch_size": 8, "lr": 1e-3, "device": "cpu", "seed": 3} | changes
     config = TrainConfig.model_validate(settings)
     # in float32, rounding may decide which of two nearly equal scores a router selects
     return Trainer(build(spec, dtype=torch.float64), SKILL, config, ranks=ranks)
@@ -101,39 +107,33 @@ def _difference(alone: torch.Tensor | None, shared: torch.Tensor | None) -> floa
     return float((whole(shared) - alone).abs().max() / alone.abs().max().clamp(min=1e-9))
 
 
+VARIANTS: dict[str, dict[str, Any]] = {"muon": {"optimizer": "muon"}, "parts": {"accumulate": 2}}
+TRAINED = ("threshold", "predictor", "balance", "depths", "huginn-tiny", *VARIANTS, "compiled")
+
+
 def losses(ranks: Ranks) -> dict[str, Any]:
-    """The losses of 50 steps, the last validation, the statistics, and the memory of states."""
+    """The losses of some steps, the last validation, the statistics, and the bytes of all states.
+
+    The model ``compiled`` is compiled, unless there is one process alone.
+    """
     found = {}
-    for name in ("threshold", "predictor", "balance", "depths", "huginn-tiny", "muon", "parts"):
-        spec = models().get(name, load("tiny").resized(SMALL))
-        more = {"muon": {"optimizer": "muon"}, "parts": {"accumulate": 2}}.get(name, {})
-        run, seen = trainer(spec, ranks, **more), []
+    for name in TRAINED:
+        spec, seen = models().get(name, load("tiny").resized(SMALL)), list[float]()
+        run = trainer(spec, ranks, **VARIANTS.get(name, {}))
+        if name == "compiled" and ranks.size > 1:
+            compile_layers(run.model, backend="eager")
         run.run(on_step=lambda step, seen=seen: seen.append(step.loss))
         kept = [tensor for moments in run.optimizer.state().values() for tensor in moments.values()]
-        held = [local(tensor).nbytes for tensor in (*run.model.parameters(), *kept)]
-        buffers = {n: b.flatten().tolist() for n, b in run.model.named_buffers()}
         found[name] = {
             "losses": seen,
             "validation": run.evaluate().loss,
-            "buffers": buffers,
-            "bytes": sum(held),
+            "statistics": [x for _, b in run.model.named_buffers() for x in b.flatten().tolist()],
+            "bytes": sum(local(tensor).nbytes for tensor in (*run.model.parameters(), *kept)),
         }
     return found
 
 
-def compiled(ranks: Ranks) -> dict[str, Any]:
-    """The losses of a compiled model."""
-    run, seen = trainer(models()["predictor"], ranks, steps=3), []
-    compile_layers(run.model, backend="eager")
-    run.run(on_step=lambda step: seen.append(step.loss))
-    return {"losses": seen}
-
-
-JOBS: dict[str, Callable[[Ranks], dict[str, Any]]] = {
-    "gradients": gradients,
-    "losses": losses,
-    "compiled": compiled,
-}
+JOBS: dict[str, Callable[[Ranks], dict[str, Any]]] = {"gradients": gradients, "losses": losses}
 
 
 def main() -> None:

@@ -1,0 +1,158 @@
+"""Several processes that train one model: the same answer as one process, from less memory.
+
+They are started by torchrun on the CPU, connected by gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from archdsl.errors import ArchdslError
+from archdsl.files import read_lines
+from archdsl.model.checkpoint import load_checkpoint
+from archdsl.nn.ranks import Ranks
+from tests.training.ranks_job import TRAINED, losses, models, trainer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ALONE = Ranks(torch.device("cpu"))
+
+
+def launch(processes: int, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    arguments = [*TORCHRUN, str(processes), "-m", *command]
+    return subprocess.run(
+        arguments, env=ENV, capture_output=True, text=True, timeout=600, check=False, **options
+    )
+
+
+def result(folder: Path, job: str, processes: int, parallel: str) -> dict[str, Any]:
+    file = folder / "found.json"
+    done = launch(processes, "tests.training.ranks_job", job, parallel, str(file))
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(file.read_text()))
+
+
+@cache
+def alone() -> dict[str, Any]:
+    return losses(ALONE)
+
+
+# The same answer
+
+
+def test_gradients_are_those_of_one_process_and_weights_are_gathered_once(tmp_path: Path) -> None:
+    found = result(tmp_path, "gradients", 2, "fsdp")
+    assert found.keys() == models().keys()
+    for name, one in found.items():
+        assert one["error"] < 1e-9, name
+        layers = one["units"] - 1
+        # each layer once forward and once backward, or once for all parts; the rest once
+        gathers = layers + 1 if name == "depths" else 2 * layers + 1
+        assert one["collectives"]["_allgather_base_"] == gathers, name
+        assert one["collectives"]["_reduce_scatter_base_"] == layers + 1, name
+
+
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "fsdp"), (4, "hsdp"), (4, "ddp")])
+def test_losses_statistics_and_validation_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, processes: int, parallel: str
+) -> None:
+    found = result(tmp_path, "losses", processes, parallel)
+    share = 1 if parallel == "ddp" else 1 / processes
+    for name in TRAINED:
+        wanted, got = alone()[name], found[name]
+        for figure in ("losses", "validation", "statistics"):
+            assert got[figure] == pytest.approx(wanted[figure], rel=1e-9, abs=1e-9), (name, figure)
+        assert got["bytes"] <= (share + 0.05 * (share < 1)) * wanted["bytes"], name
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    ranks = Ranks(torch.device("cpu"), rank=1, size=3)
+    with pytest.raises(ArchdslError, match=r"8 sequences cannot .* processes \(3\).*multiple of 3"):
+        trainer(models()["threshold"], ranks)
+
+
+# Checkpoints
+
+RUN = "tiny --batch-size 4 --context 16 --eval-tokens 32 --log-every 1 --checkpoint-every 4"
+RUN += (
+    " --data skill:p-hop,length=16 --device cpu --schedule constant --warmup-steps 2 --set dim=16"
+)
+
+
+def train(out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return launch(processes, "archdsl", "train", *RUN.split(), "--out", str(out), *more)
+
+
+def logged(out: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
+
+
+def test_a_run_goes_on_with_other_processes_and_ends_as_a_whole_checkpoint(tmp_path: Path) -> None:
+    divided, whole = tmp_path / "divided", tmp_path / "whole"
+    stages: Sequence[tuple[int, str, int]] = [(2, "fsdp", 6), (4, "hsdp", 11), (1, "auto", 15)]
+    for processes, parallel, steps in stages:
+        done = train(divided, processes, "--parallel", parallel, "--steps", str(steps))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("perplexity") == 1
+    assert train(whole, 1, "--steps", "15").returncode == 0
+    assert logged(divided) == pytest.approx(logged(whole), abs=1e-5)
+    ends = [load_checkpoint(out / "final").model.state_dict() for out in (divided, whole)]
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], atol=1e-4), name
+
+
+def test_shards_are_a_checkpoint_for_every_command_and_what_is_missing_is_named(
+    tmp_path: Path,
+) -> None:
+    assert train(tmp_path, 2, "--parallel", "fsdp", "--steps", "4").returncode == 0
+    saved = tmp_path / "checkpoints" / "step-000004"
+    assert sorted(path.name for path in saved.glob("shard-*")) != []
+    shards, final = load_checkpoint(saved), load_checkpoint(tmp_path / "final")
+    for name, tensor in final.model.state_dict().items():
+        assert torch.equal(shards.model.state_dict()[name], tensor), name
+    next(saved.glob("shard-*")).unlink()
+    with pytest.raises(ArchdslError, match=r"shard-\S+ is missing"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("ARCHDSL_KILLS", "1"))))
+def test_a_killed_process_costs_at_most_one_interval(tmp_path: Path, seed: int) -> None:
+    whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
+    more = ["--parallel", "fsdp", "--steps", "40"]
+    assert train(whole, 1, "--steps", "40").returncode == 0
+    command = [*TORCHRUN, "2", "--max-restarts", "1", "-m", "archdsl", "train", *RUN.split()]
+    with subprocess.Popen(
+        [*command, *more, "--out", str(killed)], env=ENV, stderr=subprocess.DEVNULL
+    ) as run:
+        while not (killed / "metrics.jsonl").exists() or not logged(killed):
+            assert run.poll() is None
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1.5))
+        before = read_lines(killed / "metrics.jsonl")[-1]["step"]
+        os.kill(draw.choice(_workers(run.pid)), signal.SIGKILL)
+        while (now := read_lines(killed / "metrics.jsonl")[-1]["step"]) >= before < 40:
+            time.sleep(0.05)
+            if run.poll() is not None:
+                break
+        assert now >= before - 8 or run.poll() is not None
+        assert run.wait(120) == 0
+    assert logged(killed) == pytest.approx(logged(whole), abs=1e-4)
+
+
+def _workers(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(task) for task in tasks]
