@@ -158,7 +158,9 @@ def _print_forecast(model: ModelSpec, config: TrainConfig, number: int, as_json:
     from archdsl.costs.devices import devices
     from archdsl.reports.train_forecast import forecast_data, forecast_table, forecast_training
 
-    found = forecast_training(model, config, devices(number))
+    parallel = "fsdp" if config.parallel == "auto" else config.parallel
+    group = min(8, number) if parallel == "hsdp" else None  # as many as most machines have
+    found = forecast_training(model, config, devices(number, parallel, group))
     print_json(forecast_data(found)) if as_json else print_parts(forecast_table(found))
 
 

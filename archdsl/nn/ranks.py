@@ -141,9 +141,16 @@ def connected() -> Iterator[Ranks]:
     if not launched():
         yield Ranks(torch.device("cpu"))
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     begun = not dist.is_initialized()
     if begun:
-        dist.init_process_group(timeout=WAIT)
+        store, rank, size = next(iter(rendezvous("env://", timeout=WAIT)))
+        # torchrun gives restarted processes the store in which those before left their addresses
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt_{attempt}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=WAIT)
     try:
         yield Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     finally:

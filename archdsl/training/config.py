@@ -18,7 +18,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # Settings that older versions did not have: their runs had the default. So records of a setting at
 # its default are the same with it and without it.
-LATER_SETTINGS = {"optimizer", "log", "loss_per_step", "peak_flops", "profile"}
+LATER_SETTINGS = {"optimizer", "log", "loss_per_step", "peak_flops", "profile", "parallel"}
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 

@@ -50,16 +50,17 @@ def _last_learn(passes: list[Pass], count: int) -> list[Pass]:
     return [one._replace(learns=i >= first) for i, one in enumerate(passes)]
 
 
-def losses_of_steps(model: LanguageModel, batch: Batch) -> list[float]:
+def losses_of_steps(model: LanguageModel, batch: Batch, sharded: bool = False) -> list[float]:
     """Return the loss on a batch with the last loop ended after 1, 2, ... of its steps.
 
     In nats per target. What follows the loop runs as always. Empty if the model has no loop.
+    ``sharded``: whether the weights are divided among processes, all of which call this.
     """
     if not model.loops:
         return []
     loop, losses = model.loops[-1], []
     before = loop.passes
-    with evaluation_mode(model):
+    with evaluation_mode(model, sharded):
         try:
             for steps in range(1, len(before) + 1):
                 loop.dial(steps=steps)

@@ -248,7 +248,7 @@ class Recorder:
         self.log = JsonLog(out / "metrics.jsonl", trainer.step) if out and writes else None
         self.loggers += [self.log] if self.log else []
         peak = config.peak_flops or peak_flops(trainer.device, trainer.in_bfloat16)
-        self.throughput = Throughput(trainer.model, trainer.context, peak)
+        self.throughput = Throughput(trainer.model, trainer.context, peak, self.ranks.size)
         self.profile = profile_of(trainer.model, config, out) if self.ranks.first else None
         self.tokens, self.seconds = 0, 0.0  # since the last line of the log
         self.shares: dict[str, float] = {}

@@ -339,7 +339,9 @@ class Trainer:
         tokens = size * self.context
         batch = next(iter(self.data.held_out("validation", size, self.context, tokens)))
         with self.autocast():
-            return losses_of_steps(self.model, batch)
+            losses = losses_of_steps(self.model, batch, sharded=self.ranks.size > 1)
+        give_back(self.units)
+        return losses
 
     def state(self) -> dict[str, Any]:
         """Return the state of training without the weights: tensors and JSON values by name."""

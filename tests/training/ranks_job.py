@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m tests.training.ranks_job JOB PARALLEL FILE
 
-Each job trains ARCHDSL_RANKS_STEPS steps, by default 6.
+Each job trains ARCHDSL_RANKS_STEPS steps, by default 3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.shipped import STRUCTURES
 
 SKILL = SkillData(parse_skill("p-hop,hops=1,length=16"))
 SMALL = Sizes(dim=16, context=16, vocab_size=8, head_size=8, repeat=2)
-STEPS = int(os.environ.get("ARCHDSL_RANKS_STEPS", "6"))
+STEPS = int(os.environ.get("ARCHDSL_RANKS_STEPS", "3"))
 LAYER: dict[str, Any] = {"kind": "layer", "attention": {"head_size": 8}, "ffn": {"hidden": 24}}
 
 

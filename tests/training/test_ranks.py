@@ -24,11 +24,14 @@ from archdsl.errors import ArchdslError
 from archdsl.files import read_lines
 from archdsl.model.checkpoint import load_checkpoint
 from archdsl.nn.ranks import Ranks
+from archdsl.training.run import last_checkpoint
 from tests.training.ranks_job import TRAINED, losses, models, trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 ALONE = Ranks(torch.device("cpu"))
+BY_HAND = "ARCHDSL_BENCHMARKS" in os.environ  # what would take minutes
+WORLDS = [(2, "fsdp"), (4, "fsdp"), (4, "ddp")] if BY_HAND else [(2, "fsdp")]
 
 
 def launch(processes: int, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -65,7 +68,7 @@ def test_gradients_are_those_of_one_process_and_weights_are_gathered_once(tmp_pa
         assert one["collectives"]["_reduce_scatter_base_"] == layers + 1, name
 
 
-@pytest.mark.parametrize(("processes", "parallel"), [(2, "fsdp"), (4, "hsdp"), (4, "ddp")])
+@pytest.mark.parametrize(("processes", "parallel"), WORLDS)
 def test_losses_statistics_and_validation_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, processes: int, parallel: str
 ) -> None:
@@ -102,7 +105,7 @@ def logged(out: Path) -> list[float]:
 
 def test_a_run_goes_on_with_other_processes_and_ends_as_a_whole_checkpoint(tmp_path: Path) -> None:
     divided, whole = tmp_path / "divided", tmp_path / "whole"
-    stages: Sequence[tuple[int, str, int]] = [(2, "fsdp", 6), (4, "hsdp", 11), (1, "auto", 15)]
+    stages: Sequence[tuple[int, str, int]] = [(2, "fsdp", 6), (1, "auto", 11), (4, "hsdp", 15)]
     for processes, parallel, steps in stages:
         done = train(divided, processes, "--parallel", parallel, "--steps", str(steps))
         assert done.returncode == 0, done.stderr
@@ -128,27 +131,23 @@ def test_shards_are_a_checkpoint_for_every_command_and_what_is_missing_is_named(
         load_checkpoint(saved)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("ARCHDSL_KILLS", "1"))))
+@pytest.mark.skipif(not BY_HAND, reason="a minute for each of twelve kills; by hand")
+@pytest.mark.parametrize("seed", range(12))
 def test_a_killed_process_costs_at_most_one_interval(tmp_path: Path, seed: int) -> None:
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
-    more = ["--parallel", "fsdp", "--steps", "40"]
-    assert train(whole, 1, "--steps", "40").returncode == 0
     command = [*TORCHRUN, "2", "--max-restarts", "1", "-m", "archdsl", "train", *RUN.split()]
-    with subprocess.Popen(
-        [*command, *more, "--out", str(killed)], env=ENV, stderr=subprocess.DEVNULL
-    ) as run:
+    more = ["--parallel", "fsdp", "--steps", "40", "--out", str(killed)]
+    assert train(whole, 1, "--steps", "40").returncode == 0
+    with subprocess.Popen([*command, *more], env=ENV, stderr=subprocess.DEVNULL) as run:
         while not (killed / "metrics.jsonl").exists() or not logged(killed):
             assert run.poll() is None
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 1.5))
-        before = read_lines(killed / "metrics.jsonl")[-1]["step"]
         os.kill(draw.choice(_workers(run.pid)), signal.SIGKILL)
-        while (now := read_lines(killed / "metrics.jsonl")[-1]["step"]) >= before < 40:
-            time.sleep(0.05)
-            if run.poll() is not None:
-                break
-        assert now >= before - 8 or run.poll() is not None
+        reached = read_lines(killed / "metrics.jsonl")[-1]["step"]
+        checkpoint = last_checkpoint(killed)
+        kept = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+        assert reached - kept <= 2 * 4  # an interval, and one that was being written
         assert run.wait(120) == 0
     assert logged(killed) == pytest.approx(logged(whole), abs=1e-4)
 
