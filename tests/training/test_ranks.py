@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from archdsl.files import read_lines
 from archdsl.model.checkpoint import load_checkpoint
 from archdsl.nn.ranks import Ranks
 from archdsl.training.run import last_checkpoint
+from tests.cli.command import Cli
 from tests.training.ranks_job import TRAINED, losses, models, trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -95,40 +96,41 @@ RUN += (
 )
 
 
-def train(out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
-    return launch(processes, "archdsl", "train", *RUN.split(), "--out", str(out), *more)
+def train(out: Path, processes: int, *more: str) -> None:
+    done = launch(processes, "archdsl", "train", *RUN.split(), "--out", str(out), *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perplexity") == 1  # one of them speaks
 
 
 def logged(out: Path) -> list[float]:
     return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
 
 
-def test_a_run_goes_on_with_other_processes_and_ends_as_a_whole_checkpoint(tmp_path: Path) -> None:
-    divided, whole = tmp_path / "divided", tmp_path / "whole"
-    stages: Sequence[tuple[int, str, int]] = [(2, "fsdp", 6), (1, "auto", 11), (4, "hsdp", 15)]
-    for processes, parallel, steps in stages:
-        done = train(divided, processes, "--parallel", parallel, "--steps", str(steps))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("perplexity") == 1
-    assert train(whole, 1, "--steps", "15").returncode == 0
+def test_a_run_goes_on_with_other_processes_and_ends_as_a_whole_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    divided, whole, alone = tmp_path / "divided", tmp_path / "whole", Cli(capsys)
+    train(divided, 2, "--parallel", "fsdp", "--steps", "6")
+    check_shards(divided / "checkpoints" / "step-000006", divided / "final")
+    assert alone("train", *RUN.split(), "--out", str(divided), "--steps", "11").status == 0
+    train(divided, 4, "--parallel", "hsdp", "--steps", "15")
+    assert alone("train", *RUN.split(), "--out", str(whole), "--steps", "15").status == 0
     assert logged(divided) == pytest.approx(logged(whole), abs=1e-5)
     ends = [load_checkpoint(out / "final").model.state_dict() for out in (divided, whole)]
     for name, tensor in ends[0].items():
         assert torch.allclose(tensor, ends[1][name], atol=1e-4), name
 
 
-def test_shards_are_a_checkpoint_for_every_command_and_what_is_missing_is_named(
-    tmp_path: Path,
-) -> None:
-    assert train(tmp_path, 2, "--parallel", "fsdp", "--steps", "4").returncode == 0
-    saved = tmp_path / "checkpoints" / "step-000004"
-    assert sorted(path.name for path in saved.glob("shard-*")) != []
-    shards, final = load_checkpoint(saved), load_checkpoint(tmp_path / "final")
-    for name, tensor in final.model.state_dict().items():
-        assert torch.equal(shards.model.state_dict()[name], tensor), name
-    next(saved.glob("shard-*")).unlink()
+def check_shards(saved: Path, final: Path) -> None:
+    """A checkpoint of shards is one for every command, and one without a shard is refused."""
+    weights = load_checkpoint(saved).model.state_dict()
+    for name, tensor in load_checkpoint(final).model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    copy = saved.parent.parent / "copy"
+    shutil.copytree(saved, copy)
+    next(copy.glob("shard-*")).unlink()
     with pytest.raises(ArchdslError, match=r"shard-\S+ is missing"):
-        load_checkpoint(saved)
+        load_checkpoint(copy)
 
 
 @pytest.mark.skipif(not BY_HAND, reason="a minute for each of twelve kills; by hand")
@@ -137,7 +139,7 @@ def test_a_killed_process_costs_at_most_one_interval(tmp_path: Path, seed: int) 
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
     command = [*TORCHRUN, "2", "--max-restarts", "1", "-m", "archdsl", "train", *RUN.split()]
     more = ["--parallel", "fsdp", "--steps", "40", "--out", str(killed)]
-    assert train(whole, 1, "--steps", "40").returncode == 0
+    train(whole, 1, "--steps", "40")
     with subprocess.Popen([*command, *more], env=ENV, stderr=subprocess.DEVNULL) as run:
         while not (killed / "metrics.jsonl").exists() or not logged(killed):
             assert run.poll() is None
