@@ -28,6 +28,10 @@ Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 BYTES_OF_A_PARAMETER = 16  # weight, gradient and two moments in float32
 SHARE_FOR_REPLICAS = 0.25  # of a device's memory; larger models are sharded, by `auto`
 WAIT = timedelta(hours=2)  # for the others, one of which may tokenize a large text
+LOST = (
+    "the connection to another process of this run was lost; why that one has ended is said before "
+    "or below. The same command goes on from the last checkpoint"
+)
 
 T = TypeVar("T")
 
@@ -86,19 +90,21 @@ class Ranks:
     def agree(self, work: Callable[[], T]) -> T:
         """Do something in every process, and return what it returns in this one.
 
-        Raises an ArchdslError in all of them if one of them raises it: that of the first.
+        If it raises an ArchdslError in one of them, all of them raise one with that message.
         """
-        result, failure = None, None
+        result, failure, told = None, None, None
         try:
             result = work()
         except ArchdslError as error:
             if self.size == 1:
                 raise
-            failure = error
-        for rank, found in enumerate(self.gather(failure)):
+            failure, told = error, (str(error), error.exit_status)
+        everyones = self.gather(told)
+        for rank, found in enumerate(everyones):
             if found is not None:
-                found.told_by_another = rank != self.rank
-                raise found
+                failure = failure or _of_another(*found)
+                failure.told_by_another = rank != self.rank
+                raise failure
         return cast(T, result)
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -127,6 +133,12 @@ class Ranks:
             yield some[min(self.rank, len(some) - 1)], self.rank < len(some)
 
 
+def _of_another(message: str, exit_status: int) -> ArchdslError:
+    error = ArchdslError(message)
+    error.exit_status = exit_status
+    return error
+
+
 def launched() -> bool:
     """Whether torchrun, or what sets the same variables, has started this process with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
@@ -137,6 +149,7 @@ def connected() -> Iterator[Ranks]:
     """Connect this process with the others that torchrun started, inside the block.
 
     They are not yet at their devices; see `joined`. A process that was started alone is alone.
+    Raises ArchdslError if another one ends before them all.
     """
     if not launched():
         yield Ranks(torch.device("cpu"))
@@ -147,12 +160,18 @@ def connected() -> Iterator[Ranks]:
     begun = not dist.is_initialized()
     if begun:
         store, rank, size = next(iter(rendezvous("env://", timeout=WAIT)))
-        # torchrun gives restarted processes the store in which those before left their addresses
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun gives restarted processes the store in which those before left their addresses;
+        # on several machines it may count restarts differently, see docs/training.md
+        one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
         store = PrefixStore(f"attempt_{attempt}", store)
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=WAIT)
     try:
         yield Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ArchdslError(LOST) from error
+        raise
     finally:
         if begun:
             dist.destroy_process_group()

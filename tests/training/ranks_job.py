@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from archdsl.data.loading import SkillData
 from archdsl.data.skills import parse_skill
+from archdsl.errors import ArchdslError, Problem, SpecError
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import build
@@ -99,7 +100,21 @@ def gradients(ranks: Ranks) -> dict[str, Any]:
             "units": len(together.units),
             "collectives": dict(seen.count),
         }
-    return found
+    return {"models": found, "error of the second": error_of_the_second(ranks)}
+
+
+def error_of_the_second(ranks: Ranks) -> list[Any]:
+    """What this process is told of an error that the second one raises."""
+
+    def work() -> None:
+        if ranks.rank == 1:
+            raise SpecError(Problem("blocks.0", "is wrong"))
+
+    try:
+        ranks.agree(work)
+    except ArchdslError as error:
+        return [str(error), error.exit_status, error.told_by_another]
+    return []
 
 
 def _difference(alone: torch.Tensor | None, shared: torch.Tensor | None) -> float:

@@ -58,7 +58,9 @@ def alone() -> dict[str, Any]:
 
 
 def test_gradients_are_those_of_one_process_and_weights_are_gathered_once(tmp_path: Path) -> None:
-    found = result(tmp_path, "gradients", 2, "fsdp")
+    results = result(tmp_path, "gradients", 2, "fsdp")
+    assert results["error of the second"] == ["blocks.0: is wrong", 2, True]
+    found = results["models"]
     assert found.keys() == models().keys()
     for name, one in found.items():
         assert one["error"] < 1e-9, name
