@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,13 +112,12 @@ def train(
 
       torchrun --nproc-per-node 8 -m archdsl train itt --batch-size 64
     """
+    options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out, "log": log}
+    plan_of = _checked(ctx, spec, overrides or [], config_file, options)
     from archdsl.nn.ranks import connected
 
-    options = {"data": source, "column": column, "tokenizer": tokenizer, "out": out, "log": log}
     with connected() as ranks:
-        plan = ranks.one_after_first(
-            lambda: _plan(ctx, spec, overrides or [], config_file, options)
-        )
+        plan = ranks.one_after_first(plan_of)
         if dry_run:
             if ranks.first:
                 _print_forecast(plan.spec, plan.config, devices, as_json)
@@ -164,14 +164,15 @@ def _print_forecast(model: ModelSpec, config: TrainConfig, number: int, as_json:
     print_json(forecast_data(found)) if as_json else print_parts(forecast_table(found))
 
 
-def _plan(
+def _checked(
     ctx: typer.Context,
     subject: str,
     overrides: list[str],
     config_file: Path | None,
     options: dict[str, Any],
-) -> TrainPlan:
-    """The training of a train file, a spec or a checkpoint, with the options of the command."""
+) -> Callable[[], TrainPlan]:
+    """What loads the model and the data of a train file, a spec or a checkpoint for a training with
+    the options of the command. These are checked at once, without torch."""
     from archdsl.lang.load import load
     from archdsl.training.train_file import (
         TrainFile,
@@ -181,17 +182,22 @@ def _plan(
         subject_of,
     )
 
-    if not is_train_file(subject):
-        settings = config_from(ctx, TrainFile, config_file, options)
+    if is_train_file(subject):
+        if config_file:
+            raise ArchdslError(
+                f"{subject} is a train file, so its settings do not come from --config "
+                f"{config_file}: give one of the two"
+            )
+        tree = read_tree(subject, overrides)
+        found = config_from(ctx, TrainFile, tree, options)
+        return lambda: planned(found, subject_of(tree))
+    settings = config_from(ctx, TrainFile, config_file, options)
+
+    def plan() -> TrainPlan:
         start = checkpoint_at(subject, overrides, settings.tokenizer)
         return planned(settings, start or load(subject, overrides=overrides))
-    if config_file:
-        raise ArchdslError(
-            f"{subject} is a train file, so its settings do not come from --config {config_file}: "
-            "give one of the two"
-        )
-    tree = read_tree(subject, overrides)
-    return planned(config_from(ctx, TrainFile, tree, options), subject_of(tree))
+
+    return plan
 
 
 def _facts(result: TrainResult, folder: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> N
     for name, story in (("train", "It was. " * 40), ("dev", "Held out. " * 9), ("test", "Out. ")):
         row = {"id": name, "story": story}
         (folder / f"{name}_0.jsonl").write_text(json.dumps(row) + "\n")
-    (folder / "notes.md").write_text("about the stories")
+    (folder / "notes.rst").write_text("about the stories")
     train = ["train", "tiny", "--data", "stories", "--context", "8", "--batch-size", "2"]
     sizes = ["--set", "vocab_size=257", "--steps", "1"]
     refused = cli(*train, *sizes)
@@ -140,7 +140,7 @@ def test_a_training_says_what_it_found_and_reads_the_named_column(cli: Cli) -> N
         "  train: 1 file, 1 document, 322 tokens\n",
         "  validation: 1 file, 1 document, 92 tokens\n",
         "  test: 1 file, 1 document, 7 tokens\n",
-        "  left out: 'notes.md' (another format)\n",
+        "  left out: 'notes.rst' (another format)\n",
     ):
         assert line in trained.err
     scored = cli("eval", "run/final", "--data", "stories::story", "--json")

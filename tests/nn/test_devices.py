@@ -64,7 +64,7 @@ def test_a_checkpoint_is_loaded_to_the_accelerator(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("kind", "half"), [("cpu", False), ("xpu", True), ("mps", False)])
 def test_bfloat16_is_used_unasked_where_it_is_faster(kind: str, half: bool) -> None:
     trainer = SimpleNamespace(config=TrainConfig(steps=1), device=torch.device(kind))
-    assert Trainer.autocast(trainer)._enabled is half  # type: ignore[arg-type]
+    assert Trainer.in_bfloat16.fget(trainer) is half  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("function", ["manual_seed", "manual_seed_all"])
