@@ -21,7 +21,7 @@ from archdsl.reports.training_memory import (
     shortage,
     training_memory,
 )
-from archdsl.testing import saved_tensors
+from archdsl.testing import saved_tensors, small_model
 from archdsl.training.config import TrainConfig
 from benchmarks.memory import allocated, measured
 from tests.shipped import STRUCTURES
@@ -70,6 +70,16 @@ def test_the_formula_equals_what_autograd_saves_for_any_spec(spec: ModelSpec) ->
 @given(specs())
 def test_the_formula_equals_what_autograd_saves_for_150_specs(spec: ModelSpec) -> None:
     keeps_what_autograd_saves(spec)
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_one_token_selected_of_one_shares_its_rotary_angles(context: int) -> None:
+    attention = {"kind": "attention", "head_size": 4}
+    routed = {"kind": "loop", "steps": 1, "full_steps": 0, "router": "prefix"}
+    inner = routed | {"body": {"kind": "layer", "attention": attention}}
+    outer = routed | {"body": {"kind": "layer", "attention": attention, "ffn": inner}}
+    spec = small_model(outer, context=context)
+    assert saved_for_backward(spec, full_batch(spec, 3)) == saved_bytes(spec, 3)
 
 
 def keeps_what_autograd_saves(spec: ModelSpec) -> None:
