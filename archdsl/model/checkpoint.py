@@ -51,6 +51,7 @@ from archdsl.lang.spec import ModelSpec, parse_spec, walk
 from archdsl.model.build import build, meta_model
 from archdsl.model.language_model import LanguageModel
 from archdsl.model.shards import read_shards, stored_shapes
+from archdsl.nn.ranks import local
 
 FORMAT = 1
 WEIGHTS, SPEC, TOKENIZER, PROVENANCE = (
@@ -427,7 +428,7 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor], model: LanguageMode
     """Raises CheckpointError if a weight of a checkpoint, or this process's part, is not finite."""
     buffers = {name for name, _ in model.named_buffers()}
     for name, tensor in tensors.items():
-        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        own = local(tensor)
         _check_values(path, name, own, own, name in buffers)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from archdsl.errors import ArchdslError, blamed_on
 from archdsl.nn.devices import device_named
@@ -240,3 +241,13 @@ def _memory(device: torch.device) -> int:
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor that is divided among the processes, as a whole in each of them."""
+    return cast(Tensor, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return cast(Tensor, tensor.to_local() if hasattr(tensor, "to_local") else tensor)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch import Tensor
 from archdsl.model.build import build
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import BatchStatistics
-from archdsl.nn.ranks import Ranks
+from archdsl.nn.ranks import Ranks, whole
 
 
 def shard(model: LanguageModel, ranks: Ranks, parts: bool, in_step: bool) -> list[Any]:
@@ -119,16 +119,6 @@ def _none(ranks: Ranks) -> Tensor:
 
 def _numel(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def whole(tensor: Any) -> Tensor:
-    """A tensor that is divided among the processes, as a whole in each of them."""
-    return cast(Tensor, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
-
-
-def local(tensor: Any) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return cast(Tensor, tensor.to_local() if hasattr(tensor, "to_local") else tensor)
 
 
 def gathered(model: LanguageModel, ranks: Ranks) -> LanguageModel:

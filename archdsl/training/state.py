@@ -19,7 +19,7 @@ from archdsl.evaluation.evaluate import Evaluation
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.model.checkpoint import TENSORS, TRAINING, CheckpointError
-from archdsl.training.parallel import local
+from archdsl.nn.ranks import local
 
 PREFIX = "optimizer/"
 

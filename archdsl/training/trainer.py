@@ -39,18 +39,16 @@ from archdsl.model.checkpoint import (
 )
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
-from archdsl.nn.ranks import Ranks
+from archdsl.nn.ranks import Ranks, local, whole
 from archdsl.training.config import TrainConfig, usual_warmup
 from archdsl.training.depth import at_depth, losses_of_steps
 from archdsl.training.optimizers import Optimizer
 from archdsl.training.parallel import (
     gathered,
     give_back,
-    local,
     part_of_batch,
     shard,
     share_statistics,
-    whole,
 )
 from archdsl.training.sharded import ShardWriter
 from archdsl.training.state import PREFIX, TrainingState, checked, empty_moments, moments

@@ -25,10 +25,9 @@ from archdsl.errors import ArchdslError, Problem, SpecError
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.model.build import build
-from archdsl.nn.ranks import Parallel, Ranks, joined
+from archdsl.nn.ranks import Parallel, Ranks, joined, local, whole
 from archdsl.testing import small_model
 from archdsl.training.config import TrainConfig
-from archdsl.training.parallel import local, whole
 from archdsl.training.trainer import Trainer, TrainStep, compile_layers
 from tests.shipped import STRUCTURES
 
