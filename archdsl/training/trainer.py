@@ -320,7 +320,7 @@ class Trainer:
             evaluation = evaluate(
                 self.model,
                 self.data,
-                batch_size=config.batch_size // config.accumulate,
+                batch_size=self._rows_at_once,
                 context=self.context,
                 limit_tokens=config.eval_tokens,
                 ranks=self.ranks,
@@ -330,10 +330,15 @@ class Trainer:
             self._give_up(f"the validation loss is {evaluation.loss}")
         return evaluation
 
+    @property
+    def _rows_at_once(self) -> int:
+        """The sequences that this process has in memory in training."""
+        return self.config.batch_size // (self.config.accumulate * self.ranks.size)
+
     def loss_of_steps(self) -> list[float]:
         """Return the loss on a batch of the validation split with the last loop ended after 1, 2,
         ... steps, in nats per target; empty if there is no loop."""
-        size = self.config.batch_size // self.config.accumulate
+        size = self._rows_at_once
         tokens = size * self.context
         batch = next(iter(self.data.held_out("validation", size, self.context, tokens)))
         with self.autocast():
