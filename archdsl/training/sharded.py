@@ -52,7 +52,7 @@ class ShardWriter:
         """Wait until the checkpoint is written. Raises CheckpointError if it cannot be."""
         if self.running is not None:
             running, self.running = self.running, None
-            self.ranks.agree(lambda: _result(running, self.path))
+            self.ranks.agree(lambda: result_of(running, self.path))
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, whether or not it can be."""
@@ -65,12 +65,15 @@ def _make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
 
 
-def _result(running: Future[Any], path: Path) -> None:
+def result_of(running: Future[Any], path: Path) -> None:
+    """Wait for the end of a write. Raises CheckpointError, which says why, if it failed."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         running.result()
     except ArchdslError:
         raise
-    except Exception as error:  # whatever DCP, or the disk, raises in another thread
+    except (Exception, CheckpointException) as error:  # the second one is no Exception
         failures = getattr(error, "failures", {}).values()  # of each process, by DCP
         causes = [error, *(cause for cause, *_ in failures)]
         reasons = [reason for cause in causes if (reason := disk_fault(cause))]

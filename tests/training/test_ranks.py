@@ -5,6 +5,7 @@ They are started by torchrun on the CPU, connected by gloo.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -13,18 +14,22 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from archdsl.errors import ArchdslError
 from archdsl.files import read_lines
-from archdsl.model.checkpoint import load_checkpoint
+from archdsl.model.checkpoint import CheckpointError, load_checkpoint
 from archdsl.nn.ranks import Ranks
 from archdsl.training.run import last_checkpoint
+from archdsl.training.sharded import result_of
 from tests.cli.command import Cli
 from tests.training.ranks_job import TRAINED, losses, models, trainer
 
@@ -133,6 +138,14 @@ def check_shards(saved: Path, final: Path) -> None:
     next(copy.glob("shard-*")).unlink()
     with pytest.raises(ArchdslError, match=r"shard-\S+ is missing"):
         load_checkpoint(copy)
+
+
+def test_a_full_disk_of_any_process_is_told_in_one_line() -> None:
+    running: Future[None] = Future()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    running.set_exception(CheckpointException("write", {1: (full, StackSummary())}))
+    with pytest.raises(CheckpointError, match=r"^out could not be written: No space left on dev"):
+        result_of(running, Path("out"))
 
 
 @pytest.mark.skipif(not BY_HAND, reason="a minute for each of twelve kills; by hand")
