@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from archdsl.checks.check import check
     from archdsl.data.loading import load_data
     from archdsl.evaluation.evaluate import evaluate
+    from archdsl.evaluation.gradients import gradients
     from archdsl.generation.generate import generate
     from archdsl.lang.load import load
     from archdsl.model.build import build
@@ -27,7 +28,18 @@ if TYPE_CHECKING:
     from archdsl.training.run import train
 
 __version__ = "0.1.0"
-__all__ = ["build", "check", "cost", "evaluate", "generate", "load", "load_data", "search", "train"]
+__all__ = [
+    "build",
+    "check",
+    "cost",
+    "evaluate",
+    "generate",
+    "gradients",
+    "load",
+    "load_data",
+    "search",
+    "train",
+]
 
 _FUNCTIONS = {
     "build": "archdsl.model.build",
@@ -35,6 +47,7 @@ _FUNCTIONS = {
     "cost": "archdsl.reports.notebook",
     "evaluate": "archdsl.evaluation.evaluate",
     "generate": "archdsl.generation.generate",
+    "gradients": "archdsl.evaluation.gradients",
     "load": "archdsl.lang.load",
     "load_data": "archdsl.data.loading",
     "train": "archdsl.training.run",

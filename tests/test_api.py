@@ -105,6 +105,7 @@ def test_what_needs_weights_takes_no_spec(given: Any) -> None:
     for call in (
         lambda: archdsl.evaluate(model, data),
         lambda: archdsl.generate(model, [[1]]),
+        lambda: archdsl.gradients(model, data),
     ):
         with pytest.raises(ArchdslError) as error:
             call()

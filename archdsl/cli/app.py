@@ -13,7 +13,19 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 import archdsl
-from archdsl.cli import ablate, check, generate, hub, retrofit, runs, search, specs, study, tokenize
+from archdsl.cli import (
+    ablate,
+    check,
+    generate,
+    gradients,
+    hub,
+    retrofit,
+    runs,
+    search,
+    specs,
+    study,
+    tokenize,
+)
 from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED, PLAIN, SETTINGS, Command, CommandGroup, with_options_of
 from archdsl.errors import ArchdslError
@@ -26,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
     "tokenize": (tokenize.tokenize, Command),
     "train": (runs.train, with_options_of(runs.config_class)),
     "eval": (evaluation.eval_, Command),
+    "gradients": (gradients.gradients, Command),
     "check": (check.check, Command),
     "generate": (generate.generate, with_options_of(generate.config_class)),
     "export": (hub.export, Command),

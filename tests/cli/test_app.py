@@ -127,6 +127,7 @@ def test_completes_at_once(words: str, completed: list[str]) -> None:
         "train",
         "eval",
         "generate",
+        "gradients",
         "check",
         "diff",
         "blocks",
