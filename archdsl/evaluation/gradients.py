@@ -16,8 +16,7 @@ Shapes: W windows, T tokens, J losses, R resamples, C columns (uses of matrices,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,6 @@ from archdsl.evaluation.weight_gradients import Matrix, Use, attentions, window_
 from archdsl.lang.strict import Strict
 from archdsl.model.build import require_model
 from archdsl.model.language_model import LanguageModel
-from archdsl.nn.devices import random_state_kept, seed_torch
 
 RESAMPLES = 2000
 LONGEST = 256  # tokens of a window by default
@@ -179,7 +177,6 @@ def _batches(
     return found
 
 
-@torch.no_grad()
 def _token_losses(model: LanguageModel, batches: Sequence[Batch], context: int) -> Floats:
     """The loss of each token in nats, [W, T]; NaN where there is no target."""
     device = next(model.parameters()).device
@@ -252,7 +249,7 @@ def _measure(
     count_JW1 = chosen_JWT.sum(-1, keepdims=True)
     weight_JWT = torch.from_numpy(chosen_JWT / np.maximum(1, count_JW1))
     at_logits, nuclear, start = [], [], 0
-    with _with_gradients(model):
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         for batch in track(
             sample.batches, "gradients", console=Console(stderr=True), disable=not progress
         ):
@@ -267,19 +264,6 @@ def _measure(
     zero = np.zeros_like(raw_JWC)
     normalised_JWC = np.divide(raw_JWC, at_logits_JW1, out=zero, where=at_logits_JW1 > 0)
     return _Measure(list(columns), raw_JWC, normalised_JWC, count_JW1[..., 0] > 0)
-
-
-@contextmanager
-def _with_gradients(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode with gradients and seed 0; everything is restored afterwards."""
-    training, device = model.training, next(model.parameters()).device
-    with random_state_kept(device), torch.enable_grad():
-        seed_torch(0, device)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
 
 
 def _joined(
@@ -316,14 +300,14 @@ def _with_sums(norms: dict[Use, Floats]) -> dict[Use, Floats]:
 def _rows(measure: _Measure, sample: Sample) -> list[Row]:
     """The figures of each column."""
     whole = [
-        _contrasts(norm_JWC[WHOLE], sample.easy, sample.hard)
+        contrasts(norm_JWC[WHOLE], sample.easy, sample.hard)
         for norm_JWC in (measure.raw_JWC, measure.normalised_JWC)
     ]
     paired = measure.there_JW[MATCHED, sample.easy]
     matched: Sequence[Contrast | None] = [None] * len(measure.columns)
     if paired.any():
         of_pairs = sample.easy[paired], sample.hard[paired]
-        matched = _contrasts(measure.raw_JWC[MATCHED], *of_pairs, paired=True)
+        matched = contrasts(measure.raw_JWC[MATCHED], *of_pairs, paired=True)
     tokens = [
         _means(norm_JWC[FIRST_DECILE:], measure.there_JW[FIRST_DECILE:])
         for norm_JWC in (measure.raw_JWC, measure.normalised_JWC)
@@ -343,8 +327,11 @@ def _rows(measure: _Measure, sample: Sample) -> list[Row]:
     ]
 
 
-def _contrasts(norm_WC: Floats, easy: Ints, hard: Ints, *, paired: bool = False) -> list[Contrast]:
-    """The contrast of each column. ``paired``: the windows at the same place are drawn together."""
+def contrasts(norm_WC: Floats, easy: Ints, hard: Ints, *, paired: bool = False) -> list[Contrast]:
+    """The contrast of the windows ``easy`` and ``hard`` in each column.
+
+    ``paired``: the windows at the same place are drawn together.
+    """
     easy_RE = _resamples(len(easy), seed=0)
     hard_RE = easy_RE if paired else _resamples(len(hard), seed=1)
     easy_C, easy_RC = norm_WC[easy].mean(0), easy_RE @ norm_WC[easy]

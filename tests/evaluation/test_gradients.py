@@ -22,7 +22,7 @@ from archdsl.evaluation.gradient_sample import (
     matched_tokens,
     pairs_of_equal_loss,
 )
-from archdsl.evaluation.gradients import Gradients, gradients
+from archdsl.evaluation.gradients import Gradients, contrasts, gradients
 from archdsl.evaluation.weight_gradients import (
     MATRICES,
     Use,
@@ -180,6 +180,17 @@ def test_easy_and_hard_windows_are_quarters_and_matched_tokens_lie_in_their_pair
     assert counts_W.sum() == 2 * counts_W[sample.easy].sum() > 0
 
 
+def test_pairs_of_windows_are_drawn_together() -> None:
+    norm_WC = np.random.default_rng(0).exponential(size=(4, 1))
+    norm_WC = np.concatenate([norm_WC, 3 * norm_WC])
+    easy, hard = np.arange(4), np.arange(4, 8)
+    [paired], [alone] = contrasts(norm_WC, easy, hard, paired=True), contrasts(norm_WC, easy, hard)
+    assert paired.ratio is not None
+    assert alone.ratio is not None
+    assert paired.ratio.low == pytest.approx(paired.ratio.high) == pytest.approx(3)
+    assert alone.ratio.low < 2.5 < 3.5 < alone.ratio.high
+
+
 @pytest.fixture(scope="module")
 def measured() -> Gradients:
     return gradients(trained(), SKILL, windows=16, context=16, before=plain())
@@ -205,19 +216,38 @@ def test_rows_are_layers_and_steps_of_both_models(measured: Gradients) -> None:
     assert measured.total.raw.hard.value == pytest.approx(sum(steps))
 
 
-def test_the_figures_of_windows_are_means_over_the_groups(measured: Gradients) -> None:
+def test_the_figures_are_means_over_windows(measured: Gradients) -> None:
     made = trained().eval()
     [given] = SKILL.held_out("validation", 16, 16, 16 * 16)
-    there_WT = given.targets_BT != IGNORE
-    loss_WT = [losses(one, given).detach() for one in (made, plain())]
-    order = ((loss_WT[0] + loss_WT[1]).sum(1) / there_WT.sum(1)).argsort()
-    norms = window_norms(made, given, (there_WT / there_WT.sum(1, keepdim=True))[None])
-    norm_W, at_W = norms.nuclear[Use(1, (2,), "v")][0], norms.at_logits_JB[0]
+    loss_WT, other_WT = (
+        losses(one, given).detach().masked_fill(given.targets_BT == IGNORE, torch.nan).numpy()
+        for one in (made, plain())
+    )
+    sample = choose_sample([given], (loss_WT + other_WT) / 2, "data")
+    chosen = [~np.isnan(loss_WT), matched_tokens(sample, loss_WT), *sample.drawn_JWT]
+    weights = [torch.from_numpy(one / one.sum(1, keepdims=True).clip(1)) for one in chosen]
+    norms = window_norms(made, given, torch.stack(weights))
+    norm_JW, at_JW = norms.nuclear[Use(1, (2,), "v")].numpy(), norms.at_logits_JB.numpy()
     [row] = [row for row in measured.rows if row.use == Use(1, (2,), "v")]
-    easy, hard = order[:4], order[-4:]
-    assert row.raw.easy.value == pytest.approx(float(norm_W[easy].mean()))
-    assert row.raw.hard.value == pytest.approx(float(norm_W[hard].mean()))
-    assert row.normalised.hard.value == pytest.approx(float((norm_W / at_W)[hard].mean()))
+    assert row.matched is not None
+    normalised_W = norm_JW[0] / at_JW[0]
+    for group, raw, normalised, matched in (
+        (sample.easy, row.raw.easy, row.normalised.easy, row.matched.easy),
+        (sample.hard, row.raw.hard, row.normalised.hard, row.matched.hard),
+    ):
+        assert raw.value == pytest.approx(norm_JW[0, group].mean())
+        assert normalised.value == pytest.approx(normalised_W[group].mean())
+        assert matched.value == pytest.approx(norm_JW[1, group].mean())
+    for number, drawn_WT in enumerate(sample.drawn_JWT):
+        there_W = drawn_WT.any(1)
+        token_W = norm_JW[2 + number, there_W]
+        assert row.tokens[number].value == pytest.approx(token_W.mean())
+        normalised_W = token_W / at_JW[2 + number, there_W]
+        assert row.tokens_normalised[number].value == pytest.approx(normalised_W.mean())
+
+
+def test_ratios_lie_in_their_intervals_and_losses_of_groups_differ(measured: Gradients) -> None:
+    row = measured.rows[0]
     for contrast in (row.raw, row.normalised, row.matched):
         assert contrast is not None
         assert contrast.ratio is not None
