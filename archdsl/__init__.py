@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from archdsl.lang.load import load
     from archdsl.model.build import build
     from archdsl.reports.notebook import cost
+    from archdsl.search.compare import compare
     from archdsl.search.run import search
     from archdsl.training.run import train
 
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "build",
     "check",
+    "compare",
     "cost",
     "evaluate",
     "generate",
@@ -44,6 +46,7 @@ __all__ = [
 _FUNCTIONS = {
     "build": "archdsl.model.build",
     "check": "archdsl.checks.check",
+    "compare": "archdsl.search.compare",
     "cost": "archdsl.reports.notebook",
     "evaluate": "archdsl.evaluation.evaluate",
     "generate": "archdsl.generation.generate",

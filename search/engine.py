@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from archdsl.search.study.study import Study
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy
 from archdsl.search.trials.scorers import Scorer, training_flops
-from archdsl.search.workers.pool import Pool, process_pool
+from archdsl.search.workers.pool import Pool, default_workers, process_pool
 
 RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what follows the trials
 VALIDATION_RUNS = 16  # cost of the proxy validation, in trainings of the best model
@@ -85,11 +84,6 @@ class Machine:
         """Run a pool of worker processes until the block ends."""
         with process_pool(self.workers or default_workers(), self.memory, self.patience) as pool:
             yield pool
-
-
-def default_workers() -> int:
-    """Return the number of cores, at most 8."""
-    return min(8, os.cpu_count() or 1)
 
 
 class SearchEngine:

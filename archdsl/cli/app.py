@@ -16,6 +16,7 @@ import archdsl
 from archdsl.cli import (
     ablate,
     check,
+    compare,
     generate,
     gradients,
     hub,
@@ -34,6 +35,7 @@ from archdsl.files import disk_fault
 COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
     "build": (specs.build, Command),
     "search": (search.search, with_options_of(search.config_class)),
+    "compare": (compare.compare, Command),
     "ablate": (ablate.ablate, Command),
     "tokenize": (tokenize.tokenize, Command),
     "train": (runs.train, with_options_of(runs.config_class)),

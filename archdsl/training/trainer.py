@@ -313,8 +313,11 @@ class Trainer:
             f"or more warmup_steps (now {self.config.warmup})"
         )
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate on the validation split. Raises TrainingDiverged if the loss is not finite."""
+    def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
+        """Evaluate on the validation split, or on its first ``limit_tokens`` tokens.
+
+        Raises TrainingDiverged if the loss is not finite.
+        """
         config = self.config
         with self.autocast():
             evaluation = evaluate(
@@ -322,7 +325,7 @@ class Trainer:
                 self.data,
                 batch_size=self._rows_at_once,
                 context=self.context,
-                limit_tokens=config.eval_tokens,
+                limit_tokens=limit_tokens or config.eval_tokens,
                 ranks=self.ranks,
             )
         give_back(self.units)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import archdsl
@@ -15,17 +14,13 @@ from archdsl.files import make_folder, write_text
 from archdsl.lang.load import Source, load
 from archdsl.search.analysis.comparison import (
     ComparisonEntry,
-    JobResult,
-    Key,
     as_json,
     comparison_jobs,
     entries,
-    run_comparison,
-    stored_scores,
+    run_trainings,
 )
 from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 from archdsl.search.trials.proxy import Proxy, default_tasks
-from archdsl.search.workers.pool import process_pool
 
 MODEL = "model"  # name of the compared model, which no search has chosen
 
@@ -80,14 +75,7 @@ def ablate(
     folder = Path(out) if out else Path("runs") / f"{model.name}-ablation"
     make_folder(folder)
     jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
-    end = None if seconds is None else monotonic() + seconds
-    interrupted = False
-    results: dict[Key, JobResult] = {}
-    try:
-        with process_pool(workers or min(8, os.cpu_count() or 1)) as pool:
-            results = run_comparison(pool, jobs, lambda: end is None or monotonic() < end, tell)
-    except KeyboardInterrupt:
-        interrupted, results = True, dict(stored_scores(jobs))
+    results, interrupted = run_trainings(jobs, seconds, workers, None, tell)
     found = [
         replace(entry, name=MODEL) if entry.role == "winner" else entry
         for entry in entries(model, jobs, results)

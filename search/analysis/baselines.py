@@ -9,7 +9,7 @@ equal at another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from archdsl.blocks.loop import LoopSpec, loops_in, with_loops
 from archdsl.blocks.residual_thinking import OverwriteSpec
@@ -107,17 +107,20 @@ def unlooped(loop: LoopSpec) -> BlockSpec:
     return StackSpec(repeat=loop.steps, body=(loop.body,))
 
 
-def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
-    """Change the number of layers so that the FLOPs come closest to ``flops``.
+def with_depth_for(
+    spec: ModelSpec, target: int, of: Literal["flops", "params"] = "flops"
+) -> ModelSpec:
+    """Change the number of layers so that the FLOPs or parameters come closest to ``target``.
 
-    Layers are repeated or left out evenly. ``flops`` is the count for one context of a forward
-    pass. Of equally close depths the present one is kept, else the smallest is taken.
+    Layers are repeated or left out evenly; a loop counts as one layer. FLOPs are counted for one
+    context of a forward pass. Of equally close depths the present one is kept, else the smallest is
+    taken.
     """
-    blocks = plain.blocks
-    each = _flops(plain)
-    head = sequence_cost(plain).flops - sum(each)
+    blocks = [*_unrolled(spec)]
+    each = [getattr(block_cost(block, spec.dim, spec.context), of) for block in blocks]
+    head = getattr(sequence_cost(spec), of) - sum(each)
     if not sum(each):
-        return plain
+        return spec
 
     def picked(n: int) -> list[int]:
         return [i * len(blocks) // n for i in range(n)]
@@ -126,11 +129,11 @@ def with_depth_for(plain: ModelSpec, flops: int) -> ModelSpec:
         return head + sum(each[i] for i in picked(n))
 
     most = 1
-    while total(most) < flops:
+    while total(most) < target:
         most += 1
     depths = [len(blocks), *range(1, most + 1)]
-    best = min(depths, key=lambda n: abs(total(n) - flops))
-    return _with_blocks(plain, [blocks[i] for i in picked(best)])
+    best = min(depths, key=lambda n: abs(total(n) - target))
+    return _with_blocks(spec, [blocks[i] for i in picked(best)])
 
 
 # plain loops

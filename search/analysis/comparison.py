@@ -1,31 +1,41 @@
-"""Comparison of a winner with its baselines and ablations.
+"""Comparison of models that are trained alike, by paired differences of their losses.
 
-All of them are trained alike, with seeds that were not used in the search, and compared by paired
-differences of their losses.
+The last phase of a search compares its winner with baselines and ablations, with seeds that were
+not used in the search; `ablate` does this for a given model, and `compare` compares given models
+with one of them, the reference.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from archdsl.costs.receipt import Receipt, cost
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.analysis.baselines import BASELINES, WINNER, compared_specs, distinct
+from archdsl.search.analysis.baselines import BASELINES, WINNER, Specs, compared_specs, distinct
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.objectives import executed_flops
 from archdsl.search.stats.paired import Difference, paired
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, mean_shares, objective
-from archdsl.search.workers.pool import JobFailed, Pool, end_if_disk_is_full, wait_for_any
+from archdsl.search.workers.pool import (
+    JobFailed,
+    Pool,
+    default_workers,
+    end_if_disk_is_full,
+    process_pool,
+    wait_for_any,
+)
 
 OBJECTIVE = "objective"
 SECONDS_BETWEEN_UPDATES = 0.5
 
-Role = Literal["winner", "baseline", "ablation"]
+Role = Literal["winner", "baseline", "ablation", "reference", "model"]
 Key = tuple[str, str, int]  # name, task, seed
 JobResult = ProxyScore | JobFailed
 K = TypeVar("K", bound=Hashable)
@@ -33,12 +43,13 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class ComparisonEntry:
-    """The winner, a baseline or an ablation.
+    """One of the models that are compared.
 
-    ``spec`` and ``receipt`` are of full size. ``scores`` are those of the proxy, by task, one for
-    each seed. If a training failed, the lists are empty and ``error`` gives the reason.
-    ``executed`` are the forward FLOPs per token at full size, at the shares of tokens that the
-    routers of the proxies selected; None if they are not known.
+    ``spec`` and ``receipt`` are of full size (in `compare`: of the size that is trained).
+    ``scores`` are those of the proxy, by task, one for each seed. If a training failed, the lists
+    are empty and ``error`` gives the reason. ``executed`` are the forward FLOPs per token of
+    ``spec``, at the shares of tokens that the routers of the proxies selected; None if they are not
+    known.
     """
 
     name: str
@@ -69,13 +80,27 @@ def comparison_jobs(
 ) -> dict[Key, Job]:
     """Return the trainings of a comparison in the order in which they should be done.
 
-    The order is seed by seed, with baselines before ablations, so that as many seeds as possible
-    are complete whenever the time is used up. Baselines are made from the proxy of the winner,
-    because they must have equal parameters or FLOPs at the size that is trained. ``store`` is the
-    folder of results; ``ablate`` says whether ablations are included.
+    Baselines come before ablations. They are made from the proxy of the winner, because they must
+    have equal parameters or FLOPs at the size that is trained. ``store`` is the folder of results;
+    ``ablate`` says whether ablations are included.
     """
     small = {t: compared_specs(proxy.shrink(winner, task)) for t, task in proxy.tasks.items()}
     names = [n for n in distinct(list(small.values())) if ablate or role_of(n) != "ablation"]
+    return trainings(names, small, proxy, seeds, store)
+
+
+def trainings(
+    names: Sequence[str],
+    small: Mapping[str, Specs],
+    proxy: Proxy,
+    seeds: Iterable[int],
+    store: Path,
+) -> dict[Key, Job]:
+    """Return the trainings of the models ``names`` on all tasks, with all seeds.
+
+    ``small``: by task, the specs of the size that is trained. The order is seed by seed, so that as
+    many seeds as possible are complete whenever the time is used up.
+    """
     return {
         (name, t, seed): task.job(store, small[t][name], seed, task.rungs[-1])
         for seed in seeds
@@ -96,6 +121,14 @@ def run_comparison(
     about twice a second with a sentence on the progress.
     """
     results: dict[K, JobResult] = dict(stored_scores(jobs))
+    known, started = len(results), time.monotonic()
+
+    def said() -> str:
+        done = len(results) - known
+        seconds = (time.monotonic() - started) / max(1, done) * (len(jobs) - len(results))
+        left = f", {timedelta(seconds=round(seconds))} left" if done and round(seconds) else ""
+        return f"{len(results)} of {len(jobs)} trainings{left}"
+
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
     while running or (waiting and may_go_on()):
@@ -103,12 +136,30 @@ def run_comparison(
             key = _free(waiting, jobs)
             waiting.remove(key)
             running[pool.submit(jobs[key])] = key
-        tell(f"{len(results)} of {len(jobs)} trainings")
+        tell(said())
         wait_for_any(running, SECONDS_BETWEEN_UPDATES)
         for future in [future for future in running if future.done()]:
             results[running.pop(future)] = _result(future)
     tell(f"{len(results)} of {len(jobs)} trainings")
     return results
+
+
+def run_trainings(
+    jobs: Mapping[K, Job],
+    seconds: float | None,
+    workers: int | None,
+    memory: int | None,
+    tell: Callable[[str], None],
+) -> tuple[dict[K, JobResult], bool]:
+    """Run jobs in worker processes; return their results, and whether Ctrl-C ended them."""
+    end = None if seconds is None else time.monotonic() + seconds
+    try:
+        with process_pool(workers or default_workers(), memory) as pool:
+            return run_comparison(
+                pool, jobs, lambda: end is None or time.monotonic() < end, tell
+            ), False
+    except KeyboardInterrupt:
+        return dict(stored_scores(jobs)), True
 
 
 def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
@@ -136,19 +187,29 @@ def _result(future: Future[ProxyScore]) -> JobResult:
 def entries(
     winner: ModelSpec, jobs: Mapping[Key, Job], results: Mapping[Key, JobResult]
 ) -> list[ComparisonEntry]:
-    """Return the winner and the entries that it can be compared with.
+    """Return the winner and the entries that it can be compared with."""
+    return entries_of(compared_specs(winner), role_of, jobs, results)
 
-    Only complete seeds count: for the winner and the baselines those with which all of them were
-    trained, for ablations those with which everything was trained.
+
+def entries_of(
+    full: Specs,
+    role: Callable[[str], Role],
+    jobs: Mapping[Key, Job],
+    results: Mapping[Key, JobResult],
+) -> list[ComparisonEntry]:
+    """Return an entry for each model that has a complete seed, in the order of the jobs.
+
+    ``full``: the specs of the entries, and ``role`` the role, by name. Only complete seeds count:
+    for ablations those with which everything was trained, for others those with which all of the
+    others were trained.
     """
-    full = compared_specs(winner)
     names = list(dict.fromkeys(name for name, _, _ in jobs))
-    rivals = [name for name in names if role_of(name) != "ablation"]
+    rivals = [name for name in names if role(name) != "ablation"]
     found = []
     for name in names:
         seeds = _whole(rivals if name in rivals else names, jobs, results)
         if seeds:
-            found.append(_entry(name, full[name], seeds, jobs, results))
+            found.append(_entry(name, role(name), full[name], seeds, jobs, results))
     return found
 
 
@@ -163,6 +224,7 @@ def _whole(
 
 def _entry(
     name: str,
+    role: Role,
     full: ModelSpec,
     seeds: Sequence[int],
     jobs: Mapping[Key, Job],
@@ -175,15 +237,13 @@ def _entry(
             result = results[name, task, seed]
             if isinstance(result, JobFailed):
                 error = f"{task}, seed {seed}: {result}"
-                return ComparisonEntry(
-                    name, role_of(name), full, cost(full), {t: [] for t in tasks}, error
-                )
+                return ComparisonEntry(name, role, full, cost(full), {t: [] for t in tasks}, error)
             scores[task].append(result)
     small = jobs[name, next(iter(tasks)), seeds[0]].spec
     shares = mean_shares([score for of_task in scores.values() for score in of_task])
     return ComparisonEntry(
         name,
-        role_of(name),
+        role,
         full,
         cost(full),
         scores,
@@ -224,8 +284,8 @@ def _gap(other: Sequence[float], own: Sequence[float]) -> Difference:
 
 
 def winner_of(entries: Sequence[ComparisonEntry]) -> ComparisonEntry | None:
-    """Return the entry of the winner; None if it has no complete seed yet."""
-    return next((entry for entry in entries if entry.role == "winner"), None)
+    """Return the winner or the reference; None if it has no complete seed yet."""
+    return next((entry for entry in entries if entry.role in ("winner", "reference")), None)
 
 
 def as_json(entries: Sequence[ComparisonEntry], proxy: Proxy) -> list[dict[str, Any]]:

@@ -33,13 +33,13 @@ def page(result: dict[str, Any]) -> str:
     The page loads nothing from the network, and its content security policy forbids it. Without
     plotly (the extra ``plots``) the page has all tables, and says how to get the plots.
     """
-    scripts = ["".join(_asset(f"{name}.js") for name in SCRIPTS), *_plotly()]
-    return Template(_asset("page.html")).substitute(
+    scripts = ["".join(asset(f"{name}.js") for name in SCRIPTS), *_plotly()]
+    return Template(asset("page.html")).substitute(
         name=escape(result["name"]),
         conclusion=escape(result["verdict"]),
         notes="\n".join(_notes(result)),
         validation=escape(result["trust_sentence"]),
-        style=_asset("page.css"),
+        style=asset("page.css"),
         policy=_policy(scripts),
         data=json.dumps(_finite(result), separators=(",", ":")).replace("<", "\\u003c"),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
@@ -55,7 +55,8 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f'<p class="{kind}">{escape(noisy)}</p>'
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a file of the pages of reports."""
     return files("archdsl.search.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 

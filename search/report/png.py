@@ -51,11 +51,11 @@ def plot(result: ResultJson, folder: Path) -> list[Path]:
             figure = Figure(figsize=(8, 5), layout="constrained")
             draw(result, figure)
             if figure.axes:
-                drawn.append(_save(figure, folder / name))
+                drawn.append(save(figure, folder / name))
     return drawn
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write a PNG in one step, so that no reader sees half a file."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")

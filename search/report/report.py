@@ -155,7 +155,7 @@ class SearchReport:
             "trials": [trial_row(trial, self.settings.axes) for trial in self.trials],
             "command": self.command,
             "settings": self.settings.as_json(),
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -305,7 +305,8 @@ def _tree(spec: ModelSpec) -> list[dict[str, Any]]:
     return list(rows(root, 0))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that decide results."""
     from importlib.metadata import version
 
     names = ("torch", "optuna", "pydantic", "numpy")

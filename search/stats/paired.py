@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
 
-# 97.5% quantiles of Student's t by degrees of freedom (Abramowitz & Stegun, table 26.10)
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LEVEL = 0.95  # of the intervals
 
 Conclusion = Literal["lower", "higher", "cannot tell"]
 
@@ -21,12 +21,14 @@ class Difference:
     """The mean loss of the baseline minus that of the winner, over several seeds.
 
     ``mean``: in nats; infinite if a training diverged. ``half_width``: half the width of its 95%
-    t-interval, in nats; infinite with one pair. ``pairs``: the number of seeds.
+    t-interval, in nats; infinite with one pair. ``pairs``: the number of seeds. ``deviation``: the
+    standard deviation of the differences between seeds.
     """
 
     mean: float
     half_width: float
     pairs: int
+    deviation: float = math.nan
 
     @property
     def conclusion(self) -> Conclusion:
@@ -45,10 +47,11 @@ class Difference:
         return f"{self.mean:+.3f}{width}"
 
 
-def paired(baseline: Sequence[float], winner: Sequence[float]) -> Difference:
+def paired(baseline: Sequence[float], winner: Sequence[float], comparisons: int = 1) -> Difference:
     """Return the difference ``baseline`` - ``winner`` of losses in nats, paired by seed.
 
-    Raises ValueError if the lists have different lengths or are empty.
+    ``comparisons``: of how many differences the intervals shall hold together with 95%
+    (Bonferroni's correction). Raises ValueError if the lists have different lengths or are empty.
     """
     gaps = [c - w for c, w in zip(baseline, winner, strict=True)]
     n = len(gaps)
@@ -56,8 +59,41 @@ def paired(baseline: Sequence[float], winner: Sequence[float]) -> Difference:
         return Difference(math.inf, math.inf, n)
     if n < 2:
         return Difference(fmean(gaps), math.inf, n)
-    quantile = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]
-    return Difference(fmean(gaps), quantile * stdev(gaps) / math.sqrt(n), n)
+    deviation = stdev(gaps)
+    return Difference(fmean(gaps), half_width(deviation, n, comparisons), n, deviation)
+
+
+def half_width(deviation: float, n: int, comparisons: int = 1) -> float:
+    """Return half the width of the 95% t-interval of the mean of ``n`` values.
+
+    ``deviation``: the standard deviation of the values. ``comparisons``: as in ``paired``.
+    """
+    return t_quantile(1 - (1 - LEVEL) / 2 / comparisons, n - 1) * deviation / math.sqrt(n)
+
+
+@cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """Return the quantile of Student's t distribution.
+
+    With t = sqrt(degrees) tan(a), the density of the angle a is proportional to
+    cos(a)^(degrees - 1), which is integrated here by Simpson's rule. The result is right to five
+    digits for probabilities up to 0.9999.
+    """
+    low, high = 0.0, math.pi / 2
+    whole = _cosine_integral(high, degrees)
+    for _ in range(44):  # bisection
+        middle = (low + high) / 2
+        below = 0.5 + 0.5 * _cosine_integral(middle, degrees) / whole
+        low, high = (middle, high) if below < probability else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _cosine_integral(angle: float, degrees: int) -> float:
+    """Integrate cos(a)^(degrees - 1) from 0 to ``angle``."""
+    values = np.cos(np.linspace(0.0, angle, 1001)) ** (degrees - 1)
+    weights = np.full(1001, 2.0)
+    weights[1::2], weights[[0, -1]] = 4.0, 1.0
+    return float(weights @ values) * angle / 3000
 
 
 @dataclass(frozen=True)

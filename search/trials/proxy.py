@@ -65,11 +65,22 @@ class Task(Strict):
     rungs: tuple[int, ...] = Field(description="training steps after which a proxy is scored")
     lr: float = 3e-3
     eval_tokens: int = 65_536
+    held_out_every: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda steps: not steps,
+        description="training steps between two held-out losses on the way; 0: none",
+    )
     weight: float = Field(1.0, ge=0, description="of its loss in the objective")
 
     def load(self) -> Data:
         """Load the data, once per process. Raises DataError if it cannot be loaded."""
         return _load(self.data, self.tokenizer)
+
+    @property
+    def length(self) -> int:
+        """The tokens of a sequence: those of a skill may be fewer than the context."""
+        return self.load().batch(0, 1, self.context, 0).tokens_BT.size(1)
 
     def up_to(self, steps: int) -> Task:
         """Return the task with its rungs scaled so that the last one is ``steps``."""
@@ -235,6 +246,7 @@ class Job:
             "training": self.config.identity(exclude={"steps", "accumulate"}),
             **plugin_digests(self.spec),
             **({"horizon": self.horizon} if self.horizon else {}),
+            **({"held_out_every": every} if (every := self.task.held_out_every) else {}),
         }
         description = {"name": self.spec.name, "data_name": data.name}
         return StoredRun(self.store, identity, description)
@@ -255,7 +267,8 @@ class Job:
             # equal specs get the same weights and the same names of modules
             model = build(self.spec.canonical(), seed=self.seed)
             trainer = Trainer(model, self.load(), self.config, horizon=self.horizon)
-            return ProxyTraining(stored_run, trainer, heartbeat).score()
+            every = self.task.held_out_every
+            return ProxyTraining(stored_run, trainer, heartbeat, every).score()
 
 
 def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:

@@ -24,6 +24,7 @@ from archdsl.search.trials.result_store import StoredRun
 from archdsl.training.state import TrainingState, checked
 from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
+CURVE_SHARE = 8  # the held-out losses on the way are measured on so small a part of the tokens
 SECONDS_APART = 30.0  # the least time between two states that are saved on the way to a rung
 
 
@@ -58,6 +59,10 @@ class ProxyScore(Strict):
     curve: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
         (), description="training: step, mean loss since the point before"
     )
+    held_out: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
+        (), description="on the way: step, loss on the first eighth of the held-out tokens"
+    )
+    step_seconds: float = Field(0.0, description="of all steps alone, with those of lower rungs")
     peak_bytes: int = Field(0, description="of memory, of the process")
     accumulate: int = Field(1, description="parts that each batch was cut into")
     reused: bool = Field(False, exclude=True)
@@ -65,10 +70,12 @@ class ProxyScore(Strict):
 
 @dataclass
 class SavedProgress:
-    """What is saved with a state: the curve, and the seconds and FLOPs since the last score."""
+    """What is saved with a state: the curves, and the seconds and FLOPs since the last score."""
 
     curve: Curve = field(default_factory=Curve)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    step_seconds: float = 0.0
     train_flops: float = 0.0
 
 
@@ -85,7 +92,9 @@ class StoredProgress(Strict):
     """The fields of a ``SavedProgress``, as a state holds them."""
 
     curve: StoredCurve
+    held_out: list[Annotated[tuple[int, float], BeforeValidator(_as_tuple)]] = Field([])
     seconds: float = Field(ge=0)
+    step_seconds: float = Field(0.0, ge=0)
     train_flops: float = Field(ge=0)
 
 
@@ -115,14 +124,20 @@ def read_score(file: Path) -> ProxyScore | None:
 class ProxyTraining:
     """Train up to the last step of the trainer's config.
 
+    Every ``held_out_every`` steps the loss on a part of the held-out data is measured (0: never).
     The caller must hold the lock of ``stored_run``.
     """
 
     def __init__(
-        self, stored_run: StoredRun, trainer: Trainer, heartbeat: Callable[[], None]
+        self,
+        stored_run: StoredRun,
+        trainer: Trainer,
+        heartbeat: Callable[[], None],
+        held_out_every: int = 0,
     ) -> None:
         self.started = self.saved = time.perf_counter()
         self.stored_run, self.trainer, self.heartbeat = stored_run, trainer, heartbeat
+        self.held_out_every = held_out_every
         self.config = trainer.config
         self.progress = SavedProgress()
         self.furthest = self._resume()
@@ -143,6 +158,8 @@ class ProxyTraining:
             return True
         saved = stood.progress
         self.progress.curve = Curve(**saved.curve.model_dump())
+        self.progress.held_out = list(saved.held_out)
+        self.progress.step_seconds = saved.step_seconds
         if not self.stored_run.score(stood.step).exists():
             self.progress.seconds = saved.seconds
             self.progress.train_flops = saved.train_flops
@@ -154,6 +171,7 @@ class ProxyTraining:
         If the training diverges, the loss of the score is None.
         """
         try:
+            self.stepped = time.perf_counter()
             self.trainer.run(on_step=self._after_step)
             self._save()
             score = self._scored(held_out(self.trainer, self.heartbeat))
@@ -164,10 +182,15 @@ class ProxyTraining:
 
     def _after_step(self, step: TrainStep) -> None:
         self.heartbeat()
+        self.progress.step_seconds += time.perf_counter() - self.stepped
         self.progress.curve.add(step.step, step.loss)
         self.progress.train_flops += self.step_flops
+        if self.held_out_every and step.step % self.held_out_every == 0:
+            found = self.trainer.evaluate((self.config.eval_tokens or 0) // CURVE_SHARE)
+            self.progress.held_out.append((step.step, (found.causal or found).loss))
         if time.perf_counter() - self.saved > SECONDS_APART:
             self._save()
+        self.stepped = time.perf_counter()
 
     def _save(self) -> None:
         """Save the state, unless the stored state has more steps."""
@@ -193,7 +216,9 @@ class ProxyTraining:
             "steps": self.config.steps,
             "seconds": self._seconds(),
             "train_flops": self.progress.train_flops,
+            "step_seconds": self.progress.step_seconds,
             "curve": self.progress.curve.up_to(self.trainer.step),
+            "held_out": tuple(self.progress.held_out),
             "peak_bytes": _peak_bytes(),
             "accumulate": self.config.accumulate,
         }

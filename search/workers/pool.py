@@ -7,6 +7,7 @@ the other until one fails, and ends when the process that uses the pool ends.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -36,6 +37,7 @@ __all__ = [
     "Pool",
     "ProcessPool",
     "Work",
+    "default_workers",
     "end_if_disk_is_full",
     "process_pool",
     "start_server",
@@ -47,6 +49,11 @@ R = TypeVar("R")
 HEARTBEAT_INTERVAL = 1.0  # seconds; shorter if the patience is short
 STARTUP_SECONDS = 60.0  # granted before the first heartbeat: the server may be importing torch
 WORK_PER_WORKER = 50  # done by one process, then a new one starts and leaked memory is freed
+
+
+def default_workers() -> int:
+    """Return the number of cores, at most 8."""
+    return min(8, os.cpu_count() or 1)
 
 
 class Pool(Protocol):

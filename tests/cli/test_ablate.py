@@ -59,11 +59,11 @@ def small(cli: Cli) -> str:
 
 def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
     @contextmanager
-    def pool(workers: int) -> Iterator[Pool]:
+    def pool(workers: int, memory: int | None = None) -> Iterator[Pool]:
         assert workers >= 1
         yield Pool(trainings)
 
-    monkeypatch.setattr("archdsl.search.analysis.ablation.process_pool", pool)
+    monkeypatch.setattr("archdsl.search.analysis.comparison.process_pool", pool)
     monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
 
 

@@ -51,7 +51,7 @@ def run(job: Job) -> ProxyScore:
 
 def found(score: ProxyScore) -> dict[str, Any]:
     """All but how fast it was, and how often."""
-    return score.model_dump(exclude={"seconds", "peak_bytes"})
+    return score.model_dump(exclude={"seconds", "step_seconds", "peak_bytes"})
 
 
 def trained(score: ProxyScore) -> dict[str, Any]:
@@ -116,6 +116,17 @@ def test_a_rung_is_climbed_from_the_one_below(tmp_path: Path) -> None:
     below, above = (run(job(tmp_path / "twice", steps)) for steps in (2, 4))
     assert trained(above) == trained(at_once)
     assert below.train_flops + above.train_flops == at_once.train_flops
+
+
+def test_held_out_losses_on_the_way_change_nothing_and_outlive_a_rung(tmp_path: Path) -> None:
+    plain = run(job(tmp_path / "plain"))
+    whole = run(job(tmp_path / "whole", held_out_every=1))
+    run(job(tmp_path / "parts", 2, held_out_every=1))
+    parts = run(job(tmp_path / "parts", 4, held_out_every=1))
+    assert [step for step, _ in whole.held_out] == [1, 2, 3, 4]
+    assert parts.held_out == whole.held_out
+    assert (whole.loss, whole.curve) == (plain.loss, plain.curve)
+    assert parts.step_seconds > run(job(tmp_path / "parts", 2, held_out_every=1)).step_seconds
 
 
 def test_a_rung_in_between_leaves_the_furthest_state(tmp_path: Path) -> None:

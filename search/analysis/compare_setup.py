@@ -1,0 +1,181 @@
+"""What `compare` trains: given models, one of which is the reference, on the same tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from archdsl.costs.receipt import sequence_cost
+from archdsl.errors import Problem, SpecError, blamed_on
+from archdsl.evaluation.evaluate import check_data_fits
+from archdsl.lang.load import Source, load
+from archdsl.lang.spec import ModelSpec
+from archdsl.search.analysis.baselines import Specs, with_depth_for
+from archdsl.search.analysis.comparison import (
+    Key,
+    Role,
+    trainings,
+)
+from archdsl.search.trials.proxy import Job, Proxy, Task
+
+POINTS = 12  # held-out losses on the way of a training
+FIRST_PART = 3  # of the points: what `--plan` trains
+
+Match = Literal["params", "flops", "none"]
+
+
+@dataclass(frozen=True)
+class CompareSetup:
+    """What is compared: the specs by task and name, of the size that is trained.
+
+    ``reference`` is the name of the model that the others are compared with.
+    """
+
+    small: dict[str, Specs]
+    reference: str
+    proxy: Proxy
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the models, the reference first."""
+        names = list(next(iter(self.small.values())))
+        return sorted(names, key=lambda name: name != self.reference)
+
+    @property
+    def main_specs(self) -> Specs:
+        """The specs as they are trained on the first task."""
+        return next(iter(self.small.values()))
+
+    @property
+    def comparisons(self) -> int:
+        """The number of loss differences, whose intervals hold together."""
+        return (len(self.names) - 1) * len(self.proxy.tasks)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the models and of how they are trained, without the number of seeds."""
+        models = {
+            t: {n: s.fingerprint() for n, s in small.items()} for t, small in self.small.items()
+        }
+        text = json.dumps([models, self.reference, self.proxy.model_dump(mode="json")])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def role(self, name: str) -> Role:
+        """Return ``reference`` or ``model``."""
+        return "reference" if name == self.reference else "model"
+
+    def jobs(self, seeds: int, store: Path, *, first_part: bool = False) -> dict[Key, Job]:
+        """Return the trainings with the seeds 1 to ``seeds``.
+
+        With ``first_part`` they end after the first rung, from which the others go on.
+        """
+        found = trainings(self.names, self.small, self.proxy, range(1, 1 + seeds), store)
+        if not first_part:
+            return found
+        return {key: replace(job, steps=job.task.rungs[0]) for key, job in found.items()}
+
+
+# what is compared
+
+
+def trained_as(
+    sizes: str | None,
+    data: str | None,
+    tasks: Sequence[str],
+    *,
+    tokens: int | None = None,
+    context: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+) -> Proxy:
+    """Return how models are trained. The arguments are those of `compare`.
+
+    Raises ProxyError if ``sizes`` are not understood.
+    """
+    base = Proxy.parse(sizes, data)
+    named = dict(base.tasks)
+    if data is None and tasks:
+        named.pop("skill")
+    for source in tasks:
+        (task,) = Proxy.parse(sizes, source).tasks.values()
+        named[_task_name(source, named)] = task
+    update = {"context": context, "batch_size": batch_size, "lr": lr}
+    given = {name: value for name, value in update.items() if value is not None}
+    return base.model_copy(
+        update={
+            "tasks": {n: _timed(task.model_copy(update=given), tokens) for n, task in named.items()}
+        }
+    )
+
+
+def _task_name(source: str, known: dict[str, Task]) -> str:
+    name = source.removeprefix("skill:").partition(",")[0] or source
+    if name not in known:
+        return name
+    return next(f"{name}-{i}" for i in range(2, 2 + len(known) + 1) if f"{name}-{i}" not in known)
+
+
+def _timed(task: Task, tokens: int | None) -> Task:
+    """Return the task with two rungs, and with ``POINTS`` held-out losses on the way.
+
+    No more held-out tokens are read than the training has.
+    """
+    steps = task.rungs[-1]
+    if tokens is not None:
+        steps = max(1, round(tokens / (task.batch_size * task.context)))
+    every = max(1, steps // POINTS)
+    steps = max(1, steps // every) * every  # the last point is that of the last step
+    first = min(steps, FIRST_PART * every)
+    update = {
+        "rungs": (first, steps),
+        "held_out_every": every,
+        "eval_tokens": min(task.eval_tokens, steps * task.batch_size * task.context),
+    }
+    return task.model_copy(update=update)
+
+
+def compare_setup(
+    specs: Sequence[Source],
+    proxy: Proxy,
+    *,
+    reference: str | None = None,
+    overrides: Sequence[str] = (),
+    match: Match = "none",
+) -> CompareSetup:
+    """Return what `compare` trains. Raises SpecError if a spec or a name is wrong."""
+    full = _named([load(source, overrides=overrides) for source in specs])
+    chosen = reference or next(iter(full))
+    if chosen not in full:
+        raise SpecError(Problem("reference", f"must be one of {', '.join(full)}, got {chosen!r}"))
+    small: dict[str, Specs] = {}
+    for task, given in proxy.tasks.items():
+        sized = {name: proxy.shrink(spec, given) for name, spec in full.items()}
+        small[task] = {n: _matched(spec, sized[chosen], match) for n, spec in sized.items()}
+        for name, spec in small[task].items():
+            with blamed_on("specs"):
+                check_data_fits(spec.model_copy(update={"name": name}), given.load(), given.context)
+    return CompareSetup(small, chosen, proxy)
+
+
+def _named(specs: Sequence[ModelSpec]) -> Specs:
+    if len(specs) < 2:
+        raise SpecError(Problem("specs", "at least two specs are needed, to compare them"))
+    found: Specs = {}
+    for spec in specs:
+        if spec.name in found:
+            message = f"two specs have the name {spec.name!r}; give one of them another `name:`"
+            raise SpecError(Problem("specs", message))
+        found[spec.name] = spec
+    return found
+
+
+def _matched(spec: ModelSpec, reference: ModelSpec, match: Match) -> ModelSpec:
+    """Return the spec with as many layers as bring its costs closest to the reference's."""
+    if match == "none" or spec is reference:
+        return spec
+    target = getattr(sequence_cost(reference), match)
+    return with_depth_for(spec, target, match).model_copy(update={"budget": None})

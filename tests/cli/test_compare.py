@@ -1,0 +1,95 @@
+"""compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import SKILL, Cli
+from tests.cli.test_ablate import Pool
+
+LAYER = "{kind: layer, attention: {head_size: 4}, ffn: {ratio: 2}}"
+SPEC = "name: NAME\nvocab_size: 300\ncontext: 16\ndim: 8\nblocks:\n"
+MODELS = {
+    "plain": f"  - {LAYER}\n",
+    "deep": f"  - {LAYER}\n  - {LAYER}\n",
+    "loop": f"  - {{kind: loop, steps: 2, body: {LAYER}}}\n",
+}
+OPTIONS = ["--data", SKILL, "--proxy", "none", "--tokens", "3072", "--batch-size", "32"]
+
+
+@pytest.fixture
+def specs(cli: Cli) -> list[str]:
+    for name, blocks in MODELS.items():
+        Path(f"{name}.yaml").write_text(SPEC.replace("NAME", name) + blocks)
+    return [f"{name}.yaml" for name in MODELS]
+
+
+def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
+    @contextmanager
+    def pool(workers: int, memory: int | None = None) -> Iterator[Pool]:
+        yield Pool(trainings)
+
+    monkeypatch.setattr("archdsl.search.analysis.comparison.process_pool", pool)
+    monkeypatch.setattr("archdsl.search.workers.pool.start_server", lambda: None)
+
+
+def test_goes_on_and_adds_seeds(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
+) -> None:
+    options = [*OPTIONS, "--context", "8", "--out", "there"]
+    train_at_most(monkeypatch, 4)
+    part = cli("compare", *specs, *options, "--seeds", "2")
+    assert part.status == 130
+    assert "missing     2 trainings; run the same command again" in part.out
+    assert "With one seed there is no interval" in " ".join(part.out.split())
+    train_at_most(monkeypatch, 2)
+    whole = cli("compare", *specs, *options, "--seeds", "2", "--json")
+    assert whole.status == 0, whole.err
+    assert whole.json == json.loads(Path("there/result.json").read_text())
+    found = whole.json["tasks"]["data"]
+    assert list(found) == list(MODELS)
+    assert found["deep"]["difference"]["seeds"] == 2
+    assert len(found["plain"]["scores"][0]["held_out"]) == 12
+    page = Path("there/report.html").read_text()
+    assert all(sentence in page for sentence in whole.json["sentences"].values())
+    train_at_most(monkeypatch, 3)
+    assert cli("compare", *specs, *options, "--seeds", "3").status == 0
+
+
+def test_a_plan_is_a_part_of_the_comparison(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
+) -> None:
+    options = [*OPTIONS, "--context", "8", "--out", "there", "--json"]
+    train_at_most(monkeypatch, 9)
+    plan = cli("compare", *specs, *options, "--plan", "--seeds", "4").json
+    assert (plan["trainings"], plan["share"]) == (12, 0.25)
+    assert set(plan["tasks"]["data"]["needed"]) == {"0.1", "0.05", "0.02", "0.01"}
+    train_at_most(monkeypatch, 9)
+    after = cli("compare", *specs, *options, "--seeds", "3").json
+    alone = cli("compare", *specs, *options, "--seeds", "3", "--out", "alone").json
+    for name in MODELS:
+        assert after["tasks"]["data"][name]["loss"] == alone["tasks"]["data"][name]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plain.yaml"], "at least two specs"),
+        (["plain.yaml", "plain.yaml"], "two specs have the name 'plain'"),
+        (["plain.yaml", "loop.yaml", "--reference", "deep"], "must be one of plain, loop"),
+        (["plain.yaml", "loop.yaml", "--set", "dim=7"], "plain.yaml"),
+        (["plain.yaml", "loop.yaml", "--proxy", "none", "--context", "64"], "takes at most 16"),
+    ],
+)
+def test_a_mistake_is_said_before_training(
+    cli: Cli, specs: list[str], arguments: list[str], said: str
+) -> None:
+    found = cli("compare", *arguments, "--data", SKILL)
+    assert (found.status, found.out) == (1 if "--context" in arguments else 2, "")
+    assert said in found.err
+    assert not Path("runs").exists()
