@@ -45,7 +45,7 @@ Window = Annotated[
     typer.Option(
         parser=size,
         metavar="SIZE",
-        help="Tokens per window. Default: the context of the spec, at most 256.",
+        help="Tokens per window. Default: the context of the spec, at most 128.",
     ),
 ]
 Each = Annotated[

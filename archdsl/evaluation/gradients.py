@@ -41,7 +41,7 @@ from archdsl.model.build import require_model
 from archdsl.model.language_model import LanguageModel
 
 RESAMPLES = 2000
-LONGEST = 256  # tokens of a window by default
+LONGEST = 128  # tokens of a window by default
 
 
 class Interval(Strict):
@@ -93,6 +93,23 @@ class Sides(Strict):
     hard: float
 
 
+class Spike(Strict):
+    """A layer whose norm is above those of both neighbours, in whole windows of one group.
+
+    ``height``: the norm divided by the larger one of the two others. Its interval is above 1.
+    """
+
+    layer: int
+    height: Interval
+
+
+class Spikes(Strict):
+    """The spikes of easy and of hard windows."""
+
+    easy: tuple[Spike, ...]
+    hard: tuple[Spike, ...]
+
+
 class Gradients(Strict):
     """The nuclear norms of the gradients of a model's attention matrices.
 
@@ -101,7 +118,8 @@ class Gradients(Strict):
     ``loss_of_groups``: that of easy and hard windows. ``matched_tokens``: how many tokens could be
     matched, in all pairs; ``loss_of_matched``: their losses, None if there are none.
     ``loss_of_deciles``: the mean loss of the tokens of each decile. ``total``: the sum of the norms
-    over all layers, steps and matrices. ``before``: the same for the model to compare with.
+    over all layers, steps and matrices. ``spikes``: of the sum over the matrices of each layer, all
+    steps of a weight together. ``before``: the same for the model to compare with.
     """
 
     split: HeldOut
@@ -116,6 +134,7 @@ class Gradients(Strict):
     loss_of_deciles: tuple[float, ...]
     total: Row
     rows: tuple[Row, ...]
+    spikes: Spikes
     before: Gradients | None = None
 
 
@@ -140,7 +159,7 @@ def gradients(
 
     ``before``: another model, measured on the same windows and tokens; which of them are easy or
     hard is then decided by the mean of both models' losses. ``windows``: how many, spread evenly
-    over ``split``. ``context``: tokens per window; default: the spec's, at most 256.
+    over ``split``. ``context``: tokens per window; default: the spec's, at most 128.
     ``batch_size``: windows per pass; the time hardly depends on it, the memory does. ``progress``:
     show a progress bar on stderr.
 
@@ -230,6 +249,7 @@ def _measured(
         ),
         total=rows[-1],
         rows=tuple(rows[:-1]),
+        spikes=_spikes(measure, sample),
     )
 
 
@@ -354,6 +374,30 @@ def _means(norm_JWC: Floats, there_JW: Bools) -> list[list[Interval]]:
         norm_NC = norm_WC[there_W]
         found.append(_intervals(norm_NC.mean(0), _resamples(len(norm_NC), seed=0) @ norm_NC))
     return found
+
+
+def _spikes(measure: _Measure, sample: Sample) -> Spikes:
+    """The spikes in the gradients of whole weights."""
+    whole = {use.layer for use in measure.columns if use.step is None}
+    layers: dict[int, Floats] = {}
+    for use, norm_W in zip(measure.columns, measure.raw_JWC[WHOLE].T, strict=True):
+        of_weights = use.step is None or use.layer not in whole
+        if use.matrix == "all" and use.layer is not None and of_weights:
+            layers[use.layer] = layers.get(use.layer, 0.0) + norm_W
+    norm_WL = np.stack(list(layers.values()), -1)
+    return Spikes(easy=spikes(norm_WL[sample.easy]), hard=spikes(norm_WL[sample.hard]))
+
+
+def spikes(norm_WL: Floats) -> tuple[Spike, ...]:
+    """The spikes in the norms of L layers; the first and the last one have no two neighbours."""
+    if norm_WL.shape[1] < 3:
+        return ()
+    value_L, *drawn = (
+        mean_L[..., 1:-1] / np.maximum(mean_L[..., :-2], mean_L[..., 2:])
+        for mean_L in (norm_WL.mean(0), _resamples(len(norm_WL), seed=0) @ norm_WL)
+    )
+    heights = enumerate(_intervals(value_L, drawn[0]), 1)
+    return tuple(Spike(layer=layer, height=height) for layer, height in heights if height.low > 1)
 
 
 def _resamples(count: int, seed: int) -> Floats:

@@ -12,10 +12,15 @@ from archdsl.evaluation.weight_gradients import Use
 from archdsl.reports.layout import StackingTable, TwoColumns
 
 if TYPE_CHECKING:
-    from archdsl.evaluation.gradients import Gradients, Row
+    from archdsl.evaluation.gradients import Gradients, Interval, Row
 
 LEGEND = [
     ("1.2", "layer 1, step 2; 1.all: the gradient of the weight that the steps share, their sum"),
+    (
+        "spikes",
+        "layers whose norm is above those of both neighbours: how many times the larger of these, "
+        "and the 95% interval of that",
+    ),
     ("easy, hard", "mean nuclear norm of the gradient of the mean loss of a window"),
     ("hard/easy", "the second divided by the first, and its 95% interval"),
     (
@@ -50,6 +55,7 @@ def _facts(found: Gradients) -> TwoColumns:
     for name, one in _models(found):
         facts.append((f"loss {name}".strip(), _losses(one)))
         facts.append((f"matched {name}".strip(), _matched(one)))
+        facts.append((f"spikes {name}".strip(), _spikes(one)))
     return TwoColumns(facts)
 
 
@@ -63,6 +69,18 @@ def _matched(one: Gradients) -> str:
         return "no token of an easy window has the loss of a token of its hard window"
     easy, hard = one.loss_of_matched.easy, one.loss_of_matched.hard
     return f"{one.matched_tokens:,} pairs of tokens; easy {easy:.4f}, hard {hard:.4f}"
+
+
+def _spikes(one: Gradients) -> str:
+    parts = []
+    for name, found in (("easy", one.spikes.easy), ("hard", one.spikes.hard)):
+        layers = ", ".join(f"layer {spike.layer} ({_interval(spike.height)})" for spike in found)
+        parts.append(f"{name}: {layers or 'none'}")
+    return "; ".join(parts)
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.value:.2f} {found.low:.2f}-{found.high:.2f}"
 
 
 def _models(found: Gradients) -> list[tuple[str, Gradients]]:
@@ -90,7 +108,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{row.raw.hard.value:.3g}"
     for contrast in (row.raw, row.normalised, row.matched):
         ratio = None if contrast is None else contrast.ratio
-        yield "-" if ratio is None else f"{ratio.value:.2f} {ratio.low:.2f}-{ratio.high:.2f}"
+        yield "-" if ratio is None else _interval(ratio)
 
 
 def _tokens(found: Gradients) -> StackingTable:

@@ -22,7 +22,7 @@ from archdsl.evaluation.gradient_sample import (
     matched_tokens,
     pairs_of_equal_loss,
 )
-from archdsl.evaluation.gradients import Gradients, contrasts, gradients
+from archdsl.evaluation.gradients import Gradients, contrasts, gradients, spikes
 from archdsl.evaluation.weight_gradients import (
     MATRICES,
     Use,
@@ -178,6 +178,30 @@ def test_easy_and_hard_windows_are_quarters_and_matched_tokens_lie_in_their_pair
     counts_W = matched_tokens(sample, loss_WT).sum(1)
     assert (counts_W[sample.easy] == counts_W[sample.hard]).all()
     assert counts_W.sum() == 2 * counts_W[sample.easy].sum() > 0
+
+
+def test_a_spike_is_above_both_neighbours_in_almost_all_resamples() -> None:
+    noise_WL = np.random.default_rng(0).uniform(0.9, 1.1, (12, 6))
+    found = spikes(noise_WL * [9, 1, 2, 1, 1.01, 1])  # the first has one neighbour
+    assert [spike.layer for spike in found] == [2]
+    assert 1.8 < found[0].height.low < found[0].height.value < found[0].height.high < 2.2
+    assert spikes(noise_WL[:, :2]) == ()
+
+
+@pytest.mark.parametrize("parameters", ["shared", "per_step"])
+def test_the_steps_of_a_spike_are_taken_together(parameters: str) -> None:
+    layer = "{kind: layer, attention: {head_size: 16}, ffn: {hidden: 32}}"
+    loop = f"{{kind: loop, steps: 2, parameters: {parameters}, body: {layer}}}"
+    made = model("tiny", *SMALL, f"blocks=[{layer}, {loop}, {layer}]")
+    for number in (0, 2):  # what the outer layers read is small, and so are their gradients
+        torch.nn.init.constant_(made.get_parameter(f"blocks.{number}.attention_norm.weight"), 0.01)
+    found = gradients(made, SKILL, windows=8, context=16)
+    places = ["0", "1.all", "2"] if parameters == "shared" else ["0", "1.1", "1.2", "2"]
+    raw = {row.use.place: row.raw.easy.value for row in found.rows if row.matrix == "all"}
+    first, *steps, last = [raw[place] for place in places]
+    [spike] = found.spikes.easy
+    assert spike.layer == 1
+    assert spike.height.value == pytest.approx(sum(steps) / max(first, last))
 
 
 def test_pairs_of_windows_are_drawn_together() -> None:
