@@ -197,11 +197,12 @@ def test_the_steps_of_a_spike_are_taken_together(parameters: str) -> None:
         torch.nn.init.constant_(made.get_parameter(f"blocks.{number}.attention_norm.weight"), 0.01)
     found = gradients(made, SKILL, windows=8, context=16)
     places = ["0", "1.all", "2"] if parameters == "shared" else ["0", "1.1", "1.2", "2"]
-    raw = {row.use.place: row.raw.easy.value for row in found.rows if row.matrix == "all"}
-    first, *steps, last = [raw[place] for place in places]
-    [spike] = found.spikes.easy
-    assert spike.layer == 1
-    assert spike.height.value == pytest.approx(sum(steps) / max(first, last))
+    raw = {row.use.place: row.raw for row in found.rows if row.matrix == "all"}
+    for group, spiking in (("easy", found.spikes.easy), ("hard", found.spikes.hard)):
+        first, *steps, last = [getattr(raw[place], group).value for place in places]
+        [spike] = spiking
+        assert spike.layer == 1
+        assert spike.height.value == pytest.approx(sum(steps) / max(first, last))
 
 
 def test_pairs_of_windows_are_drawn_together() -> None:
