@@ -110,12 +110,24 @@ class SearchConfig(Strict):
         "skill:NAME; default: the embedded corpus and a skill",
     )
     workers: int | None = Field(
-        None, ge=1, description="number of worker processes of one thread each; default: one a core"
+        None, ge=1, description="number of workers; default: as many as there are devices for"
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="kind of device that trials are trained on; cpu: each core is a device; "
+        "cuda: each GPU",
+    )
+    devices_per_trial: int = Field(
+        1,
+        ge=1,
+        description="number of devices that train each trial together; a worker has one process "
+        "of one thread for each",
     )
     memory: Size | None = Field(
         None,
         ge=1,
-        description="most memory that a worker may allocate, for example 4GiB; default: no limit",
+        description="most memory that a process of a worker may allocate, for example 4GiB; "
+        "default: no limit",
     )
     patience: Duration = Field(
         120.0,

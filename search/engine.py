@@ -70,19 +70,22 @@ Watch = Callable[[SearchProgress], None]
 class Machine:
     """How a search uses the machine. The results do not depend on it.
 
-    ``workers`` is the number of processes of one thread each (0: ``default_workers()``). ``memory``
-    are the bytes that one of them may allocate (None: no limit). A training that makes no step for
-    ``patience`` seconds is ended.
+    ``workers`` is the number of workers (0: ``default_workers(devices_per_trial)``), each of which
+    has ``devices_per_trial`` processes of one thread. ``memory`` are the bytes that one process may
+    allocate (None: no limit). A training that makes no step for ``patience`` seconds is ended.
     """
 
     workers: int = 0
     memory: int | None = None
     patience: float = 120.0
+    devices_per_trial: int = 1
 
     @contextmanager
     def pool(self) -> Iterator[Pool]:
         """Run a pool of worker processes until the block ends."""
-        with process_pool(self.workers or default_workers(), self.memory, self.patience) as pool:
+        devices = self.devices_per_trial
+        workers = self.workers or default_workers(devices)
+        with process_pool(workers, self.memory, self.patience, devices) as pool:
             yield pool
 
 

@@ -17,6 +17,7 @@ from archdsl.lang.config import check_config, say_where
 from archdsl.lang.load import Source, budget_of, read
 from archdsl.lang.source import Tree, check_name, read_file
 from archdsl.lang.spec import Budget, ModelSpec
+from archdsl.nn.devices import device_named
 from archdsl.search.analysis.forecast import SearchForecast, forecast_search
 from archdsl.search.config import SECONDS, SearchConfig
 from archdsl.search.engine import VALIDATION_RUNS, Machine, SearchEngine, Watch
@@ -37,6 +38,7 @@ from archdsl.search.study.study import Study
 from archdsl.search.supernet.layouts import supernet_space
 from archdsl.search.trials.proxy import Proxy
 from archdsl.search.trials.scorers import Scorer, SeparateTraining
+from archdsl.search.workers.pool import default_workers, device_count
 
 AS_TIME = -1.0  # `seconds` was not given
 
@@ -58,6 +60,8 @@ def search(
     proxy: Proxy | str | None = None,
     data: str | None = None,
     workers: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    devices_per_trial: int = 1,
     memory: int | float | str | None = None,
     patience: int | float | str = 120.0,
     seed: int = 0,
@@ -100,8 +104,12 @@ def search(
         layouts: Number of supernets that ``"shared"`` trains.
         proxy: Sizes of the proxy, such as ``"dim=32,steps=300"``; ``"none"``: the model itself.
         data: Train on this data instead of the embedded corpus and a skill.
-        workers: Number of worker processes of one thread each; None: one a core.
-        memory: Most bytes that a worker may allocate.
+        workers: Number of workers; None: as many as there are devices for.
+        device: Kind of device that trials are trained on: ``"cpu"``, where each core is a device,
+            or ``"cuda"``.
+        devices_per_trial: Number of devices that train each trial together. A worker has one
+            process of one thread for each.
+        memory: Most bytes that a process of a worker may allocate.
         patience: Fail a trial whose training makes no step for this long.
         seed: Seed of the sampler and of the training of trials.
         seeds: Number of further seeds with which the winner and its baselines are trained.
@@ -111,7 +119,7 @@ def search(
         storage: URL of a database by which many machines search together.
         heartbeat: Seconds between two heartbeats of a worker in the database.
         config: A `SearchConfig`, or a YAML file with its fields, for what is not given here.
-        machine: Takes the place of ``workers``, ``memory`` and ``patience``.
+        machine: Takes the place of ``workers``, ``devices_per_trial``, ``memory`` and ``patience``.
         watch: Called with the progress of the search after every event.
         command: Is noted in the report.
         seconds: An older name of ``time``.
@@ -193,6 +201,7 @@ def run_search(
     """
     given = read(space, overrides) if space else _space(config, overrides)
     settings = _settings(config, given, budget, proxy)
+    require_devices(config, settings.proxy)
     require_feasible(settings.tree, settings.budget)
     with blamed_on("space"):
         require_choice(settings.tree, settings.budget)
@@ -227,6 +236,8 @@ def _settings(
 ) -> Settings:
     if proxy and config.data:
         raise SpecError(Problem("data", "a Proxy object names the data of its tasks itself"))
+    if proxy and config.device != "cpu":
+        raise SpecError(Problem("device", "a Proxy object names the device of its tasks itself"))
     return Settings(
         tree,
         budget_of(tree, budget.with_limits(config.limits) if budget else config.limits),
@@ -242,7 +253,7 @@ def _settings(
 def proxy_of(config: SearchConfig) -> Proxy:
     """The proxy of the config's words. Its data are loaded, once per process."""
     with blamed_on("proxy"):
-        proxy = Proxy.parse(config.proxy, config.data)
+        proxy = Proxy.parse(config.proxy, config.data, config.device)
     with blamed_on("data"):
         for task in proxy.tasks.values():
             task.load()
@@ -255,7 +266,36 @@ def _axes(config: SearchConfig) -> tuple[str, ...]:
 
 
 def _machine(config: SearchConfig) -> Machine:
-    return Machine(config.workers or 0, config.memory, config.patience)
+    devices = config.devices_per_trial
+    workers = config.workers or default_workers(devices, config.device)
+    return Machine(workers, config.memory, config.patience, devices)
+
+
+def require_devices(config: SearchConfig, proxy: Proxy) -> None:
+    """Check that the workers of a search can train as its config says.
+
+    Raises ArchdslError if the machine has too few devices, or those of a trial cannot divide each
+    batch among them, or the strategy does not train on such devices.
+    """
+    each, kind, name = config.devices_per_trial, config.device, "devices_per_trial"
+    if config.strategy == "shared" and (each > 1 or kind != "cpu"):
+        with blamed_on(name if each > 1 else "device"):
+            raise ArchdslError("the strategy shared trains on one device, the cpu")
+    with blamed_on("device"):
+        device_named(kind)
+    found = device_count(kind)
+    what = f"this machine has {found} {'cores' if kind == 'cpu' else 'GPUs'}"
+    with blamed_on(name):
+        if each > found:
+            raise ArchdslError(f"must be at most {found}, as {what}; got {each}")
+        for task_name, task in proxy.tasks.items():
+            if task.batch_size % each:
+                shared = f"the {task.batch_size} sequences of a batch of the task {task_name}"
+                raise ArchdslError(f"must divide {shared}; got {each}")
+    if kind != "cpu" and (config.workers or 1) * each > found:
+        with blamed_on("workers"):
+            most = f"must be at most {found // each} for {each} devices per trial"
+            raise ArchdslError(f"{most}, as {what}; got {config.workers}")
 
 
 def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchForecast:
@@ -266,6 +306,7 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
     tree, proxy = _space(config, overrides), proxy_of(config)
     budget = budget_of(tree, config.limits)
     _axes(config)  # which no forecast depends on, but which may be wrong
+    require_devices(config, proxy)
     with blamed_on("space"):
         require_choice(tree, budget)
     with _machine(config).pool() as pool:

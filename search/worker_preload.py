@@ -3,12 +3,14 @@
 It runs what a job runs at first, because torch imports many of its modules only when a model or an
 optimizer is first made or used: about five seconds of CPU that otherwise each worker would need.
 Importing this module has effects. It must not leave a thread behind, as threads do not survive a
-fork; so it computes no gradients, because autograd starts threads.
+fork; so it computes no gradients, because autograd starts threads. Nor may it start CUDA, which a
+forked process cannot use then; so torch is told to ask NVML whether there are GPUs.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 
 import torch
 
@@ -32,6 +34,7 @@ def _run_like_a_job() -> None:
     trainer.optimizer.step()
 
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 torch.set_num_threads(1)
 _run_like_a_job()
 gc.freeze()  # otherwise each garbage collection of a worker would copy the memory it shares

@@ -95,6 +95,8 @@ def search(
 
       archdsl search --objective loss --trials 50 --workers 4
 
+      archdsl search --budget 162M --proxy none --device cuda --devices-per-trial 4
+
       archdsl search --config search.yaml --out runs/mine
     """
     config = config_from(ctx, config_class(), config_file, space=space)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -71,12 +71,14 @@ def evaluate(
     context: int | None = None,
     limit_tokens: int | None = None,
     ranks: Ranks | None = None,
+    watched: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
     """Measure the loss of ``model`` on the held-out windows of ``split``.
 
     ``batch_size``: windows per forward pass. ``context``: tokens per window; default: the spec's.
     ``limit_tokens``: the largest number of tokens to read; default: all. ``ranks``: the processes
     that call this together, each with its share of the model and of the work; default: this one.
+    ``watched``: gives the context of each forward pass whose scores count.
 
     A model whose router looks at later tokens is measured twice: as trained, and with causal
     routing. The mode of the model and the state of the random numbers are left unchanged. Raises
@@ -89,7 +91,7 @@ def evaluate(
     def evaluated(leaks: bool) -> Evaluation:
         batches = data.held_out(split, batch_size, context, limit_tokens)
         with evaluation_mode(model, sharded=ranks is not None and ranks.size > 1):
-            scores = _scores(model, batches, ranks)
+            scores = _scores(model, batches, ranks, watched)
         score_3W = scored_windows(scores, data, split)
         return _summary(score_3W, split, data.bytes_per_token(split), leaks)
 
@@ -100,12 +102,19 @@ def evaluate(
     return evaluated(leaks=True).model_copy(update={"causal": causal})
 
 
-def _scores(model: LanguageModel, batches: Iterator[Batch], ranks: Ranks | None) -> list[Tensor]:
+def _scores(
+    model: LanguageModel,
+    batches: Iterator[Batch],
+    ranks: Ranks | None,
+    watched: Callable[[], AbstractContextManager[object]],
+) -> list[Tensor]:
     """`score_batch` of each batch, computed by all processes."""
-    if ranks is None or ranks.size == 1:
-        return [score_batch(model, batch) for batch in batches]
-    found = [(score_batch(model, batch), own) for batch, own in ranks.own(batches)]
-    mine = [score_3B for score_3B, own in found if own]
+    ranks, mine = ranks or Ranks(torch.device("cpu")), []
+    for batch, own in ranks.own(batches):
+        with watched() if own else nullcontext():
+            score_3B = score_batch(model, batch)
+        if own:
+            mine.append(score_3B)
     return [score_3B for everyones in ranks.gather(mine) for score_3B in everyones]
 
 

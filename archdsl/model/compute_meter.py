@@ -60,6 +60,13 @@ class Meter:
         for name, share in model.router_shares().items():
             self.selected[name] = self.selected.get(name, 0.0) + count * share
 
+    def add(self, other: Meter) -> None:
+        """Add what another meter has measured of the same model."""
+        self.tokens += other.tokens
+        self.flops += other.flops
+        for name, count in other.selected.items():
+            self.selected[name] = self.selected.get(name, 0.0) + count
+
     def _per_token(self, model: LanguageModel, length: int) -> float:
         if model.loops:
             return flops_per_token(model, length)

@@ -35,6 +35,8 @@ def device_named(name: str) -> torch.device:
     """The device of this name; auto is `best_device`. Raises ArchdslError if there is none."""
     if name == "auto":
         return best_device()
+    if name == "cpu":
+        return torch.device(name)  # without a look for others, after which no process may fork
     if name not in (there := available_devices()):
         raise ArchdslError(f"device: {name}: is not available; use {' or '.join(there)}")
     return torch.device(name)

@@ -189,7 +189,8 @@ def joined(device: str = "auto", parallel: Parallel = "auto", params: int = 0) -
     with blamed_on("device"):
         given = device_named(device)
     with connected() as found:
-        own = given if found.size == 1 else _own_device(device, given)
+        alone = found.size == 1 and (given.index is not None or "LOCAL_RANK" not in os.environ)
+        own = given if alone else _own_device(device, given)
         ranks = replace(found, device=own)
         mesh = None if found.size == 1 else _mesh(ranks, parallel, params)
         yield replace(ranks, mesh=mesh)

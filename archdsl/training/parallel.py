@@ -123,7 +123,9 @@ def _numel(shape: Sequence[int]) -> int:
 
 def gathered(model: LanguageModel, ranks: Ranks) -> LanguageModel:
     """A whole copy of a divided model in the memory of the first process; the model itself in the
-    others."""
+    others, and where it is not divided."""
+    if ranks.size == 1:
+        return model
     state = {}
     for name, tensor in model.state_dict().items():
         complete = whole(tensor)

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -313,10 +314,15 @@ class Trainer:
             f"or more warmup_steps (now {self.config.warmup})"
         )
 
-    def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        limit_tokens: int | None = None,
+        watched: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Evaluation:
         """Evaluate on the validation split, or on its first ``limit_tokens`` tokens.
 
-        Raises TrainingDiverged if the loss is not finite.
+        ``watched``: gives the context of each forward pass whose scores count. Raises
+        TrainingDiverged if the loss is not finite.
         """
         config = self.config
         with self.autocast():
@@ -327,6 +333,7 @@ class Trainer:
                 context=self.context,
                 limit_tokens=limit_tokens or config.eval_tokens,
                 ranks=self.ranks,
+                watched=watched,
             )
         give_back(self.units)
         if not math.isfinite(evaluation.loss):

@@ -6,7 +6,8 @@ once, and a search that is killed and run again loses at most the rungs that wer
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Self
 from pydantic import Field, ValidationError
 
 from archdsl import __version__
+from archdsl.costs.receipt import cost
 from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.lang.messages import explain
@@ -23,6 +25,7 @@ from archdsl.lang.plugin_sources import plugin_digests
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.lang.strict import Strict
 from archdsl.model.build import build
+from archdsl.nn.ranks import Ranks, joined
 from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
 from archdsl.search.trials.result_store import StoredRun
 from archdsl.search.workers.worker import Heartbeat
@@ -72,6 +75,7 @@ class Task(Strict):
         description="training steps between two held-out losses on the way; 0: none",
     )
     weight: float = Field(1.0, ge=0, description="of its loss in the objective")
+    device: str = Field("cpu", exclude_if=lambda it: it == "cpu", description="as of archdsl train")
 
     def load(self) -> Data:
         """Load the data, once per process. Raises DataError if it cannot be loaded."""
@@ -101,7 +105,7 @@ class Task(Strict):
             warmup_steps=50,
             seed=seed,
             eval_tokens=self.eval_tokens,
-            device="cpu",
+            device=self.device,
         )
 
     def job(self, store: Path, spec: ModelSpec, seed: int, steps: int) -> Job:
@@ -121,13 +125,14 @@ class Proxy(Strict):
     tasks: dict[str, Task]
 
     @classmethod
-    def parse(cls, text: str | None = None, data: str | None = None) -> Proxy:
-        """Return the proxy that ``--proxy`` and ``--data`` describe.
+    def parse(cls, text: str | None = None, data: str | None = None, device: str = "cpu") -> Proxy:
+        """Return the proxy that ``--proxy``, ``--data`` and ``--device`` describe.
 
         ``text``: ``none`` or sizes such as ``dim=64,repeat=2,steps=1000``. ``data`` replaces the
         data of both default tasks by one task. Raises ProxyError if the text is not understood.
         """
-        tasks = default_tasks()
+        on = {"device": device}
+        tasks = {name: task.model_copy(update=on) for name, task in default_tasks().items()}
         if data is not None:
             task = tasks["skill" if data.startswith("skill:") else "text"]
             tasks = {"data": task.model_copy(update={"data": data, "weight": 1.0})}
@@ -258,17 +263,39 @@ class Job:
     def run(self, heartbeat: Heartbeat) -> ProxyScore:
         """Train and score, starting from the state that the store has, if any.
 
-        Waits while another process trains the same model.
+        Waits while another process trains the same model. In a worker that is a group of processes
+        all of them call this, and train one model together.
         """
         stored_run = self.stored_run
-        with stored_run.locked(heartbeat):
-            if stored := read_score(stored_run.score(self.steps)):
+        with (
+            joined(self.task.device, params=cost(self.spec).params) as ranks,
+            _locked_by_first(stored_run, ranks, heartbeat),
+        ):
+            if stored := ranks.on_first(lambda: read_score(stored_run.score(self.steps))):
                 return stored
             # equal specs get the same weights and the same names of modules
             model = build(self.spec.canonical(), seed=self.seed)
-            trainer = Trainer(model, self.load(), self.config, horizon=self.horizon)
+            trainer = Trainer(model, self.load(), self.config, horizon=self.horizon, ranks=ranks)
             every = self.task.held_out_every
             return ProxyTraining(stored_run, trainer, heartbeat, every).score()
+
+
+@contextmanager
+def _locked_by_first(stored_run: StoredRun, ranks: Ranks, heartbeat: Heartbeat) -> Iterator[None]:
+    """Hold the lock of a run in the first process, for all of them."""
+
+    def still_waiting() -> None:
+        heartbeat()
+        ranks.any(True)
+
+    with ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(stored_run.locked(still_waiting))
+            ranks.any(False)
+        else:
+            while ranks.any(False):  # no single wait is long, as torch ends a long one
+                pass
+        yield
 
 
 def objective(scores: dict[str, ProxyScore], proxy: Proxy) -> float | None:

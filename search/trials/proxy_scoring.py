@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from archdsl.evaluation.evaluate import Evaluation
 from archdsl.model.compute_meter import Meter
+from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context
 from archdsl.nn.loop import Router, Selection, Step
 from archdsl.training.trainer import Trainer
@@ -35,6 +36,12 @@ class RouterHealth:
     def entropies(self) -> dict[str, float]:
         """The mean entropy per token in bits, from 0 to 1, by loop and step."""
         return {name: total / max(1, self.tokens[name]) for name, total in self.bits.items()}
+
+    def add(self, other: RouterHealth) -> None:
+        """Add what was noted of the same routers on other tokens."""
+        for name, bits in other.bits.items():
+            self.bits[name] = self.bits.get(name, 0.0) + bits
+            self.tokens[name] = self.tokens.get(name, 0) + other.tokens[name]
 
     def note(
         self, router: Router, x_BTD: Tensor, at: Step, ctx: Context, active_BT: Tensor | None
@@ -71,18 +78,22 @@ class HeldOutScores:
 def held_out(trainer: Trainer, heartbeat: Callable[[], None]) -> HeldOutScores:
     """Evaluate the model as trained so far, and call ``heartbeat`` after each forward pass.
 
-    Raises TrainingDiverged if the loss is not finite.
+    All processes that train the model call this together. Raises TrainingDiverged if the loss is
+    not finite.
     """
-    with _watched(trainer, heartbeat) as (meter, health):
-        return HeldOutScores(trainer.evaluate(), meter, health)
+    own = Meter(), RouterHealth()
+    evaluation = trainer.evaluate(watched=lambda: _watched(trainer.model, heartbeat, *own))
+    meter, health = Meter(), RouterHealth()
+    for metered, noted in trainer.ranks.gather(own):
+        meter.add(metered)
+        health.add(noted)
+    return HeldOutScores(evaluation, meter, health)
 
 
 @contextmanager
 def _watched(
-    trainer: Trainer, heartbeat: Callable[[], None]
-) -> Iterator[tuple[Meter, RouterHealth]]:
-    model, meter, health = trainer.model, Meter(), RouterHealth()
-
+    model: LanguageModel, heartbeat: Callable[[], None], meter: Meter, health: RouterHealth
+) -> Iterator[None]:
     def after_pass(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
         heartbeat()
         if not model.leaks:  # a model that leaks is also evaluated causally, and only that counts
@@ -98,7 +109,7 @@ def _watched(
         for router in model.routers:
             if router.learned:
                 hooks.enter_context(_removed(router.register_forward_hook(after_choice)))
-        yield meter, health
+        yield
 
 
 @contextmanager

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
+from torch import Tensor
 
 from archdsl.costs.receipt import train_flops
 from archdsl.errors import ArchdslError
 from archdsl.files import read_bytes, remove_folder, write_text
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
-from archdsl.model.checkpoint import CheckpointError, load_training, save_checkpoint
+from archdsl.model.checkpoint import load_training, save_checkpoint
+from archdsl.nn.ranks import whole
 from archdsl.search.trials.curve import Curve
 from archdsl.search.trials.proxy_scoring import HeldOutScores, held_out
 from archdsl.search.trials.result_store import StoredRun
+from archdsl.training.parallel import gathered
 from archdsl.training.state import TrainingState, checked
 from archdsl.training.trainer import Trainer, TrainingDiverged, TrainStep
 
@@ -63,7 +66,7 @@ class ProxyScore(Strict):
         (), description="on the way: step, loss on the first eighth of the held-out tokens"
     )
     step_seconds: float = Field(0.0, description="of all steps alone, with those of lower rungs")
-    peak_bytes: int = Field(0, description="of memory, of the process")
+    peak_bytes: int = Field(0, description="of memory, of the process that needed most")
     accumulate: int = Field(1, description="parts that each batch was cut into")
     reused: bool = Field(False, exclude=True)
 
@@ -125,7 +128,8 @@ class ProxyTraining:
     """Train up to the last step of the trainer's config.
 
     Every ``held_out_every`` steps the loss on a part of the held-out data is measured (0: never).
-    The caller must hold the lock of ``stored_run``.
+    All processes that train the model together call the same methods. The caller must hold the lock
+    of ``stored_run``.
     """
 
     def __init__(
@@ -138,14 +142,14 @@ class ProxyTraining:
         self.started = self.saved = time.perf_counter()
         self.stored_run, self.trainer, self.heartbeat = stored_run, trainer, heartbeat
         self.held_out_every = held_out_every
-        self.config = trainer.config
+        self.config, self.ranks = trainer.config, trainer.ranks
         self.progress = SavedProgress()
         self.furthest = self._resume()
         self.step_flops = _step_flops(self.trainer)
 
     def _resume(self) -> bool:
         """Restore the stored state, if there is one; return False if it is beyond this rung."""
-        if not self.stored_run.state.exists():
+        if not self.ranks.on_first(self.stored_run.state.exists):
             return True
         try:
             state = load_training(self.stored_run.state)
@@ -153,8 +157,8 @@ class ProxyTraining:
             if stood.step > self.config.steps:
                 return False
             self.trainer.continue_from(self.stored_run.state, state)
-        except CheckpointError:  # it is damaged, for example after a power failure: train again
-            remove_folder(self.stored_run.state)
+        except ArchdslError:  # it is damaged, for example after a power failure: train again
+            self.ranks.on_first(lambda: remove_folder(self.stored_run.state))
             return True
         saved = stood.progress
         self.progress.curve = Curve(**saved.curve.model_dump())
@@ -177,7 +181,8 @@ class ProxyTraining:
             score = self._scored(held_out(self.trainer, self.heartbeat))
         except TrainingDiverged:
             score = ProxyScore(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
-        write_text(self.stored_run.score(self.config.steps), score.model_dump_json())
+        file = self.stored_run.score(self.config.steps)
+        self.ranks.on_first(lambda: write_text(file, score.model_dump_json()))
         return score
 
     def _after_step(self, step: TrainStep) -> None:
@@ -188,7 +193,8 @@ class ProxyTraining:
         if self.held_out_every and step.step % self.held_out_every == 0:
             found = self.trainer.evaluate((self.config.eval_tokens or 0) // CURVE_SHARE)
             self.progress.held_out.append((step.step, (found.causal or found).loss))
-        if time.perf_counter() - self.saved > SECONDS_APART:
+        due = time.perf_counter() - self.saved > SECONDS_APART
+        if self.ranks.any(due and self.ranks.first):
             self._save()
         self.stepped = time.perf_counter()
 
@@ -197,13 +203,20 @@ class ProxyTraining:
         if not self.furthest:
             return
         spent = replace(self.progress, seconds=self._seconds())
-        save_checkpoint(
-            self.stored_run.state,
-            self.trainer.model,
-            tokenizer_from=None,
-            provenance={"step": self.trainer.step},
-            training=self.trainer.state() | {"progress": asdict(spent)},
-            durable=False,  # without the state, the proxy can be trained again
+        model = gathered(self.trainer.model, self.ranks)
+        state = {
+            name: whole(value).cpu() if isinstance(value, Tensor) else value
+            for name, value in self.trainer.state().items()
+        }
+        self.ranks.on_first(
+            lambda: save_checkpoint(
+                self.stored_run.state,
+                model,
+                tokenizer_from=None,
+                provenance={"step": self.trainer.step},
+                training=state | {"progress": asdict(spent)},
+                durable=False,  # without the state, the proxy can be trained again
+            )
         )
         self.saved = time.perf_counter()
 
@@ -219,7 +232,7 @@ class ProxyTraining:
             "step_seconds": self.progress.step_seconds,
             "curve": self.progress.curve.up_to(self.trainer.step),
             "held_out": tuple(self.progress.held_out),
-            "peak_bytes": _peak_bytes(),
+            "peak_bytes": max(self.ranks.gather(_peak_bytes())),
             "accumulate": self.config.accumulate,
         }
 

@@ -1,7 +1,8 @@
 """A pool of worker processes of one thread each, in which each piece of work can fail alone.
 
 Workers are forked from a server process that has imported torch. Each does one piece of work after
-the other until one fails, and ends when the process that uses the pool ends.
+the other until one fails, and ends when the process that uses the pool ends. A worker may be a
+group of processes, see `archdsl.search.workers.group`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "ProcessPool",
     "Work",
     "default_workers",
+    "device_count",
     "end_if_disk_is_full",
     "process_pool",
     "start_server",
@@ -51,9 +53,19 @@ STARTUP_SECONDS = 60.0  # granted before the first heartbeat: the server may be 
 WORK_PER_WORKER = 50  # done by one process, then a new one starts and leaked memory is freed
 
 
-def default_workers() -> int:
-    """Return the number of cores, at most 8."""
-    return min(8, os.cpu_count() or 1)
+def default_workers(devices_per_trial: int = 1, device: str = "cpu") -> int:
+    """Return how many workers this machine has devices for: of cores, at most 8 are used."""
+    found = device_count(device)
+    return max(1, (min(8, found) if device == "cpu" else found) // devices_per_trial)
+
+
+def device_count(device: str) -> int:
+    """Return the number of devices of a kind that this machine has, which are cores for ``cpu``."""
+    if device == "cpu":
+        return os.cpu_count() or 1
+    import torch
+
+    return torch.accelerator.device_count()
 
 
 class Pool(Protocol):
@@ -95,14 +107,15 @@ def _run_with_retry(work: Work[R]) -> R:
 
 @contextmanager
 def process_pool(
-    workers: int, memory: int | None = None, patience: float = 120.0
+    workers: int, memory: int | None = None, patience: float = 120.0, devices: int = 1
 ) -> Iterator[ProcessPool]:
-    """A pool of ``workers`` processes; at the end of the block it waits until all work is done.
+    """A pool of ``workers`` workers; at the end of the block it waits until all work is done.
 
-    ``memory``: bytes that each worker may allocate. ``patience``: seconds without a heartbeat after
-    which a worker is killed. If the block raises an exception, all workers are killed at once.
+    ``memory``: bytes that each process may allocate. ``patience``: seconds without a heartbeat
+    after which a worker is killed. ``devices``: of each worker, which has a process for each. If
+    the block raises an exception, all workers are killed at once.
     """
-    pool = ProcessPool(workers, memory, patience)
+    pool = ProcessPool(workers, memory, patience, devices)
     try:
         yield pool
         pool.finish()
@@ -141,10 +154,11 @@ class _Submission:
 class _Worker:
     """A worker process. ``submission``: its work; None while it waits. ``taken``: how many it had.
 
-    ``last_heartbeat``: by the monotonic clock.
+    ``place``: its number among the workers. ``last_heartbeat``: by the monotonic clock.
     """
 
     process: ForkServerProcess
+    place: int
     last_heartbeat: float
     submission: _Submission | None = None
     taken: int = 0
@@ -156,8 +170,8 @@ Pipe = connection.Connection  # its other end is in a worker
 class ProcessPool:
     """A queue of work and the processes that do it. One thread serves them all."""
 
-    def __init__(self, workers: int, memory: int | None, patience: float) -> None:
-        self.workers, self.memory, self.patience = workers, memory, patience
+    def __init__(self, workers: int, memory: int | None, patience: float, devices: int = 1) -> None:
+        self.workers, self.memory, self.patience, self.devices = workers, memory, patience, devices
         self._context = multiprocessing.get_context("forkserver")
         start_server()
         self._queue: deque[_Submission] = deque()
@@ -239,8 +253,11 @@ class ProcessPool:
     def _start_worker(self) -> Pipe[Any, Any]:
         ours, theirs = self._context.Pipe()
         interval = min(HEARTBEAT_INTERVAL, self.patience / 8)
+        taken = {worker.place for worker in self._workers.values()}
+        place = min(set(range(len(taken) + 1)) - taken)
+        devices = range(place * self.devices, (place + 1) * self.devices)
         process = self._context.Process(
-            target=run_worker, args=(theirs, self.memory, interval), daemon=True
+            target=run_worker, args=(theirs, self.memory, interval, devices), daemon=True
         )
         try:
             process.start()
@@ -249,7 +266,7 @@ class ProcessPool:
             raise
         finally:
             theirs.close()
-        self._workers[ours] = _Worker(process, time.monotonic() + STARTUP_SECONDS)
+        self._workers[ours] = _Worker(process, place, time.monotonic() + STARTUP_SECONDS)
         return ours
 
     def _receive(self) -> None:

@@ -11,15 +11,17 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, Self, TypeVar
 
 from archdsl.errors import ArchdslError
 from archdsl.files import WriteError, disk_fault
+from archdsl.nn.ranks import LOST
+from archdsl.search.workers.group import SECONDS_TO_TELL, Group, fork
 
 R_co = TypeVar("R_co", covariant=True)
 Heartbeat = Callable[[], None]  # work calls it to say that it has not hung
@@ -72,54 +74,110 @@ def end_if_disk_is_full(failure: BaseException) -> None:
 
 
 def run_worker(
-    pipe: connection.Connection[Any, Any], memory: int | None, heartbeat_interval: float
+    pipe: connection.Connection[Any, Any],
+    memory: int | None,
+    heartbeat_interval: float,
+    devices: Sequence[int] = (0,),
 ) -> None:
     """Do one piece of work after the other, as they come through ``pipe``, until it is closed.
 
     During each, the worker sends None as a heartbeat, at most every ``heartbeat_interval`` seconds;
     at its end it sends a tuple of the result alone, or a JobFailed. ``memory``: bytes that the work
-    may allocate.
+    may allocate. ``devices``: the numbers of the worker's devices on this machine. For each there
+    is a process, and all of them do each piece of work together.
     """
     import torch
 
     for ending in (signal.SIGINT, signal.SIGTERM):  # the parent process handles them
         signal.signal(ending, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    group = fork(devices)
     torch.set_num_threads(1)
+    if group.rank:
+        pipe.close()
+        _run_rank(group, memory)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    sender = _Sender(pipe, heartbeat_interval)
+    group.open(sender.fail)
     limit = _data_limit(memory)  # set once: memory that earlier work leaked counts as well
     with suppress(EOFError, ConnectionError):  # the pool is closed, or its process has died
         while True:
             work = pipe.recv_bytes()
-            pipe.send_bytes(_outcome(work, limit, _HeartbeatSender(pipe, heartbeat_interval)))
-            del work
+            group.begin(work)
+            sender.sent = -math.inf
+            answer, failed = _outcome(work, limit, sender.heartbeat)
+            if failed is None:
+                group.wait()
+            sender.send(answer)
+            del work, answer
             gc.collect()  # models contain reference cycles, and may be large
             _reset_peak_memory()
 
 
-class _HeartbeatSender:
-    """Sends heartbeats, the first one at once."""
+def _run_rank(group: Group, memory: int | None) -> NoReturn:
+    """Do the same in another rank than 0, until a piece of work fails or rank 0 ends."""
+    with suppress(EOFError, ConnectionError):
+        link, limit = group.follow(), _data_limit(memory)
+        while True:
+            work = link.recv_bytes()
+            group.begin(work)
+            _, failed = _outcome(work, limit, lambda: None)
+            link.send(failed)
+            if failed:
+                break  # so that the others, which may wait for this rank, fail too
+            del work
+            gc.collect()
+            _reset_peak_memory()
+    os._exit(0)
+
+
+class _Sender:
+    """Sends heartbeats, the first one of each piece of work at once, and results."""
 
     def __init__(self, pipe: connection.Connection[Any, Any], interval: float) -> None:
         self.pipe, self.interval, self.sent = pipe, interval, -math.inf
+        self.lock = threading.Lock()  # another rank may fail while this one works
 
-    def __call__(self) -> None:
+    def heartbeat(self) -> None:
+        """Send a heartbeat, if it is time."""
         if time.monotonic() - self.sent > self.interval:
             try:
-                self.pipe.send(None)
+                self.send(_pickled(None))
             except ConnectionError:  # the process of the pool has died
                 os._exit(1)
             self.sent = time.monotonic()
 
+    def send(self, pickled: bytes) -> None:
+        """Send what is received as a heartbeat, a result or a failure."""
+        with self.lock:
+            self.pipe.send_bytes(pickled)
 
-def _outcome(pickled: bytes, limit: int | None, heartbeat: Heartbeat) -> bytes:
+    def fail(self, failure: JobFailed) -> NoReturn:
+        """Send the failure as that of the work, and end this process."""
+        self.lock.acquire()
+        with suppress(ConnectionError):
+            self.pipe.send(failure)
+        os._exit(1)
+
+
+def _outcome(
+    pickled: bytes, limit: int | None, heartbeat: Heartbeat
+) -> tuple[bytes, JobFailed | None]:
+    """Do the work; return what is sent to the pool, and the failure if there is one."""
     try:
         heartbeat()
         work: Work[Any] = pickle.loads(pickled)
         with _at_most(limit):
             result = work.run(heartbeat)
-        return bytes(ForkingPickler.dumps((result,)))
+        return _pickled((result,)), None
     except BaseException as error:  # whatever ended the work is reported
-        return bytes(ForkingPickler.dumps(failure(error)))
+        failed = failure(error)
+        if LOST in failed.message or getattr(error, "told_by_another", False):
+            time.sleep(SECONDS_TO_TELL)  # the other rank knows better, and ends this process
+        return _pickled(failed), failed
+
+
+def _pickled(message: Any) -> bytes:
+    return bytes(ForkingPickler.dumps(message))
 
 
 def _reset_peak_memory() -> None:

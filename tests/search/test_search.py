@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -263,3 +264,23 @@ def test_kill_9_loses_nothing_that_was_scored(space: Path, tmp_path: Path) -> No
     report = go(space, tmp_path / "run", trials=6)
     assert {file: file.read_text() for file in scored} == scored
     assert [t.values for t in report.trials] == [t.values for t in whole.trials]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"devices_per_trial": 0}, "devices_per_trial: must be at least 1, got 0"),
+        ({"devices_per_trial": 9}, r"devices_per_trial: .*at most 8, as .* has 8 cores; got 9"),
+        ({"devices_per_trial": 3}, "devices_per_trial: must divide the 16 sequences of a batch"),
+        ({"devices_per_trial": 2, "strategy": "shared"}, "the strategy shared trains on one"),
+        ({"device": "cuda"}, "device: cuda: is not available"),
+    ],
+)
+def test_devices_on_which_no_trial_can_be_trained_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    with pytest.raises(ArchdslError, match=told):
+        archdsl.search("search", budget="1M", out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

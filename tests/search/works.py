@@ -123,10 +123,14 @@ def is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class DiesAt(Whole):
-    """A job that keeps its state after every step, and is killed before ``step`` is kept."""
+    """A job that keeps its state after every step, and is killed before ``step`` is kept.
+
+    In a group of processes, ``rank`` is the one that is killed.
+    """
 
     job: Any
     step: int
+    rank: int = 0
 
     def run(self, heartbeat: Heartbeat) -> None:
         from archdsl.search.trials import proxy_training
@@ -135,7 +139,26 @@ class DiesAt(Whole):
         steps = iter(range(1, self.step + 1))
 
         def die() -> None:
-            if next(steps) == self.step:
+            if next(steps) == self.step and os.environ["RANK"] == str(self.rank):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         self.job.run(die)
+
+
+@dataclass(frozen=True)
+class InGroup(Whole):
+    """The sum over the ranks of a group; one of them may do something else instead."""
+
+    note: Path
+    rank: int = -1
+    instead: Any = None
+
+    def run(self, heartbeat: Heartbeat) -> float:
+        from archdsl.nn.ranks import joined
+
+        with joined("cpu") as ranks:
+            (self.note / str(ranks.rank)).write_text(str(os.getpid()))
+            ranks.gather(None)  # all have noted theirs
+            if ranks.rank == self.rank:
+                self.instead.run(heartbeat)
+            return ranks.sum(10**ranks.rank)[0]

@@ -146,6 +146,32 @@ def test_one_that_is_killed_on_the_way_goes_on_with_the_same_bits(tmp_path: Path
     assert found(resumed) == found(run(job(tmp_path / "undisturbed")))
 
 
+def test_a_group_of_processes_goes_on_with_a_rung_of_one_and_finds_the_same(tmp_path: Path) -> None:
+    # 9 batches: each process scores one that the other does not
+    below, above, alone = (
+        job(tmp_path / out, steps, eval_tokens=216)
+        for out, steps in [("two", 2), ("two", 4), ("one", 4)]
+    )
+    run(below)
+    with process_pool(1, devices=2) as pool:
+        error = pool.submit(DiesAt(above, 2, rank=1)).exception()
+        assert "killed" in str(error)
+        # the first process may have kept the step after which the other was killed
+        assert load_training(above.stored_run.state)["step"] in (3, 4)
+        score, wanted = pool.submit(above).result(), run(alone)
+    for name in ("loss", "accuracy", "shares", "entropies"):
+        assert getattr(score, name) == pytest.approx(getattr(wanted, name), rel=1e-5), name
+    for name in ("flops_per_token", "eval_flops"):  # estimated for each pass by its mean share
+        assert getattr(score, name) == pytest.approx(getattr(wanted, name), rel=1e-3), name
+    assert [x for point in score.curve for x in point] == pytest.approx(
+        [x for point in wanted.curve for x in point], abs=1e-5
+    )
+    assert above.stored_score() == score.model_copy(update={"reused": True})
+    shutil.copytree(above.stored_run.state, alone.stored_run.state, dirs_exist_ok=True)
+    further = replace(alone, steps=6, task=alone.task.up_to(6))
+    assert run(further).curve[:4] == score.curve  # one process goes on with what a group has saved
+
+
 @pytest.mark.parametrize("name", ["training.safetensors", "provenance.json"])
 def test_a_state_that_a_power_failure_has_damaged_is_trained_again(
     tmp_path: Path, name: str
