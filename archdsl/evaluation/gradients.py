@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from archdsl.data.types import IGNORE, Batch, Data, HeldOut
+from archdsl.errors import ArchdslError
 from archdsl.evaluation.evaluate import check_data_fits, cross_entropy, evaluation_mode
 from archdsl.evaluation.gradient_sample import (
     DECILES,
@@ -87,7 +88,7 @@ class Row(Strict):
 
 
 class Sides(Strict):
-    """Something of the easy and of the hard windows: a mean loss in nats, or a number of tokens."""
+    """The mean loss of the easy and of the hard windows, in nats per token."""
 
     easy: float
     hard: float
@@ -165,7 +166,8 @@ def gradients(
 
     A router that looks at later tokens does so here as in training. The mode of the models and the
     state of the random numbers are left unchanged. Raises ArchdslError if a model has no attention,
-    if the data do not fit, or if fewer than four windows or ten tokens have a target.
+    if the data do not fit, if a loss is not finite, or if fewer than four windows or ten tokens
+    have a target.
     """
     models = [model] if before is None else [model, before]
     for one in models:
@@ -197,7 +199,10 @@ def _batches(
 
 
 def _token_losses(model: LanguageModel, batches: Sequence[Batch], context: int) -> Floats:
-    """The loss of each token in nats, [W, T]; NaN where there is no target."""
+    """The loss of each token in nats, [W, T]; NaN where there is no target.
+
+    Raises ArchdslError if a loss is not finite.
+    """
     device = next(model.parameters()).device
     found = [np.empty((0, context))]
     with evaluation_mode(model):
@@ -205,6 +210,10 @@ def _token_losses(model: LanguageModel, batches: Sequence[Batch], context: int) 
             loss_BT = cross_entropy(
                 model(batch.tokens_BT.to(device)), batch.targets_BT.to(device)
             ).cpu()
+            if not loss_BT.isfinite().all():
+                raise ArchdslError(
+                    f"the loss of {model.spec.name} is not finite: it cannot be used"
+                )
             loss_BT = loss_BT.double().masked_fill(batch.targets_BT == IGNORE, torch.nan)
             room = context - loss_BT.size(1)  # the last window may be shorter
             found.append(np.pad(loss_BT.numpy(), ((0, 0), (0, room)), constant_values=np.nan))

@@ -308,6 +308,13 @@ def test_what_cannot_be_measured_is_refused(
         gradients(model("tiny", *SMALL, *overrides), SKILL, windows=windows, context=16)
 
 
+def test_a_model_whose_loss_is_not_finite_is_refused() -> None:
+    made = model("tiny", *SMALL)
+    torch.nn.init.constant_(made.head.weight, torch.inf)
+    with pytest.raises(ArchdslError, match="the loss of tiny is not finite"):
+        gradients(made, SKILL, windows=4, context=16)
+
+
 def test_a_step_that_no_token_takes_has_no_gradient() -> None:
     x, none = torch.randn(2, 0, 4), torch.randn(2, 0, 3)
     assert nuclear_norm(x, none).tolist() == [0, 0]
