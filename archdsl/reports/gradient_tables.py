@@ -104,11 +104,15 @@ def _windows(found: Gradients, each: bool) -> StackingTable:
 
 
 def _cells(row: Row) -> Iterator[str]:
-    yield f"{row.raw.easy.value:.3g}"
-    yield f"{row.raw.hard.value:.3g}"
+    yield _norm(row.raw.easy.value)
+    yield _norm(row.raw.hard.value)
     for contrast in (row.raw, row.normalised, row.matched):
         ratio = None if contrast is None else contrast.ratio
         yield "-" if ratio is None else _interval(ratio)
+
+
+def _norm(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _tokens(found: Gradients) -> StackingTable:
@@ -117,7 +121,7 @@ def _tokens(found: Gradients) -> StackingTable:
     for number in range(len(found.loss_of_deciles)):
         for name, one in _models(found):
             norms = one.total.tokens[number], one.total.tokens_normalised[number]
-            cells = (f"{norm.value:.3g} {norm.low:.3g}-{norm.high:.3g}" for norm in norms)
+            cells = (f"{_norm(norm.value)} {_norm(norm.low)}-{_norm(norm.high)}" for norm in norms)
             loss = f"{one.loss_of_deciles[number]:.4f}"
             table.add_row(str(number + 1), *([name] if found.before else []), loss, *cells)
     return table
