@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -31,6 +32,8 @@ from archdsl.cli import eval as evaluation
 from archdsl.cli.options import INTERRUPTED, PLAIN, SETTINGS, Command, CommandGroup, with_options_of
 from archdsl.errors import ArchdslError
 from archdsl.files import disk_fault
+
+SECONDS_TO_TELL = 1.0  # for the process that prints an error: torchrun ends all when one has ended
 
 COMMANDS: dict[str, tuple[Callable[..., None], type[Command]]] = {
     "build": (specs.build, Command),
@@ -93,6 +96,7 @@ class Commands(CommandGroup):
             raise
         except ArchdslError as error:
             if error.told_by_another:
+                time.sleep(SECONDS_TO_TELL)
                 raise typer.Exit(error.exit_status) from None
             if settings := ctx.meta.get(SETTINGS):
                 from archdsl.lang.config import say_where

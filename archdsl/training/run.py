@@ -340,7 +340,9 @@ class Recorder:
             if last
             else "no checkpoint was written before that"
         )
-        raise TrainingDiverged(f"{error}; {rest}") from None
+        told = TrainingDiverged(f"{error}; {rest}")
+        told.told_by_another = not self.ranks.first  # all processes find the same
+        raise told from None
 
     def close(self) -> None:
         """Close the logs, end the profile, and wait for a checkpoint that is being written."""

@@ -18,7 +18,8 @@ from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from traceback import StackSummary
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from archdsl.errors import ArchdslError
 from archdsl.files import read_lines
 from archdsl.model.checkpoint import CheckpointError, load_checkpoint
 from archdsl.nn.ranks import Ranks
-from archdsl.training.run import last_checkpoint
+from archdsl.training.run import Recorder, TrainingDiverged, last_checkpoint
 from archdsl.training.sharded import result_of
 from tests.cli.command import Cli
 from tests.training.ranks_job import TRAINED, losses, models, trainer
@@ -138,6 +139,14 @@ def check_shards(saved: Path, final: Path) -> None:
     next(copy.glob("shard-*")).unlink()
     with pytest.raises(ArchdslError, match=r"shard-\S+ is missing"):
         load_checkpoint(copy)
+
+
+def test_a_divergence_is_told_by_the_first_process_alone() -> None:
+    for rank in (0, 1):
+        seen = cast(Recorder, SimpleNamespace(out=None, ranks=Ranks(ALONE.device, rank, size=2)))
+        with pytest.raises(TrainingDiverged, match="the loss is nan; no checkpoint was") as error:
+            Recorder.give_up(seen, TrainingDiverged("the loss is nan"))
+        assert error.value.told_by_another == (rank == 1)
 
 
 def test_a_full_disk_of_any_process_is_told_in_one_line() -> None:
