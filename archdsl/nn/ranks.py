@@ -6,6 +6,7 @@ only one, and everything here is then done by it at once.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ LOST = (
     "the connection to another process of this run was lost; why that one has ended is said before "
     "or below. The same command goes on from the last checkpoint"
 )
+
+CONNECTIONS = (
+    itertools.count()
+)  # numbers those of this process: each process of a run has made as many
 
 T = TypeVar("T")
 
@@ -161,11 +166,12 @@ def connected() -> Iterator[Ranks]:
     begun = not dist.is_initialized()
     if begun:
         store, rank, size = next(iter(rendezvous("env://", timeout=WAIT)))
-        # torchrun gives restarted processes the store in which those before left their addresses;
-        # on several machines it may count restarts differently, see docs/training.md
+        # the store may hold the addresses that earlier connections left, and those of the processes
+        # before a restart by torchrun; on several machines it may count restarts differently, see
+        # docs/training.md
         one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-        store = PrefixStore(f"attempt_{attempt}", store)
+        store = PrefixStore(f"attempt_{attempt}/{next(CONNECTIONS)}", store)
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=WAIT)
     try:
         yield Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())

@@ -38,7 +38,6 @@ class Group:
     links: list[Link[Any, Any]] = field(default_factory=list)
     pids: list[int] = field(default_factory=list)
     done: SimpleQueue[None] = field(default_factory=SimpleQueue)  # the ranks that have ended work
-    works: int = 0
     store: Any = None  # in which the ranks leave their addresses
 
     def open(self, fail: Callable[[Any], None]) -> None:
@@ -62,13 +61,10 @@ class Group:
         self._meet_at(link.recv())
         return link
 
-    def begin(self, work: bytes) -> None:
-        """Send work to the other ranks, if this is rank 0, and count it."""
-        if self.rank == 0:
-            for link in self.links:
-                link.send_bytes(work)
-        self.works += 1
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(self.works)  # each meets anew
+    def send(self, work: bytes) -> None:
+        """Send work to the other ranks. Called by rank 0."""
+        for link in self.links:
+            link.send_bytes(work)
 
     def wait(self) -> None:
         """Wait until the other ranks have ended their work. Called by rank 0."""

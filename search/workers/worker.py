@@ -102,7 +102,7 @@ def run_worker(
     with suppress(EOFError, ConnectionError):  # the pool is closed, or its process has died
         while True:
             work = pipe.recv_bytes()
-            group.begin(work)
+            group.send(work)
             sender.sent = -math.inf
             answer, failed = _outcome(work, limit, sender.heartbeat)
             if failed is None:
@@ -119,7 +119,6 @@ def _run_rank(group: Group, memory: int | None) -> NoReturn:
         link, limit = group.follow(), _data_limit(memory)
         while True:
             work = link.recv_bytes()
-            group.begin(work)
             _, failed = _outcome(work, limit, lambda: None)
             link.send(failed)
             if failed:
