@@ -101,7 +101,14 @@ def test_who_waits_for_another_beats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"lr": 1e-3}, {"eval_tokens": 120}, {"data": "skill:p-hop,length=12"}]
+    "change",
+    [
+        {"seed": 1},
+        {"lr": 1e-3},
+        {"eval_tokens": 120},
+        {"data": "skill:p-hop,length=12"},
+        {"device": "cuda"},
+    ],
 )
 def test_what_decides_a_score_has_a_place_of_its_own(
     tmp_path: Path, change: dict[str, Any]
@@ -236,6 +243,14 @@ def test_smaller_batches_find_the_same_up_to_rounding(tmp_path: Path) -> None:
     quarter = half.smaller()
     assert quarter is not None
     assert quarter.smaller() is None  # a sequence cannot be cut
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_worker_trains_on_its_gpu(tmp_path: Path) -> None:
+    with process_pool(1) as pool:
+        score = pool.submit(job(tmp_path, device="cuda")).result()
+    assert score.loss == pytest.approx(run(job(tmp_path)).loss, rel=0.05)  # in bfloat16
 
 
 def test_divergence_is_a_result(tmp_path: Path) -> None:
