@@ -63,9 +63,15 @@ class ProxyScore(Strict):
         (), description="training: step, mean loss since the point before"
     )
     held_out: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_tuples)] = Field(
-        (), description="on the way: step, loss on the first eighth of the held-out tokens"
+        (),
+        exclude_if=lambda points: not points,  # as in scores of the first version
+        description="on the way: step, loss on the first eighth of the held-out tokens",
     )
-    step_seconds: float = Field(0.0, description="of all steps alone, with those of lower rungs")
+    step_seconds: float = Field(
+        0.0,
+        exclude_if=lambda seconds: not seconds,
+        description="of all steps alone, with those of lower rungs",
+    )
     peak_bytes: int = Field(0, description="of memory, of the process that needed most")
     accumulate: int = Field(1, description="parts that each batch was cut into")
     reused: bool = Field(False, exclude=True)
