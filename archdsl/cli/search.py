@@ -80,6 +80,14 @@ def search(
             "half a minute.",
         ),
     ] = False,
+    confirm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STUDY",
+            help="Do not search; train the winner of this study, or folder of a search, and its "
+            "baselines with as many seeds as --seeds says. Those of the search count.",
+        ),
+    ] = None,
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
@@ -98,8 +106,13 @@ def search(
       archdsl search --budget 162M --proxy none --device cuda --devices-per-trial 4
 
       archdsl search --config search.yaml --out runs/mine
+
+      archdsl search --confirm runs/mine --seeds 10
     """
     config = config_from(ctx, config_class(), config_file, space=space)
+    if confirm is not None:
+        _confirm(confirm, config, as_json)
+        return
     if plan and config.strategy == "shared":
         raise ArchdslError("--plan can forecast the strategy separate only, not shared")
     from archdsl.lang.source import check_name
@@ -111,6 +124,29 @@ def search(
         _print_forecast(config, overrides, as_json)
     else:
         _print_report(_run(config, overrides), as_json)
+
+
+def _confirm(name: str, config: SearchConfig, as_json: bool) -> None:
+    from archdsl.search.workers.pool import start_server
+
+    start_server()
+    from archdsl.search.confirm import confirm
+    from archdsl.search.report.tables import result, saying
+
+    with sigterm_as_interrupt(), saying() as tell:
+        found = confirm(
+            name,
+            seeds=config.seeds,
+            storage=config.storage,
+            store=config.store,
+            seconds=config.time if "time" in config.model_fields_set else None,
+            workers=config.workers,
+            memory=config.memory,
+            tell=tell,
+        )
+    print_json(found.as_json()) if as_json else print_parts(result(found))
+    if found.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _print_forecast(config: SearchConfig, overrides: list[str] | None, as_json: bool) -> None:

@@ -26,10 +26,11 @@ MODEL = "model"  # name of the compared model, which no search has chosen
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """The result of ``ablate``, which is also written to ``folder``.
+class ModelComparison:
+    """One model beside its baselines and, from ``ablate``, its ablations.
 
-    ``missing`` is the number of trainings that were not done.
+    ``missing`` is the number of trainings that were not done. ``file``: the file in ``folder`` that
+    has the result.
     """
 
     folder: Path
@@ -37,6 +38,11 @@ class Ablation:
     proxy: Proxy
     missing: int
     interrupted: bool
+    file: str = "result.json"
+
+    def write(self) -> None:
+        """Write the result to its file."""
+        write_text(self.folder / self.file, json.dumps(self.as_json(), indent=1))
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of result.json."""
@@ -61,7 +67,7 @@ def ablate(
     workers: int | None = None,
     out: str | os.PathLike[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
-) -> Ablation:
+) -> ModelComparison:
     """Train proxies of a model, of its baselines and of its ablations, and compare their losses.
 
     An ablation is the model without one of its parts. ``seconds`` is the time after which no
@@ -80,6 +86,6 @@ def ablate(
         replace(entry, name=MODEL) if entry.role == "winner" else entry
         for entry in entries(model, jobs, results)
     ]
-    made = Ablation(folder, found, proxy, len(jobs) - len(results), interrupted)
-    write_text(folder / "result.json", json.dumps(made.as_json(), indent=1))
+    made = ModelComparison(folder, found, proxy, len(jobs) - len(results), interrupted)
+    made.write()
     return made

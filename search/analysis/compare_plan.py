@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from archdsl.search.analysis.compare_results import finite, seeds_to_tell, task_results, told_by
+from archdsl.search.analysis.compare_results import finite, task_results
 from archdsl.search.analysis.compare_setup import CompareSetup
 from archdsl.search.analysis.comparison import JobResult, Key, entries_of
+from archdsl.search.stats.paired import seeds_to_tell, told_by
 from archdsl.search.trials.proxy import Job, ProxyScore
 
 SEEDS = 3  # of the calibration

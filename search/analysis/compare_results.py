@@ -6,7 +6,6 @@ Differences are those of a model minus the reference, paired by seed. A loss is 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,8 @@ from archdsl.costs.receipt import cost, train_flops
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.compare_setup import CompareSetup
 from archdsl.search.analysis.comparison import ComparisonEntry
-from archdsl.search.stats.paired import Difference, half_width, paired, t_quantile
+from archdsl.search.stats.paired import MOST_SEEDS, Difference, half_width, paired, seeds_to_tell
 from archdsl.search.trials.proxy import ProxyScore, Task
-
-MOST_SEEDS = 1000  # no comparison is worth more
-POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -204,33 +200,6 @@ def task_results(
         }
         for name, task in setup.proxy.tasks.items()
     }
-
-
-# how many seeds
-
-
-def seeds_to_tell(deviation: float, difference: float, comparisons: int) -> int | None:
-    """Return the least number of seeds that tell a true difference in about three of four cases.
-
-    ``deviation``: the standard deviation of the difference between seeds. None: more than 1,000.
-    """
-
-    def tells(seeds: int) -> bool:
-        return told_by(seeds, deviation, comparisons) <= abs(difference)
-
-    numbers = range(2, MOST_SEEDS + 1)  # with more seeds, ever smaller differences are told
-    found = bisect_left(numbers, True, key=tells)
-    return numbers[found] if found < len(numbers) else None
-
-
-def told_by(seeds: int, deviation: float, comparisons: int) -> float:
-    """Return the least true difference that so many seeds tell in about three of four cases.
-
-    It lies above the half width of the interval by the 80% quantile of the estimate's own error,
-    which gives 70% with two seeds and 78% with ten.
-    """
-    beyond = t_quantile(POWER, seeds - 1) * deviation / math.sqrt(seeds)
-    return half_width(deviation, seeds, comparisons) + beyond
 
 
 # sentences

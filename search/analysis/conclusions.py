@@ -17,7 +17,7 @@ from archdsl.search.analysis.comparison import (
     objectives,
     winner_of,
 )
-from archdsl.search.stats.paired import Difference
+from archdsl.search.stats.paired import MOST_SEEDS, Difference, seeds_to_tell
 from archdsl.search.trials.proxy import Proxy
 
 Gaps = Mapping[str, Mapping[str, Difference]]  # by entry and task
@@ -63,8 +63,24 @@ def conclusion(
             f"{_capital(called)} {_better_than(baselines, gaps)}: {sure}, "
             f"{_listed(baselines, gaps)}.",
             *_cheaper(own, baselines, gaps),
+            *_seeds_that_would_tell(baselines, gaps, len(totals)),
         ]
     )
+
+
+def _seeds_that_would_tell(
+    baselines: Sequence[ComparisonEntry], gaps: Gaps, seeds: int
+) -> Iterator[str]:
+    """Say how many seeds would tell the differences that cannot be told."""
+    known = [gaps[entry.name][OBJECTIVE] for entry in baselines if not entry.error]
+    unclear = [g for g in known if g.conclusion == "cannot tell" and math.isfinite(g.mean)]
+    if seeds < 2 or not unclear:
+        return
+    needed = [seeds_to_tell(gap.deviation, gap.mean, 1) for gap in unclear]
+    least = min((n for n in needed if n is not None), default=None)
+    many = f"about {max(seeds + 1, least)}" if least else f"more than {MOST_SEEDS:,}"
+    which = "that difference" if len(unclear) == 1 else "the clearest of those differences"
+    yield f"To tell {which} from zero, if it is as measured, takes {many} seeds."
 
 
 def _subject(own: ComparisonEntry) -> str:

@@ -18,7 +18,7 @@ from archdsl.search.analysis.comparison import ComparisonEntry, differences, win
 from archdsl.search.analysis.conclusions import ablation_conclusion, conclusion
 
 if TYPE_CHECKING:
-    from archdsl.search.analysis.ablation import Ablation
+    from archdsl.search.analysis.ablation import ModelComparison
     from archdsl.search.trials.proxy import Proxy
 
 
@@ -47,8 +47,8 @@ def saying() -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def result(found: Ablation) -> RenderableType:
-    """Return what ``archdsl ablate`` prints at its end."""
+def result(found: ModelComparison) -> RenderableType:
+    """Return what ``archdsl ablate`` and ``archdsl search --confirm`` print at their end."""
     parts: list[RenderableType] = []
     if found.entries:
         own = found.entries[0].name
@@ -61,7 +61,7 @@ def result(found: Ablation) -> RenderableType:
     if found.missing:
         missing = f"{found.missing} trainings; run the same command again to continue"
         facts.append(("missing", missing))
-    facts.append(("files", str(found.folder / "result.json")))
+    facts.append(("files", str(found.folder / found.file)))
     if matters := ablation_conclusion(found.entries, found.proxy):
         facts.append(("parts", matters))
     facts.append(("conclusion", conclusion(found.entries, found.proxy)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Literal
 import numpy as np
 
 LEVEL = 0.95  # of the intervals
+POWER = 0.8
+MOST_SEEDS = 1000  # no comparison is worth more
 
 Conclusion = Literal["lower", "higher", "cannot tell"]
 
@@ -94,6 +97,30 @@ def _cosine_integral(angle: float, degrees: int) -> float:
     weights = np.full(1001, 2.0)
     weights[1::2], weights[[0, -1]] = 4.0, 1.0
     return float(weights @ values) * angle / 3000
+
+
+def seeds_to_tell(deviation: float, difference: float, comparisons: int) -> int | None:
+    """Return the least number of seeds that tell a true difference in about three of four cases.
+
+    ``deviation``: the standard deviation of the difference between seeds. None: more than 1,000.
+    """
+
+    def tells(seeds: int) -> bool:
+        return told_by(seeds, deviation, comparisons) <= abs(difference)
+
+    numbers = range(2, MOST_SEEDS + 1)  # with more seeds, ever smaller differences are told
+    found = bisect_left(numbers, True, key=tells)
+    return numbers[found] if found < len(numbers) else None
+
+
+def told_by(seeds: int, deviation: float, comparisons: int) -> float:
+    """Return the least true difference that so many seeds tell in about three of four cases.
+
+    It lies above the half width of the interval by the 80% quantile of the estimate's own error,
+    which gives 70% with two seeds and 78% with ten.
+    """
+    beyond = t_quantile(POWER, seeds - 1) * deviation / math.sqrt(seeds)
+    return half_width(deviation, seeds, comparisons) + beyond
 
 
 @dataclass(frozen=True)

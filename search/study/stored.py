@@ -16,7 +16,7 @@ from archdsl.errors import describe
 from archdsl.lang.messages import explain
 from archdsl.lang.strict import Strict
 from archdsl.search.study.storage import StorageError
-from archdsl.search.trials.proxy import ProxyScore
+from archdsl.search.trials.proxy import Proxy, ProxyScore
 
 S = TypeVar("S", bound=Strict)
 
@@ -76,6 +76,14 @@ class StoredSettings(Stored):
     """What is read from the settings of a search. ``objective``: the axes, the loss first."""
 
     objective: Annotated[list[str], BeforeValidator(_axes)]
+
+
+class SearchSettings(StoredSettings):
+    """What is read from the settings of a search to train its winner again."""
+
+    proxy: Proxy
+    data: dict[str, str]
+    seed: int = Field(ge=0)
 
 
 class FolderSettings(StoredSettings):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from archdsl import __version__
 from archdsl.costs.receipt import cost
@@ -26,7 +26,7 @@ from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.lang.strict import Strict
 from archdsl.model.build import build
 from archdsl.nn.ranks import Ranks, joined
-from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, read_score
+from archdsl.search.trials.proxy_training import ProxyScore, ProxyTraining, as_tuple, read_score
 from archdsl.search.trials.result_store import StoredRun
 from archdsl.search.workers.worker import Heartbeat
 from archdsl.sizes import parse_size
@@ -65,7 +65,9 @@ class Task(Strict):
     tokenizer: str = "bytes"
     context: int = Field(128, ge=2)
     batch_size: int = Field(16, ge=1)
-    rungs: tuple[int, ...] = Field(description="training steps after which a proxy is scored")
+    rungs: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
+        description="training steps after which a proxy is scored"
+    )
     lr: float = 3e-3
     eval_tokens: int = 65_536
     held_out_every: int = Field(

@@ -36,7 +36,8 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """Convert the list of a JSON value to a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -91,7 +92,7 @@ class SavedProgress:
 class StoredCurve(Strict):
     """The fields of a ``Curve``, as a state holds them."""
 
-    points: list[Annotated[tuple[int, float], BeforeValidator(_as_tuple)]]
+    points: list[Annotated[tuple[int, float], BeforeValidator(as_tuple)]]
     width: int = Field(ge=1)
     total: float
     count: int = Field(ge=0)
@@ -101,7 +102,7 @@ class StoredProgress(Strict):
     """The fields of a ``SavedProgress``, as a state holds them."""
 
     curve: StoredCurve
-    held_out: list[Annotated[tuple[int, float], BeforeValidator(_as_tuple)]] = Field([])
+    held_out: list[Annotated[tuple[int, float], BeforeValidator(as_tuple)]] = Field([])
     seconds: float = Field(ge=0)
     step_seconds: float = Field(0.0, ge=0)
     train_flops: float = Field(ge=0)

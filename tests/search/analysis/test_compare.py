@@ -14,14 +14,12 @@ from archdsl.lang.spec import BlockSpec
 from archdsl.search.analysis.compare_results import (
     Estimate,
     _share,
-    seeds_to_tell,
     sentences,
     task_results,
-    told_by,
 )
 from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, trained_as
 from archdsl.search.analysis.comparison import ComparisonEntry, entries_of
-from archdsl.search.stats.paired import paired, t_quantile
+from archdsl.search.stats.paired import paired, seeds_to_tell, t_quantile, told_by
 from archdsl.search.trials.proxy import Proxy, ProxyScore
 from tests.cli.command import SKILL
 

@@ -266,7 +266,8 @@ def cases() -> Iterator[tuple[list[ComparisonEntry], str]]:
         f"The best model found is better than 1 of its 4 baselines: {SEEDS}, its loss is 0.303 ± "
         f"0.014 nats below the {EQUAL_PARAMS} baseline and 0.297 ± 0.014 nats above the "
         f"{EQUAL_FLOPS} baseline, not clearly different from the {EQUAL_FLOPS_LOOP} baseline "
-        f"(0.000 ± 0.248 nats below); the {RANDOM_ROUTING} baseline diverged.",
+        f"(0.000 ± 0.248 nats below); the {RANDOM_ROUTING} baseline diverged. "
+        "To tell that difference from zero, if it is as measured, takes more than 1,000 seeds.",
     )
     yield (
         [entry(WINNER, 1.0), entry(EQUAL_PARAMS, 9.0)],

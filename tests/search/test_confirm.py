@@ -1,0 +1,55 @@
+"""The winner of a search is compared again, with more seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from archdsl.search.analysis.comparison import winner_of
+from archdsl.search.confirm import confirm
+from archdsl.search.studies import StudyError
+from tests.cli.test_ablate import Pool
+from tests.search.test_search import go, scores, space
+
+__all__ = ["space"]
+
+
+def train_at_most(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
+    @contextmanager
+    def pool(workers: int, memory: int | None = None) -> Iterator[Pool]:
+        yield Pool(trainings)
+
+    monkeypatch.setattr("archdsl.search.analysis.comparison.process_pool", pool)
+
+
+def test_seeds_are_added_to_those_of_the_search(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    report = go(space, out, trials=3)
+    before = scores(out)
+    rivals = [entry.name for entry in report.entries if entry.role != "ablation"]
+    train_at_most(monkeypatch, len(rivals))
+    found = confirm(str(out), seeds=3)
+    assert [entry.name for entry in found.entries] == rivals
+    own, known = winner_of(found.entries), winner_of(report.entries)
+    assert own is not None
+    assert known is not None
+    assert own.spec == report.top.spec
+    assert own.losses("skill")[:2] == known.losses("skill")
+    assert len(own.losses("skill")) == 3
+    assert before.items() <= scores(out).items()
+    written = json.loads((out / "confirmed.json").read_text())
+    assert (written, found.missing) == (found.as_json(), 0)
+
+
+def test_other_data_confirm_nothing(space: Path, tmp_path: Path) -> None:
+    go(space, tmp_path / "run", trials=3, seconds=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("archdsl.data.loading.SkillData.fingerprint", "other")
+        with pytest.raises(StudyError, match="the data of skill are not those of the search"):
+            confirm(str(tmp_path / "run"), seeds=2)
