@@ -259,6 +259,7 @@ def draw(report: CompareReport) -> None:
     """Draw the held-out losses over tokens and training FLOPs; raises ImportError."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     if not report.results:
         return
@@ -270,6 +271,9 @@ def draw(report: CompareReport) -> None:
             _draw_task(right, by_model, per_step=lambda found: found.step_flops)
             left.set(xlabel="training tokens", ylabel=f"{task}: held-out loss, nats")
             right.set(xlabel="training FLOPs", xscale="log")
+            for axes in (left, right):
+                axes.xaxis.set_major_formatter(EngFormatter())
+                axes.xaxis.set_minor_formatter(NullFormatter())
             left.legend()
         save(figure, report.folder / PICTURE)
 
