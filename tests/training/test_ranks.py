@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,28 @@ def train(out: Path, processes: int, *more: str) -> None:
     assert done.stdout.count("perplexity") == 1  # one of them speaks
 
 
+def train_on_two_machines(out: Path, *more: str) -> None:
+    """Two torchruns of two processes each, as two machines would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*TORCHRUN, "2", "--nnodes", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(port), "--node-rank"]
+    runs = [
+        subprocess.Popen(
+            [*command, rank, "-m", "archdsl", "train", *RUN.split(), "--out", str(out), *more],
+            env=ENV,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [run.communicate(timeout=600) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert [out.count("perplexity") for out, _ in said] == [1, 0]
+
+
 def logged(out: Path) -> list[float]:
     return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
 
@@ -121,7 +144,7 @@ def test_a_run_goes_on_with_other_processes_and_ends_as_a_whole_checkpoint(
     train(divided, 2, "--parallel", "fsdp", "--steps", "6")
     check_shards(divided / "checkpoints" / "step-000006", divided / "final")
     assert alone("train", *RUN.split(), "--out", str(divided), "--steps", "11").status == 0
-    train(divided, 4, "--parallel", "hsdp", "--steps", "15")
+    train_on_two_machines(divided, "--parallel", "hsdp", "--steps", "15")
     assert alone("train", *RUN.split(), "--out", str(whole), "--steps", "15").status == 0
     assert logged(divided) == pytest.approx(logged(whole), abs=1e-5)
     ends = [load_checkpoint(out / "final").model.state_dict() for out in (divided, whole)]
