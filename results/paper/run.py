@@ -220,8 +220,10 @@ def page(results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
                 f"{found['tokens']:,} training tokens, {found['missing']} trainings missing"
             )
         yield ""
-        if not all(found["complete"] for found in result["tasks"].values()):
+        known = {t: found for t, found in result["tasks"].items() if found["complete"]}
+        if "text" not in known:
             continue
+        result = result | {"tasks": known}
         yield from _table_of_models(result)
         yield from _table_of_claims(result, "claims of the paper", CLAIMS)
         yield from _table_of_claims(result, "controls that the paper lacks", CONTROLS)
