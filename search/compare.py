@@ -17,6 +17,7 @@ from archdsl.search.analysis.compare_setup import (
 )
 from archdsl.search.analysis.comparison import entries_of, run_trainings
 from archdsl.search.report.compare_report import CompareReport, write_report
+from archdsl.search.study.shared_jobs import shared_jobs
 from archdsl.search.workers.pool import default_workers
 
 STORE = "trainings"  # the folder of the result store
@@ -40,6 +41,7 @@ def compare(
     workers: int | None = None,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    storage: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     command: str = "",
 ) -> CompareReport:
@@ -70,6 +72,7 @@ def compare(
         workers: Number of worker processes of one thread each; None: one a core, at most 8.
         memory: Most bytes that a worker may allocate.
         out: Folder of scores, result.json and report.html; None: a folder below ``runs/``.
+        storage: URL of a database by which many machines share the trainings.
         tell: Called about twice a second with a sentence on the progress.
         command: Is noted in the result.
 
@@ -77,6 +80,7 @@ def compare(
         SpecError: A spec or a name given here is wrong.
         ProxyError: The text of ``proxy`` is not understood.
         DataError: Data cannot be loaded.
+        StorageError: The database cannot be used.
     """
     how = trained_as(
         proxy, data, tasks, tokens=tokens, context=context, batch_size=batch_size, lr=lr
@@ -89,6 +93,7 @@ def compare(
         workers=workers,
         memory=memory,
         out=out,
+        storage=storage,
         tell=tell,
         command=command,
     )
@@ -102,13 +107,15 @@ def run_compare(
     workers: int | None = None,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    storage: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     command: str = "",
 ) -> CompareReport:
     """Run the trainings that have no stored score, and write the result. Arguments: `compare`."""
     folder = folder_of(setup, out)
     jobs = setup.jobs(seeds, folder / STORE)
-    results, interrupted = run_trainings(jobs, seconds, workers, memory, tell)
+    with shared_jobs(storage, _study_name(setup), jobs) as shared:
+        results, interrupted = run_trainings(jobs, seconds, workers, memory, tell, shared)
     report = CompareReport(
         folder,
         setup,
@@ -122,9 +129,14 @@ def run_compare(
     return report
 
 
+def _study_name(setup: CompareSetup) -> str:
+    """Return the name of the study that a comparison has in a database."""
+    return f"compare-{setup.digest}"
+
+
 def folder_of(setup: CompareSetup, out: str | os.PathLike[str] | None) -> Path:
     """Return the folder of the results, which is created."""
-    folder = Path(out) if out else Path("runs") / f"compare-{setup.digest}"
+    folder = Path(out) if out else Path("runs") / _study_name(setup)
     make_folder(folder)
     return folder
 
@@ -136,6 +148,7 @@ def plan_compare(
     workers: int | None = None,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    storage: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> ComparePlan:
     """Forecast a comparison from the first part of its trainings with three seeds.
@@ -143,7 +156,8 @@ def plan_compare(
     The comparison goes on from these trainings. Arguments: `compare`. Raises KeyboardInterrupt.
     """
     jobs = setup.jobs(SEEDS, folder_of(setup, out) / STORE, first_part=True)
-    results, interrupted = run_trainings(jobs, None, workers, memory, tell)
+    with shared_jobs(storage, _study_name(setup), jobs) as shared:
+        results, interrupted = run_trainings(jobs, None, workers, memory, tell, shared)
     if interrupted:
         raise KeyboardInterrupt
     return compare_plan(setup, jobs, results, seeds, workers or default_workers())

@@ -84,6 +84,14 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database by which many machines share the trainings, for example "
+            "postgresql+psycopg://user@host/name. Each of them runs the same command.",
+        ),
+    ] = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -106,6 +114,8 @@ def compare(
       archdsl compare a.yaml b.yaml c.yaml --reference a --proxy none --tokens 2M --seeds 8
 
       archdsl compare transformer loop itt --match flops --data my.txt --tasks skill:p-hop
+
+      archdsl compare transformer itt --storage postgresql+psycopg://user@host/name
     """
     for spec in specs[1:]:
         check(spec, overrides)
@@ -123,7 +133,13 @@ def compare(
     if plan:
         with saying() as tell:
             found = plan_compare(
-                setup, seeds=seeds, workers=workers, memory=memory, out=out, tell=tell
+                setup,
+                seeds=seeds,
+                workers=workers,
+                memory=memory,
+                out=out,
+                storage=storage,
+                tell=tell,
             )
         print_json(found.as_json()) if as_json else print_parts(planned(found))
         return
@@ -135,6 +151,7 @@ def compare(
             workers=workers,
             memory=memory,
             out=out,
+            storage=storage,
             tell=tell,
             command=shlex.join(["archdsl", *sys.argv[1:]]),
         )

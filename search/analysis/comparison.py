@@ -22,6 +22,7 @@ from archdsl.search.analysis.baselines import BASELINES, WINNER, Specs, compared
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.objectives import executed_flops
 from archdsl.search.stats.paired import Difference, paired
+from archdsl.search.study.shared_jobs import SharedJobs
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, mean_shares, objective
 from archdsl.search.workers.pool import (
     JobFailed,
@@ -114,32 +115,46 @@ def run_comparison(
     jobs: Mapping[K, Job],
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
+    shared: SharedJobs[K] | None = None,
 ) -> dict[K, JobResult]:
     """Run the jobs that have no stored score, in their order, and return all results.
 
     ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
-    about twice a second with a sentence on the progress.
+    about twice a second with a sentence on the progress. ``shared``: the jobs in a database; those
+    that other processes have claimed are waited for.
     """
-    results: dict[K, JobResult] = dict(stored_scores(jobs))
+    results: dict[K, JobResult] = dict(_known_scores(jobs, shared))
     known, started = len(results), time.monotonic()
 
     def said() -> str:
         done = len(results) - known
         seconds = (time.monotonic() - started) / max(1, done) * (len(jobs) - len(results))
         left = f", {timedelta(seconds=round(seconds))} left" if done and round(seconds) else ""
-        return f"{len(results)} of {len(jobs)} trainings{left}"
+        others = "" if running or not waiting else "; other processes do the rest"
+        return f"{len(results)} of {len(jobs)} trainings{left}{others}"
 
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
     while running or (waiting and may_go_on()):
         while waiting and len(running) < pool.workers and may_go_on():
-            key = _free(waiting, jobs)
+            key = shared.claim(waiting) if shared else _free(waiting, jobs)
+            if key is None:
+                break
             waiting.remove(key)
             running[pool.submit(jobs[key])] = key
         tell(said())
-        wait_for_any(running, SECONDS_BETWEEN_UPDATES)
+        if running:
+            wait_for_any(running, SECONDS_BETWEEN_UPDATES)
+        else:  # other processes have claimed all that is left
+            time.sleep(SECONDS_BETWEEN_UPDATES)
         for future in [future for future in running if future.done()]:
-            results[running.pop(future)] = _result(future)
+            key = running.pop(future)
+            results[key] = _result(future)
+            if shared:
+                _share(shared, key, results[key])
+        if shared:
+            results |= shared.scores()
+            waiting = [key for key in waiting if key not in results]
     tell(f"{len(results)} of {len(jobs)} trainings")
     return results
 
@@ -150,16 +165,20 @@ def run_trainings(
     workers: int | None,
     memory: int | None,
     tell: Callable[[str], None],
+    shared: SharedJobs[K] | None = None,
 ) -> tuple[dict[K, JobResult], bool]:
-    """Run jobs in worker processes; return their results, and whether Ctrl-C ended them."""
+    """Run jobs in worker processes; return their results, and whether Ctrl-C ended them.
+
+    ``shared``: see `run_comparison`.
+    """
     end = None if seconds is None else time.monotonic() + seconds
     try:
         with process_pool(workers or default_workers(), memory) as pool:
             return run_comparison(
-                pool, jobs, lambda: end is None or time.monotonic() < end, tell
+                pool, jobs, lambda: end is None or time.monotonic() < end, tell, shared
             ), False
     except KeyboardInterrupt:
-        return dict(stored_scores(jobs)), True
+        return dict(_known_scores(jobs, shared)), True
 
 
 def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
@@ -171,6 +190,23 @@ def stored_scores(jobs: Mapping[K, Job]) -> dict[K, ProxyScore]:
     """Return the scores of the jobs that were done before."""
     found = {key: job.stored_score() for key, job in jobs.items()}
     return {key: score for key, score in found.items() if score is not None}
+
+
+def _known_scores(jobs: Mapping[K, Job], shared: SharedJobs[K] | None) -> dict[K, ProxyScore]:
+    """Return the stored scores, which are put into the database as well, and those that it has."""
+    found = stored_scores(jobs)
+    if shared is None:
+        return found
+    shared.add(found)
+    return found | shared.scores()
+
+
+def _share(shared: SharedJobs[K], key: K, result: JobResult) -> None:
+    """Record the result of a claimed job; one that failed may be tried by another process."""
+    if isinstance(result, JobFailed):
+        shared.release(key)
+    else:
+        shared.finish(key, result)
 
 
 def _result(future: Future[ProxyScore]) -> JobResult:

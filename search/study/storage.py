@@ -11,7 +11,13 @@ from threading import Event, Thread
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages import (
+    BaseStorage,
+    JournalStorage,
+    RDBStorage,
+    fail_stale_trials,
+    get_storage,
+)
 from optuna.study import StudyDirection
 
 from archdsl import files
@@ -23,6 +29,7 @@ JOURNAL = "study.journal"
 WRONG_ENTRY = (LookupError, TypeError, ValueError, AttributeError, AssertionError, OptunaError)
 HEARTBEAT_SECONDS = 30  # a trial is stale when two heartbeats in a row are missing
 NO_URL = "URL"  # shown in place of a text that is no URL, as it may hold a password
+SECONDS_BETWEEN_STALE_CHECKS = 1.0
 CONNECTION_TRIES = 5  # until another worker has made the tables of a new database
 
 
@@ -165,6 +172,7 @@ class HeartbeatThread:
         backend = getattr(storage, "_backend", storage)
         self.storage = backend if isinstance(backend, RDBStorage) else None
         self.attempts: set[int] = set()
+        self.stale_checked_at = 0.0
         self.stop = Event()
         if self.storage is not None:
             Thread(target=self._run, daemon=True).start()
@@ -177,6 +185,13 @@ class HeartbeatThread:
         """
         if self.storage is not None:
             self.storage.record_heartbeat(attempt_id)
+
+    def fail_stale(self, study: optuna.Study) -> None:
+        """Fail the attempts of workers whose heartbeats are missing; look at most once a second."""
+        if time.monotonic() - self.stale_checked_at > SECONDS_BETWEEN_STALE_CHECKS:
+            with no_experimental_warnings():
+                fail_stale_trials(study)
+            self.stale_checked_at = time.monotonic()
 
     def _run(self) -> None:
         assert self.storage is not None

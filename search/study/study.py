@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, fail_stale_trials
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.search.study.record import (
@@ -24,8 +23,6 @@ from archdsl.search.study.record import (
 from archdsl.search.study.sampler import TrialSampler
 from archdsl.search.study.storage import HeartbeatThread, create_study, no_experimental_warnings
 from archdsl.search.study.trial import UNTRAINED, RunningTrial, Scores, Trial
-
-SECONDS_BETWEEN_STALE_CHECKS = 1.0
 
 
 class Study(StudyRecord):
@@ -50,7 +47,6 @@ class Study(StudyRecord):
         self.sampler, self.window = sampler, window
         self.optuna = optuna.load_study(study_name=name, storage=storage)
         self.heartbeat = HeartbeatThread(storage)
-        self.stale_checked_at = 0.0
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write the settings of the study into the storage, for processes that only read it."""
@@ -67,7 +63,7 @@ class Study(StudyRecord):
         Trials whose worker stopped or died come first, then new proposals. ``may_start``: whether
         the trial of this number may be proposed.
         """
-        self._fail_stale()
+        self.heartbeat.fail_stale(self.optuna)
         while True:
             every = self.all_attempts()
             attempts = counting_attempts(every)
@@ -87,13 +83,6 @@ class Study(StudyRecord):
                 if window_is_full or not may_start(number):
                     return None
                 self._enqueue(_as_frozen_trial(self._propose(number, attempts)))
-
-    def _fail_stale(self) -> None:
-        """Fail the attempts of workers whose heartbeats are missing."""
-        if time.monotonic() - self.stale_checked_at > SECONDS_BETWEEN_STALE_CHECKS:
-            with no_experimental_warnings():
-                fail_stale_trials(self.optuna)
-            self.stale_checked_at = time.monotonic()
 
     def _fail_duplicates(self, every: list[FrozenTrial], attempts: dict[int, FrozenTrial]) -> None:
         """If two workers proposed the same trial at the same time, the first attempt counts."""

@@ -61,6 +61,29 @@ def test_goes_on_and_adds_seeds(
     assert cli("compare", *specs, *options, "--seeds", "3").status == 0
 
 
+def test_machines_share_the_trainings_by_a_database(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
+) -> None:
+    common = ["compare", *specs[:2], *OPTIONS, "--context", "8", "--seeds", "2", "--json"]
+    storage = ["--storage", "sqlite:///shared.db"]
+    train_at_most(monkeypatch, 1)
+    assert cli(*common, "--out", "a").json["missing"] == 3  # without the database
+    train_at_most(monkeypatch, 1)
+    assert cli(*common, *storage, "--out", "a").json["missing"] == 2  # it claimed the third, too
+    train_at_most(monkeypatch, 2)
+    whole = cli(*common, *storage, "--out", "b")
+    assert whole.status == 0, whole.err
+    train_at_most(monkeypatch, 0)
+    assert cli(*common, *storage, "--out", "a").json["tasks"] == whole.json["tasks"]
+    train_at_most(monkeypatch, 6)
+    plan = cli(*common, *storage, "--plan", "--out", "a").json
+    train_at_most(monkeypatch, 0)
+    assert cli(*common, *storage, "--plan", "--out", "b").json == plan
+    refused = cli(*common, "--storage", "nosuch", "--out", "c")
+    assert (refused.status, refused.out) == (2, "")
+    assert "storage: must be the URL of a database" in " ".join(refused.err.split())
+
+
 def test_a_plan_is_a_part_of_the_comparison(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
 ) -> None:
