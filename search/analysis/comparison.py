@@ -130,7 +130,7 @@ def run_comparison(
         done = len(results) - known
         seconds = (time.monotonic() - started) / max(1, done) * (len(jobs) - len(results))
         left = f", {timedelta(seconds=round(seconds))} left" if done and round(seconds) else ""
-        others = "" if running or not waiting else "; other processes do the rest"
+        others = "; other processes do the rest" if shared and waiting and not running else ""
         return f"{len(results)} of {len(jobs)} trainings{left}{others}"
 
     waiting = [key for key in jobs if key not in results]

@@ -66,6 +66,7 @@ def test_machines_share_the_trainings_by_a_database(
 ) -> None:
     common = ["compare", *specs[:2], *OPTIONS, "--context", "8", "--seeds", "2", "--json"]
     storage = ["--storage", "sqlite:///shared.db"]
+    monkeypatch.setattr("archdsl.search.compare.write_report", lambda report: None)  # it is slow
     train_at_most(monkeypatch, 1)
     assert cli(*common, "--out", "a").json["missing"] == 3  # without the database
     train_at_most(monkeypatch, 1)
