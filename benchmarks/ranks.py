@@ -3,8 +3,9 @@
 python -m benchmarks.ranks [--spec benchmarks/specs/llama-10m.yaml] [--batch 8] [--tokens 512]
 
 One process trains the batch alone; two, connected by gloo, train the same batch together, each half
-of it. Only one of the three groups runs at a time. Results are the tokens per second over twice
-those of one process.
+of it. "apart" are two processes that each train half of the batch and never talk: what the machine
+allows, as its cores share memory and perhaps more. Only one of the four groups runs at a time.
+Results are the tokens per second over twice those of one process, and over those of "apart".
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -75,6 +78,15 @@ def seconds(processes: int, parallel: str, words: tuple[str, ...]) -> list[float
         return [float(one) for one in json.loads(out.read_text())]
 
 
+def apart(words: tuple[str, ...]) -> list[float]:
+    """Returns the seconds of each round of the slower of two processes that never talk."""
+    name, rows, *others = words
+    half = (name, str(int(rows) // 2), *others)
+    with ThreadPoolExecutor(2) as two:
+        both = two.map(lambda _: seconds(1, "ddp", half), range(2))
+        return [max(pair) for pair in zip(*both, strict=True)]
+
+
 def main() -> None:
     """Runs the benchmark."""
     args = arguments(
@@ -87,16 +99,27 @@ def main() -> None:
         args.spec, args.batch, args.tokens = "tiny", 2, 32
     rounds = args.rounds or (1 if args.small else 3)
     words = (args.spec, str(args.batch), str(args.tokens), str(rounds))
-    taken: dict[str, list[float]] = {"one": [], "ddp": [], "fsdp": []}
+    groups: dict[str, Callable[[], list[float]]] = {
+        "one": lambda: seconds(1, "ddp", words),
+        "apart": lambda: apart(words),
+        "ddp": lambda: seconds(2, "ddp", words),
+        "fsdp": lambda: seconds(2, "fsdp", words),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in groups}
     for turn in range(1 if args.small else 3):  # by turns, as the machine may be busy
         progress(f"turn {turn + 1}")
-        for name, found in taken.items():
-            found += seconds(1 if name == "one" else 2, "ddp" if name == "one" else name, words)
-    figures: dict[str, object] = {}
+        for name, timed in groups.items():
+            taken[name] += timed()
+
+    def ratio(slow: str, fast: str, times: int) -> Ratio:
+        return Ratio([a / (times * b) for a, b in zip(taken[slow], taken[fast], strict=True)])
+
+    figures: dict[str, object] = {"apart": ratio("one", "apart", 2)}
     for name, (reach, beat) in GOALS.items():
-        speed = Ratio([a / (2 * b) for a, b in zip(taken["one"], taken[name], strict=True)])
+        speed = ratio("one", name, 2)
         figures[name] = speed
         figures[f"{name}: bar"] = bar(speed.median, reach, beat, lower_is_better=False)
+        figures[f"{name} over apart"] = ratio("apart", name, 1)
     settings = {"spec": load(args.spec).name, "batch": args.batch, "tokens": args.tokens}
     record("ranks", settings, figures, args)
 

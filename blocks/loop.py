@@ -524,10 +524,7 @@ class LoopSpec(BlockSpec):
         saved = self._injects(step) and self.injection == "diagonal"
         saved = saved or (body.reads and not self._changes_input(step))
         kept = at.stream * (router is not None and router.learned and not saved)
-        # one token of one that was selected has its positions, and so its rotary angles
-        shared = body.angles if rows.selected and rows.tokens == taken == 1 else frozenset()
-        tables = at.tables(body.angles - shared)
-        kept += body.kept + choice.kept + tables + self.residual.footprint(at)
+        kept += body.kept + choice.kept + at.tables(body.angles) + self.residual.footprint(at)
         kept += at.stream * ((router is not None and router.learned) + self._scales)
         literal = getattr(self.residual, "unselected", None) == "literal"
         places = 1 + self._injects(step) + (1 + padded) * literal
@@ -541,7 +538,6 @@ class LoopSpec(BlockSpec):
             kept,
             choice.reads or (self._scales and literal),
             body.work + rows.stream + 2 * at.stream,
-            shared,
         )
 
     def _keys(self, tokens: int, step: int) -> int:

@@ -64,8 +64,12 @@ def compare(
             "search.",
         ),
     ] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a step.")] = None,
+    context: Annotated[
+        int | None, typer.Option(parser=size, metavar="SIZE", help="Tokens of a sequence.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(parser=size, metavar="SIZE", help="Sequences of a step.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="The learning rate, which is constant.")
     ] = None,

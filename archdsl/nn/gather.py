@@ -17,7 +17,7 @@ def take(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
     index_select over flattened rows is the fastest gather.
     """
     B, T, D = x_BTD.shape
-    if T == index_BK.size(1) == 1:
+    if _single(T, index_BK):
         return x_BTD
     return x_BTD.reshape(B * T, D).index_select(0, _flat(index_BK, T)).view(B, -1, D)
 
@@ -28,7 +28,7 @@ def put(x_BTD: Tensor, index_BK: Tensor, new_BKD: Tensor) -> Tensor:
     index_copy is a little faster, but keeps the new tokens for the backward pass.
     """
     B, T, D = x_BTD.shape
-    if T == index_BK.size(1) == 1:
+    if _single(T, index_BK):
         return new_BKD
     flat = x_BTD.reshape(B * T, D).index_put((_flat(index_BK, T),), new_BKD.reshape(-1, D))
     return flat.view(B, T, D)
@@ -93,9 +93,15 @@ class _Join(torch.autograd.Function):
 
 def pick(numbers_BT: Tensor, index_BK: Tensor) -> Tensor:
     """The numbers at the places ``index_BK`` of each row, [B, K]; of a single place, as given."""
-    if numbers_BT.size(1) == index_BK.size(1) == 1:
+    if _single(numbers_BT.size(1), index_BK):
         return numbers_BT
     return numbers_BT.expand(len(index_BK), -1).gather(1, index_BK)
+
+
+def _single(T: int, index_BK: Tensor) -> bool:
+    """Whether a decoder takes the only token that there is. Training has no such shortcut, so that
+    its memory follows one formula."""
+    return T == index_BK.size(1) == 1 and not torch.is_grad_enabled()
 
 
 def _flat(index_BK: Tensor, T: int) -> Tensor:

@@ -73,10 +73,11 @@ def test_the_formula_equals_what_autograd_saves_for_150_specs(spec: ModelSpec) -
 
 
 @pytest.mark.parametrize("context", [1, 2, 4])
-def test_one_token_selected_of_one_shares_its_rotary_angles(context: int) -> None:
+def test_the_only_token_is_counted_as_any_other(context: int) -> None:
     attention = {"kind": "attention", "head_size": 4}
-    routed = {"kind": "loop", "steps": 1, "full_steps": 0, "router": "prefix"}
-    inner = routed | {"body": {"kind": "layer", "attention": attention}}
+    routed = {"kind": "loop", "steps": 2, "full_steps": 0, "router": "prefix", "injection": "add"}
+    literal = {"kind": "thinking", "unselected": "literal"}
+    inner = routed | {"residual": literal, "body": {"kind": "layer", "attention": attention}}
     outer = routed | {"body": {"kind": "layer", "attention": attention, "ffn": inner}}
     spec = small_model(outer, context=context)
     assert saved_for_backward(spec, full_batch(spec, 3)) == saved_bytes(spec, 3)
