@@ -182,7 +182,11 @@ def test_a_full_disk_of_any_process_is_told_in_one_line() -> None:
 
 @pytest.mark.skipif(not BY_HAND, reason="a minute for each of twelve kills; by hand")
 @pytest.mark.parametrize("seed", range(12))
-def test_a_killed_process_costs_at_most_one_interval(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("killed_are", ["one", "all"])
+def test_a_killed_process_costs_at_most_one_interval(
+    tmp_path: Path, seed: int, killed_are: str
+) -> None:
+    """torchrun starts again after one of them is killed; after all are, the same command does."""
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
     command = [*TORCHRUN, "2", "--max-restarts", "1", "-m", "archdsl", "train", *RUN.split()]
     more = ["--parallel", "fsdp", "--steps", "40", "--out", str(killed)]
@@ -192,12 +196,16 @@ def test_a_killed_process_costs_at_most_one_interval(tmp_path: Path, seed: int) 
             assert run.poll() is None
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 1.5))
-        os.kill(draw.choice(_workers(run.pid)), signal.SIGKILL)
+        workers = _workers(run.pid)
+        for pid in [draw.choice(workers)] if killed_are == "one" else [run.pid, *workers]:
+            os.kill(pid, signal.SIGKILL)
         reached = read_lines(killed / "metrics.jsonl")[-1]["step"]
         checkpoint = last_checkpoint(killed)
         kept = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
         assert reached - kept <= 2 * 4  # an interval, and one that was being written
-        assert run.wait(120) == 0
+        assert run.wait(120) == (0 if killed_are == "one" else -signal.SIGKILL)
+    if killed_are == "all":
+        train(killed, 2, *more[:-2])
     assert logged(killed) == pytest.approx(logged(whole), abs=1e-4)
 
 
