@@ -20,7 +20,7 @@ from archdsl.search.analysis.comparison import (
     Role,
     trainings,
 )
-from archdsl.search.trials.proxy import Job, Proxy, Task
+from archdsl.search.trials.proxy import Job, Proxy, ProxyError, Task
 
 POINTS = 12  # held-out losses on the way of a training
 FIRST_PART = 3  # of the points: what `--plan` trains
@@ -94,8 +94,10 @@ def trained_as(
 ) -> Proxy:
     """Return how models are trained. The arguments are those of `compare`.
 
-    Raises ProxyError if ``sizes`` are not understood.
+    Raises ProxyError if ``sizes`` are not understood, or the context has no room for a target.
     """
+    if context is not None and context < 2:
+        raise ProxyError(f"context: must be at least 2 tokens, got {context}")
     base = Proxy.parse(sizes, data)
     named = dict(base.tasks)
     if data is None and tasks:

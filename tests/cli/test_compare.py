@@ -108,12 +108,13 @@ def test_a_plan_is_a_part_of_the_comparison(
         (["plain.yaml", "loop.yaml", "--reference", "deep"], "must be one of plain, loop"),
         (["plain.yaml", "loop.yaml", "--set", "dim=7"], "plain.yaml"),
         (["plain.yaml", "loop.yaml", "--proxy", "none", "--context", "64"], "takes at most 16"),
+        (["plain.yaml", "loop.yaml", "--context", "1"], "context: must be at least 2 tokens"),
     ],
 )
 def test_a_mistake_is_said_before_training(
     cli: Cli, specs: list[str], arguments: list[str], said: str
 ) -> None:
     found = cli("compare", *arguments, "--data", SKILL)
-    assert (found.status, found.out) == (1 if "--context" in arguments else 2, "")
+    assert (found.status, found.out) == (1 if "64" in arguments else 2, "")
     assert said in found.err
     assert not Path("runs").exists()
