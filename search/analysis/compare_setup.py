@@ -24,6 +24,7 @@ from archdsl.search.trials.proxy import Job, Proxy, ProxyError, Task
 
 POINTS = 12  # held-out losses on the way of a training
 FIRST_PART = 3  # of the points: what `--plan` trains
+MOST_TIMES = 64  # as many layers as it has, at most, does a model get to match the reference
 
 Match = Literal["params", "flops", "none"]
 
@@ -176,8 +177,19 @@ def _named(specs: Sequence[ModelSpec]) -> Specs:
 
 
 def _matched(spec: ModelSpec, reference: ModelSpec, match: Match) -> ModelSpec:
-    """Return the spec with as many layers as bring its costs closest to the reference's."""
+    """Return the spec with as many layers as bring its costs closest to the reference's.
+
+    Raises SpecError if that needs too many of them.
+    """
     if match == "none" or spec is reference:
         return spec
     target = getattr(sequence_cost(reference), match)
+    if target > MOST_TIMES * getattr(sequence_cost(spec), match):
+        raise SpecError(
+            Problem(
+                "match",
+                f"{reference.name} costs more than {MOST_TIMES} times as much as {spec.name}, "
+                "and would need as many times its layers; compare models of similar sizes",
+            )
+        )
     return with_depth_for(spec, target, match).model_copy(update={"budget": None})

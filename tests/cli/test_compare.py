@@ -108,6 +108,7 @@ def test_a_plan_is_a_part_of_the_comparison(
         (["plain.yaml", "loop.yaml", "--reference", "deep"], "must be one of plain, loop"),
         (["plain.yaml", "loop.yaml", "--set", "dim=7"], "plain.yaml"),
         (["plain.yaml", "loop.yaml", "--proxy", "none", "--context", "64"], "takes at most 16"),
+        (["itt", "loop.yaml", "--match", "flops", "--proxy", "none"], "more than 64 times"),
         (["plain.yaml", "loop.yaml", "--context", "1"], "context: must be at least 2 tokens"),
     ],
 )
