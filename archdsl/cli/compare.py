@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -121,8 +121,10 @@ def compare(
 
       archdsl compare transformer itt --storage postgresql+psycopg://user@host/name
     """
+    from archdsl.lang.load import read
+
     for spec in specs[1:]:
-        check(spec, overrides)
+        read(spec, overrides or ())
     check_and_start_server(specs[0], overrides)
     from archdsl.search.analysis.compare_setup import compare_setup, trained_as
     from archdsl.search.compare import plan_compare, run_compare
@@ -134,38 +136,21 @@ def compare(
     )
     setup = compare_setup(specs, how, reference=reference, overrides=overrides or (), match=match)
     say_what_is_trained_on(how)
+    means: dict[str, Any] = {
+        "seeds": seeds,
+        "workers": workers,
+        "memory": memory,
+        "out": out,
+        "storage": storage,
+    }
     if plan:
         with saying() as tell:
-            found = plan_compare(
-                setup,
-                seeds=seeds,
-                workers=workers,
-                memory=memory,
-                out=out,
-                storage=storage,
-                tell=tell,
-            )
+            found = plan_compare(setup, tell=tell, **means)
         print_json(found.as_json()) if as_json else print_parts(planned(found))
         return
+    command = shlex.join(["archdsl", *sys.argv[1:]])
     with saying() as tell:
-        report = run_compare(
-            setup,
-            seeds=seeds,
-            seconds=time,
-            workers=workers,
-            memory=memory,
-            out=out,
-            storage=storage,
-            tell=tell,
-            command=shlex.join(["archdsl", *sys.argv[1:]]),
-        )
+        report = run_compare(setup, seconds=time, tell=tell, command=command, **means)
     print_json(report.as_json()) if as_json else print_parts(result(report))
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def check(spec: str, overrides: list[str] | None) -> None:
-    """Raise SpecError if the spec is wrong, before anything slow is done."""
-    from archdsl.lang.load import read
-
-    read(spec, overrides or ())
