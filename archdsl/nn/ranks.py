@@ -35,9 +35,8 @@ LOST = (
     "or below. The same command goes on from the last checkpoint"
 )
 
-CONNECTIONS = (
-    itertools.count()
-)  # numbers those of this process: each process of a run has made as many
+# numbers the connections of this process: each process of a run has made as many
+CONNECTIONS = itertools.count()
 
 T = TypeVar("T")
 

@@ -15,11 +15,7 @@ from archdsl.evaluation.evaluate import check_data_fits
 from archdsl.lang.load import Source, load
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.baselines import Specs, with_depth_for
-from archdsl.search.analysis.comparison import (
-    Key,
-    Role,
-    trainings,
-)
+from archdsl.search.analysis.comparison import Key, Role, trainings
 from archdsl.search.trials.proxy import Job, Proxy, ProxyError, Task
 
 POINTS = 12  # held-out losses on the way of a training
