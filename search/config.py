@@ -137,6 +137,11 @@ class SearchConfig(Strict):
     seeds: int = Field(
         3, ge=2, description="number of further seeds with which winner and baselines are trained"
     )
+    validate_proxy: bool = Field(
+        False,
+        description="train eight trials again at twice the width, and say whether the ranking "
+        "holds there; takes about as long as twenty trials",
+    )
     window: int = Field(
         8, ge=1, description="number of trials that may be running at once, over all machines"
     )

@@ -19,7 +19,12 @@ from archdsl.search.analysis.comparison import (
     run_comparison,
     stored_scores,
 )
-from archdsl.search.analysis.proxy_validation import ProxyValidation, between_rungs, validate_proxy
+from archdsl.search.analysis.proxy_validation import (
+    ProxyValidation,
+    between_rungs,
+    validate_proxy,
+    validation_trials,
+)
 from archdsl.search.analysis.supernet_validation import SupernetValidation, validate_supernet
 from archdsl.search.report.report import SearchReport, best, winning_trial
 from archdsl.search.rung_scheduler import RungScheduler
@@ -41,7 +46,7 @@ from archdsl.search.trials.proxy import Job, Proxy
 from archdsl.search.trials.scorers import Scorer, training_flops
 from archdsl.search.workers.pool import Pool, default_workers, process_pool
 
-RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what follows the trials
+RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what must follow the trials
 VALIDATION_RUNS = 16  # cost of the proxy validation, in trainings of the best model
 
 
@@ -103,10 +108,11 @@ class SearchEngine:
         trials: int | None,
         seeds: int,
         watch: Watch | None,
+        validate_proxy: bool = False,
     ) -> None:
         self.folder, self.store, self.study, self.spending = folder, store, study, spending
         self.scorer, self.settings, self.trials, self.seeds = scorer, settings, trials, seeds
-        self.watch = watch or (lambda _: None)
+        self.watch, self.validate_proxy = watch or (lambda _: None), validate_proxy
         self.phase = SEARCH
         self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
@@ -187,15 +193,19 @@ class SearchEngine:
         )
 
     def _affords_trials(self, more: int) -> bool:
-        """Return whether the limits allow ``more`` trials and all trainings that follow them."""
+        """Return whether the limits allow ``more`` trials and all that must follow them.
+
+        These are the baselines, and the proxy validation if it is wanted. Ablations get what is
+        left; `archdsl ablate` trains them as well.
+        """
         ranked = best(self.study.finished())
         if not ranked:
             return not self.spending.is_spent
         number = ranked[0].number
         if number not in self.compared:  # asked twice a second, while workers need the cores
-            jobs = self._comparison_jobs(ranked[0].spec, [0])
+            jobs = self._comparison_jobs(ranked[0].spec, [0], ablate=False)
             self.compared[number] = len(jobs) / len(self.proxy.tasks)
-        runs = more + self.seeds * self.compared[number] + VALIDATION_RUNS
+        runs = more + self.seeds * self.compared[number] + VALIDATION_RUNS * self.validate_proxy
         return self._affords_runs(runs, ranked, RESERVED_SHARE)
 
     def _affords_runs(self, runs: float, ranked: list[Trial], most: float = 1.0) -> bool:
@@ -217,7 +227,7 @@ class SearchEngine:
     # evaluation
 
     def _evaluate_winner(self, pool: Pool) -> None:
-        """Compare the winner with its baselines, validate the proxy, then train the ablations."""
+        """Compare the winner with its baselines, then validate the proxy and train ablations."""
         ranked = best(self.study.finished())
         if not ranked:
             return
@@ -238,11 +248,13 @@ class SearchEngine:
                 self._validate_proxy(pool, may_go_on)
 
     def _validate_proxy(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
-        """Train a few trials in a wider proxy and compare the rankings."""
+        """Compare the rankings on the rungs, and on a few trials that a wider proxy trains."""
         self.phase = PROXY_VALIDATION
+        finished = self.study.finished()
         self.proxy_validation = validate_proxy(
             self.spending.metered(pool, PROXY_VALIDATION),
-            self.study.finished(),
+            finished,
+            validation_trials(finished) if self.validate_proxy else [],
             self.proxy,
             self.settings.seed,
             self.store,
@@ -267,8 +279,10 @@ class SearchEngine:
             self._say,
         )
 
-    def _comparison_jobs(self, winner: ModelSpec, seeds: Iterable[int]) -> dict[Key, Job]:
-        return comparison_jobs(winner, self.proxy, seeds, self.store, ablate=True)
+    def _comparison_jobs(
+        self, winner: ModelSpec, seeds: Iterable[int], ablate: bool = True
+    ) -> dict[Key, Job]:
+        return comparison_jobs(winner, self.proxy, seeds, self.store, ablate=ablate)
 
     def _phases(self) -> Iterator[tuple[str, dict[Key, Job]]]:
         """Yield the jobs of the comparison by phase, in the order in which they are run."""

@@ -66,6 +66,7 @@ def search(
     patience: int | float | str = 120.0,
     seed: int = 0,
     seeds: int = 3,
+    validate_proxy: bool = False,
     window: int = 8,
     out: str | os.PathLike[str] | None = None,
     store: str | os.PathLike[str] | None = None,
@@ -113,6 +114,7 @@ def search(
         patience: Fail a trial whose training makes no step for this long.
         seed: Seed of the sampler and of the training of trials.
         seeds: Number of further seeds with which the winner and its baselines are trained.
+        validate_proxy: Train eight trials again at twice the width, and compare the rankings.
         window: Number of trials that may be running at once.
         out: Folder of the search; None: a folder below ``runs/`` named after the settings.
         store: Folder of trained proxies, which searches may share; None: inside ``out``.
@@ -223,9 +225,17 @@ def run_search(
             study.fail_running()
         limits = Limits(config.time, settings.budget.train_flops)
         spending = Spending(backend, study.id, limits)
-        trials, seeds = config.trials, config.seeds
         engine = SearchEngine(
-            folder, store, study, scorer, spending, settings, trials, seeds, watch
+            folder,
+            store,
+            study,
+            scorer,
+            spending,
+            settings,
+            config.trials,
+            config.seeds,
+            watch,
+            config.validate_proxy,
         )
         report = engine.run(machine or _machine(config))
         return write_report(replace(report, command=command))
@@ -319,7 +329,7 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
             trials=config.trials,
             seed=config.seed,
             seeds=config.seeds,
-            wider=VALIDATION_RUNS,
+            wider=VALIDATION_RUNS * config.validate_proxy,
         )
 
 

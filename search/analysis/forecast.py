@@ -77,8 +77,8 @@ class SearchForecast:
     - ``interval``: 95% interval of the share of feasible points; None if every point was tried.
     - ``kept``: the limits of the budget, each with the least and the most that models use of it.
     - ``trial``, ``stopped``: cost of a trial up to the last rung, and up to the first.
-    - ``after``: the number of trainings that follow the trials: winner, baselines and ablations
-      with each seed, and the proxy validation.
+    - ``after``: the number of trainings that must follow the trials: winner and baselines with
+      each seed, and the proxy validation if it is wanted.
     - ``all_promoted``, ``all_stopped``: the course if every trial reaches the last rung, and if
       every trial stops on the first. A search lies between the two.
     """
@@ -155,7 +155,7 @@ def forecast_search(
     trials: int | None = None,
     seed: int = 0,
     seeds: int = 3,
-    wider: int = 16,
+    wider: int = 0,
     timing: float = SECONDS,
 ) -> SearchForecast:
     """Survey the space, train some of its proxies briefly, and forecast the search.
@@ -176,7 +176,7 @@ def forecast_search(
             pool, found.models or (fits,), proxy, store, seconds=timing, seed=seed
         )
         comparisons = [
-            len(comparison_jobs(model, proxy, range(seeds), store, ablate=True)) / len(proxy.tasks)
+            len(comparison_jobs(model, proxy, range(seeds), store, ablate=False)) / len(proxy.tasks)
             for model in measured.models
         ]
     return forecast_from_timing(

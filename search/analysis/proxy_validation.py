@@ -46,7 +46,8 @@ class ProxyValidation:
         if self.width is None:
             return "The models were trained at their own size, so there is no proxy to validate."
         if self.wider.tau is None:
-            return f"Whether the proxy's ranking holds at width {self.width} was not tested."
+            tests = "--validate-proxy tests it"
+            return f"Whether the proxy's ranking holds at width {self.width} is not known; {tests}."
         found = f"Kendall's tau is {self.wider}"
         if self.wider.is_significant:
             return f"The proxy's ranking holds at width {self.width}: {found}."
@@ -121,13 +122,14 @@ def validation_jobs(
 def validate_proxy(
     pool: Pool,
     trials: Sequence[Trial],
+    chosen: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> ProxyValidation:
-    """Train a few trials at twice the width and compare the rankings.
+    """Train the ``chosen`` trials at twice the width and compare the rankings.
 
     ``trials`` are the finished trials of the search, ``seed`` is that of the search. ``may_go_on``
     is asked before each training; ``tell`` is called with a sentence on the progress.
@@ -135,7 +137,6 @@ def validate_proxy(
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
         return ProxyValidation(rungs, kendall_tau([]), None, [])
-    chosen = validation_trials(trials)
     found = [
         WiderPoint(trial.number, loss_of(trial), loss)
         for trial, loss, _ in retrain(pool, chosen, wide, seed, store, may_go_on, tell)

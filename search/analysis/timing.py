@@ -147,7 +147,8 @@ def _probes(
         known.add(equal)
         for name, task in proxy.tasks.items():
             few, many = _steps(task)
-            yield index, name, Probe(task.job(store, small[name], seed, few), few, many)
+            alike = task.model_copy(update={"early_eval_tokens": 0})  # both rungs score on all
+            yield index, name, Probe(alike.job(store, small[name], seed, few), few, many)
 
 
 def _steps(task: Task) -> tuple[int, int]:

@@ -107,8 +107,8 @@ def _after(forecast: SearchForecast) -> str:
     whole = forecast.all_promoted.seconds
     share = f", {forecast.seconds_after / whole:.0%} of the total" if whole < float("inf") else ""
     return (
-        f"{forecast.after:.0f} trainings of the winner, its baselines and ablations, and for the "
-        f"proxy validation: {_time(forecast.seconds_after)}{share}"
+        f"{forecast.after:.0f} trainings of the winner and its baselines, and for "
+        f"--validate-proxy: {_time(forecast.seconds_after)}{share}"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import optuna
@@ -30,7 +30,6 @@ from archdsl.search.study.trial import Trial
 MAX_TRIES = 20  # to find a model that keeps to the budget and is new
 RANDOM_TRIALS = 8  # before TPE makes proposals
 STARTUP = 4  # complete trials before any trial is stopped early
-MARGIN = 1.0  # standard deviations of the expected gain that a trial is given in its favour
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ class TrialSampler:
         study.add_trials([self._as_frozen_trial(trial, gains) for trial in earlier])
         return study
 
-    def _as_frozen_trial(
-        self, trial: Trial, gains: Mapping[int, tuple[float, float]]
-    ) -> FrozenTrial:
+    def _as_frozen_trial(self, trial: Trial, gains: Mapping[int, float]) -> FrozenTrial:
         """The trial as Optuna's samplers and pruners take it."""
         given: dict[str, Any] = {
             "params": trial.params,
@@ -114,7 +111,7 @@ class TrialSampler:
         elif self.axes > 1 and rungs in gains:
             # Optuna has no pruned trials with several objectives: take the loss that is expected
             # at the last rung
-            values = [trial.losses[-1] + gains[rungs][0], *trial.others]
+            values = [trial.losses[-1] + gains[rungs], *trial.others]
         else:
             return create_trial(state=TrialState.PRUNED, **given)
         return create_trial(values=values, **given)
@@ -156,31 +153,28 @@ class TrialSampler:
         return trial
 
 
-def expected_gains(earlier: Sequence[Trial]) -> dict[int, tuple[float, float]]:
-    """What the remaining rungs add to the loss: mean and standard deviation, by rungs trained.
+def expected_gains(earlier: Sequence[Trial]) -> dict[int, float]:
+    """What the remaining rungs add to the loss on average, by rungs trained.
 
     Over the complete trials; empty if they are fewer than ``STARTUP``.
     """
     complete = [trial.losses for trial in earlier if trial.complete]
     if len(complete) < STARTUP:
         return {}
-    changes = {
-        rung: [losses[-1] - losses[rung - 1] for losses in complete]
+    return {
+        rung: fmean(losses[-1] - losses[rung - 1] for losses in complete)
         for rung in range(1, len(complete[0]))
     }
-    return {rung: (fmean(found), stdev(found)) for rung, found in changes.items()}
 
 
 def may_join_front(losses: Sequence[float], others: Point, earlier: Sequence[Trial]) -> bool:
-    """Whether a trial can still reach the Pareto front of the complete trials.
+    """Whether a trial is expected to reach the Pareto front of the complete trials.
 
-    Its loss is expected to change as that of complete trials did on the remaining rungs, and
-    ``MARGIN`` standard deviations are granted to it.
+    Its loss is expected to change as that of complete trials did on the remaining rungs.
     """
     gains = expected_gains(earlier)
     if len(losses) not in gains:
         return True
-    mean, deviation = gains[len(losses)]
-    expected = (losses[-1] + mean - MARGIN * deviation, *others)
+    expected = (losses[-1] + gains[len(losses)], *others)
     complete = [trial for trial in earlier if trial.complete]
     return not any(dominates((trial.losses[-1], *trial.others), expected) for trial in complete)

@@ -75,14 +75,17 @@ class HeldOutScores:
     health: RouterHealth
 
 
-def held_out(trainer: Trainer, heartbeat: Callable[[], None]) -> HeldOutScores:
+def held_out(
+    trainer: Trainer, heartbeat: Callable[[], None], tokens: int | None = None
+) -> HeldOutScores:
     """Evaluate the model as trained so far, and call ``heartbeat`` after each forward pass.
 
+    ``tokens``: the number of held-out tokens; None: as many as the config of the trainer says.
     All processes that train the model call this together. Raises TrainingDiverged if the loss is
     not finite.
     """
     own = Meter(), RouterHealth()
-    evaluation = trainer.evaluate(watched=lambda: _watched(trainer.model, heartbeat, *own))
+    evaluation = trainer.evaluate(tokens, lambda: _watched(trainer.model, heartbeat, *own))
     meter, health = Meter(), RouterHealth()
     for metered, noted in trainer.ranks.gather(own):
         meter.add(metered)

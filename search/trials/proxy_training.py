@@ -135,8 +135,9 @@ class ProxyTraining:
     """Train up to the last step of the trainer's config.
 
     Every ``held_out_every`` steps the loss on a part of the held-out data is measured (0: never).
-    All processes that train the model together call the same methods. The caller must hold the lock
-    of ``stored_run``.
+    The score is measured on ``tokens`` held-out tokens (None: as many as the config says). All
+    processes that train the model together call the same methods. The caller must hold the lock of
+    ``stored_run``.
     """
 
     def __init__(
@@ -145,10 +146,11 @@ class ProxyTraining:
         trainer: Trainer,
         heartbeat: Callable[[], None],
         held_out_every: int = 0,
+        tokens: int | None = None,
     ) -> None:
         self.started = self.saved = time.perf_counter()
         self.stored_run, self.trainer, self.heartbeat = stored_run, trainer, heartbeat
-        self.held_out_every = held_out_every
+        self.held_out_every, self.tokens = held_out_every, tokens
         self.config, self.ranks = trainer.config, trainer.ranks
         self.progress = SavedProgress()
         self.furthest = self._resume()
@@ -171,7 +173,7 @@ class ProxyTraining:
         self.progress.curve = Curve(**saved.curve.model_dump())
         self.progress.held_out = list(saved.held_out)
         self.progress.step_seconds = saved.step_seconds
-        if not self.stored_run.score(stood.step).exists():
+        if not self.stored_run.is_scored(stood.step):
             self.progress.seconds = saved.seconds
             self.progress.train_flops = saved.train_flops
         return True
@@ -185,10 +187,10 @@ class ProxyTraining:
             self.stepped = time.perf_counter()
             self.trainer.run(on_step=self._after_step)
             self._save()
-            score = self._scored(held_out(self.trainer, self.heartbeat))
+            score = self._scored(held_out(self.trainer, self.heartbeat, self.tokens))
         except TrainingDiverged:
             score = ProxyScore(loss=None, accuracy=None, bits_per_byte=None, **self._spent())
-        file = self.stored_run.score(self.config.steps)
+        file = self.stored_run.score(self.config.steps, self.tokens)
         self.ranks.on_first(lambda: write_text(file, score.model_dump_json()))
         return score
 

@@ -4,6 +4,7 @@ Each training run has its own folder. Its name is a hash of everything that deci
 
     made_by.json        the values that were hashed
     step-000100.json    the score after 100 steps
+    step-000100-on-8192.json  the same, on 8,192 held-out tokens instead of all
     state/              a checkpoint of the training after the most steps so far
     lock                a file that is locked while a process trains
 
@@ -51,9 +52,17 @@ class StoredRun:
         """The folder of the checkpoint; it need not exist."""
         return self.folder / "state"
 
-    def score(self, steps: int) -> Path:
-        """Return the path of the file for the score after ``steps``; it need not exist."""
-        return self.folder / f"step-{steps:06d}.json"
+    def score(self, steps: int, tokens: int | None = None) -> Path:
+        """Return the path of the file for the score after ``steps``; it need not exist.
+
+        ``tokens``: the number of held-out tokens of the score, if it is not that of the run.
+        """
+        fewer = f"-on-{tokens}" if tokens else ""
+        return self.folder / f"step-{steps:06d}{fewer}.json"
+
+    def is_scored(self, steps: int) -> bool:
+        """Return whether there is a score after ``steps``, on any number of tokens."""
+        return any(self.folder.glob(f"step-{steps:06d}*.json"))
 
     @property
     def in_use(self) -> bool:

@@ -76,7 +76,11 @@ class FakeSpending:
 
 
 def engine(
-    study: FakeStudy, spending: FakeSpending, trials: int | None = None, seed: int = 0
+    study: FakeStudy,
+    spending: FakeSpending,
+    trials: int | None = None,
+    seed: int = 0,
+    validate: bool = False,
 ) -> SearchEngine:
     settings = Settings(parse(SPACE, "small.yaml"), Budget(params=60_000), PROXY, seed=seed)
     made = SearchEngine(
@@ -89,14 +93,15 @@ def engine(
         trials,
         SEEDS,
         None,
+        validate,
     )
     made.workers = 2
     return made
 
 
 def compared() -> int:
-    """The models of the final comparison: winner, baselines and ablations."""
-    jobs = engine(FakeStudy([]), FakeSpending())._comparison_jobs(TINY, [0])
+    """The models that must be compared: winner and baselines."""
+    jobs = engine(FakeStudy([]), FakeSpending())._comparison_jobs(TINY, [0], ablate=False)
     return len(jobs) // 2
 
 
@@ -111,27 +116,32 @@ def test_no_trial_starts_in_an_exhausted_space() -> None:
     assert engine(FakeStudy([]), FakeSpending())._may_start(9, 0)
 
 
-def test_no_trial_starts_without_time_for_all_that_follows() -> None:
-    runs = 1 + SEEDS * compared() + VALIDATION_RUNS  # one more trial, and what follows
+@pytest.mark.parametrize("validate", [True, False])
+def test_no_trial_starts_without_time_for_all_that_must_follow(validate: bool) -> None:
+    runs = 1 + SEEDS * compared() + VALIDATION_RUNS * validate  # one more, and what follows
     needed = 1.1 * RATE * FLOPS * runs / 2  # by two workers
     study = FakeStudy([trial()])
     for share, expected in [(1.01, True), (0.99, False)]:
         spending = FakeSpending(seconds_left=share * needed)
-        assert engine(study, spending)._may_start(1, 0) == expected
+        assert engine(study, spending, validate=validate)._may_start(1, 0) == expected
     one_running = FakeSpending(seconds_left=1.01 * needed)
-    assert not engine(study, one_running)._may_start(1, 3)  # three are running already
+    assert not engine(study, one_running, validate=validate)._may_start(
+        1, 3
+    )  # three are running already
 
 
 def test_what_follows_is_counted_once_for_each_winner(monkeypatch: pytest.MonkeyPatch) -> None:
     count = Mock(wraps=SearchEngine._comparison_jobs)
-    monkeypatch.setattr(SearchEngine, "_comparison_jobs", lambda *given: count(*given))
+    monkeypatch.setattr(
+        SearchEngine, "_comparison_jobs", lambda *given, **kwargs: count(*given, **kwargs)
+    )
     found = engine(FakeStudy([trial()]), FakeSpending())
     assert [found._may_start(1, 0) for _ in range(3)] == [True] * 3
     assert count.call_count == 1
 
 
-def test_no_trial_starts_without_flops_for_all_that_follows() -> None:
-    needed = FLOPS * (1 + SEEDS * compared() + VALIDATION_RUNS)
+def test_no_trial_starts_without_flops_for_all_that_must_follow() -> None:
+    needed = FLOPS * (1 + SEEDS * compared())
     study = FakeStudy([trial()])
     for share, expected in [(1.01, True), (0.99, False)]:
         spending = FakeSpending(flops_left=share * needed)

@@ -182,13 +182,23 @@ def test_running_it_again_trains_nothing(space: Path, tmp_path: Path) -> None:
 
 def test_training_stops_within_a_rung_of_its_limit(space: Path, tmp_path: Path) -> None:
     free = go(space, tmp_path / "free", trials=2).spending.total
-    limit = int(free.train_flops * 1.5)
+    limit = int(free.train_flops * 0.9)
     report = go(space, tmp_path / "run", budget=Budget(params=60_000, train_flops=limit))
     rung = max(s.train_flops for t in report.trials for r in t.rungs for s in r.values())
     assert report.spending.total.train_flops <= limit + rung
     assert (tmp_path / "run" / "winner.yaml").exists()
-    more = go(space, tmp_path / "run", trials=4)  # what was spent does not change what it is
+    more = go(space, tmp_path / "run", trials=5)  # what was spent does not change what it is
     assert more.spending.total.train_flops > report.spending.total.train_flops
+
+
+def test_the_proxy_is_validated_if_that_is_wanted(space: Path, tmp_path: Path) -> None:
+    without = go(space, tmp_path / "run", trials=4)
+    assert "--validate-proxy" in without.validations
+    report = go(space, tmp_path / "run", trials=4, validate_proxy=True)  # the same search goes on
+    assert report.proxy_validation is not None
+    numbers = {point.number for point in report.proxy_validation.points}
+    assert numbers == {trial.number for trial in report.best}
+    assert "--validate-proxy" not in report.validations
 
 
 def test_other_settings_do_not_touch_a_run(space: Path, tmp_path: Path) -> None:

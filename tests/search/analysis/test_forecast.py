@@ -181,7 +181,7 @@ def test_the_words_say_what_was_sampled_and_what_is_too_short() -> None:
         "44 to 95 trials (if all reach the last rung, or all stop on the first); ends with --time"
         in said
     )
-    assert "10 trainings of the winner, its baselines and ablations" in said
+    assert "10 trainings of the winner and its baselines" in said
     assert "3.1 min, 19% of the total" in said
     short = words(predicted(Resources(workers=1, seconds=100), LARGE))
     assert "the limits are too low for one trial and the evaluation, which take 6.8 min" in short

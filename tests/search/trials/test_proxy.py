@@ -136,6 +136,16 @@ def test_held_out_losses_on_the_way_change_nothing_and_outlive_a_rung(tmp_path: 
     assert parts.step_seconds > run(job(tmp_path / "parts", 2, held_out_every=1)).step_seconds
 
 
+def test_rungs_below_the_last_may_be_scored_on_fewer_tokens(tmp_path: Path) -> None:
+    few = run(job(tmp_path / "few", 2, early_eval_tokens=24))
+    assert few.loss == run(job(tmp_path / "alone", 2, eval_tokens=24)).loss
+    last = run(job(tmp_path / "few", early_eval_tokens=24))
+    assert trained(last) == trained(run(job(tmp_path / "plain")))
+    assert last.train_flops == few.train_flops  # it went on from the first rung
+    ends_there = run(job(tmp_path / "few", 2, rungs=(2,), early_eval_tokens=24))
+    assert trained(ends_there) == trained(run(job(tmp_path / "plain", 2)))
+
+
 def test_a_rung_in_between_leaves_the_furthest_state(tmp_path: Path) -> None:
     run(job(tmp_path))
     between = run(job(tmp_path, 3))
