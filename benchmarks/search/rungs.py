@@ -6,8 +6,9 @@ python -m benchmarks.search.rungs [--models 16] [--times 4] [--seeds 1] [--budge
 Models are drawn from the whole space, not the best of a search. Their proxies are trained --times
 as long as in a search, and the loss on an eighth of the held-out tokens is measured on the way. The
 table has Kendall's tau between the objective after each part of a search's training, and that after
-all of it, and after --times as much; in the columns of a task, that of its loss alone. Trainings in
---store are not done again.
+all of it, and after --times as much; in the columns of a task, that of its loss alone. With two
+--seeds there are also the taus between the first two seeds after equally long trainings: no ranking
+can be expected to agree better than these do. Trainings in --store are not done again.
 """
 
 from __future__ import annotations
@@ -87,43 +88,64 @@ def main() -> None:
         for name, task in proxy.tasks.items()
     }
     found, _ = run_trainings(jobs, None, given.workers, None, lambda _: None)
+    every = {
+        key: score
+        for key, score in found.items()
+        if isinstance(score, ProxyScore) and score.loss is not None
+    }
+    asked = [(seed, name) for seed in range(given.seeds) for name in proxy.tasks]
+    whole = [i for i in range(len(drawn)) if all((seed, i, name) in every for seed, name in asked)]
     rows: list[dict[str, Any]] = []
+    curves: list[list[Losses]] = []
     for seed in range(given.seeds):
-        every = {
-            (i, name): score
-            for (of, i, name), score in found.items()
-            if of == seed and isinstance(score, ProxyScore) and score.loss is not None
-        }
-        whole = [i for i in range(len(drawn)) if all((i, name) in every for name in proxy.tasks)]
-        scores = {(n, t): every[i, t] for n, i in enumerate(whole) for t in proxy.tasks}
-        rows += table(scores, len(whole), proxy, seed, given.times)
+        scores = {(n, t): every[seed, i, t] for n, i in enumerate(whole) for t in proxy.tasks}
+        curves.append([losses_at(scores, len(whole), p) for p in range(PARTS * given.times)])
+        rows += table(curves[-1], proxy, seed, given.times)
+    if given.seeds > 1:
+        rows += between_seeds(curves[0], curves[1], proxy, given.times)
     if given.json:
-        print(json.dumps({"models": len(drawn), "rows": rows}))
+        print(json.dumps({"models": len(whole), "rows": rows}))
     for row in rows if not given.json else []:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
 
 
-def table(
-    scores: dict[tuple[int, str], ProxyScore], count: int, proxy: Proxy, seed: int, times: int
-) -> list[dict[str, Any]]:
+def shown(times: int) -> list[int]:
+    """Return the points that the tables have: all of a search's training, then fewer."""
+    return [*range(PARTS), *range(2 * PARTS - 1, PARTS * times, PARTS)]
+
+
+def table(at: list[Losses], proxy: Proxy, seed: int, times: int) -> list[dict[str, Any]]:
     """Return for each part of the training how its ranking agrees with later ones."""
-    at = [losses_at(scores, count, point) for point in range(PARTS * times)]
     last, longest = at[PARTS - 1], at[-1]
     rows = []
-    for point in [*range(PARTS), *range(2 * PARTS - 1, PARTS * times, PARTS)]:
+    for point in shown(times):
         now = at[point]
-        row = {"seed": seed, "trained": f"{(point + 1) / PARTS:.3g}"}
+        row: dict[str, Any] = {"seed": seed, "trained": f"{(point + 1) / PARTS:.3g}"}
         pairs = {
             "end": (objectives(now, proxy), objectives(last, proxy)),
             f"x{times}": (objectives(now, proxy), objectives(longest, proxy)),
             **{f"{t} end": (now[t], last[t]) for t in now},
             **{f"{t} x{times}": (now[t], longest[t]) for t in now},
         }
-        for name, (first, second) in pairs.items():
-            tau = kendall_tau(list(zip(first, second, strict=True)))
-            row[name] = f"{tau.tau:+.2f} ({tau.low:+.2f} to {tau.high:+.2f})"
-        rows.append(row)
+        rows.append(row | taus(pairs))
     return rows
+
+
+def between_seeds(
+    one: list[Losses], other: list[Losses], proxy: Proxy, times: int
+) -> list[dict[str, Any]]:
+    """Return for each part of the training how the rankings of two seeds agree."""
+    rows = []
+    for point in shown(times):
+        pairs = {"objective": (objectives(one[point], proxy), objectives(other[point], proxy))}
+        pairs |= {t: (one[point][t], other[point][t]) for t in one[point]}
+        rows.append({"seed": "0 and 1", "trained": f"{(point + 1) / PARTS:.3g}"} | taus(pairs))
+    return rows
+
+
+def taus(pairs: dict[str, tuple[list[float], list[float]]]) -> dict[str, str]:
+    """Return Kendall's tau of each pair of rankings, with its 95% interval."""
+    return {name: str(kendall_tau(list(zip(*pair, strict=True)))) for name, pair in pairs.items()}
 
 
 if __name__ == "__main__":
