@@ -43,7 +43,7 @@ from archdsl.search.study.spending import (
 from archdsl.search.study.study import Study
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy
-from archdsl.search.trials.scorers import Scorer, training_flops
+from archdsl.search.trials.scorers import Scorer, task_flops, training_flops
 from archdsl.search.workers.pool import Pool, default_workers, process_pool
 
 RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what must follow the trials
@@ -116,7 +116,8 @@ class SearchEngine:
         self.phase = SEARCH
         self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
-        self.compared: dict[int, float] = {}  # models in the comparison, by the trial that wins
+        # the cost of the comparison for one seed, by the trial that wins, in trainings of that trial
+        self.compared: dict[int, float] = {}
         self.jobs: dict[Key, Job] = {}  # of the comparison
         self.results: dict[Key, JobResult] = {}
         self.proxy_validation: ProxyValidation | None = None
@@ -203,8 +204,9 @@ class SearchEngine:
             return not self.spending.is_spent
         number = ranked[0].number
         if number not in self.compared:  # asked twice a second, while workers need the cores
-            jobs = self._comparison_jobs(ranked[0].spec, [0], ablate=False)
-            self.compared[number] = len(jobs) / len(self.proxy.tasks)
+            jobs = self._comparison_jobs(ranked[0].spec, [0], ablate=False).values()
+            flops = sum(task_flops(job.task, job.spec) for job in jobs)
+            self.compared[number] = flops / training_flops(self.proxy, ranked[0].spec)
         runs = more + self.seeds * self.compared[number] + VALIDATION_RUNS * self.validate_proxy
         return self._affords_runs(runs, ranked, RESERVED_SHARE)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from archdsl.costs.receipt import train_flops
 from archdsl.lang.spec import ModelSpec
-from archdsl.search.trials.proxy import Job, Proxy, ProxyScore
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import Work
 
 
@@ -58,9 +58,9 @@ def training_flops(proxy: Proxy, spec: ModelSpec) -> float:
 
     They are computed by the closed form.
     """
-    return sum(
-        train_flops(proxy.shrink(spec, task), tokens=task.context)
-        * task.batch_size
-        * task.rungs[-1]
-        for task in proxy.tasks.values()
-    )
+    return sum(task_flops(task, proxy.shrink(spec, task)) for task in proxy.tasks.values())
+
+
+def task_flops(task: Task, small: ModelSpec) -> float:
+    """Return the FLOPs of training a spec on one task up to the last rung, as it is."""
+    return train_flops(small, tokens=task.context) * task.batch_size * task.rungs[-1]

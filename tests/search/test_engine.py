@@ -19,7 +19,7 @@ from archdsl.search.study.settings import Settings
 from archdsl.search.study.spending import Limits
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
-from archdsl.search.trials.scorers import training_flops
+from archdsl.search.trials.scorers import task_flops, training_flops
 from tests.search.study.test_sampler import SPACE
 
 TASK = Task(data="skill:p-hop,hops=1,length=12", context=12, rungs=(2, 4))
@@ -99,10 +99,10 @@ def engine(
     return made
 
 
-def compared() -> int:
-    """The models that must be compared: winner and baselines."""
+def compared() -> float:
+    """What winner and baselines cost, in trainings of the winner."""
     jobs = engine(FakeStudy([]), FakeSpending())._comparison_jobs(TINY, [0], ablate=False)
-    return len(jobs) // 2
+    return sum(task_flops(job.task, job.spec) for job in jobs.values()) / FLOPS
 
 
 def test_so_many_trials_start_as_were_asked_for() -> None:
