@@ -116,7 +116,7 @@ class SearchEngine:
         self.phase = SEARCH
         self.rungs, self.ranked = kendall_tau([]), 0  # the correlation and its number of trials
         self.workers = 1
-        # the cost of the comparison for one seed, by the trial that wins, in trainings of that trial
+        # cost of the comparison for one seed, by the trial that wins, in trainings of that trial
         self.compared: dict[int, float] = {}
         self.jobs: dict[Key, Job] = {}  # of the comparison
         self.results: dict[Key, JobResult] = {}
