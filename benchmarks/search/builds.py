@@ -8,7 +8,8 @@ builds search with the same seeds, by turns, each with two workers. A search is 
 trials are over, because what follows does not change the front. The objectives are held-out loss
 and FLOPs per token, of trials that reached the last rung. The reference point does not depend on
 the results: its loss is that of the best guess that ignores the input, its FLOPs are 1.1 times
-those of the costliest of 1,000 random models. Searches in --store are not run again.
+those of the costliest of 1,000 random models. "Busy" is the share of the workers' time, up to the
+end of the last trial, in which they train and score. Searches in --store are not run again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from archdsl.sizes import parse_size
 from benchmarks.measure import progress
 
 HERE = Path(__file__).parents[2]
+WORKERS = 2
 TIMES = 9  # at which the table has the hypervolume
 DRAWN = 1000  # random models, of which the costliest sets the reference point
 
@@ -52,7 +54,16 @@ def run(build: Path, folder: Path, seed: int, seconds: float, budget: int) -> No
     if done.exists():
         return
     command = [sys.executable, "-m", "archdsl", "search", "--budget", str(budget)]
-    command += ["--time", str(seconds), "--seed", str(seed), "--workers", "2", "--out", str(folder)]
+    command += [
+        "--time",
+        str(seconds),
+        "--seed",
+        str(seed),
+        "--workers",
+        str(WORKERS),
+        "--out",
+        str(folder),
+    ]
     process = subprocess.Popen(
         command,
         cwd=build,
@@ -84,21 +95,30 @@ def _trials_are_over(folder: Path) -> bool:
     )
 
 
-def finished(folder: Path) -> tuple[Finished, dict[str, int]]:
-    """Return the complete trials of a search in the order of time, and counts of outcomes."""
+def finished(folder: Path) -> tuple[Finished, dict[str, Any]]:
+    """Return the complete trials of a search in the order of time; counts of outcomes, and more."""
     storage = journal(folder)
     (study,) = storage.get_all_studies()
     attrs = storage.get_study_user_attrs(study._study_id)
     started = min(record["from"] for name, record in attrs.items() if name.startswith("worker/"))
     found: Finished = []
     outcomes: dict[str, int] = {}
+    last = started
     for trial in storage.get_all_trials(study._study_id):
         outcome = trial.user_attrs.get("outcome", "unfinished")
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome == "complete" and trial.values and trial.datetime_complete:
             loss, flops = trial.values
             found.append((trial.datetime_complete.timestamp() - started, (loss, flops)))
-    return sorted(found), outcomes
+        if trial.datetime_complete:
+            last = max(last, trial.datetime_complete.timestamp())
+    phases = [record["phases"] for name, record in attrs.items() if name.startswith("worker/")]
+    busy = sum(spent[SEARCH]["seconds"] for spent in phases) / WORKERS
+    return sorted(found), {
+        "outcomes": outcomes,
+        "seconds": round(last - started, 1),
+        "busy": round(busy / (last - started), 3),
+    }
 
 
 def reference(budget: int) -> Point:
@@ -151,10 +171,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["build  seed  outcomes; hypervolume at " + _row(result["times"], "{:.0f} s")]
     for name, runs in result["volumes"].items():
         for seed, row in enumerate(runs):
-            outcomes = ", ".join(
-                f"{n} {what}" for what, n in result["outcomes"][name][seed].items()
-            )
-            lines.append(f"{name:6} {seed:4}  {_row(row, '{:.4f}')}  {outcomes}")
+            run = result["runs"][name][seed]
+            outcomes = ", ".join(f"{n} {what}" for what, n in run["outcomes"].items())
+            said = f"{outcomes} in {run['seconds']:.0f} s, {run['busy']:.1%} busy"
+            lines.append(f"{name:6} {seed:4}  {_row(row, '{:.4f}')}  {said}")
     reached = ["never" if s is None else f"{s:.0f} s" for s in result["seconds to the other's end"]]
     lines.append(f"this build has the other's last hypervolume after: {', '.join(reached)}")
     lines.append(f"difference at the end (95%): {result['difference']}")
@@ -188,7 +208,7 @@ def main() -> None:
     every = {key: finished(folder) for key, folder in folders.items()}
     found = {name: [every[name, s][0] for s in range(given.seeds)] for name in builds}
     result = summary(found, given.time, reference(given.budget))
-    result["outcomes"] = {name: [every[name, s][1] for s in range(given.seeds)] for name in builds}
+    result["runs"] = {name: [every[name, s][1] for s in range(given.seeds)] for name in builds}
     print(json.dumps(result) if given.json else table(result))
 
 
