@@ -17,7 +17,7 @@ from archdsl.training.config import TrainConfig
 from archdsl.training.train_file import TrainFile
 from tests.cli.command import SKILL, Cli
 
-PYDANTIC = ("Input should", "Value error", "Assertion failed", "instance of", "valid")
+PYDANTIC = ("Input should", "Value error", "Assertion failed", "instance of", "a valid")
 
 
 @pytest.fixture(autouse=True)
