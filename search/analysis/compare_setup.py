@@ -91,7 +91,8 @@ def trained_as(
 ) -> Proxy:
     """Return how models are trained. The arguments are those of `compare`.
 
-    Raises ProxyError if ``sizes`` are not understood, or the context has no room for a target.
+    Raises ProxyError if ``sizes`` are not understood, or the context has no room for a target, and
+    DataError if the data of a task cannot be loaded.
     """
     if context is not None and context < 2:
         raise ProxyError(f"context: must be at least 2 tokens, got {context}")
@@ -123,16 +124,16 @@ def _timed(task: Task, tokens: int | None) -> Task:
 
     No more held-out tokens are read than the training has.
     """
-    steps = task.rungs[-1]
+    steps, of_step = task.rungs[-1], task.batch_size * task.length
     if tokens is not None:
-        steps = max(1, round(tokens / (task.batch_size * task.context)))
+        steps = max(1, round(tokens / of_step))
     every = max(1, steps // POINTS)
     steps = max(1, steps // every) * every  # the last point is that of the last step
     first = min(steps, FIRST_PART * every)
     update = {
         "rungs": (first, steps),
         "held_out_every": every,
-        "eval_tokens": min(task.eval_tokens, steps * task.batch_size * task.context),
+        "eval_tokens": min(task.eval_tokens, steps * of_step),
     }
     return task.model_copy(update=update)
 

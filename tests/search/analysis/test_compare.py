@@ -81,6 +81,13 @@ def test_the_share_of_the_data_is_where_the_curve_crosses() -> None:
     assert _share(((1, 9.0), (4, 3.1)), reference) is None
 
 
+def test_tokens_are_those_of_the_sequences_even_if_the_context_is_longer() -> None:
+    short = trained_as(None, "skill:p-hop,hops=1,length=12", (), tokens=19_200)
+    (task,) = short.tasks.values()
+    assert (task.context, task.length) == (32, 12)
+    assert task.rungs[-1] * task.batch_size * task.length == 18_432  # 12 points, 4 steps apart
+
+
 @pytest.mark.parametrize("match", ["params", "flops"])
 def test_matched_models_cost_as_much_as_a_number_of_layers_allows(match: str) -> None:
     """No other number of its layers comes closer to the reference."""
