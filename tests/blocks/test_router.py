@@ -301,7 +301,7 @@ def test_what_a_batch_teaches_is_the_same_in_parts(kind: str) -> None:
 
     def taught(parts: int) -> list[Tensor]:
         """The losses of three batches and the statistics after them; all weights change between."""
-        model = archdsl.build(fields | {"blocks": [loop | {"router": router}]})
+        model = archdsl.build(fields | {"blocks": [loop | {"router": router}]}).double()
         seen = []
         for _ in range(3):
             cut = [model(part).sum(0) for part in tokens_BT.chunk(parts)]
