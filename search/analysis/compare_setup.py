@@ -133,6 +133,7 @@ def _timed(task: Task, tokens: int | None) -> Task:
     update = {
         "rungs": (first, steps),
         "held_out_every": every,
+        "early_eval_tokens": 0,  # `--plan` measures how much seeds differ
         "eval_tokens": min(task.eval_tokens, steps * of_step),
     }
     return task.model_copy(update=update)
