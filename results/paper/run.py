@@ -36,7 +36,7 @@ from archdsl.search.analysis.baselines import with_depth_for
 from archdsl.search.analysis.compare_results import task_results
 from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, trained_as
 from archdsl.search.compare import STORE, run_compare
-from archdsl.search.stats.paired import Difference, paired
+from archdsl.search.stats.paired import MOST_SEEDS, Difference, paired, seeds_to_tell
 from archdsl.search.trials.proxy import Proxy
 
 HERE = Path(__file__).parent
@@ -168,9 +168,15 @@ def gaps(
     return [paired(values(worse), values(better), len(claims)) for _, better, worse in claims]
 
 
-def verdict(gap: Difference) -> str:
-    if gap.pairs < 2 or gap.conclusion == "cannot tell":
+def verdict(gap: Difference, comparisons: int) -> str:
+    """Say whether a claim holds; where that cannot be told, how many seeds would tell."""
+    if gap.pairs < 2 or not math.isfinite(gap.mean):
         return "cannot be told"
+    if gap.conclusion == "cannot tell":
+        seeds = seeds_to_tell(gap.deviation, gap.mean, comparisons)
+        return (
+            f"cannot be told; {f'about {seeds}' if seeds else f'over {MOST_SEEDS:,}'} seeds would"
+        )
     return "holds" if gap.mean > 0 else "does not hold: the reverse"
 
 
@@ -276,14 +282,20 @@ def _leak(result: dict[str, Any]) -> str:
 def _table_of_claims(result: dict[str, Any], title: str, claims: Sequence[Claim]) -> Iterator[str]:
     tasks = list(result["tasks"])
     yield f"### {title[0].upper()}{title[1:]}\n"
-    yield f"| claim | text, as the paper scores | {' | '.join(tasks)} | verdict on text |"
+    names = ["claim", "text, as the paper scores", *tasks, "verdict on text, and what would decide"]
+    yield f"| {' | '.join(names)} |"
     yield f"|---|---|{'---|' * len(tasks)}---|"
     columns = [gaps(result, "text", claims, "with sight", "loss")]
     columns += [
         gaps(result, t, claims, "causal", "loss" if t == "text" else "accuracy") for t in tasks
     ]
     for (claim, *_), sight, text, *skills in zip(claims, *columns, strict=True):
-        cells = [str(sight), str(text), *(_points(gap) for gap in skills), verdict(text)]
+        cells = [
+            str(sight),
+            str(text),
+            *(_points(gap) for gap in skills),
+            verdict(text, len(claims)),
+        ]
         yield f"| {claim} | {' | '.join(cells)} |"
     yield ""
 
