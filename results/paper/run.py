@@ -211,7 +211,7 @@ def elastic(what: CompareSetup, store: Path, seeds: int) -> dict[str, list[list[
 
 
 def page(results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    yield "# The claims of the Inner Thinking Transformer, at one and three million parameters\n"
+    yield "# The claims of the Inner Thinking Transformer, run again small\n"
     yield (
         "Made by `python results/paper/run.py SIZE`; what is trained, and on what, stands in the "
         "head of that file. One constant learning rate (2e-3), tuned for none of the models. "
@@ -270,7 +270,11 @@ def _estimate(found: dict[str, float | None], is_loss: bool) -> str:
 def _share(text: dict[str, Any], seeds: int) -> str:
     if not text["data_share_reached"]:
         return "not reached"
-    only = "" if text["data_share_reached"] == seeds else f" ({text['data_share_reached']} seeds)"
+    only = (
+        ""
+        if text["data_share_reached"] == seeds
+        else f" ({text['data_share_reached']} of {seeds} seeds)"
+    )
     return f"{_estimate(text['data_share'], False)}%{only}"
 
 
