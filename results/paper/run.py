@@ -29,7 +29,7 @@ import archdsl
 from archdsl.costs.receipt import cost, sequence_cost
 from archdsl.data.loading import load_data
 from archdsl.evaluation.dial_sweep import PAPER_CAPACITIES, DialSetting, sweep
-from archdsl.files import write_text
+from archdsl.files import make_folder, write_text
 from archdsl.lang.load import load
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.checkpoint import load_checkpoint
@@ -392,6 +392,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("runs/paper"))
     parser.add_argument("--out", type=Path, default=HERE, help="folder of SIZE.json and README.md")
     given = parser.parse_args()
+    make_folder(given.out)  # first, as hours of training follow
     file = given.out / f"{given.size}.json"
     known = json.loads(file.read_text()) if file.exists() else {"tasks": {}, "elastic": {}}
     setups = {task: setup(given.size, task, given.share) for task in given.tasks}
