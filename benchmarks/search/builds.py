@@ -25,10 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from archdsl.costs.receipt import cost
-from archdsl.data.types import IGNORE
 from archdsl.lang.load import budget_of, read
 from archdsl.lang.spec import Budget
 from archdsl.search.space.feasibility import survey
@@ -36,9 +33,10 @@ from archdsl.search.stats.paired import paired
 from archdsl.search.stats.pareto import Point, hypervolume
 from archdsl.search.study.spending import SEARCH
 from archdsl.search.study.storage import JOURNAL, journal
-from archdsl.search.trials.proxy import Task, default_tasks
+from archdsl.search.trials.proxy import default_tasks
 from archdsl.sizes import parse_size
 from benchmarks.measure import progress
+from benchmarks.search.hypervolume import entropy
 
 HERE = Path(__file__).parents[2]
 WORKERS = 2
@@ -53,17 +51,8 @@ def run(build: Path, folder: Path, seed: int, seconds: float, budget: int) -> No
     done = folder / "trials-are-over"
     if done.exists():
         return
-    command = [sys.executable, "-m", "archdsl", "search", "--budget", str(budget)]
-    command += [
-        "--time",
-        str(seconds),
-        "--seed",
-        str(seed),
-        "--workers",
-        str(WORKERS),
-        "--out",
-        str(folder),
-    ]
+    options = f"--budget {budget} --time {seconds} --seed {seed} --workers {WORKERS}".split()
+    command = [sys.executable, "-m", "archdsl", "search", *options, "--out", str(folder)]
     process = subprocess.Popen(
         command,
         cwd=build,
@@ -72,11 +61,13 @@ def run(build: Path, folder: Path, seed: int, seconds: float, budget: int) -> No
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while process.poll() is None and not _trials_are_over(folder):
-        time.sleep(5)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    elif process.returncode:
+    try:
+        while process.poll() is None and not _trials_are_over(folder):
+            time.sleep(5)
+    finally:  # after Ctrl-C, too
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     done.touch()
 
@@ -123,18 +114,10 @@ def finished(folder: Path) -> tuple[Finished, dict[str, Any]]:
 
 def reference(budget: int) -> Point:
     """Return the reference point: weighted entropy of the targets, and FLOPs per token."""
-    loss = sum(task.weight * _entropy(task) for task in default_tasks().values())
+    loss = sum(task.weight * entropy(task, seed=0) for task in default_tasks().values())
     tree = read("search")
     drawn = survey(tree, budget_of(tree, Budget(params=budget)), DRAWN, seed=0).models
     return loss, 1.1 * max(cost(spec).expected for spec in drawn)
-
-
-def _entropy(task: Task) -> float:
-    data = task.load()
-    batches = [data.batch(i, task.batch_size, task.context, 0).targets_BT for i in range(64)]
-    targets = torch.cat([batch[batch != IGNORE] for batch in batches])
-    share = torch.bincount(targets).double() / len(targets)
-    return float(-(share[share > 0] * share[share > 0].log()).sum())
 
 
 def volume(trials: Finished, seconds: float, corner: Point) -> float:

@@ -26,7 +26,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from archdsl import __version__
 from archdsl.costs.receipt import cost
@@ -35,7 +34,7 @@ from archdsl.lang.load import fitted
 from archdsl.lang.spec import ModelSpec
 from archdsl.lang.template import Choice, Distribution, defaults, fill
 from archdsl.search.stats.pareto import Point, hypervolume
-from archdsl.search.trials.proxy import Proxy, default_tasks
+from archdsl.search.trials.proxy import Proxy, Task, default_tasks
 from benchmarks.search.strategies import STRATEGIES, Bench
 
 OUT = Path(__file__).parents[2] / "results" / "search-bench"
@@ -73,21 +72,21 @@ def _box(reference: Point) -> float:
 def reference(bench: Bench) -> Point:
     """Return the reference point: the entropy of the targets in nats, and FLOPs per token."""
     task = bench.proxy.tasks[bench.task]
-    asked = torch.cat([_targets(bench, index) for index in range(64)])
-    share = torch.bincount(asked).double() / len(asked)
-    entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
     rng = Random(0)
     trees = [
         fill(bench.tree, lambda _, distribution: _random(rng, distribution)) for _ in range(1000)
     ]
     small = [bench.proxy.shrink(fitted(tree, bench.budget), task) for tree in trees]
-    return entropy, 1.1 * max(cost(spec).expected for spec in small)
+    return entropy(task, bench.seed), 1.1 * max(cost(spec).expected for spec in small)
 
 
-def _targets(bench: Bench, index: int) -> Tensor:
-    task = bench.proxy.tasks[bench.task]
-    targets = task.load().batch(index, task.batch_size, task.context, bench.seed).targets_BT
-    return targets[targets != IGNORE]
+def entropy(task: Task, seed: int) -> float:
+    """Return the loss in nats of the best guess that ignores the input, over 64 batches."""
+    data = task.load()
+    batches = [data.batch(i, task.batch_size, task.context, seed).targets_BT for i in range(64)]
+    asked = torch.cat([targets_BT[targets_BT != IGNORE] for targets_BT in batches])
+    share = torch.bincount(asked).double() / len(asked)
+    return float(-(share[share > 0] * share[share > 0].log()).sum())
 
 
 def _random(rng: Random, distribution: Distribution) -> Any:
