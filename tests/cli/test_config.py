@@ -17,7 +17,7 @@ from archdsl.training.config import TrainConfig
 from archdsl.training.train_file import TrainFile
 from tests.cli.command import SKILL, Cli
 
-PYDANTIC = ("Input should", "Value error", "Assertion failed", "instance of", "a valid")
+PYDANTIC = ("Input should", "Value error", "Assertion failed", "instance of", "valid")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,8 @@ def test_every_wrong_value_is_told_in_plain_words(kind: type[Strict]) -> None:
         told = [text for text in found if text]
         assert len(told) > 4, name
         assert all(text.startswith(f"c.yaml:1:{len(name) + 3}: {name}") for text in told), told
-        assert not [text for text in told if any(words in text for words in PYDANTIC)]
+        said = [text.replace(name, "") for text in told]
+        assert not [text for text in said if any(words in text for words in PYDANTIC)]
 
 
 def test_a_spec_that_is_given_as_a_config_is_recognised(cli: Cli) -> None:
