@@ -62,7 +62,7 @@ class StoredRun:
 
     def is_scored(self, steps: int) -> bool:
         """Return whether there is a score after ``steps``, on any number of tokens."""
-        return any(self.folder.glob(f"step-{steps:06d}*.json"))
+        return self.score(steps).exists() or any(self.folder.glob(f"step-{steps:06d}-on-*.json"))
 
     @property
     def in_use(self) -> bool:
