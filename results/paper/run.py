@@ -272,11 +272,8 @@ def _estimate(found: dict[str, float | None], is_loss: bool) -> str:
 def _share(text: dict[str, Any], seeds: int) -> str:
     if not text["data_share_reached"]:
         return "not reached"
-    only = (
-        ""
-        if text["data_share_reached"] == seeds
-        else f" ({text['data_share_reached']} of {seeds} seeds)"
-    )
+    reached = text["data_share_reached"]
+    only = "" if reached == seeds else f" ({reached} of {seeds} seeds)"
     return f"{_estimate(text['data_share'], False)}%{only}"
 
 
@@ -397,9 +394,8 @@ def main() -> None:
     known = json.loads(file.read_text()) if file.exists() else {"tasks": {}, "elastic": {}}
     setups = {task: setup(given.size, task, given.share) for task in given.tasks}
     found = {task: trained(what, given, task) for task, what in setups.items()}
-    tasks = {
-        task: (known["tasks"] | found)[task] for task in TASKS if task in known["tasks"] | found
-    }
+    every = known["tasks"] | found
+    tasks = {task: every[task] for task in TASKS if task in every}
     dialled = known["elastic"]
     if "text" in found:
         store = given.store / given.size / "text" / STORE
