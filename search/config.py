@@ -140,7 +140,7 @@ class SearchConfig(Strict):
     validate_proxy: bool = Field(
         False,
         description="train eight trials again at twice the width, and say whether the ranking "
-        "holds there; takes about as long as twenty trials",
+        "holds there; takes about a third of the default time",
     )
     window: int = Field(
         8, ge=1, description="number of trials that may be running at once, over all machines"

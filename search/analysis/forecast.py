@@ -58,7 +58,7 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Scenario:
-    """The course of a search, including all trainings that follow its trials.
+    """The course of a search, including all trainings that must follow its trials.
 
     ``trials`` is infinite if nothing limits them. ``stops_at`` names what ends the search:
     ``models`` (the space is exhausted), ``trials``, ``time``, ``train_flops``, or nothing.
