@@ -17,7 +17,6 @@ from archdsl.search.analysis.compare_setup import (
 )
 from archdsl.search.analysis.comparison import entries_of, run_trainings
 from archdsl.search.report.compare_report import CompareReport, write_report
-from archdsl.search.study.shared_jobs import shared_jobs
 from archdsl.search.workers.pool import default_workers
 
 STORE = "trainings"  # the folder of the result store
@@ -114,8 +113,9 @@ def run_compare(
     """Run the trainings that have no stored score, and write the result. Arguments: `compare`."""
     folder = folder_of(setup, out)
     jobs = setup.jobs(seeds, folder / STORE)
-    with shared_jobs(storage, _study_name(setup), jobs) as shared:
-        results, interrupted = run_trainings(jobs, seconds, workers, memory, tell, shared)
+    results, interrupted = run_trainings(
+        jobs, seconds, workers, memory, tell, storage, _study_name(setup)
+    )
     report = CompareReport(
         folder,
         setup,
@@ -156,8 +156,9 @@ def plan_compare(
     The comparison goes on from these trainings. Arguments: `compare`. Raises KeyboardInterrupt.
     """
     jobs = setup.jobs(SEEDS, folder_of(setup, out) / STORE, first_part=True)
-    with shared_jobs(storage, _study_name(setup), jobs) as shared:
-        results, interrupted = run_trainings(jobs, None, workers, memory, tell, shared)
+    results, interrupted = run_trainings(
+        jobs, None, workers, memory, tell, storage, _study_name(setup)
+    )
     if interrupted:
         raise KeyboardInterrupt
     return compare_plan(setup, jobs, results, seeds, workers or default_workers())

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from archdsl.files import make_folder
 from archdsl.search.analysis.ablation import ModelComparison
 from archdsl.search.analysis.comparison import comparison_jobs, entries, run_trainings
 from archdsl.search.report.report import best
 from archdsl.search.studies import ListedStudy, StudyError, study
+from archdsl.search.study.record import trainings_of
 from archdsl.search.study.stored import SearchSettings, checked
 from archdsl.search.study.trial import Trial
 
@@ -29,7 +31,8 @@ def confirm(
 ) -> ModelComparison:
     """Train the winner of a search and its baselines with so many seeds, and compare them.
 
-    ``name``: of the study or its folder. ``storage``: the URL of the database that has it.
+    ``name``: of the study or its folder. ``storage``: the URL of the database that has it, by which
+    many machines share the trainings.
     ``store``: the folder of trained proxies; default: that of the search, so that the seeds of the
     search are not trained again. The rest as for ``archdsl.compare``.
 
@@ -44,11 +47,14 @@ def confirm(
         if task in proxy.tasks and proxy.tasks[task].load().fingerprint != fingerprint:
             raise StudyError(f"{listed.name}: the data of {task} are not those of the search")
     winner = _winner(listed).spec
+    make_folder(folder)  # a study in a database may have been searched elsewhere
     first = settings.seed + 1
     jobs = comparison_jobs(
         winner, proxy, range(first, first + seeds), Path(store or folder / "proxies"), ablate=False
     )
-    results, interrupted = run_trainings(jobs, seconds, workers, memory, tell)
+    results, interrupted = run_trainings(
+        jobs, seconds, workers, memory, tell, storage, trainings_of(listed.name)
+    )
     missing = len(jobs) - len(results)
     found = entries(winner, jobs, results)
     made = ModelComparison(folder, found, proxy, missing, interrupted, FILE)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.comparison import (
@@ -15,9 +16,9 @@ from archdsl.search.analysis.comparison import (
     Key,
     comparison_jobs,
     entries,
+    known_scores,
     role_of,
     run_comparison,
-    stored_scores,
 )
 from archdsl.search.analysis.proxy_validation import (
     ProxyValidation,
@@ -30,7 +31,9 @@ from archdsl.search.report.report import SearchReport, best, winning_trial
 from archdsl.search.rung_scheduler import RungScheduler
 from archdsl.search.space.feasibility import NothingFitsError
 from archdsl.search.stats.paired import Correlation, kendall_tau
+from archdsl.search.study.record import trainings_of
 from archdsl.search.study.settings import Settings
+from archdsl.search.study.shared_jobs import SharedJobs
 from archdsl.search.study.spending import (
     ABLATIONS,
     BASELINES,
@@ -43,11 +46,13 @@ from archdsl.search.study.spending import (
 from archdsl.search.study.study import Study
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy
-from archdsl.search.trials.scorers import Scorer, task_flops, training_flops
+from archdsl.search.trials.scorers import Scorer, cost_in_trainings, training_flops
 from archdsl.search.workers.pool import Pool, default_workers, process_pool
 
 RESERVED_SHARE = 0.62  # of time and FLOPs, at most, is reserved for what must follow the trials
 VALIDATION_RUNS = 16  # cost of the proxy validation, in trainings of the best model
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,9 @@ class SearchEngine:
 
     def _entries(self, winner: ModelSpec) -> list[ComparisonEntry]:
         """Return the entries of the comparison, with scores stored before an interruption."""
-        return entries(winner, self.jobs, {**stored_scores(self.jobs), **self.results})
+        with self._shared(self.jobs) as shared:
+            known = known_scores(self.jobs, shared)
+        return entries(winner, self.jobs, {**known, **self.results})
 
     def _why_nothing(self, finished: list[Trial]) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self.study.outcomes().items())
@@ -205,12 +212,11 @@ class SearchEngine:
         number = ranked[0].number
         if number not in self.compared:  # asked twice a second, while workers need the cores
             jobs = self._comparison_jobs(ranked[0].spec, [0], ablate=False).values()
-            flops = sum(task_flops(job.task, job.spec) for job in jobs)
-            self.compared[number] = flops / training_flops(self.proxy, ranked[0].spec)
+            self.compared[number] = cost_in_trainings(jobs, self.proxy, ranked[0].spec)
         runs = more + self.seeds * self.compared[number] + VALIDATION_RUNS * self.validate_proxy
         return self._affords_runs(runs, ranked, RESERVED_SHARE)
 
-    def _affords_runs(self, runs: float, ranked: list[Trial], most: float = 1.0) -> bool:
+    def _affords_runs(self, runs: float, ranked: Sequence[Trial], most: float = 1.0) -> bool:
         """Return whether the limits allow so many trainings of the best model so far.
 
         At ``most`` this share of the whole limit is required to be left.
@@ -233,52 +239,64 @@ class SearchEngine:
         ranked = best(self.study.finished())
         if not ranked:
             return
-
-        def may_go_on() -> bool:
-            return self._affords_runs(1 / len(self.proxy.tasks), ranked)
-
-        self._validate_supernet(pool, may_go_on)
+        self._validate_supernet(pool, ranked)
         seeds = range(self.settings.seed + 1, self.settings.seed + 1 + self.seeds)
         winner = winning_trial(ranked, self.supernet_validation).spec
         self.jobs = self._comparison_jobs(winner, seeds)
         for phase, part in self._phases():
-            self.phase = phase
-            self.results |= run_comparison(
-                self.spending.metered(pool, phase), part, may_go_on, self._say
-            )
+            self.results |= self._run_jobs(pool, phase, part, ranked)
             if phase == BASELINES:
-                self._validate_proxy(pool, may_go_on)
+                self._validate_proxy(pool, ranked)
 
-    def _validate_proxy(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
+    def _run_jobs(
+        self, pool: Pool, phase: str, jobs: Mapping[K, Job], ranked: Sequence[Trial]
+    ) -> dict[K, JobResult]:
+        """Run the jobs of a phase while the limits allow it, and return their results."""
+        self.phase = phase
+        with self._shared(jobs) as shared:
+            return run_comparison(
+                self.spending.metered(pool, phase),
+                jobs,
+                lambda: self._affords_runs(1 / len(self.proxy.tasks), ranked),
+                self._say,
+                shared,
+            )
+
+    @contextmanager
+    def _shared(self, jobs: Mapping[K, Job]) -> Iterator[SharedJobs[K] | None]:
+        """The jobs in the database of the search; None if it has none."""
+        study = self.study
+        if not study.in_database:
+            yield None
+            return
+        with closing(SharedJobs(study.storage, trainings_of(study.name), jobs)) as shared:
+            yield shared
+
+    def _validate_proxy(self, pool: Pool, ranked: Sequence[Trial]) -> None:
         """Compare the rankings on the rungs, and on a few trials that a wider proxy trains."""
-        self.phase = PROXY_VALIDATION
         finished = self.study.finished()
+        chosen = validation_trials(finished) if self.validate_proxy else []
         self.proxy_validation = validate_proxy(
-            self.spending.metered(pool, PROXY_VALIDATION),
+            lambda jobs: self._run_jobs(pool, PROXY_VALIDATION, jobs, ranked),
             finished,
-            validation_trials(finished) if self.validate_proxy else [],
+            chosen,
             self.proxy,
             self.settings.seed,
             self.store,
-            may_go_on,
-            self._say,
         )
 
-    def _validate_supernet(self, pool: Pool, may_go_on: Callable[[], bool]) -> None:
+    def _validate_supernet(self, pool: Pool, ranked: Sequence[Trial]) -> None:
         """Train a few trials separately that supernets scored, and compare the rankings."""
         if self.settings.strategy != "shared":
             return
-        self.phase = SUPERNET_VALIDATION
         spent = self.spending.summary().by_phase.get(SEARCH, Spent()).train_flops
         self.supernet_validation = validate_supernet(
-            self.spending.metered(pool, SUPERNET_VALIDATION),
+            lambda jobs: self._run_jobs(pool, SUPERNET_VALIDATION, jobs, ranked),
             self.study.finished(),
             self.proxy,
             self.settings.seed,
             self.store,
             spent,
-            may_go_on,
-            self._say,
         )
 
     def _comparison_jobs(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from archdsl.files import MISSING, read_json, why_unreadable
 from archdsl.lang.budget import LIMITS
 from archdsl.reports.notebook import as_html
 from archdsl.search.report.report import best, front_trials, trial_row
-from archdsl.search.study.record import StudyRecord
+from archdsl.search.study.record import StudyRecord, trainings_of
 from archdsl.search.study.spending import SpendingSummary, spending_summary
 from archdsl.search.study.storage import JOURNAL, database, exclusive, journal
 from archdsl.search.study.stored import FolderSettings, StoredResult, StoredSettings, checked
@@ -263,7 +263,9 @@ def remove(found: ListedStudy | DamagedStudy) -> None:
     if found.folder is None:
         storage = found.storage if isinstance(found, DamagedStudy) else found.record.storage
         assert storage is not None
-        storage.delete_study(storage.get_study_id_from_name(found.name))
+        for name in (trainings_of(found.name), found.name):
+            with suppress(KeyError):  # no training has been shared
+                storage.delete_study(storage.get_study_id_from_name(name))
         return
     if isinstance(found, DamagedStudy) and not _is_of_a_search(found.folder):
         raise found.error

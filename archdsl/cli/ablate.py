@@ -46,6 +46,14 @@ Time = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Database by which many machines share the trainings, for example "
+        "postgresql+psycopg://user@host/name. Each of them runs the same command.",
+    ),
+]
 
 
 def ablate(
@@ -57,6 +65,7 @@ def ablate(
     workers: Workers = None,
     time: Time = None,
     out: Out = None,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each part of a model contributes.
@@ -85,6 +94,7 @@ def ablate(
             seconds=time,
             workers=workers,
             out=out,
+            storage=storage,
             tell=tell,
         )
     if as_json:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from archdsl.cli import completion
-from archdsl.cli.ablate import ProxySizes, Time, Workers
+from archdsl.cli.ablate import Out, ProxySizes, Storage, Time, Workers
 from archdsl.cli.options import INTERRUPTED, Json, Overrides, print_json, print_parts, size
 from archdsl.cli.search import check_and_start_server, say_what_is_trained_on
 
@@ -85,17 +84,8 @@ def compare(
             parser=size, metavar="SIZE", help="Most memory of a worker, for example 4GiB."
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results. Default: a folder below runs/.")
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Database by which many machines share the trainings, for example "
-            "postgresql+psycopg://user@host/name. Each of them runs the same command.",
-        ),
-    ] = None,
+    out: Out = None,
+    storage: Storage = None,
     plan: Annotated[
         bool,
         typer.Option(

@@ -66,6 +66,7 @@ def ablate(
     seconds: float | None = None,
     workers: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    storage: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> ModelComparison:
     """Train proxies of a model, of its baselines and of its ablations, and compare their losses.
@@ -74,14 +75,17 @@ def ablate(
     further training starts (None: no limit). ``workers`` is the number of processes of one thread
     each (default: the number of cores, at most 8). ``out`` (default: a folder below runs/) receives
     the scores and result.json; a call with the same ``out`` continues where the last one stopped.
-    ``tell`` is called about twice a second with a sentence on the progress. Ctrl-C ends the
-    trainings and returns what is known so far. Raises SpecError if the spec is wrong.
+    ``storage`` is the URL of a database by which many machines share the trainings. ``tell`` is
+    called about twice a second with a sentence on the progress. Ctrl-C ends the trainings and
+    returns what is known so far. Raises SpecError if the spec is wrong, and StorageError if the
+    database cannot be used.
     """
     model, proxy = load(spec, overrides=overrides), proxy or Proxy(tasks=default_tasks())
     folder = Path(out) if out else Path("runs") / f"{model.name}-ablation"
     make_folder(folder)
     jobs = comparison_jobs(model, proxy, range(1, 1 + seeds), folder / "proxies", ablate=True)
-    results, interrupted = run_trainings(jobs, seconds, workers, None, tell)
+    study = f"ablate-{model.fingerprint()[:8]}"
+    results, interrupted = run_trainings(jobs, seconds, workers, None, tell, storage, study)
     found = [
         replace(entry, name=MODEL) if entry.role == "winner" else entry
         for entry in entries(model, jobs, results)

@@ -22,7 +22,7 @@ from archdsl.search.analysis.baselines import BASELINES, WINNER, Specs, compared
 from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.objectives import executed_flops
 from archdsl.search.stats.paired import Difference, paired
-from archdsl.search.study.shared_jobs import SharedJobs
+from archdsl.search.study.shared_jobs import SharedJobs, shared_jobs
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, mean_shares, objective
 from archdsl.search.workers.pool import (
     JobFailed,
@@ -123,7 +123,7 @@ def run_comparison(
     about twice a second with a sentence on the progress. ``shared``: the jobs in a database; those
     that other processes have claimed are waited for.
     """
-    results: dict[K, JobResult] = dict(_known_scores(jobs, shared))
+    results: dict[K, JobResult] = dict(known_scores(jobs, shared))
     known, started = len(results), time.monotonic()
 
     def said() -> str:
@@ -165,20 +165,23 @@ def run_trainings(
     workers: int | None,
     memory: int | None,
     tell: Callable[[str], None],
-    shared: SharedJobs[K] | None = None,
+    storage: str | None = None,
+    study: str = "",
 ) -> tuple[dict[K, JobResult], bool]:
     """Run jobs in worker processes; return their results, and whether Ctrl-C ended them.
 
-    ``shared``: see `run_comparison`.
+    ``storage``: the URL of a database by which many machines share the jobs, in a study of the name
+    ``study``. Raises StorageError if it cannot be used.
     """
     end = None if seconds is None else time.monotonic() + seconds
-    try:
-        with process_pool(workers or default_workers(), memory) as pool:
-            return run_comparison(
-                pool, jobs, lambda: end is None or time.monotonic() < end, tell, shared
-            ), False
-    except KeyboardInterrupt:
-        return dict(_known_scores(jobs, shared)), True
+    with shared_jobs(storage, study, jobs) as shared:
+        try:
+            with process_pool(workers or default_workers(), memory) as pool:
+                return run_comparison(
+                    pool, jobs, lambda: end is None or time.monotonic() < end, tell, shared
+                ), False
+        except KeyboardInterrupt:
+            return dict(known_scores(jobs, shared)), True
 
 
 def _free(waiting: Sequence[K], jobs: Mapping[K, Job]) -> K:
@@ -192,7 +195,7 @@ def stored_scores(jobs: Mapping[K, Job]) -> dict[K, ProxyScore]:
     return {key: score for key, score in found.items() if score is not None}
 
 
-def _known_scores(jobs: Mapping[K, Job], shared: SharedJobs[K] | None) -> dict[K, ProxyScore]:
+def known_scores(jobs: Mapping[K, Job], shared: SharedJobs[K] | None) -> dict[K, ProxyScore]:
     """Return the stored scores, which are put into the database as well, and those that it has."""
     found = stored_scores(jobs)
     if shared is None:

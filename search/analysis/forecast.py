@@ -17,6 +17,7 @@ from archdsl.search.analysis.comparison import comparison_jobs
 from archdsl.search.analysis.timing import Speed, Timing, measure_timing
 from archdsl.search.space.feasibility import Survey, require_feasible, survey
 from archdsl.search.trials.proxy import Proxy
+from archdsl.search.trials.scorers import cost_in_trainings
 from archdsl.search.workers.pool import Pool
 
 SECONDS = 30.0  # of short trainings
@@ -77,8 +78,8 @@ class SearchForecast:
     - ``interval``: 95% interval of the share of feasible points; None if every point was tried.
     - ``kept``: the limits of the budget, each with the least and the most that models use of it.
     - ``trial``, ``stopped``: cost of a trial up to the last rung, and up to the first.
-    - ``after``: the number of trainings that must follow the trials: winner and baselines with
-      each seed, and the proxy validation if it is wanted.
+    - ``after``: the cost of what must follow the trials, in trainings of a trial: winner and
+      baselines with each seed, and the proxy validation if it is wanted.
     - ``all_promoted``, ``all_stopped``: the course if every trial reaches the last rung, and if
       every trial stops on the first. A search lies between the two.
     """
@@ -175,12 +176,16 @@ def forecast_search(
         measured = measure_timing(
             pool, found.models or (fits,), proxy, store, seconds=timing, seed=seed
         )
-        comparisons = [
-            len(comparison_jobs(model, proxy, range(seeds), store, ablate=False)) / len(proxy.tasks)
+        compared = [
+            cost_in_trainings(
+                comparison_jobs(model, proxy, range(seeds), store, ablate=False).values(),
+                proxy,
+                model,
+            )
             for model in measured.models
         ]
     return forecast_from_timing(
-        found, budget, proxy, measured, resources, after=fmean(comparisons) + wider
+        found, budget, proxy, measured, resources, after=fmean(compared) + wider
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.analysis.comparison import run_comparison
+from archdsl.search.analysis.comparison import JobResult
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, objective
-from archdsl.search.workers.pool import Pool
 
 POINTS = 8  # models that are trained again at a larger width
 BEST = 3  # of these, the models of lowest loss
+
+Key = tuple[int, str]  # trial number, task
+Run = Callable[[Mapping[Key, Job]], dict[Key, JobResult]]  # those that time allowed have a result
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ def wider(proxy: Proxy, factor: int = 2) -> Proxy | None:
     return proxy.model_copy(update={"dim": factor * proxy.dim})
 
 
-def validation_jobs(
-    trials: Sequence[Trial], wide: Proxy, seed: int, store: Path
-) -> dict[tuple[int, str], Job]:
+def validation_jobs(trials: Sequence[Trial], wide: Proxy, seed: int, store: Path) -> dict[Key, Job]:
     """Return the trainings of these trials in the proxy ``wide``, by trial number and task."""
     return {
         (trial.number, name): task.job(store, wide.shrink(trial.spec, task), seed, task.rungs[-1])
@@ -120,45 +120,41 @@ def validation_jobs(
 
 
 def validate_proxy(
-    pool: Pool,
+    run: Run,
     trials: Sequence[Trial],
     chosen: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
-    may_go_on: Callable[[], bool],
-    tell: Callable[[str], None],
 ) -> ProxyValidation:
     """Train the ``chosen`` trials at twice the width and compare the rankings.
 
-    ``trials`` are the finished trials of the search, ``seed`` is that of the search. ``may_go_on``
-    is asked before each training; ``tell`` is called with a sentence on the progress.
+    ``run`` runs the trainings, ``trials`` are the finished trials of the search, ``seed`` is that
+    of the search.
     """
     rungs, wide = between_rungs(trials, proxy), wider(proxy)
     if wide is None:
         return ProxyValidation(rungs, kendall_tau([]), None, [])
     found = [
         WiderPoint(trial.number, loss_of(trial), loss)
-        for trial, loss, _ in retrain(pool, chosen, wide, seed, store, may_go_on, tell)
+        for trial, loss, _ in retrain(run, chosen, wide, seed, store)
     ]
     correlation = kendall_tau([(point.loss, point.wider_loss) for point in found])
     return ProxyValidation(rungs, correlation, wide.dim, found)
 
 
 def retrain(
-    pool: Pool,
+    run: Run,
     trials: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
-    may_go_on: Callable[[], bool],
-    tell: Callable[[str], None],
 ) -> list[tuple[Trial, float, dict[str, ProxyScore]]]:
     """Train these trials with ``proxy`` and return each with its objective and its scores by task.
 
     Trials that diverged, failed or were not trained on all tasks are left out.
     """
-    results = run_comparison(pool, validation_jobs(trials, proxy, seed, store), may_go_on, tell)
+    results = run(validation_jobs(trials, proxy, seed, store))
     found = []
     for trial in trials:
         by_task = {task: results.get((trial.number, task)) for task in proxy.tasks}

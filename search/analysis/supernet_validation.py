@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from archdsl.search.analysis.proxy_validation import distinct_models, loss_of, retrain
+from archdsl.search.analysis.proxy_validation import Run, distinct_models, loss_of, retrain
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.stats.pareto import pareto_front
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy
-from archdsl.search.workers.pool import Pool
 
 POINTS = 8  # models that are trained separately as well
 
@@ -94,27 +93,22 @@ def _spread(chosen: list[Trial], among: Sequence[Trial], count: int) -> list[Tri
 
 
 def validate_supernet(
-    pool: Pool,
+    run: Run,
     trials: Sequence[Trial],
     proxy: Proxy,
     seed: int,
     store: Path,
     shared_flops: float,
-    may_go_on: Callable[[], bool],
-    tell: Callable[[str], None],
 ) -> SupernetValidation:
     """Train a few trials separately, with the seed of the supernets, and compare the rankings.
 
-    ``shared_flops`` is the cost of training the supernets. ``may_go_on`` is asked before each
-    training; ``tell`` is called with a sentence on the progress.
+    ``run`` runs the trainings. ``shared_flops`` is the cost of training the supernets.
     """
     found = [
         SupernetPoint(
             trial.number, loss_of(trial), own, sum(s.train_flops for s in scores.values())
         )
-        for trial, own, scores in retrain(
-            pool, supernet_points(trials), proxy, seed, store, may_go_on, tell
-        )
+        for trial, own, scores in retrain(run, supernet_points(trials), proxy, seed, store)
     ]
     correlation = kendall_tau([(point.loss, point.own_loss) for point in found])
     return SupernetValidation(correlation, found, len(distinct_models(trials)), shared_flops)

@@ -107,7 +107,7 @@ def _after(forecast: SearchForecast) -> str:
     whole = forecast.all_promoted.seconds
     share = f", {forecast.seconds_after / whole:.0%} of the total" if whole < float("inf") else ""
     return (
-        f"{forecast.after:.0f} trainings of the winner and its baselines, and for "
+        f"the cost of {forecast.after:.0f} trainings of a trial, for the winner, its baselines and "
         f"--validate-proxy: {_time(forecast.seconds_after)}{share}"
     )
 

@@ -225,7 +225,7 @@ def describe_proxy(proxy: Proxy) -> str:
     else:
         sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
     tasks = [
-        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.context} {_units(task)} of "
+        f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.length} {_units(task)} of "
         f"{task.data or 'the embedded corpus'}"
         for name, task in proxy.tasks.items()
     ]

@@ -24,6 +24,11 @@ EXHAUSTED = 3  # after so many reused trials in a row, the space is taken to hol
 LEAST_FOR_IMPORTANCE = 8  # the least number of complete trials
 
 
+def trainings_of(name: str) -> str:
+    """Return the name of the study with the trainings that follow the trials of a study."""
+    return f"{name}-trainings"
+
+
 class StudyRecord:
     """Reads a study from a storage. ``axes``: the names of the objectives, the loss first.
 

@@ -1,15 +1,15 @@
 """Jobs that many machines share by a database: each is trained once, and all use its score.
 
-A comparison with ``--storage`` has a study of its own in the database. Each trial of Optuna's in it
-is an attempt at a job. An attempt that failed, or whose machine stopped sending heartbeats, counts
-no more; of the others, the one that was added first counts.
+The trainings of a comparison with ``--storage`` are a study of their own in the database. Each
+trial of Optuna's in it is an attempt at a job. An attempt that failed, or whose machine stopped
+sending heartbeats, counts no more; of the others, the one that was added first counts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Generic, TypeVar
 
 import optuna
@@ -162,9 +162,5 @@ def shared_jobs(
         return
     with blamed_on("storage"):
         storage = database(url, heartbeat)
-    with database_errors(url):
-        shared = SharedJobs(storage, name, jobs)
-        try:
-            yield shared
-        finally:
-            shared.close()
+    with database_errors(url), closing(SharedJobs(storage, name, jobs)) as shared:
+        yield shared

@@ -48,6 +48,11 @@ class Study(StudyRecord):
         self.optuna = optuna.load_study(study_name=name, storage=storage)
         self.heartbeat = HeartbeatThread(storage)
 
+    @property
+    def in_database(self) -> bool:
+        """Whether other processes may work on the study."""
+        return self.heartbeat.storage is not None
+
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write the settings of the study into the storage, for processes that only read it."""
         if not self.settings:

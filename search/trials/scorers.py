@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +60,11 @@ def training_flops(proxy: Proxy, spec: ModelSpec) -> float:
     They are computed by the closed form.
     """
     return sum(task_flops(task, proxy.shrink(spec, task)) for task in proxy.tasks.values())
+
+
+def cost_in_trainings(jobs: Iterable[Job], proxy: Proxy, spec: ModelSpec) -> float:
+    """Return how many trainings of the proxy of a spec cost as many FLOPs as the jobs."""
+    return sum(task_flops(job.task, job.spec) for job in jobs) / training_flops(proxy, spec)
 
 
 def task_flops(task: Task, small: ModelSpec) -> float:

@@ -93,6 +93,16 @@ def test_ends_with_what_was_found_and_goes_on(
     assert (again["missing"], again["interrupted"]) == (0, False)
 
 
+def test_machines_share_the_trainings_by_a_database(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, small: str
+) -> None:
+    shared = ["ablate", small, *OPTIONS, "--storage", "sqlite:///shared.db", "--json"]
+    train_at_most(monkeypatch, 12)
+    mine = cli(*shared, "--out", "a").json
+    train_at_most(monkeypatch, 0)
+    assert cli(*shared, "--out", "b").json == mine
+
+
 def test_no_training_is_begun_after_the_time(cli: Cli, small: str) -> None:
     found = cli("ablate", small, *OPTIONS, "--time", "0.000001")
     assert found.status == 0

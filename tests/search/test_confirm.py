@@ -11,7 +11,8 @@ import pytest
 
 from archdsl.search.analysis.comparison import winner_of
 from archdsl.search.confirm import confirm
-from archdsl.search.studies import StudyError
+from archdsl.search.studies import StudyError, remove, studies, study
+from archdsl.search.study.storage import database
 from tests.cli.test_ablate import Pool
 from tests.search.test_search import go, scores, space
 
@@ -45,6 +46,25 @@ def test_seeds_are_added_to_those_of_the_search(
     assert before.items() <= scores(out).items()
     written = json.loads((out / "confirmed.json").read_text())
     assert (written, found.missing) == (found.as_json(), 0)
+
+
+def test_machines_share_what_follows_the_trials_by_the_database(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'db'}"
+    first = go(space, tmp_path / "a", trials=3, seconds=None, storage=url)
+    again = go(space, tmp_path / "b", trials=3, seconds=None, storage=url)
+    assert scores(tmp_path / "a")
+    assert not scores(tmp_path / "b")
+    assert [entry.scores for entry in again.entries] == [entry.scores for entry in first.entries]
+    rivals = [entry for entry in first.entries if entry.role != "ablation"]
+    monkeypatch.chdir(tmp_path)  # where runs/ is
+    (name,) = (found.name for found in studies(storage=url))
+    train_at_most(monkeypatch, len(rivals))  # one seed more
+    found = confirm(name, seeds=3, storage=url, store=tmp_path / "c")
+    assert (len(found.entries), found.missing) == (len(rivals), 0)
+    remove(study(name, url))
+    assert not database(url).get_all_studies()
 
 
 def test_other_data_confirm_nothing(space: Path, tmp_path: Path) -> None:

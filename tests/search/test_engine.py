@@ -56,6 +56,7 @@ class FakeStudy:
     trials: list[Trial]
     exhausted: bool = False
     started: int = 0
+    in_database: bool = False
 
     def finished(self) -> list[Trial]:
         return self.trials

@@ -106,7 +106,7 @@ def closing_database(url: str) -> Iterator[BaseStorage]:
 
 
 def trials(storage: BaseStorage) -> list[FrozenTrial]:
-    (study,) = optuna.get_all_study_names(storage)
+    (study, *_) = sorted(optuna.get_all_study_names(storage))  # the other one is of what follows
     return optuna.load_study(study_name=study, storage=storage).trials
 
 

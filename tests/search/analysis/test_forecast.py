@@ -151,11 +151,15 @@ def test_a_plan_trains_a_few_proxies_and_leaves_nothing_behind(
         ]
         flops.append(sum(job.run(lambda: None).train_flops for job in jobs))
     assert (found.trial.flops.least, found.trial.flops.most) == (min(flops), max(flops))
-    comparisons = [
-        len(comparison_jobs(m, PROXY, range(3), tmp_path, ablate=True)) / 2
+    compared = [
+        sum(
+            job.run(lambda: None).train_flops
+            for job in comparison_jobs(m, PROXY, [0], tmp_path / "store", ablate=False).values()
+        )
         for m in found.timing.models
     ]
-    assert found.after == sum(comparisons) / 2 + 2
+    in_trainings = [3 * after / own for after, own in zip(compared, flops, strict=True)]
+    assert found.after == pytest.approx(sum(in_trainings) / 2 + 2)
 
     said = words(found)
     assert "6 points, 6 of which fit the budget; 5 different models" in said
@@ -181,7 +185,7 @@ def test_the_words_say_what_was_sampled_and_what_is_too_short() -> None:
         "44 to 95 trials (if all reach the last rung, or all stop on the first); ends with --time"
         in said
     )
-    assert "10 trainings of the winner and its baselines" in said
+    assert "the cost of 10 trainings of a trial, for the winner, its baselines" in said
     assert "3.1 min, 19% of the total" in said
     short = words(predicted(Resources(workers=1, seconds=100), LARGE))
     assert "the limits are too low for one trial and the evaluation, which take 6.8 min" in short

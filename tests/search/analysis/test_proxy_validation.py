@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import archdsl
+from archdsl.blocks.loop import LoopSpec
 from archdsl.lang.spec import ModelSpec
+from archdsl.search.analysis.comparison import JobResult
 from archdsl.search.analysis.proxy_validation import (
+    Key,
     ProxyValidation,
     between_rungs,
     validate_proxy,
@@ -24,7 +25,7 @@ from archdsl.search.analysis.proxy_validation import (
 )
 from archdsl.search.stats.paired import Correlation, kendall_tau
 from archdsl.search.study.trial import Trial
-from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
+from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.workers.pool import JobFailed
 
 TASK = Task(
@@ -99,28 +100,22 @@ def test_wider_has_more_heads_of_the_same_size() -> None:
     assert wider(Proxy(dim=None, tasks=PROXY.tasks)) is None
 
 
-class Scripted:
-    """A pool that trains nothing: the loss is a function of the model's number."""
-
-    workers = 2
-
-    def __init__(self, loss: Callable[[int], float | None]) -> None:
-        self.loss = loss
-
-    def submit(self, work: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(score(self.loss(work.spec.blocks[1].steps - 1)))
-        except JobFailed as failure:
-            future.set_exception(failure)
-        return future
-
-
 def validated(loss: Callable[[int], float | None], store: Path) -> ProxyValidation:
     """Of ten models whose losses at the wider width are a function of their number."""
-    pool, trials = Scripted(loss), ranked([i / 10 for i in range(10)])
-    chosen = validation_trials(trials)
-    return validate_proxy(pool, trials, chosen, PROXY, 0, store, lambda: True, lambda _: None)
+
+    def trained(job: Job) -> JobResult:
+        body = job.spec.blocks[1]
+        assert isinstance(body, LoopSpec)
+        try:
+            return score(loss(body.steps - 1))
+        except JobFailed as failure:
+            return failure
+
+    def run(jobs: Mapping[Key, Job]) -> dict[Key, JobResult]:
+        return {key: trained(job) for key, job in jobs.items()}
+
+    trials = ranked([i / 10 for i in range(10)])
+    return validate_proxy(run, trials, validation_trials(trials), PROXY, 0, store)
 
 
 def test_a_ranking_that_holds_is_said_to_hold(tmp_path: Path) -> None:
