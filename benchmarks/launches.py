@@ -47,7 +47,9 @@ LAUNCHES, BYTES = (1.5, 1.2), (0.6, None)  # goals: a routed step at .5 over a f
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-NO_KERNEL = ALLOCATIONS | {"detach", "alias", "lift_fresh", "_local_scalar_dense"}
+VIEWS_IN_PLACE = {"squeeze_", "unsqueeze_", "transpose_", "t_"}
+NO_KERNEL = ALLOCATIONS | VIEWS_IN_PLACE | {"detach", "alias", "lift_fresh", "_local_scalar_dense"}
+TWO_KERNELS = {"constant_pad_nd"}  # one fills, one copies
 GATHERS = {"index_select", "gather", "embedding", "index"}  # read as much as they write
 SCATTERS = {"index_put_", "scatter_", "index_copy_"}  # write as much as they read
 ADDING = {"scatter_add_", "index_add_"}  # and read what was there
@@ -124,10 +126,11 @@ class Counter(TorchDispatchMode):
         return result
 
     def add(self, name: str, bytes: int, flops: int = 0, caller: str | None = None) -> None:
-        """Counts one launch."""
+        """Counts one operation."""
         floor = max(bytes / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND)
         key = name, caller or self._caller()
-        self.counts[key] = self.counts[key].plus(Count(1, bytes, flops, floor))
+        launches = 2 if name in TWO_KERNELS else 1
+        self.counts[key] = self.counts[key].plus(Count(launches, bytes, flops, floor))
 
     def _caller(self) -> str:
         node = torch._C._current_autograd_node()

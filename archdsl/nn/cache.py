@@ -50,9 +50,9 @@ class Stream:
     known: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Found]) -> Found:
-        """What ``compute`` returns, which depends on the stream alone. In a static stream it is
-        called once for each key, and all layers share the result."""
-        if not self.static:
+        """What ``compute`` returns, which depends on the stream alone. It is called once for each
+        key, and all layers share the result; compiled layers do so only in a static stream."""
+        if torch.compiler.is_compiling() and not self.static:
             return compute()
         if key not in self.known:
             self.known[key] = compute()

@@ -287,7 +287,7 @@ class BodyLoop(Loop):
 
         keep_BK, weight_BK = chosen.keep_BK, self._weights(x_BKD, one, chosen)
         if keep_BK is not None and left and weight_BK is not None and self._adds:
-            weight_BK, keep_BK = torch.where(keep_BK, weight_BK, 0), None
+            weight_BK, keep_BK = weight_BK * keep_BK, None
         new_BKD = self._normed(self._join(x_BKD, y_BKD, weight_BK, one))
         if keep_BK is not None:
             rest_BKD = x_BKD if left else take(rest_BTD, index_BK)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
-from archdsl.nn.cache import Count, Kept, Memory, Stream, column
+from archdsl.nn.cache import Count, Kept, Memory, Stream, column, shifted
 from archdsl.nn.devices import in_float64
 from archdsl.nn.gather import pick
 from archdsl.nn.loop import Router, Selection, Step
@@ -244,7 +244,7 @@ def packed(
         memory.taken = stream.after(K)
     if most is None and bool((length_B == K).all()):
         stream = replace(stream, length_B=None)
-    order_BT = (~selected_BT).to(torch.int8).sort(dim=1, stable=True).indices
+    order_BT = selected_BT.view(torch.int8).argsort(dim=1, descending=True, stable=True)
     index_BK = order_BT[:, :K]
     keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
     return index_BK, keep_BK, stream
@@ -254,9 +254,11 @@ def without_noise(score_BT: Tensor) -> Tensor:
     """Scores rounded to half of their bits, so that equal tokens have equal scores in every pass.
 
     The last bits differ between passes of different shapes. (Veltkamp's splitting of a number.)
+    Scores of 16 bits have no such bits.
     """
+    if score_BT.dtype.itemsize == 2:
+        return score_BT.float()
     double = score_BT.dtype == torch.float64
-    score_BT = score_BT if double else score_BT.float()
     large_BT = score_BT * (2 ** (29 if double else 10) + 1)
     return large_BT - (large_BT - score_BT)
 
@@ -277,14 +279,14 @@ def within_budget(wanted_BT: Tensor, budget_BT: Tensor, taken: Count = 0) -> Ten
     """Which of the wanted tokens are selected: each while the selected ones up to it are not more
     than its budget, ``taken`` of them before this chunk.
 
-    taken(i) = min(taken(i-1) + wanted(i), budget(i)), unrolled to a running minimum.
+    Unrolled: if all wanted tokens were selected, they would be ``over_BT`` more than the budget. A
+    token is refused where that is more than ever before.
     """
     if wanted_BT.size(1) == 1:
         return wanted_BT & (budget_BT > column(taken))
-    sum_BT = wanted_BT.long().cumsum(1) + column(taken)
-    spare_BT = budget_BT - sum_BT
-    taken_BT = sum_BT + spare_BT.cummin(1).values.clamp(max=0)
-    return taken_BT.diff(dim=1, prepend=torch.zeros_like(taken_BT[:, :1]) + column(taken)) > 0
+    over_BT = shifted(wanted_BT.cumsum(1) - budget_BT, taken)
+    most_BT = F.pad(over_BT, (1, 0)).cummax(1).values
+    return wanted_BT & (most_BT[:, 1:] == most_BT[:, :-1])
 
 
 def prefix_rank(score_BT: Tensor, size: int | None = None, sorts: bool | None = None) -> Tensor:
@@ -309,7 +311,7 @@ def prefix_rank(score_BT: Tensor, size: int | None = None, sorts: bool | None = 
             before = score_BT[:, :start].sort().values
             above = above + start - torch.searchsorted(before, part_BP, right=True)
         ranks.append(above + 1)
-    return torch.cat(ranks, 1)
+    return torch.cat(ranks, 1) if len(ranks) > 1 else ranks[0]
 
 
 def _ranked_above(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
