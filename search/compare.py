@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from archdsl.search.analysis.compare_setup import (
     compare_setup,
     trained_as,
 )
-from archdsl.search.analysis.comparison import entries_of, run_trainings
+from archdsl.search.analysis.comparison import JobResult, Key, entries_of, run_trainings
 from archdsl.search.report.compare_report import CompareReport, write_report
 from archdsl.search.workers.pool import default_workers
 
@@ -33,7 +34,7 @@ def compare(
     tokens: int | None = None,
     context: int | None = None,
     batch_size: int | None = None,
-    lr: float | None = None,
+    lr: float | Sequence[float] | None = None,
     proxy: str | None = None,
     seeds: int = 5,
     seconds: float | None = None,
@@ -63,7 +64,8 @@ def compare(
         tokens: Training tokens on each task; None: those of a proxy of a search.
         context: Tokens of a sequence; None: those of a proxy of a search.
         batch_size: Sequences of a training step; None: those of a proxy of a search.
-        lr: The constant learning rate.
+        lr: The constant learning rate. Of several, each model is compared with the one that gives
+            it the lowest held-out loss in a training with another seed.
         proxy: Sizes of the small model trained in place of each, such as ``"dim=64,repeat=2"``;
             ``"none"``: the models themselves.
         seeds: Number of seeds.
@@ -81,10 +83,14 @@ def compare(
         DataError: Data cannot be loaded.
         StorageError: The database cannot be used.
     """
+    lrs = [lr] if isinstance(lr, int | float) else list(lr or ())
+    first = lrs[0] if lrs else None
     how = trained_as(
-        proxy, data, tasks, tokens=tokens, context=context, batch_size=batch_size, lr=lr
+        proxy, data, tasks, tokens=tokens, context=context, batch_size=batch_size, lr=first
     )
-    setup = compare_setup(specs, how, reference=reference, overrides=overrides, match=match)
+    setup = compare_setup(
+        specs, how, reference=reference, overrides=overrides, match=match, lrs=lrs
+    )
     return run_compare(
         setup,
         seeds=seeds,
@@ -111,17 +117,25 @@ def run_compare(
     command: str = "",
 ) -> CompareReport:
     """Run the trainings that have no stored score, and write the result. Arguments: `compare`."""
-    folder = folder_of(setup, out)
-    jobs = setup.jobs(seeds, folder / STORE)
-    results, interrupted = run_trainings(
-        jobs, seconds, workers, memory, tell, storage, _study_name(setup)
+    folder, name = folder_of(setup, out), _study_name(setup)
+    started = time.monotonic()
+    choosing = setup.lr_jobs(folder / STORE)
+    tried, interrupted = run_trainings(
+        choosing, seconds, workers, memory, lambda said: tell(f"lr: {said}"), storage, name
     )
+    missing = len(choosing) - len(tried)
+    setup = setup if missing else setup.with_lr_results(tried)
+    jobs = setup.jobs(seeds, folder / STORE)
+    results: dict[Key, JobResult] = {}
+    if not missing:
+        left = None if seconds is None else seconds - (time.monotonic() - started)
+        results, interrupted = run_trainings(jobs, left, workers, memory, tell, storage, name)
     report = CompareReport(
         folder,
         setup,
         entries_of(setup.main_specs, setup.role, jobs, results),
         seeds,
-        len(jobs) - len(results),
+        missing + len(jobs) - len(results),
         interrupted,
         command,
     )
@@ -153,7 +167,8 @@ def plan_compare(
 ) -> ComparePlan:
     """Forecast a comparison from the first part of its trainings with three seeds.
 
-    The comparison goes on from these trainings. Arguments: `compare`. Raises KeyboardInterrupt.
+    The comparison goes on from these trainings, where it has one learning rate. Arguments:
+    `compare`. Raises KeyboardInterrupt.
     """
     jobs = setup.jobs(SEEDS, folder_of(setup, out) / STORE, first_part=True)
     results, interrupted = run_trainings(

@@ -70,7 +70,13 @@ def compare(
         int | None, typer.Option(parser=size, metavar="SIZE", help="Sequences of a step.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help="The learning rate, which is constant.")
+        list[float] | None,
+        typer.Option(
+            min=0.0,
+            metavar="RATE",
+            help="The learning rate, which is constant. May be repeated: then each model is first "
+            "trained with each of them, and compared with its best.",
+        ),
     ] = None,
     proxy: ProxySizes = None,
     seeds: Annotated[
@@ -109,6 +115,8 @@ def compare(
 
       archdsl compare transformer loop itt --match flops --data my.txt --tasks skill:p-hop
 
+      archdsl compare transformer itt --lr 1e-3 --lr 2e-3 --lr 4e-3
+
       archdsl compare transformer itt --storage postgresql+psycopg://user@host/name
     """
     from archdsl.lang.load import read
@@ -121,10 +129,14 @@ def compare(
     from archdsl.search.report.compare_report import planned, result
     from archdsl.search.report.tables import saying
 
+    lrs = lr or []
+    first = lrs[0] if lrs else None
     how = trained_as(
-        proxy, data, tasks or (), tokens=tokens, context=context, batch_size=batch_size, lr=lr
+        proxy, data, tasks or (), tokens=tokens, context=context, batch_size=batch_size, lr=first
     )
-    setup = compare_setup(specs, how, reference=reference, overrides=overrides or (), match=match)
+    setup = compare_setup(
+        specs, how, reference=reference, overrides=overrides or (), match=match, lrs=lrs
+    )
     say_what_is_trained_on(how)
     means: dict[str, Any] = {
         "seeds": seeds,

@@ -75,24 +75,25 @@ def compare_plan(
     """Return the forecast from the results of the first parts of a few seeds."""
     entries = entries_of(setup.main_specs, setup.role, jobs, results)
     found = task_results(setup, entries)
-    tasks, train_flops, seconds = {}, 0.0, 0.0
+    tasks, train_flops, seconds_left = {}, 0.0, 0.0
+    runs = seeds + len(setup.lrs)  # of each model; first one with each learning rate
     for name, by_model in found.items():
         reference, *others = by_model.values()
         squares = [o.difference.deviation**2 for o in others if math.isfinite(o.difference.mean)]
         tasks[name] = _task_plan(math.sqrt(fmean(squares or [math.nan])), seeds, setup.comparisons)
         for one in (reference, *others):
             steps = one.task.rungs[-1]
-            train_flops += seeds * one.step_flops * steps
+            train_flops += runs * one.step_flops * steps
             whole, done = _seconds(one.scores, steps), _spent(one.scores)
-            seconds += seeds * whole - done
+            seconds_left += runs * whole - done
     first = next(iter(setup.proxy.tasks.values()))
     return ComparePlan(
         tasks,
         seeds,
         first.rungs[0] / first.rungs[-1],
-        len(setup.names) * len(setup.proxy.tasks) * seeds,
+        len(setup.names) * len(setup.proxy.tasks) * runs,
         workers,
-        max(0.0, seconds) / workers,
+        max(0.0, seconds_left) / workers,
         train_flops,
         [f"{entry.name}: {entry.error}" for entry in entries if entry.error],
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,26 +16,33 @@ from archdsl.evaluation.evaluate import check_data_fits
 from archdsl.lang.load import Source, load
 from archdsl.lang.spec import ModelSpec
 from archdsl.search.analysis.baselines import Specs, with_depth_for
-from archdsl.search.analysis.comparison import Key, Role, trainings
-from archdsl.search.trials.proxy import Job, Proxy, ProxyError, Task
+from archdsl.search.analysis.comparison import JobResult, Key, Role, trainings
+from archdsl.search.trials.proxy import Job, Proxy, ProxyError, ProxyScore, Task
 
 POINTS = 12  # held-out losses on the way of a training
 FIRST_PART = 3  # of the points: what `--plan` trains
 MOST_TIMES = 64  # as many layers as it has, at most, does a model get to match the reference
 
+LR_SEED = 0  # of the trainings that choose a learning rate; those of the comparison begin with 1
+
 Match = Literal["params", "flops", "none"]
+LrKey = tuple[str, str, float]  # name, task, learning rate
 
 
 @dataclass(frozen=True)
 class CompareSetup:
     """What is compared: the specs by task and name, of the size that is trained.
 
-    ``reference`` is the name of the model that the others are compared with.
+    ``reference`` is the name of the model that the others are compared with. ``lrs``: the learning
+    rates, in rising order, of which each model gets its best; empty: all have that of the task.
+    ``lr_losses``: of the trainings that choose it, by name and task, then by learning rate.
     """
 
     small: dict[str, Specs]
     reference: str
     proxy: Proxy
+    lrs: tuple[float, ...] = ()
+    lr_losses: Mapping[tuple[str, str], Mapping[float, float]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +66,8 @@ class CompareSetup:
         models = {
             t: {n: s.fingerprint() for n, s in small.items()} for t, small in self.small.items()
         }
-        text = json.dumps([models, self.reference, self.proxy.model_dump(mode="json")])
+        parts = [models, self.reference, self.proxy.model_dump(mode="json")]
+        text = json.dumps([*parts, self.lrs] if self.lrs else parts)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def role(self, name: str) -> Role:
@@ -71,9 +80,39 @@ class CompareSetup:
         With ``first_part`` they end after the first rung, from which the others go on.
         """
         found = trainings(self.names, self.small, self.proxy, range(1, 1 + seeds), store)
+        if self.lr_losses:
+            found = {key: _at_lr(job, self.lr(*key[:2])) for key, job in found.items()}
         if not first_part:
             return found
         return {key: replace(job, steps=job.task.rungs[0]) for key, job in found.items()}
+
+    def lr_jobs(self, store: Path) -> dict[LrKey, Job]:
+        """Return the trainings that choose the learning rates: each model with each of them."""
+        found = trainings(self.names, self.small, self.proxy, [LR_SEED], store)
+        return {
+            (name, task, lr): _at_lr(job, lr)
+            for (name, task, _), job in found.items()
+            for lr in self.lrs
+        }
+
+    def with_lr_results(self, results: Mapping[LrKey, JobResult]) -> CompareSetup:
+        """Return the setup with the results of all `lr_jobs`."""
+        losses: dict[tuple[str, str], dict[float, float]] = {}
+        for (name, task, lr), result in results.items():
+            loss = result.loss if isinstance(result, ProxyScore) else None
+            losses.setdefault((name, task), {})[lr] = math.inf if loss is None else loss
+        return replace(
+            self, lr_losses={k: dict(sorted(tried.items())) for k, tried in losses.items()}
+        )
+
+    def lr(self, name: str, task: str) -> float:
+        """Return the learning rate of a model: the one with its lowest held-out loss."""
+        tried = self.lr_losses.get((name, task))
+        return min(tried, key=tried.__getitem__) if tried else self.proxy.tasks[task].lr
+
+
+def _at_lr(job: Job, lr: float) -> Job:
+    return replace(job, task=job.task.model_copy(update={"lr": lr}))
 
 
 # what is compared
@@ -146,8 +185,12 @@ def compare_setup(
     reference: str | None = None,
     overrides: Sequence[str] = (),
     match: Match = "none",
+    lrs: Sequence[float] = (),
 ) -> CompareSetup:
-    """Return what `compare` trains. Raises SpecError if a spec or a name is wrong."""
+    """Return what `compare` trains. Raises SpecError if a spec or a name is wrong.
+
+    ``lrs``: more than one learning rate are tried with each model, see `CompareSetup`.
+    """
     full = _named([load(source, overrides=overrides) for source in specs])
     chosen = reference or next(iter(full))
     if chosen not in full:
@@ -159,7 +202,8 @@ def compare_setup(
         for name, spec in small[task].items():
             with blamed_on("specs"):
                 check_data_fits(spec.model_copy(update={"name": name}), given.load(), given.context)
-    return CompareSetup(small, chosen, proxy)
+    tried = tuple(sorted(set(lrs)))
+    return CompareSetup(small, chosen, proxy, tried if len(tried) > 1 else ())
 
 
 def _named(specs: Sequence[ModelSpec]) -> Specs:

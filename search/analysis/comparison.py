@@ -173,6 +173,8 @@ def run_trainings(
     ``storage``: the URL of a database by which many machines share the jobs, in a study of the name
     ``study``. Raises StorageError if it cannot be used.
     """
+    if not jobs:
+        return {}, False
     end = None if seconds is None else time.monotonic() + seconds
     with shared_jobs(storage, study, jobs) as shared:
         try:

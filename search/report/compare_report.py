@@ -24,8 +24,8 @@ from archdsl.reports.notebook import as_html
 from archdsl.reports.tables import parameters, short
 from archdsl.search.analysis import compare_results
 from archdsl.search.analysis.compare_plan import SEEDS, ComparePlan
-from archdsl.search.analysis.compare_results import TaskResult, task_results
-from archdsl.search.analysis.compare_setup import CompareSetup
+from archdsl.search.analysis.compare_results import TaskResult, finite, task_results
+from archdsl.search.analysis.compare_setup import LR_SEED, CompareSetup
 from archdsl.search.analysis.comparison import ComparisonEntry
 from archdsl.search.report.html import asset
 from archdsl.search.report.png import STYLE, save
@@ -85,6 +85,16 @@ class CompareReport:
                 task: {name: spec.to_yaml() for name, spec in specs.items()}
                 for task, specs in self.setup.small.items()
             },
+            "lr": {
+                task: {
+                    name: {
+                        "chosen": self.setup.lr(name, task),
+                        "losses": self._lr_losses(name, task),
+                    }
+                    for name in self.setup.names
+                }
+                for task in self.setup.proxy.tasks
+            },
             "errors": {entry.name: entry.error for entry in self.entries if entry.error},
             "seeds": self.seeds,
             "missing": self.missing,
@@ -94,6 +104,10 @@ class CompareReport:
             "command": self.command,
             "versions": versions(),
         }
+
+    def _lr_losses(self, name: str, task: str) -> dict[str, float | None]:
+        tried = self.setup.lr_losses.get((name, task), {})
+        return {str(lr): finite(loss) for lr, loss in tried.items()}
 
     def _repr_html_(self) -> str:
         """Return what the command line prints at its end, for notebooks."""
@@ -110,12 +124,29 @@ def result(report: CompareReport) -> RenderableType:
         parts += [Text(f"{task}: {_about(report, task)}", "bold"), task_table(by_model), ""]
     facts = list(COLUMNS.items()) if report.results else []
     facts.append(("trained", describe_proxy(report.setup.proxy)))
+    facts += [("learning rate", said) for said in lr_sentences(report.setup)]
     if report.missing:
         many = f"{report.missing} trainings; run the same command again to continue"
         facts.append(("missing", many))
     drawn = f", {PICTURE}" if (report.folder / PICTURE).exists() else ""
     facts.append(("files", f"{report.folder / 'result.json'}, report.html{drawn} beside it"))
     return Group(*parts, TwoColumns(facts), "", TwoColumns(list(report.sentences.items())))
+
+
+def lr_sentences(setup: CompareSetup) -> Iterator[str]:
+    """Yield for each task which learning rate each model got, if they were chosen."""
+    if not setup.lr_losses:
+        return
+    tried = ", ".join(f"{lr:g}" for lr in setup.lrs)
+    for task in setup.proxy.tasks:
+        got = {name: setup.lr(name, task) for name in setup.names}
+        edges = [n for n, lr in got.items() if lr in (setup.lrs[0], setup.lrs[-1])]
+        wider = f"; {', '.join(edges)}: at the end of the range, so give a wider one" * bool(edges)
+        chosen = ", ".join(f"{name} {lr:g}" for name, lr in got.items())
+        yield (
+            f"{task}: {chosen}: of {tried} the one with the model's lowest held-out loss after a "
+            f"training with seed {LR_SEED}{wider}"
+        )
 
 
 def _about(report: CompareReport, task: str) -> str:
@@ -233,6 +264,7 @@ def page(report: CompareReport) -> str:
         f"<section><h2>Models, as trained</h2>{specs}</section>"
         f"<section><h2>Command and settings</h2><pre>{escape(report.command)}</pre>"
         f"<p>{escape(describe_proxy(report.setup.proxy))}; archdsl {archdsl.__version__}</p>"
+        f"{''.join(f'<p>Learning rate: {escape(s)}</p>' for s in lr_sentences(report.setup))}"
         "</section></main></body></html>"
     )
 

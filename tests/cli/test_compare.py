@@ -85,6 +85,29 @@ def test_machines_share_the_trainings_by_a_database(
     assert "storage: must be the URL of a database" in " ".join(refused.err.split())
 
 
+def test_models_are_compared_at_the_learning_rates_that_are_best_for_each(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
+) -> None:
+    rates = ["--lr", "0.01", "--lr", "0.001", "--lr", "1e-9"]
+    common = ["compare", *specs[:2], *OPTIONS, "--context", "8", "--seeds", "1", *rates]
+    train_at_most(monkeypatch, 4)
+    part = cli(*common, "--json")
+    assert (part.status, part.json["missing"], part.json["tasks"]) == (130, 2 + 2, {})
+    train_at_most(monkeypatch, 2 + 2)
+    whole = cli(*common, "--json")
+    assert (whole.status, whole.json["missing"]) == (0, 0), whole.err
+    for found in whole.json["lr"]["data"].values():
+        losses = {float(lr): loss for lr, loss in found["losses"].items()}
+        assert list(losses) == [1e-9, 0.001, 0.01]
+        assert losses[found["chosen"]] == min(losses.values()) < losses[1e-9]
+    train_at_most(monkeypatch, 0)
+    said = " ".join(cli(*common).out.split())
+    assert "of 1e-09, 0.001, 0.01 the one with the model's lowest held-out loss" in said
+    assert "plain, deep: at the end of the range, so give a wider one" in said
+    train_at_most(monkeypatch, 6)
+    assert cli(*common, "--plan", "--json").json["trainings"] == 2 * (3 + 1)
+
+
 def test_a_plan_is_a_part_of_the_comparison(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
 ) -> None:

@@ -26,7 +26,7 @@ from tests.cli.command import SKILL
 HOW = trained_as("dim=16,head_size=8,repeat=2", SKILL, (), tokens=512, context=8, batch_size=4)
 
 
-def setup(*names: str, how: Proxy = HOW, **given: str) -> CompareSetup:
+def setup(*names: str, how: Proxy = HOW, **given: object) -> CompareSetup:
     return compare_setup(names, how, **given)  # type: ignore[arg-type]
 
 
@@ -71,6 +71,33 @@ def test_as_many_seeds_as_said_tell_the_difference() -> None:
     told = sum(paired(list(row), [0.0] * n, comparisons).conclusion == "lower" for row in gaps)
     assert told / 2000 == pytest.approx(0.77, abs=0.03)
     assert seeds_to_tell(1.0, 0.001, 1) is None
+
+
+def test_each_model_gets_the_learning_rate_of_its_lowest_loss() -> None:
+    tried = setup("transformer", "loop", lrs=(0.1, 0.001, 0.01, 0.1))
+    jobs = tried.lr_jobs(Path())
+    assert {job.seed for job in jobs.values()} == {0}
+    assert all(job.config.lr == lr for (_, _, lr), job in jobs.items())
+    losses = {"transformer-162m": (2.0, 1.0, None), "loop-162m": (None, None, None)}
+    assert set(losses) == set(tried.names)
+    results = {
+        (name, "data", lr): ProxyScore(
+            steps=12, loss=loss, accuracy=None, bits_per_byte=None, seconds=1.0
+        )
+        for name, found in losses.items()
+        for lr, loss in zip((0.001, 0.01, 0.1), found, strict=True)
+    }
+    assert set(results) == set(jobs)
+    reverse = dict(reversed(results.items()))  # as results come in any order
+    found = tried.with_lr_results(reverse).jobs(2, Path())
+    assert {(name, job.config.lr) for (name, _, _), job in found.items()} == {
+        ("transformer-162m", 0.01),
+        ("loop-162m", 0.001),  # all diverged: the lowest
+    }
+    assert {job.seed for job in found.values()} == {1, 2}
+    one = setup("transformer", "loop", lrs=(0.01,))
+    assert not one.lr_jobs(Path())
+    assert one.digest == setup("transformer", "loop").digest != tried.digest
 
 
 def test_the_share_of_the_data_is_where_the_curve_crosses() -> None:
