@@ -1,36 +1,48 @@
 """How many kernels inductor makes of a routed step of a compiled loop, counted without a GPU.
 
-python -m benchmarks.inductor [--router top_k] [--kv own]
+python -m benchmarks.inductor [--router top_k] [--kv own] [--triton]
 
 A routed step and a full pass are differences of loops, as in benchmarks/launches.py, forward and
 backward. Inductor makes code for the CPU, by nearly the same rules of fusion as for a GPU. Nothing
 of it is built: the graphs that it was made from are run instead. "fused" are the kernels that it
 writes, "library" are products of matrices, attention, sorting and the like.
+
+With ``--triton`` inductor makes code for Triton (pip install triton), and each kernel is compiled
+to the machine code of an H100, which shows errors that a GPU would meet. Nothing is run.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
+from archdsl.blocks.modules.router import prefix_rank
 from archdsl.model.build import build
 from benchmarks.launches import KEYS, LAUNCHES, ROUTERS, looped
 from benchmarks.measure import arguments, bar, progress, record
 
+H100 = ("cuda", 90, 32)
 LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?(?:extern_kernels|torch\.ops\.\w+)\.", re.MULTILINE)
 
 
 class KernelCount:
     """A backend of torch.compile that counts kernels and calls of libraries, and runs graphs."""
 
-    def __init__(self) -> None:
+    def __init__(self, triton: bool = False) -> None:
         self.fused = self.library = 0
+        self.triton = triton
+        if triton:
+            from triton.runtime import driver
+
+            driver.set_active(Driver())
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> object:
         from torch._inductor.compile_fx import compile_fx
@@ -46,9 +58,10 @@ class KernelCount:
         as_given, before = copy.deepcopy(graph), metrics.generated_kernel_count
         codes: list[str] = []
         with (
-            config.patch(force_disable_caches=True),
+            config.patch(force_disable_caches=True, cpu_backend="triton" if self.triton else "cpp"),
             mock.patch.object(GraphLowering, "save_output_code", codes.append),
             mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=lambda *_: None),
+            mock.patch.object(AsyncCompile, "triton", compiled_for_a_gpu),
         ):
             compile_fx_inner(graph, inputs, **more)
         self.fused += metrics.generated_kernel_count - before
@@ -59,15 +72,71 @@ class KernelCount:
         return run
 
 
-def kernels_of_pass(sizes: Mapping[str, int], kv: str, router: str | None) -> dict[str, int]:
+class Driver:
+    """What inductor asks a driver of Triton for."""
+
+    def get_current_target(self) -> object:
+        """The GPU to compile for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*H100)
+
+
+def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") -> object:
+    """In place of inductor's own way to compile a kernel of Triton, which asks for a driver.
+
+    Raises what Triton raises.
+    """
+    import triton
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with mock.patch.object(triton_helpers, "set_driver_to_cpu"):
+        kernel = getattr(PyCodeCache.load(source), name)
+    how = kernel._create_compile_meta(kernel.configs[0])
+    triton.compile(
+        ASTSource(kernel.fn, how["signature"], how["constants"], how["configs"][0]),
+        target=GPUTarget(*H100),
+        options={"num_warps": how["num_warps"], "num_stages": how["num_stages"]},
+    )
+    return mock.Mock()
+
+
+def kernels_of_pass(
+    sizes: Mapping[str, int], kv: str, router: str | None, triton: bool = False
+) -> dict[str, int]:
     """The kernels that the third pass of a loop adds to those of two passes.
 
-    Under autocast to bfloat16. ``sizes`` and the others: see `looped`.
+    Under autocast to bfloat16. ``triton``: whether for a GPU. ``sizes`` and the others: `looped`.
     """
+    if triton:
+        with as_on_a_gpu():
+            return _kernels_of_pass(sizes, kv, router, True)
+    return _kernels_of_pass(sizes, kv, router, False)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Layers of the CPU compute by the ways that are chosen on a GPU."""
+    modules = "archdsl.blocks.modules"
+    with (
+        mock.patch(f"{modules}.router.prefix_rank", partial(prefix_rank, sorts=False)),
+        mock.patch(
+            f"{modules}.attention.MOST", -1.0
+        ),  # attention at all places, whatever the share
+    ):
+        yield
+
+
+def _kernels_of_pass(
+    sizes: Mapping[str, int], kv: str, router: str | None, triton: bool
+) -> dict[str, int]:
     counts = []
     for steps in (3, 2):
         torch.compiler.reset()
-        spec, count = looped(sizes, steps, kv, router), KernelCount()
+        spec, count = looped(sizes, steps, kv, router), KernelCount(triton)
         model = build(spec).train()
         for layer in model.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=count)
@@ -87,13 +156,14 @@ def main() -> None:
         __doc__,
         router={"choices": ROUTERS, "help": "one router (default: all)"},
         kv={"choices": KEYS, "help": "one kind of keys (default: both)"},
+        triton={"action": "store_true", "help": "code for Triton, compiled for an H100"},
     )
     sizes = {"batch": 1, "tokens": 64 if args.small else 1024, "dim": 64, "head": 32, "hidden": 160}
     found: dict[str, object] = {}
     for kv in [args.kv] if args.kv else KEYS:
-        full = kernels_of_pass(sizes, kv, None)
+        full = kernels_of_pass(sizes, kv, None, args.triton)
         for router in [args.router] if args.router else ROUTERS:
-            step = kernels_of_pass(sizes, kv, router)
+            step = kernels_of_pass(sizes, kv, router, args.triton)
             ratio = sum(step.values()) / sum(full.values())
             goal = {"": ratio, "bar": bar(ratio, *LAUNCHES)}
             found[f"{router}, {kv}"] = goal | {"step": step, "pass": full}

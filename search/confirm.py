@@ -12,6 +12,7 @@ from archdsl.search.analysis.comparison import comparison_jobs, entries, run_tra
 from archdsl.search.report.report import best
 from archdsl.search.studies import ListedStudy, StudyError, study
 from archdsl.search.study.record import trainings_of
+from archdsl.search.study.storage import HEARTBEAT_SECONDS
 from archdsl.search.study.stored import SearchSettings, checked
 from archdsl.search.study.trial import Trial
 
@@ -27,6 +28,7 @@ def confirm(
     seconds: float | None = None,
     workers: int | None = None,
     memory: int | None = None,
+    heartbeat: int = HEARTBEAT_SECONDS,
     tell: Callable[[str], None] = lambda _: None,
 ) -> ModelComparison:
     """Train the winner of a search and its baselines with so many seeds, and compare them.
@@ -34,10 +36,12 @@ def confirm(
     ``name``: of the study or its folder. ``storage``: the URL of the database that has it, by which
     many machines share the trainings.
     ``store``: the folder of trained proxies; default: that of the search, so that the seeds of the
-    search are not trained again. The rest as for ``archdsl.compare``.
+    search are not trained again. ``heartbeat``: as of the search. The rest as for
+    ``archdsl.compare``.
 
-    The result is written to confirmed.json in the folder of the search. Raises StudyError if the
-    search has no winner yet, or its data have changed.
+    The result is written to confirmed.json in the folder of the search; that of a study in a
+    database is ``runs/NAME``. Raises StudyError if the search has no winner yet, or its data have
+    changed.
     """
     listed = study(name, storage)
     folder = listed.folder or Path("runs") / listed.name
@@ -53,7 +57,7 @@ def confirm(
         winner, proxy, range(first, first + seeds), Path(store or folder / "proxies"), ablate=False
     )
     results, interrupted = run_trainings(
-        jobs, seconds, workers, memory, tell, storage, trainings_of(listed.name)
+        jobs, seconds, workers, memory, tell, storage, trainings_of(listed.name), heartbeat
     )
     missing = len(jobs) - len(results)
     found = entries(winner, jobs, results)
@@ -68,5 +72,5 @@ def _winner(listed: ListedStudy) -> Trial:
     if not (ranked := best(finished)):
         raise StudyError(f"{listed.name}: no trial reached the last rung, so there is no winner")
     result = listed.result()
-    number = result["winner"] if result else ranked[0].number
+    number = result["winner"] if result else listed.record.winner
     return next((trial for trial in ranked if trial.number == number), ranked[0])

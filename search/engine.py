@@ -156,12 +156,14 @@ class SearchEngine:
                     "no trial reached the last rung yet; run the same command again to continue"
                 )
             raise NothingFitsError(self._why_nothing(finished))
+        winner = winning_trial(finished, self.supernet_validation)
+        self.study.write_winner(winner)
         return SearchReport(
             folder=self.folder,
             settings=self.settings,
             trials=finished,
             outcomes=self.study.outcomes(),
-            entries=self._entries(winning_trial(finished, self.supernet_validation).spec),
+            entries=self._entries(winner.spec),
             proxy_validation=self.proxy_validation,
             supernet_validation=self.supernet_validation,
             spending=self.spending.summary(),
@@ -174,7 +176,7 @@ class SearchEngine:
         """Return the entries of the comparison, with scores stored before an interruption."""
         with self._shared(self.jobs) as shared:
             known = known_scores(self.jobs, shared)
-        return entries(winner, self.jobs, {**known, **self.results})
+        return entries(winner, self.jobs, {**self.results, **known})
 
     def _why_nothing(self, finished: list[Trial]) -> str:
         counts = ", ".join(f"{n} {what}" for what, n in self.study.outcomes().items())
@@ -264,9 +266,9 @@ class SearchEngine:
 
     @contextmanager
     def _shared(self, jobs: Mapping[K, Job]) -> Iterator[SharedJobs[K] | None]:
-        """The jobs in the database of the search; None if it has none."""
+        """The jobs in the database of the search; None if it has none, or there are no jobs."""
         study = self.study
-        if not study.in_database:
+        if not jobs or not study.in_database:
             yield None
             return
         with closing(SharedJobs(study.storage, trainings_of(study.name), jobs)) as shared:

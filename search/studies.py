@@ -263,9 +263,9 @@ def remove(found: ListedStudy | DamagedStudy) -> None:
     if found.folder is None:
         storage = found.storage if isinstance(found, DamagedStudy) else found.record.storage
         assert storage is not None
-        for name in (trainings_of(found.name), found.name):
-            with suppress(KeyError):  # no training has been shared
-                storage.delete_study(storage.get_study_id_from_name(name))
+        with suppress(KeyError):  # no training has been shared
+            storage.delete_study(storage.get_study_id_from_name(trainings_of(found.name)))
+        storage.delete_study(storage.get_study_id_from_name(found.name))
         return
     if isinstance(found, DamagedStudy) and not _is_of_a_search(found.folder):
         raise found.error

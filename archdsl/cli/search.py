@@ -142,6 +142,7 @@ def _confirm(name: str, config: SearchConfig, as_json: bool) -> None:
             seconds=config.time if "time" in config.model_fields_set else None,
             workers=config.workers,
             memory=config.memory,
+            heartbeat=config.heartbeat,
             tell=tell,
         )
     print_json(found.as_json()) if as_json else print_parts(result(found))

@@ -166,7 +166,8 @@ class TokenStep:
         x_BTD, ctx, layers = self.x_B1D, self.ctx, section.layers
         if at is not None:
             # what it computes is not there for others, as it may be left out
-            stream = replace(ctx.stream, known=dict(ctx.stream.known))
+            stream = replace(ctx.stream)
+            stream.known.update(ctx.stream.known)
             ctx, layers = replace(ctx, stream=stream, tables=dict(ctx.tables)), layers[-1:]
         elif n == 0:
             x_BTD = self.model.embedding(self.tokens_B1.clamp(min=0)).to(x_BTD.dtype)

@@ -40,14 +40,16 @@ class Stream:
 
     ``length_B``: how many of the chunk's tokens are real; None: all. ``limit``: how many the
     sequence can ever have; 0 where nothing is kept. ``static``: of one token a row, see above.
-    ``known``: what `once` has computed.
+    ``known``: what `once` has computed; a copy by ``replace`` knows nothing yet.
     """
 
     past: Count = 0
     length_B: Tensor | None = None
     limit: int = 0
     static: bool = False
-    known: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+    known: dict[Hashable, object] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def once(self, key: Hashable, compute: Callable[[], Found]) -> Found:
         """What ``compute`` returns, which depends on the stream alone. It is called once for each

@@ -105,5 +105,5 @@ def _single(T: int, index_BK: Tensor) -> bool:
 
 
 def _flat(index_BK: Tensor, T: int) -> Tensor:
-    rows_B = torch.arange(0, len(index_BK) * T, T, device=index_BK.device)
-    return (index_BK + rows_B.unsqueeze(1)).flatten()
+    rows_B1 = torch.arange(len(index_BK), device=index_BK.device).unsqueeze(1)
+    return (index_BK + rows_B1 * T).flatten()

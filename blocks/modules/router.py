@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import Context, normal_
-from archdsl.nn.cache import Count, Kept, Memory, Stream, column, shifted
+from archdsl.nn.cache import Count, Kept, Memory, Stream, column
 from archdsl.nn.devices import in_float64
 from archdsl.nn.gather import pick
 from archdsl.nn.loop import Router, Selection, Step
@@ -244,7 +244,8 @@ def packed(
         memory.taken = stream.after(K)
     if most is None and bool((length_B == K).all()):
         stream = replace(stream, length_B=None)
-    order_BT = selected_BT.view(torch.int8).argsort(dim=1, descending=True, stable=True)
+    # no view: Triton cannot see a truth value as a number
+    order_BT = selected_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     index_BK = order_BT[:, :K]
     keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
     return index_BK, keep_BK, stream
@@ -254,7 +255,7 @@ def without_noise(score_BT: Tensor) -> Tensor:
     """Scores rounded to half of their bits, so that equal tokens have equal scores in every pass.
 
     The last bits differ between passes of different shapes. (Veltkamp's splitting of a number.)
-    Scores of 16 bits have no such bits.
+    Scores of 16 bits have fewer bits than are kept.
     """
     if score_BT.dtype.itemsize == 2:
         return score_BT.float()
@@ -272,19 +273,22 @@ def budgets(capacity: float, order_BT: Tensor) -> Tensor:
 
 def _budgets(capacity: float, score_BT: Tensor, stream: Stream) -> Tensor:
     """`budgets` of the tokens of a stream, [1 or B, T]."""
-    return stream.once(("budget", capacity), lambda: budgets(capacity, stream.order(score_BT)))
+    key = ("budget", capacity, score_BT.size(1))
+    return stream.once(key, lambda: budgets(capacity, stream.order(score_BT)))
 
 
 def within_budget(wanted_BT: Tensor, budget_BT: Tensor, taken: Count = 0) -> Tensor:
     """Which of the wanted tokens are selected: each while the selected ones up to it are not more
-    than its budget, ``taken`` of them before this chunk.
+    than its budget, ``taken`` of them before this chunk, at most the budget before it.
 
     Unrolled: if all wanted tokens were selected, they would be ``over_BT`` more than the budget. A
     token is refused where that is more than ever before.
     """
     if wanted_BT.size(1) == 1:
         return wanted_BT & (budget_BT > column(taken))
-    over_BT = shifted(wanted_BT.cumsum(1) - budget_BT, taken)
+    over_BT = wanted_BT.cumsum(1) - budget_BT
+    if not isinstance(taken, int) or taken:
+        over_BT = over_BT + column(taken)
     most_BT = F.pad(over_BT, (1, 0)).cummax(1).values
     return wanted_BT & (most_BT[:, 1:] == most_BT[:, :-1])
 

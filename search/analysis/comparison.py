@@ -23,6 +23,7 @@ from archdsl.search.space.model_summary import model_summary
 from archdsl.search.space.objectives import executed_flops
 from archdsl.search.stats.paired import Difference, paired
 from archdsl.search.study.shared_jobs import SharedJobs, shared_jobs
+from archdsl.search.study.storage import HEARTBEAT_SECONDS
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, mean_shares, objective
 from archdsl.search.workers.pool import (
     JobFailed,
@@ -121,7 +122,7 @@ def run_comparison(
 
     ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
     about twice a second with a sentence on the progress. ``shared``: the jobs in a database; those
-    that other processes have claimed are waited for.
+    that other processes have claimed are waited for, also when no further job may start.
     """
     results: dict[K, JobResult] = dict(known_scores(jobs, shared))
     known, started = len(results), time.monotonic()
@@ -135,7 +136,7 @@ def run_comparison(
 
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
-    while running or (waiting and may_go_on()):
+    while running or (waiting and (may_go_on() or (shared and shared.at_work(waiting)))):
         while waiting and len(running) < pool.workers and may_go_on():
             key = shared.claim(waiting) if shared else _free(waiting, jobs)
             if key is None:
@@ -167,16 +168,18 @@ def run_trainings(
     tell: Callable[[str], None],
     storage: str | None = None,
     study: str = "",
+    heartbeat: int = HEARTBEAT_SECONDS,
 ) -> tuple[dict[K, JobResult], bool]:
     """Run jobs in worker processes; return their results, and whether Ctrl-C ended them.
 
     ``storage``: the URL of a database by which many machines share the jobs, in a study of the name
-    ``study``. Raises StorageError if it cannot be used.
+    ``study``. ``heartbeat``: seconds between two heartbeats, the same for all of them. Raises
+    StorageError if the database cannot be used.
     """
     if not jobs:
         return {}, False
     end = None if seconds is None else time.monotonic() + seconds
-    with shared_jobs(storage, study, jobs) as shared:
+    with shared_jobs(storage, study, jobs, heartbeat) as shared:
         try:
             with process_pool(workers or default_workers(), memory) as pool:
                 return run_comparison(

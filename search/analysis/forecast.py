@@ -198,7 +198,7 @@ def forecast_from_timing(
     *,
     after: float,
 ) -> SearchForecast:
-    """Forecast a search from measured speeds; ``after`` trainings follow the trials."""
+    """Forecast a search from measured speeds; what follows the trials costs ``after`` trainings."""
     trial, stopped = _cost(proxy, measured.speeds, proxy.rungs), _cost(proxy, measured.speeds, 1)
     models = found.distinct if found.whole else None
     return SearchForecast(

@@ -20,6 +20,7 @@ from archdsl.search.study.trial import UNTRAINED, Scores, Trial
 from archdsl.search.trials.proxy import ProxyScore
 
 SETTINGS = "settings"  # the attribute of a study that holds its settings
+WINNER = "winner"
 EXHAUSTED = 3  # after so many reused trials in a row, the space is taken to hold no new model
 LEAST_FOR_IMPORTANCE = 8  # the least number of complete trials
 
@@ -44,6 +45,11 @@ class StudyRecord:
     def settings(self) -> dict[str, Any]:
         """The settings that the study was made with; empty if none were written."""
         return self.storage.get_study_user_attrs(self.id).get(SETTINGS, {})
+
+    @property
+    def winner(self) -> int | None:
+        """The number of the trial that a search reported as its best; None if it has not ended."""
+        return self.storage.get_study_user_attrs(self.id).get(WINNER)
 
     def check(self, where: str) -> None:
         """Raise StorageError if the storage holds what no search writes.

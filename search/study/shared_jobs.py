@@ -76,6 +76,13 @@ class SharedJobs(Generic[K]):
         attempts = self._attempts()
         return next((key for key in keys if self._begin(key, attempts.get(self.jobs[key]))), None)
 
+    def at_work(self, keys: Iterable[K]) -> bool:
+        """Whether another process, which is alive, is doing one of the jobs."""
+        self.heartbeat.fail_stale(self.optuna)
+        attempts = self._attempts()
+        found = (attempts.get(self.jobs[key]) for key in keys if key not in self.claimed)
+        return any(attempt and attempt.state == TrialState.RUNNING for attempt in found)
+
     def _begin(self, key: K, attempt: FrozenTrial | None) -> bool:
         """Take the attempt, or a new one; return False if another process has it."""
         if attempt is None:

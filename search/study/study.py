@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from archdsl.search.study.record import (
     SETTINGS,
+    WINNER,
     StudyRecord,
     counting_attempts,
     is_interrupted,
@@ -59,6 +60,10 @@ class Study(StudyRecord):
             self.storage.set_study_user_attr(self.id, SETTINGS, settings)
             with no_experimental_warnings():
                 self.optuna.set_metric_names(list(self.axes))  # for optuna-dashboard
+
+    def write_winner(self, trial: Trial) -> None:
+        """Write which trial the search reported as its best."""
+        self.storage.set_study_user_attr(self.id, WINNER, trial.number)
 
     # taking trials
 

@@ -68,5 +68,8 @@ def cost_in_trainings(jobs: Iterable[Job], proxy: Proxy, spec: ModelSpec) -> flo
 
 
 def task_flops(task: Task, small: ModelSpec) -> float:
-    """Return the FLOPs of training a spec on one task up to the last rung, as it is."""
-    return train_flops(small, tokens=task.context) * task.batch_size * task.rungs[-1]
+    """Return the FLOPs of training a spec on one task up to the last rung, as it is.
+
+    Raises DataError if the data of the task cannot be loaded.
+    """
+    return train_flops(small, tokens=task.length) * task.batch_size * task.rungs[-1]

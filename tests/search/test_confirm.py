@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from archdsl.search.analysis.comparison import winner_of
 from archdsl.search.confirm import confirm
+from archdsl.search.report.report import best
 from archdsl.search.studies import StudyError, remove, studies, study
+from archdsl.search.study.shared_jobs import shared_jobs
 from archdsl.search.study.storage import database
 from tests.cli.test_ablate import Pool
 from tests.search.test_search import go, scores, space
@@ -59,12 +62,35 @@ def test_machines_share_what_follows_the_trials_by_the_database(
     assert [entry.scores for entry in again.entries] == [entry.scores for entry in first.entries]
     rivals = [entry for entry in first.entries if entry.role != "ablation"]
     monkeypatch.chdir(tmp_path)  # where runs/ is
+    heartbeats = []
+
+    def opened(url: str | None, study: str, jobs: Any, heartbeat: int) -> Any:
+        heartbeats.append(heartbeat)
+        return shared_jobs(url, study, jobs, heartbeat)
+
+    monkeypatch.setattr("archdsl.search.analysis.comparison.shared_jobs", opened)
     (name,) = (found.name for found in studies(storage=url))
     train_at_most(monkeypatch, len(rivals))  # one seed more
-    found = confirm(name, seeds=3, storage=url, store=tmp_path / "c")
-    assert (len(found.entries), found.missing) == (len(rivals), 0)
+    found = confirm(name, seeds=3, storage=url, store=tmp_path / "c", heartbeat=7)
+    assert (len(found.entries), found.missing, heartbeats) == (len(rivals), 0, [7])
     remove(study(name, url))
     assert not database(url).get_all_studies()
+
+
+def test_the_winner_is_the_reported_one_also_without_a_folder(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With supernets that need not be the trial with the lowest loss."""
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path / 'db'}"
+    second = lambda trials, validation: best(trials)[1]  # noqa: E731
+    monkeypatch.setattr("archdsl.search.engine.winning_trial", second)
+    report = go(space, tmp_path / "a", trials=3, seconds=None, storage=url)
+    (name,) = (found.name for found in studies(storage=url))
+    train_at_most(monkeypatch, 0)
+    found = winner_of(confirm(name, seeds=2, storage=url).entries)
+    assert found is not None
+    assert found.spec == best(report.trials)[1].spec
 
 
 def test_other_data_confirm_nothing(space: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from archdsl.search.study.spending import Limits
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.trials.scorers import task_flops, training_flops
+from archdsl.search.workers.pool import JobFailed
 from tests.search.study.test_sampler import SPACE
 
 TASK = Task(data="skill:p-hop,hops=1,length=12", context=12, rungs=(2, 4))
@@ -175,6 +176,26 @@ def test_baselines_come_before_ablations() -> None:
     assert all(name.startswith("without") for name in second)
     assert second
     assert sum(len(jobs) for _, jobs in phases) == len(found.jobs)
+
+
+def test_a_score_of_another_machine_counts_more_than_a_failure_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = engine(FakeStudy([]), FakeSpending())
+    found.jobs = found._comparison_jobs(TINY, [1], ablate=False)
+    found.results = {key: JobFailed("out of memory", "") for key in found.jobs}
+    assert all(entry.error for entry in found._entries(TINY))
+    score = trial().rungs[-1]["a"]
+    known = dict.fromkeys(found.jobs, score)
+    monkeypatch.setattr("archdsl.search.engine.known_scores", lambda jobs, shared: known)
+    assert not any(entry.error for entry in found._entries(TINY))
+
+
+def test_the_flops_of_a_training_are_those_of_its_sequences(tmp_path: Path) -> None:
+    task = Task(data="skill:p-hop,hops=1,length=12", context=40, batch_size=4, rungs=(2,))
+    small = Proxy(dim=16, head_size=8, tasks={"a": task}).shrink(TINY, task)
+    done = task.job(tmp_path, small, 0, 2).run(lambda: None)
+    assert task_flops(task, small) == pytest.approx(done.train_flops)
 
 
 def test_the_winner_is_compared_with_seeds_that_were_not_used_in_the_search(
