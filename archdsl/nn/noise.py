@@ -18,11 +18,18 @@ def uniform(pos_BT: Tensor, stream: int | Tensor) -> Tensor:
 
     ``stream``: selects one of 2**20 independent series; a tensor is broadcast with ``pos_BT``.
     """
-    h = (pos_BT.long() + 1) * 0x9E3779B1 + (stream % 2**20 + 1) * 0x85EBCA77
+    if isinstance(stream, Tensor):
+        stream = _no_index(stream)
+    h = (_no_index(pos_BT.long()) + 1) * 0x9E3779B1 + (stream % 2**20 + 1) * 0x85EBCA77
     for factor in (0x7FEB352D, 0x6C8E9CF5):
         h = ((h ^ (h >> 15)) & 0x7FFFFFFF) * factor
     # float32 holds 24 bits; half precision, in which the stream may be, would make ties
     return ((h ^ (h >> 16)) & 0xFFFFFF).float() / 2**24
+
+
+def _no_index(x: Tensor) -> Tensor:
+    """``x``, as a value for inductor, which calculates with what it takes for an index in 32 bits."""
+    return x ^ 0 if torch.compiler.is_compiling() else x
 
 
 def normal(pos_BT: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
