@@ -28,7 +28,7 @@ def uniform(pos_BT: Tensor, stream: int | Tensor) -> Tensor:
 
 
 def _no_index(x: Tensor) -> Tensor:
-    """``x``, as a value for inductor, which calculates with what it takes for an index in 32 bits."""
+    """``x``, so that inductor takes it for a value: it calculates with an index in 32 bits."""
     return x ^ 0 if torch.compiler.is_compiling() else x
 
 
