@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.inductor import KernelCount
+import archdsl
+from archdsl.lang.spec import Sizes
+from archdsl.model.cuda_graph_step import TokenStep
+from benchmarks.inductor import KernelCount, as_on_a_gpu
 from benchmarks.launches import GPU, META, Counter, OnGpu, autocast, of_step, total
+from tests.shipped import STRUCTURES
 from tests.test_benchmarks import by_hand
 
 SIZES = {"batch": 8, "tokens": 1024, "dim": 1024, "head": 64, "hidden": 2560}
@@ -90,3 +94,26 @@ def test_kernels_that_inductor_would_make_are_counted_forward_and_backward() -> 
     assert (count.fused, count.library) == (1, 1)
     found.sum().backward()
     assert (count.fused, count.library) == (2, 3)  # and the gradients of both factors
+
+
+@by_hand
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_triton_compiles_every_kernel_of_training_and_decoding_for_a_gpu(name: str) -> None:
+    """By hand: pip install triton, and a quarter of an hour."""
+    pytest.importorskip("triton")
+    spec = archdsl.load(name).resized(Sizes(64, 64, 257, 32, 1))
+    training, decoding = KernelCount(triton=True), KernelCount(triton=True)
+    model = archdsl.build(spec)
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=training)
+    x_BTD = torch.randn(2, 64, 64, requires_grad=True)
+    with as_on_a_gpu(), torch.autocast("cpu", torch.bfloat16):
+        model.hidden(x_BTD).sum().backward()
+    assert training.fused > 0
+    with torch.no_grad():
+        model = archdsl.build(spec).eval()
+        step = TokenStep(model, model.new_cache(), 2, compiled=True, backend=decoding)
+        step([1, 2])
+    assert decoding.fused > 0
