@@ -128,7 +128,7 @@ def _scores(
 def _fused_scores(
     logit_nV: Tensor, target_n: Tensor, weight_n: Tensor, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `_scores`, written so that a compiler makes a single kernel of it."""
+    """As `_scores`, of which inductor makes two kernels: one for the losses, one for the slopes."""
     log_p_nV = F.log_softmax(logit_nV, -1, dtype=weight_n.dtype)
     target_n1 = target_n.clamp(min=0).unsqueeze(1)
     nats_n = torch.where(target_n == IGNORE, 0, -log_p_nV.gather(1, target_n1).squeeze(1))
