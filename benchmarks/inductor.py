@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -39,10 +39,6 @@ class KernelCount:
     def __init__(self, triton: bool = False) -> None:
         self.fused = self.library = 0
         self.triton = triton
-        if triton:
-            from triton.runtime import driver
-
-            driver.set_active(Driver())
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> object:
         from torch._inductor.compile_fx import compile_fx
@@ -62,6 +58,7 @@ class KernelCount:
             mock.patch.object(GraphLowering, "save_output_code", codes.append),
             mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=lambda *_: None),
             mock.patch.object(AsyncCompile, "triton", compiled_for_a_gpu),
+            driver_of_a_gpu() if self.triton else nullcontext(),
         ):
             compile_fx_inner(graph, inputs, **more)
         self.fused += metrics.generated_kernel_count - before
@@ -80,6 +77,18 @@ class Driver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(*H100)
+
+
+@contextmanager
+def driver_of_a_gpu() -> Iterator[None]:
+    """Triton takes this machine for one with an H100."""
+    from triton.runtime import driver
+
+    driver.set_active(Driver())
+    try:
+        yield
+    finally:
+        driver.reset_active()
 
 
 def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") -> object:

@@ -16,7 +16,13 @@ from archdsl.search.analysis.compare_setup import (
     compare_setup,
     trained_as,
 )
-from archdsl.search.analysis.comparison import JobResult, Key, entries_of, run_trainings
+from archdsl.search.analysis.comparison import (
+    JobResult,
+    Key,
+    entries_of,
+    run_trainings,
+    stored_scores,
+)
 from archdsl.search.report.compare_report import CompareReport, write_report
 from archdsl.search.workers.pool import default_workers
 
@@ -84,7 +90,7 @@ def compare(
         StorageError: The database cannot be used.
     """
     lrs = [lr] if isinstance(lr, int | float) else list(lr or ())
-    first = lrs[0] if lrs else None
+    first = min(lrs, default=None)
     how = trained_as(
         proxy, data, tasks, tokens=tokens, context=context, batch_size=batch_size, lr=first
     )
@@ -126,8 +132,8 @@ def run_compare(
     missing = len(choosing) - len(tried)
     setup = setup if missing else setup.with_lr_results(tried)
     jobs = setup.jobs(seeds, folder / STORE)
-    results: dict[Key, JobResult] = {}
-    if not missing:
+    results: dict[Key, JobResult] = {} if missing else dict(stored_scores(jobs))
+    if not missing and not interrupted:
         left = None if seconds is None else seconds - (time.monotonic() - started)
         results, interrupted = run_trainings(jobs, left, workers, memory, tell, storage, name)
     report = CompareReport(

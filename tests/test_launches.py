@@ -112,8 +112,8 @@ def test_triton_compiles_every_kernel_of_training_and_decoding_for_a_gpu(name: s
     with as_on_a_gpu(), torch.autocast("cpu", torch.bfloat16):
         model.hidden(x_BTD).sum().backward()
     assert training.fused > 0
-    with torch.no_grad():
-        model = archdsl.build(spec).eval()
+    with as_on_a_gpu(), torch.no_grad():
+        model = archdsl.build(spec).eval().to(torch.bfloat16)
         step = TokenStep(model, model.new_cache(), 2, compiled=True, backend=decoding)
         step([1, 2])
     assert decoding.fused > 0

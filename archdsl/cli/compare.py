@@ -97,7 +97,8 @@ def compare(
         typer.Option(
             "--plan",
             help="Only train the first quarter with three seeds; say how many seeds tell how small "
-            "a difference, and what the comparison takes. It goes on from these trainings.",
+            "a difference, and what the comparison takes. With one learning rate it goes on from "
+            "these trainings.",
         ),
     ] = False,
     as_json: Json = False,
@@ -130,7 +131,7 @@ def compare(
     from archdsl.search.report.tables import saying
 
     lrs = lr or []
-    first = lrs[0] if lrs else None
+    first = min(lrs, default=None)
     how = trained_as(
         proxy, data, tasks or (), tokens=tokens, context=context, batch_size=batch_size, lr=first
     )

@@ -85,7 +85,7 @@ def compare_plan(
             steps = one.task.rungs[-1]
             train_flops += runs * one.step_flops * steps
             whole, done = _seconds(one.scores, steps), _spent(one.scores)
-            seconds_left += runs * whole - done
+            seconds_left += runs * whole - (0 if setup.lrs else done)  # of one rate, if of several
     first = next(iter(setup.proxy.tasks.values()))
     return ComparePlan(
         tasks,

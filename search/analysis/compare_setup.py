@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from archdsl.costs.receipt import sequence_cost
-from archdsl.errors import Problem, SpecError, blamed_on
+from archdsl.errors import ArchdslError, Problem, SpecError, blamed_on
 from archdsl.evaluation.evaluate import check_data_fits
 from archdsl.lang.load import Source, load
 from archdsl.lang.spec import ModelSpec
@@ -96,10 +96,16 @@ class CompareSetup:
         }
 
     def with_lr_results(self, results: Mapping[LrKey, JobResult]) -> CompareSetup:
-        """Return the setup with the results of all `lr_jobs`."""
+        """Return the setup with the results of all `lr_jobs`.
+
+        Raises ArchdslError if one of them failed, because a failure tells nothing of the rate.
+        """
         losses: dict[tuple[str, str], dict[float, float]] = {}
         for (name, task, lr), result in results.items():
-            loss = result.loss if isinstance(result, ProxyScore) else None
+            if not isinstance(result, ProxyScore):
+                what = f"{name} on {task} with learning rate {lr:g}"
+                raise ArchdslError(f"{what}: {result}; run the same command again to continue")
+            loss = result.loss
             losses.setdefault((name, task), {})[lr] = math.inf if loss is None else loss
         return replace(
             self, lr_losses={k: dict(sorted(tried.items())) for k, tried in losses.items()}

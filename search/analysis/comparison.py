@@ -122,7 +122,8 @@ def run_comparison(
 
     ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
     about twice a second with a sentence on the progress. ``shared``: the jobs in a database; those
-    that other processes have claimed are waited for, also when no further job may start.
+    that other processes have claimed are waited for. When no further job may start, only those are
+    that they do at that moment.
     """
     results: dict[K, JobResult] = dict(known_scores(jobs, shared))
     known, started = len(results), time.monotonic()
@@ -136,8 +137,18 @@ def run_comparison(
 
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
-    while running or (waiting and (may_go_on() or (shared and shared.at_work(waiting)))):
-        while waiting and len(running) < pool.workers and may_go_on():
+    last: list[K] | None = None  # of other processes, when no further job may start
+
+    def goes_on() -> bool:
+        nonlocal last
+        if last is None and may_go_on():
+            return True
+        asked = waiting if last is None else [key for key in last if key in waiting]
+        last = shared.at_work(asked) if shared else []
+        return bool(last)
+
+    while running or (waiting and goes_on()):
+        while waiting and last is None and len(running) < pool.workers and may_go_on():
             key = shared.claim(waiting) if shared else _free(waiting, jobs)
             if key is None:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,8 +141,12 @@ def lr_sentences(setup: CompareSetup) -> Iterator[str]:
     tried = ", ".join(f"{lr:g}" for lr in setup.lrs)
     for task in setup.proxy.tasks:
         got = {name: setup.lr(name, task) for name in setup.names}
-        edges = [n for n, lr in got.items() if lr in (setup.lrs[0], setup.lrs[-1])]
+        finite_losses = {n: any(map(math.isfinite, setup.lr_losses[n, task].values())) for n in got}
+        diverged = [name for name, found in finite_losses.items() if not found]
+        between = setup.lrs[1:-1] or setup.lrs  # of two rates, each is at an end
+        edges = [n for n, lr in got.items() if lr not in between and n not in diverged]
         wider = f"; {', '.join(edges)}: at the end of the range, so give a wider one" * bool(edges)
+        wider += f"; {', '.join(diverged)}: diverged with each" * bool(diverged)
         chosen = ", ".join(f"{name} {lr:g}" for name, lr in got.items())
         yield (
             f"{task}: {chosen}: of {tried} the one with the model's lowest held-out loss after a "
@@ -215,7 +220,8 @@ def planned(plan: ComparePlan) -> RenderableType:
         (
             "cost",
             f"{plan.trainings} trainings of {short(plan.train_flops)} FLOPs together; with "
-            f"{plan.workers} workers {left} are left; the comparison goes on from this forecast",
+            f"{plan.workers} workers {left} are left; a comparison with one learning rate goes on "
+            "from this forecast",
         ),
         *(("failed", failure) for failure in plan.failures),
     ]

@@ -48,7 +48,7 @@ class StudyRecord:
 
     @property
     def winner(self) -> int | None:
-        """The number of the trial that a search reported as its best; None if it has not ended."""
+        """The number of the trial that a search reported last as its best; None if it never did."""
         return self.storage.get_study_user_attrs(self.id).get(WINNER)
 
     def check(self, where: str) -> None:

@@ -76,12 +76,12 @@ class SharedJobs(Generic[K]):
         attempts = self._attempts()
         return next((key for key in keys if self._begin(key, attempts.get(self.jobs[key]))), None)
 
-    def at_work(self, keys: Iterable[K]) -> bool:
-        """Whether another process, which is alive, is doing one of the jobs."""
+    def at_work(self, keys: Iterable[K]) -> list[K]:
+        """Return which of the jobs another process, which is alive, is doing."""
         self.heartbeat.fail_stale(self.optuna)
         attempts = self._attempts()
-        found = (attempts.get(self.jobs[key]) for key in keys if key not in self.claimed)
-        return any(attempt and attempt.state == TrialState.RUNNING for attempt in found)
+        found = {key: attempts.get(self.jobs[key]) for key in keys if key not in self.claimed}
+        return [key for key, one in found.items() if one and one.state == TrialState.RUNNING]
 
     def _begin(self, key: K, attempt: FrozenTrial | None) -> bool:
         """Take the attempt, or a new one; return False if another process has it."""

@@ -85,6 +85,10 @@ def test_machines_share_the_trainings_by_a_database(
     assert "storage: must be the URL of a database" in " ".join(refused.err.split())
 
 
+def reversed_pairs(words: list[str]) -> list[str]:
+    return [word for i in range(len(words) - 2, -1, -2) for word in words[i : i + 2]]
+
+
 def test_models_are_compared_at_the_learning_rates_that_are_best_for_each(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, specs: list[str]
 ) -> None:
@@ -101,9 +105,14 @@ def test_models_are_compared_at_the_learning_rates_that_are_best_for_each(
         assert list(losses) == [1e-9, 0.001, 0.01]
         assert losses[found["chosen"]] == min(losses.values()) < losses[1e-9]
     train_at_most(monkeypatch, 0)
-    said = " ".join(cli(*common).out.split())
+    said = " ".join(cli(*common[:-6], *reversed_pairs(rates)).out.split())
     assert "of 1e-09, 0.001, 0.01 the one with the model's lowest held-out loss" in said
     assert "plain, deep: at the end of the range, so give a wider one" in said
+    ended = lambda jobs, *_: ({k: j.stored_score() for k, j in jobs.items()}, True)  # noqa: E731
+    with monkeypatch.context() as patch:  # Ctrl-C when all rates are known
+        patch.setattr("archdsl.search.compare.run_trainings", ended)
+        again = cli(*common, "--json")
+        assert (again.status, again.json["missing"], again.json["interrupted"]) == (130, 0, True)
     train_at_most(monkeypatch, 6)
     assert cli(*common, "--plan", "--json").json["trainings"] == 2 * (3 + 1)
 

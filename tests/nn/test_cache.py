@@ -83,13 +83,13 @@ def test_entries_of_selected_tokens_only_take_the_memory_of_these_tokens() -> No
     }
 
 
-@torch.inference_mode()
 def test_a_copy_of_a_stream_computes_anew() -> None:
     stream = Stream()
     assert stream.once("key", lambda: 1) == stream.once("key", lambda: 2) == 1
     assert replace(stream, past=3).once("key", lambda: 2) == 2
 
 
+@torch.inference_mode()
 def test_shared_keys_and_values_are_stored_once() -> None:
     own, shared = built(LAYER), built(LOOP | {"router": None, "kv": "shared"})
     caches = [Cache(T), Cache(T)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from archdsl.costs.receipt import sequence_cost
+from archdsl.errors import ArchdslError
 from archdsl.lang.spec import BlockSpec
 from archdsl.search.analysis.compare_results import (
     Estimate,
@@ -21,6 +22,7 @@ from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, t
 from archdsl.search.analysis.comparison import ComparisonEntry, entries_of
 from archdsl.search.stats.paired import paired, seeds_to_tell, t_quantile, told_by
 from archdsl.search.trials.proxy import Proxy, ProxyScore
+from archdsl.search.workers.pool import JobFailed
 from tests.cli.command import SKILL
 
 HOW = trained_as("dim=16,head_size=8,repeat=2", SKILL, (), tokens=512, context=8, batch_size=4)
@@ -95,6 +97,11 @@ def test_each_model_gets_the_learning_rate_of_its_lowest_loss() -> None:
         ("loop-162m", 0.001),  # all diverged: the lowest
     }
     assert {job.seed for job in found.values()} == {1, 2}
+    failed = JobFailed("out of memory", "killed")  # tells nothing of the rate
+    with pytest.raises(
+        ArchdslError, match="with learning rate 0.001: out of memory".replace(".", r"\.")
+    ):
+        tried.with_lr_results(results | {("loop-162m", "data", 0.001): failed})
     one = setup("transformer", "loop", lrs=(0.01,))
     assert not one.lr_jobs(Path())
     assert one.digest == setup("transformer", "loop").digest != tried.digest
