@@ -113,6 +113,18 @@ def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") 
     return mock.Mock()
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Layers of the CPU compute by the ways that are chosen on a GPU."""
+    modules = "archdsl.blocks.modules"
+    with (
+        mock.patch(f"{modules}.router.prefix_rank", partial(prefix_rank, sorts=False)),
+        # attention at all places, whatever the share
+        mock.patch(f"{modules}.attention.MOST", -1.0),
+    ):
+        yield
+
+
 def kernels_of_pass(
     sizes: Mapping[str, int], kv: str, router: str | None, triton: bool = False
 ) -> dict[str, int]:
@@ -120,28 +132,6 @@ def kernels_of_pass(
 
     Under autocast to bfloat16. ``triton``: whether for a GPU. ``sizes`` and the others: `looped`.
     """
-    if triton:
-        with as_on_a_gpu():
-            return _kernels_of_pass(sizes, kv, router, True)
-    return _kernels_of_pass(sizes, kv, router, False)
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Layers of the CPU compute by the ways that are chosen on a GPU."""
-    modules = "archdsl.blocks.modules"
-    with (
-        mock.patch(f"{modules}.router.prefix_rank", partial(prefix_rank, sorts=False)),
-        mock.patch(
-            f"{modules}.attention.MOST", -1.0
-        ),  # attention at all places, whatever the share
-    ):
-        yield
-
-
-def _kernels_of_pass(
-    sizes: Mapping[str, int], kv: str, router: str | None, triton: bool
-) -> dict[str, int]:
     counts = []
     for steps in (3, 2):
         torch.compiler.reset()
@@ -150,7 +140,8 @@ def _kernels_of_pass(
         for layer in model.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=count)
         x_BTD = torch.randn(sizes["batch"], spec.context, spec.dim, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        way = as_on_a_gpu() if triton else nullcontext()
+        with way, torch.autocast("cpu", torch.bfloat16):
             y_BTD = model.hidden(x_BTD)
         losses = [one for one in model.trace.losses.values() if one.requires_grad]
         torch.autograd.backward([y_BTD.sum(), *losses])
