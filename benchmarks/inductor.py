@@ -22,7 +22,10 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from archdsl.blocks.modules.router import prefix_rank
 from archdsl.model.build import build
@@ -84,11 +87,9 @@ def driver_of_a_gpu() -> Iterator[None]:
     """Triton takes this machine for one with an H100."""
     from triton.runtime import driver
 
-    driver.set_active(Driver())
-    try:
+    # `reset_active` would look for a GPU
+    with mock.patch.object(driver, "_active", Driver()):
         yield
-    finally:
-        driver.reset_active()
 
 
 def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") -> object:
@@ -116,13 +117,61 @@ def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Layers of the CPU compute by the ways that are chosen on a GPU."""
-    modules = "archdsl.blocks.modules"
+    ranks = partial(prefix_rank, sorts=False)
     with (
-        mock.patch(f"{modules}.router.prefix_rank", partial(prefix_rank, sorts=False)),
-        # attention at all places, whatever the share
-        mock.patch(f"{modules}.attention.MOST", -1.0),
+        mock.patch("archdsl.blocks.modules.router.prefix_rank", ranks),
+        mock.patch("archdsl.blocks.modules.attention.blocks_are_possible", return_value=True),
+        mock.patch.object(flex_attention, "flex_attention", _as_a_library),
     ):
         yield
+
+
+@torch.library.custom_op("archdsl_benchmarks::selected", mutates_args=())
+def _selected(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """Attention by blocks as one call of a library; the mask is left out."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).contiguous()
+
+
+@torch.library.custom_op("archdsl_benchmarks::selected_backward", mutates_args=())
+def _selected_backward(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, which are of no use."""
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+@_selected.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_selected_backward.register_fake
+def _(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, list[Tensor]], output: Tensor) -> None:
+    q, k, v, blocks = inputs
+    ctx.save_for_backward(q, k, v, *blocks)
+
+
+def _gradients(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, list[None]]:
+    q, k, v, *blocks = ctx.saved_tensors
+    return *_selected_backward(slope, q, k, v, blocks), [None] * len(blocks)
+
+
+_selected.register_autograd(_gradients, setup_context=_save)
+
+
+def _as_a_library(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bool
+) -> Tensor:
+    lists = [
+        one for name, one in vars(block_mask).items() if name.endswith(("_blocks", "_indices"))
+    ]
+    return cast(Tensor, _selected(q, k, v, lists))
 
 
 def kernels_of_pass(

@@ -11,8 +11,8 @@ takes all passes. The differences are a routed step and a full pass, forward and
 
 Nothing is computed: tensors are on the meta device, and a mode answers that they are on a CUDA
 device, casts as autocast does there, and counts attention and RMSNorm as the single kernels that
-they are there. ``--compiled`` also counts the kernels that inductor makes of the compiled loop on
-the CPU, which fuses by the same rules as on a GPU, and the calls of libraries.
+they are there. Attention of selected tokens to shared keys, which is compiled there, counts as the
+kernels that inductor makes of it.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from math import prod
 from types import FrameType
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from torch.utils.flop_counter import flop_registry
 
 from archdsl.lang.spec import ModelSpec
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn import selected_attention
 from benchmarks.measure import arguments, bar, record
 
 ROUTERS = ("top_k", "threshold", "predictor", "prefix", "random")
@@ -259,6 +261,38 @@ def _attention(
     return cast(Tensor, y)
 
 
+class _Selected(torch.autograd.Function):
+    """`selected_attention` as inductor compiles it; nothing is computed.
+
+    Six kernels make the lists of blocks, and one attends. Its FLOPs are those of the full square,
+    as everywhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, counter: Counter, q: Tensor, k: Tensor, v: Tensor, place: Tensor
+    ) -> Tensor:
+        ctx.counter, ctx.shapes = counter, (q, k, v)
+        B, H, T, E = q.shape
+        rows = 4 * B * H * T  # of the sums of the softmax
+        for _ in range(6):
+            counter.add("lists of blocks", size(place))
+        flops = 4 * B * H * T * k.size(2) * E
+        counter.add("selected_attention", 2 * size(q) + size(k) + size(v) + rows, flops)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.shapes
+        B, H, T, E = q.shape
+        rows = 4 * B * H * T
+        ctx.counter.add("selected_attention_backward", 2 * size(q) + rows)  # output by its slope
+        moved = 3 * size(q) + 2 * size(k) + 2 * size(v) + 2 * rows
+        flops = 10 * B * H * T * k.size(2) * E
+        ctx.counter.add("selected_attention_backward", moved, flops)
+        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
 class _FusedNorm(torch.autograd.Function):
     """RMSNorm as one kernel forward and one backward; nothing is computed."""
 
@@ -274,6 +308,17 @@ class _FusedNorm(torch.autograd.Function):
         x, weight = ctx.shapes
         ctx.counter.add("rms_norm_backward", 3 * size(x) + 2 * size(weight))
         return None, x, weight
+
+
+@contextmanager
+def selected_as_counted(counter: Counter) -> Iterator[None]:
+    """Attention of selected tokens is counted, and not compiled."""
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, place: Tensor, grouped: bool) -> object:
+        return _Selected.apply(counter, q, k, v, place)  # type: ignore[no-untyped-call]
+
+    with mock.patch.object(selected_attention, "_compiled", return_value=counted):
+        yield
 
 
 @contextmanager
@@ -318,7 +363,7 @@ def of_model(spec: ModelSpec, batch: int) -> Counts:
         model = LanguageModel(spec).train()
     x_BTD = torch.empty(batch, spec.context, spec.dim, device=META, requires_grad=True)
     counter = Counter()
-    with autocast(), counter, OnGpu(counter):
+    with selected_as_counted(counter), autocast(), counter, OnGpu(counter):
         y_BTD = model.hidden(x_BTD)
         losses = sum(model.trace.losses.values(), start=y_BTD.new_zeros(()))
         ends = [y_BTD, losses] if losses.requires_grad else [y_BTD]

@@ -5,7 +5,7 @@ Shapes: B batch, T queries, S keys, D width, H query heads, G key/value heads, E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from archdsl.blocks.norm import EPS
 from archdsl.nn.block import Block, Context, KeysValues, into_stream_, rotate
 from archdsl.nn.cache import Kept, column
 from archdsl.nn.norm import make_norm
+from archdsl.nn.selected_attention import attend_by_blocks, blocks_are_possible
 
 if TYPE_CHECKING:
     from archdsl.blocks.attention import AttentionSpec
@@ -168,8 +169,8 @@ class Attention(Block):
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
         if order_BT is None and same_past and self.window is None and kv.order_BS is None:
             return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
-        if order_BT is not None and self._are_most(q_BHTE, kv, ctx):
-            return self._among_all(q_BHTE, kv, order_BT)
+        if order_BT is not None and (attend := self._without_mask(q_BHTE, kv, ctx)):
+            return attend(q_BHTE, kv, order_BT)
         asking_BT = stream.order(q_BHTE[:, 0]) if order_BT is None else order_BT
         pos_BT = asking_BT if ctx.pos_BT is None else ctx.pos_BT
         if stream.static and self.window is None and kv.order_BS is None:
@@ -185,13 +186,21 @@ class Attention(Block):
             y.append(self._scaled(q_BHTE[:, :, part], k_BGSE, v_BGSE, bias))
         return torch.cat(y, 2) if len(y) > 1 else y[0]
 
-    def _are_most(self, q_BHTE: Tensor, kv: KeysValues, ctx: Context) -> bool:
-        """Whether attention at all places is faster than a mask, as it always is on a GPU."""
+    def _without_mask(
+        self, q_BHTE: Tensor, kv: KeysValues, ctx: Context
+    ) -> Callable[[Tensor, KeysValues, Tensor], Tensor] | None:
+        """How selected tokens attend faster than under a mask of all queries and keys, if so."""
         # not with a cache: places of padding could lie beyond the keys
-        plain = self.window is None and ctx.cache is None and kv.order_BS is None
-        many = q_BHTE.device.type not in ("cpu", "meta")
-        many = many or q_BHTE.size(2) > MOST * kv.k_BGSE.size(2)
-        return plain and many
+        if self.window is not None or ctx.cache is not None or kv.order_BS is not None:
+            return None
+        if q_BHTE.size(2) > MOST * kv.k_BGSE.size(2):
+            return self._among_all
+        if blocks_are_possible(q_BHTE):
+            return self._by_blocks
+        return None if q_BHTE.device.type in ("cpu", "meta") else self._among_all
+
+    def _by_blocks(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
+        return attend_by_blocks(q_BHTE, kv.k_BGSE, kv.v_BGSE, order_BT, self.grouped)
 
     def _among_all(self, q_BHTE: Tensor, kv: KeysValues, order_BT: Tensor) -> Tensor:
         """Plain causal attention with each query at its place, and zeros at the other places."""
