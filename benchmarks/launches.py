@@ -317,7 +317,10 @@ def selected_as_counted(counter: Counter) -> Iterator[None]:
     def counted(q: Tensor, k: Tensor, v: Tensor, place: Tensor, grouped: bool) -> object:
         return _Selected.apply(counter, q, k, v, place)  # type: ignore[no-untyped-call]
 
-    with mock.patch.object(selected_attention, "_compiled", return_value=counted):
+    with (
+        mock.patch.object(selected_attention, "TRITON", True),
+        mock.patch.object(selected_attention, "_compiled", return_value=counted),
+    ):
         yield
 
 

@@ -69,6 +69,14 @@ Stop = Annotated[
         help="Stop where this text would begin, and do not print it. May be repeated.",
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the decoding step first. This takes up to two minutes, so it is for long "
+        "texts and for many prompts.",
+    ),
+]
 MapFile = Annotated[
     Path | None,
     typer.Option(
@@ -97,6 +105,7 @@ def generate(
     capacity: Capacity = None,
     steps: Steps = None,
     leave: Exit = None,
+    compiled: Compile = False,
     map_file: MapFile = None,
     as_json: Json = False,
 ) -> None:
@@ -126,6 +135,7 @@ def generate(
         tokenizer=tokenizer,
         stop=stop or (),
         batch_size=batch_size,
+        compiled=compiled,
     )
     if file is None:
         _print_stream(done[0], prompts[0], as_json)
@@ -226,7 +236,7 @@ def _loaded(path: Path) -> tuple[Checkpoint, Tokenizer]:
 
 
 def _speed_figures(runs: Sequence[GenerationRun]) -> dict[str, Any]:
-    return {
+    return {"preparation_s": sum(run.preparation for run in runs)} | {
         name: {
             "tokens": pace.tokens,
             "tokens_per_s": pace.tokens_per_s,
@@ -251,6 +261,8 @@ def _lines(runs: Sequence[GenerationRun]) -> Iterator[str]:
     """The figures for a reader, one line each."""
     paces, rows = _summed(runs), [row for run in runs for row in run.rows]
     yield f"prompt: {paces['prefill'].tokens:,} tokens{_speed(paces['prefill'])}"
+    if seconds := sum(run.preparation for run in runs):
+        yield f"preparing the decoding step: {seconds:.1f} s"
     yield f"text: {sum(len(row.tokens) for row in rows):,} tokens{_speed(paces['decode'])}"
     counts = Counter(_end(run, row) for run in runs for row in run.rows)
     for end, count in counts.most_common():

@@ -23,6 +23,7 @@ from archdsl.generation.sampling_config import Sampling
 from archdsl.model.build import require_model
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
+from archdsl.nn.devices import require_compiler
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -122,6 +123,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),
     batch_size: int | None = None,
+    compiled: bool = False,
 ) -> list[Generation]:
     """Continue each of the prompts, which are texts or lists of tokens.
 
@@ -130,6 +132,8 @@ def generate(
     generation; the first stands for an empty prompt if no token begins texts.
     ``stop``: strings that end a generation; they are not part of the text.
     ``batch_size``: prompts that are continued together; default: all.
+    ``compiled``: whether the decoding step is compiled. Batches of the same size share what is
+    compiled.
 
     Returns one `Generation` per prompt, in order. On a CPU, decoding is faster after
     ``model.for_decoding()``. Raises GenerateError, before any computation, if the prompts or the
@@ -142,7 +146,13 @@ def generate(
     (125, 'context')
     """
     batches = generation_runs(
-        model, prompts, sampling, tokenizer=tokenizer, stop=stop, batch_size=batch_size
+        model,
+        prompts,
+        sampling,
+        tokenizer=tokenizer,
+        stop=stop,
+        batch_size=batch_size,
+        compiled=compiled,
     )
     for run in batches:
         for _ in run:
@@ -158,18 +168,22 @@ def generation_runs(
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),
     batch_size: int | None = None,
+    compiled: bool = False,
 ) -> list[GenerationRun]:
     """Return one `GenerationRun` per batch of prompts, to read the tokens while they are made.
 
     The parameters are those of `generate`. Raises GenerateError if the prompts or the tokenizer do
-    not fit the model.
+    not fit the model, and ArchdslError if it cannot be compiled.
     """
     require_model(model)
     tokens = _tokenized(prompts, tokenizer)
     _check(model, tokens, tokenizer, stop)
+    if compiled:
+        require_compiler(model.embedding.weight.device)
     size = batch_size or len(tokens)
+    sampling = sampling or Sampling()
     return [
-        GenerationRun(model, tokens[i : i + size], sampling or Sampling(), tokenizer, stop)
+        GenerationRun(model, tokens[i : i + size], sampling, tokenizer, stop, compiled)
         for i in range(0, len(tokens), size)
     ]
 
@@ -179,6 +193,7 @@ class GenerationRun:
 
     ``rows``: the results, one per prompt, which grow during the iteration.
     ``prefill`` and ``decode``: the throughput of reading the prompts and the new tokens.
+    ``preparation``: the seconds in which the decoding step was captured or compiled.
     """
 
     def __init__(
@@ -188,8 +203,9 @@ class GenerationRun:
         sampling: Sampling,
         tokenizer: Tokenizer | None,
         stop: Sequence[str],
+        compiled: bool,
     ) -> None:
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.compiled = model, sampling, compiled
         self.rows = [Generation(tokens) for tokens in prompts]
         self.ends = frozenset(ends_of(tokenizer)) if tokenizer else frozenset()
         self.texts = [
@@ -197,6 +213,7 @@ class GenerationRun:
             for p in prompts
         ]
         self.prefill, self.decode = Throughput(), Throughput()
+        self.preparation = 0.0
 
     def __iter__(self) -> Iterator[GeneratedToken]:
         """Generate the tokens step by step. Raises GenerateError if logits are not finite."""
@@ -204,7 +221,7 @@ class GenerationRun:
         random = generators(self.sampling, len(live))
         cache = self.model.new_cache(self._longest())
         logits_BV = self._read_prompts(cache)
-        fixed, step = logits_BV.device.type in FIXED_SHAPE_DEVICES, None
+        fixed, step = self.compiled or logits_BV.device.type in FIXED_SHAPE_DEVICES, None
         throughput = self.prefill
         while live:
             with _timed(throughput):
@@ -254,8 +271,11 @@ class GenerationRun:
         return logits_BV
 
     def _fixed_shape_step(self, cache: Cache) -> TokenStep:
-        with _timed(self.decode), _inference(self.model):
-            return TokenStep(self.model, cache, len(self.rows))
+        began = time.perf_counter()
+        with _inference(self.model):
+            step = TokenStep(self.model, cache, len(self.rows), self.compiled)
+        self.preparation += time.perf_counter() - began
+        return step
 
     def _step(self, step: TokenStep, tokens: dict[int, int]) -> Tensor:
         """Return the logits after a token of each live row, [B, V].

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from archdsl.costs.activations import logits_at_once
 from archdsl.data.types import IGNORE
+from archdsl.nn.devices import TRITON
 from archdsl.nn.precision import autocast_dtype
 
 
@@ -140,8 +140,7 @@ def _fused_scores(
 
 @cache
 def _scores_on(device: str) -> Scores:
-    # Triton is not part of every build of torch, for example not on Windows
-    if device in ("cpu", "mps", "meta") or find_spec("triton") is None:
+    if device in ("cpu", "mps", "meta") or not TRITON:
         return _scores
     compiled = torch.compile(_fused_scores)
 

@@ -5,7 +5,11 @@ An accelerator is what `torch.accelerator` finds: cuda, xpu or mps. A machine ha
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,6 +18,8 @@ from archdsl.errors import ArchdslError
 
 HOSTS = ("cpu", "meta")  # their random numbers are those of the CPU
 BFLOAT16 = ("cuda", "xpu")  # which compute faster in it
+# what torch compiles for cuda and xpu with; not part of every build, for example not on Windows
+TRITON = find_spec("triton") is not None
 
 
 def best_device() -> torch.device:
@@ -40,6 +46,19 @@ def device_named(name: str) -> torch.device:
     if name not in (there := available_devices()):
         raise ArchdslError(f"device: {name}: is not available; use {' or '.join(there)}")
     return torch.device(name)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ArchdslError if torch can compile nothing for ``device``."""
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            raise ArchdslError(
+                f"compile: needs a C++ compiler, and {compiler} is not installed; install it, name "
+                "another in the environment variable CXX, or do not compile"
+            )
+    elif device.type in BFLOAT16 and not TRITON:
+        raise ArchdslError("compile: needs Triton; pip install triton, or do not compile")
 
 
 def seed_torch(seed: int, device: torch.device) -> None:

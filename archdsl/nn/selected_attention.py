@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from archdsl.nn.devices import TRITON
 from archdsl.nn.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ HEAD_SIZES = range(16, 257)  # that its kernels have room for
 
 
 def blocks_are_possible(q_BHTE: Tensor) -> bool:
-    """Whether these queries can be computed by blocks: on CUDA, in half precision, as training is,
-    and not so few of them that torch takes a kernel for decoding."""
+    """Whether these queries can be computed by blocks: on CUDA with Triton, in half precision, as
+    training is, and not so few of them that torch takes a kernel for decoding."""
     dtype = autocast_dtype(q_BHTE.device) or q_BHTE.dtype
     half = dtype in (torch.bfloat16, torch.float16)
     fits = q_BHTE.size(2) >= BLOCK and q_BHTE.size(3) in HEAD_SIZES
-    return q_BHTE.device.type == "cuda" and half and fits
+    return TRITON and q_BHTE.device.type == "cuda" and half and fits
 
 
 def attend_by_blocks(

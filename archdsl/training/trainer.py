@@ -39,7 +39,13 @@ from archdsl.model.checkpoint import (
     stored_state,
 )
 from archdsl.model.language_model import LanguageModel
-from archdsl.nn.devices import BFLOAT16, device_named, random_state_kept, seed_torch
+from archdsl.nn.devices import (
+    BFLOAT16,
+    device_named,
+    random_state_kept,
+    require_compiler,
+    seed_torch,
+)
 from archdsl.nn.ranks import Ranks, local, whole
 from archdsl.training.config import TrainConfig, usual_warmup
 from archdsl.training.depth import at_depth, losses_of_steps
@@ -151,6 +157,8 @@ class Trainer:
         self.diverging_steps = 0  # steps in a row with a far too high loss
         model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
+            with blamed_on("compile"):
+                require_compiler(self.device)
             depths = len(set(model.spec.training_depths))
             if config.loss_per_step and model.loops:
                 depths += len(model.loops[-1].passes)

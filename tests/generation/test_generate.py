@@ -6,6 +6,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from torch._dynamo.utils import counters
 
 import archdsl
 from archdsl.data.tokenizers import byte_level, train_bpe
@@ -21,6 +23,7 @@ from archdsl.generation.generate import GenerateError, Generation, generation_ru
 from archdsl.generation.sampling import probabilities
 from archdsl.generation.sampling_config import Sampling
 from archdsl.model.checkpoint import WEIGHTS, save_checkpoint
+from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
 
 BYTES = byte_level()
@@ -216,6 +219,28 @@ def test_at_fixed_shapes_as_on_cuda_all_is_the_same(
     assert found[0][:2] == found[1][:2]
     assert found[0][2] == pytest.approx(found[1][2])
     assert found[0][3] == found[1][3]
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler may warn
+def test_a_compiled_step_generates_the_same_and_serves_all_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny(f"{ROUTER}=prefix")
+    prompts, sampling = [[i, *[7] * (i % 5)] for i in range(6)], Sampling(seed=1)
+    want = archdsl.generate(model, prompts, sampling, tokenizer=BYTES, batch_size=2)
+    step = partial(TokenStep, backend="aot_eager")
+    monkeypatch.setattr(generate_module, "TokenStep", step)
+    compiled = counters["stats"]["unique_graphs"]
+    runs = generation_runs(model, prompts, sampling, tokenizer=BYTES, batch_size=2, compiled=True)
+    found = []
+    for run in runs:
+        list(run)
+        found.append(counters["stats"]["unique_graphs"] - compiled)
+    assert [row for run in runs for row in run.rows] == want
+    assert found[0] > 0
+    assert found == found[:1] * 3
+    assert all(run.preparation > 0 for run in runs)
+    torch.compiler.reset()
 
 
 def test_pieces_are_the_text_as_it_comes() -> None:

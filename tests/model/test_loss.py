@@ -156,8 +156,8 @@ def test_scores_are_compiled_only_where_triton_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    for triton in (None, object()):
-        monkeypatch.setattr(loss, "find_spec", lambda name, found=triton: found)
+    for triton in (False, True):
+        monkeypatch.setattr(loss, "TRITON", triton)
         for device in ("cuda", "xpu"):
-            assert (loss._scores_on.__wrapped__(device) is _scores) == (triton is None)
+            assert (loss._scores_on.__wrapped__(device) is _scores) == (not triton)
         assert loss._scores_on.__wrapped__("mps") is _scores

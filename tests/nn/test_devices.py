@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,17 +11,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import archdsl
 from archdsl.blocks.modules.router import budgets
 from archdsl.cli import eval as eval_command
 from archdsl.errors import ArchdslError
 from archdsl.generation.sampling import probabilities
 from archdsl.generation.sampling_config import Sampling
 from archdsl.model import checkpoint
+from archdsl.nn import devices
 from archdsl.nn.devices import (
     available_devices,
     best_device,
     device_named,
     random_state_kept,
+    require_compiler,
     seed_torch,
 )
 from archdsl.training.config import TrainConfig
@@ -92,6 +97,21 @@ def test_random_state_is_restored_also_that_of_the_device(monkeypatch: pytest.Mo
         state.append(state[0] + 1)
     assert torch.equal(torch.get_rng_state(), before)
     assert state[-1] is state[0]
+
+
+def test_compiling_asks_for_a_compiler_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "nobody++")
+    with pytest.raises(ArchdslError, match="nobody\\+\\+ is not installed"):
+        require_compiler(CPU)
+    model = archdsl.build(archdsl.load("tiny"))
+    with pytest.raises(ArchdslError, match="needs a C\\+\\+ compiler"):
+        archdsl.generate(model, [[1]], compiled=True)
+    monkeypatch.setenv("CXX", sys.executable)
+    require_compiler(CPU)
+    for triton in (False, True):
+        monkeypatch.setattr(devices, "TRITON", triton)
+        with nullcontext() if triton else pytest.raises(ArchdslError, match="needs Triton"):
+            require_compiler(torch.device("cuda"))
 
 
 def test_a_device_without_float64_computes_it_on_the_cpu() -> None:
