@@ -162,7 +162,7 @@ def gaps(
     def values(name: str) -> list[float]:
         scores = found[name]["scores"]
         if figure == "accuracy":
-            return [-score["accuracy"] for score in scores]
+            return [math.inf if s["accuracy"] is None else -s["accuracy"] for s in scores]
         hidden = [score["leak"] if scored == "with sight" else 0.0 for score in scores]
         losses = [math.inf if s["loss"] is None else s["loss"] for s in scores]
         return [loss - leak for loss, leak in zip(losses, hidden, strict=True)]
@@ -246,7 +246,7 @@ def _table_of_models(result: dict[str, Any]) -> Iterator[str]:
         cells = [name, short(text["params"]), short(text["flops"])]
         for task in tasks:
             one = result["tasks"][task]["models"][name]
-            cells.append(_estimate(one["loss" if task == "text" else "accuracy"], task == "text"))
+            cells.append(_quality(one, "loss" if task == "text" else "accuracy"))
         cells.append(_share(text, result["tasks"]["text"]["complete"]))
         yield f"| {' | '.join(cells)} |"
     yield (
@@ -256,6 +256,13 @@ def _table_of_models(result: dict[str, Any]) -> Iterator[str]:
         "future, as the paper scores it, its loss is "
         f"{_leak(result)} nats lower.\n"
     )
+
+
+def _quality(one: dict[str, Any], figure: str) -> str:
+    diverged = sum(score["loss"] is None for score in one["scores"])
+    if diverged:
+        return f"{diverged} of {len(one['scores'])} diverged"
+    return _estimate(one[figure], figure == "loss")
 
 
 def _estimate(found: dict[str, float | None], is_loss: bool) -> str:
@@ -305,6 +312,8 @@ def _table_of_claims(result: dict[str, Any], title: str, claims: Sequence[Claim]
 
 
 def _points(gap: Difference) -> str:
+    if not math.isfinite(gap.mean):
+        return "diverged"
     width = f" ± {100 * gap.half_width:.1f}" if math.isfinite(gap.half_width) else ""
     return f"{100 * gap.mean:+.1f}{width}"
 

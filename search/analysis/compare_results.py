@@ -139,7 +139,12 @@ class TaskResult:
     def data_share(self) -> DataShare:
         """When the model had the final loss of the reference, seed by seed."""
         pairs = zip(self.scores, self.reference, strict=True)
-        shares = [_share(own.held_out, other.held_out) for own, other in pairs]
+        shares = [
+            _share(own.held_out, other.held_out)
+            if own.loss is not None and other.loss is not None  # else the last loss is not final
+            else None
+            for own, other in pairs
+        ]
         known = [share for share in shares if share is not None]
         return DataShare(Estimate.of(known) if known else None, len(known), len(shares))
 

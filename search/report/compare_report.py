@@ -319,12 +319,15 @@ def draw(report: CompareReport) -> None:
 def _draw_task(axes: Axes, by_model: dict[str, TaskResult], per_step: Any) -> None:
     """Draw a line through the means over seeds, and the range of the seeds around it."""
     for name, found in by_model.items():
-        columns = list(zip(*(score.held_out for score in found.scores), strict=True))
+        # a training that diverged has fewer points
+        columns = list(zip(*(score.held_out for score in found.scores), strict=False))
         if not columns:
             continue
         x = [points[0][0] * per_step(found) for points in columns]
         losses = [[loss for _, loss in points] for points in columns]
-        axes.plot(x, [fmean(some) for some in losses], label=name)
+        diverged = sum(score.loss is None for score in found.scores)
+        said = f" ({diverged} of {len(found.scores)} diverged)" if diverged else ""
+        axes.plot(x, [fmean(some) for some in losses], label=name + said)
         axes.fill_between(
             x, [min(some) for some in losses], [max(some) for some in losses], alpha=0.2
         )

@@ -20,6 +20,7 @@ from archdsl.search.analysis.compare_results import (
 )
 from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, trained_as
 from archdsl.search.analysis.comparison import ComparisonEntry, entries_of
+from archdsl.search.report.compare_report import PICTURE, CompareReport, draw
 from archdsl.search.stats.paired import paired, seeds_to_tell, t_quantile, told_by
 from archdsl.search.trials.proxy import Proxy, ProxyScore
 from archdsl.search.workers.pool import JobFailed
@@ -161,6 +162,25 @@ def test_a_diverged_training_is_neither_better_nor_worse() -> None:
     assert "a training diverged" in sentences(what, made)["loop-162m"]
     (by_model,) = task_results(what, made).values()
     assert math.isinf(by_model["loop-162m"].loss.mean)
+
+
+def test_curves_of_diverged_trainings_end_early_and_say_nothing_of_the_data_saved(
+    tmp_path: Path,
+) -> None:
+    what = setup("transformer", "loop")
+    made = entries(what, {"transformer-162m": [None, 1.0], "loop-162m": [0.5, 0.5]})
+    whole, early = [(3, 2.0), (6, 1.5), (9, 1.2), (12, 1.0)], [(3, 2.0), (6, 1.9)]
+    for entry in made:
+        for scores in entry.scores.values():
+            scores[:] = [
+                score.model_copy(update={"held_out": early if score.loss is None else whole})
+                for score in scores
+            ]
+    (by_model,) = task_results(what, made).values()
+    share = by_model["loop-162m"].data_share
+    assert (share.reached, share.seeds) == (1, 2)
+    draw(CompareReport(tmp_path, what, made, seeds=2, missing=0, interrupted=False))
+    assert (tmp_path / PICTURE).stat().st_size > 1000
 
 
 def test_an_estimate_of_one_seed_has_no_interval() -> None:
