@@ -384,6 +384,14 @@ def trained(what: CompareSetup, given: argparse.Namespace, task: str) -> dict[st
     }
 
 
+def versions() -> dict[str, str]:
+    return {
+        "archdsl": archdsl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -411,11 +419,7 @@ def main() -> None:
         store = given.store / given.size / "text" / STORE
         dialled = elastic(setups["text"], store, found["text"]["complete"])
     result = {
-        "versions": {
-            "archdsl": archdsl.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "seeds": given.seeds,
         "specs": {name: spec.to_yaml() for name, spec in models(given.size).items()},
         "tasks": tasks,
