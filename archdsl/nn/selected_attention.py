@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
+COMPILATIONS = 256  # in a process: heads, head sizes, data types, with gradients and without
 HEAD_SIZES = range(16, 257)  # that its kernels have room for
 
 
@@ -63,6 +64,9 @@ def _by_blocks(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    # a process may train many models; sizes that change become dynamic after a few compilations
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
     return torch.compile(_by_blocks, fullgraph=True)
 
 

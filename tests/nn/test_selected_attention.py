@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,16 @@ def shared_keys(router: str) -> ModelSpec:
     loop |= {"router": {"kind": router, "capacity": 0.5}}
     sizes = {"name": "shared", "vocab_size": 50, "context": 64, "dim": 16}
     return ModelSpec.model_validate({**sizes, "blocks": [layer, loop]})
+
+
+def test_a_process_may_train_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    selected_attention._compiled.cache_clear()
+    torch.manual_seed(0)
+    for heads in range(1, 13):
+        q, k, v = (torch.randn(1, heads, n, 4) for n in (5, 9, 9))
+        attend_by_blocks(q, k, v, places([5], 5, 9), grouped=False)
+    selected_attention._compiled.cache_clear()
 
 
 @pytest.mark.slow
