@@ -169,8 +169,10 @@ class Attention(Block):
         same_past = stream.begins or (isinstance(stream.past, int) and T == 1)
         if order_BT is None and same_past and self.window is None and kv.order_BS is None:
             return self._scaled(q_BHTE, kv.k_BGSE, kv.v_BGSE, None, causal=T > 1)
-        if order_BT is not None and (attend := self._without_mask(q_BHTE, kv, ctx)):
-            return attend(q_BHTE, kv, order_BT)
+        if order_BT is not None:
+            attend = self._without_mask(q_BHTE, kv, ctx)
+            if attend is not None:  # the compiler of torch 2.11 knows no truth of a method
+                return attend(q_BHTE, kv, order_BT)
         asking_BT = stream.order(q_BHTE[:, 0]) if order_BT is None else order_BT
         pos_BT = asking_BT if ctx.pos_BT is None else ctx.pos_BT
         if stream.static and self.window is None and kv.order_BS is None:

@@ -28,15 +28,21 @@ ROUTERS = ("top_k", "threshold", "prefix", "random", "predictor")
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler may warn
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_before() -> Iterator[None]:
+    selected_attention._compiled.cache_clear()
+    yield
+    selected_attention._compiled.cache_clear()
+    torch.compiler.reset()
+
+
 @pytest.fixture
-def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are taken on the CPU, too; flex_attention has a backward pass there that it forbids,
     which makes all scores and looks at the mask alone."""
     monkeypatch.setattr(attention, "blocks_are_possible", lambda _: True)
     monkeypatch.setattr(selected_attention, "_compiled", lambda: selected_attention._by_blocks)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    yield
-    torch.compiler.reset()
 
 
 def places(counts: list[int], T: int, S: int) -> Tensor:
@@ -149,12 +155,10 @@ def shared_keys(router: str) -> ModelSpec:
 
 def test_a_process_may_train_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    selected_attention._compiled.cache_clear()
     torch.manual_seed(0)
     for heads in range(1, 13):
         q, k, v = (torch.randn(1, heads, n, 4) for n in (5, 9, 9))
         attend_by_blocks(q, k, v, places([5], 5, 9), grouped=False)
-    selected_attention._compiled.cache_clear()
 
 
 @pytest.mark.slow
@@ -171,7 +175,6 @@ def test_a_kernel_that_computes_only_these_blocks_has_the_values_of_a_mask() -> 
     )
     for row, count in enumerate([300, 140]):
         torch.testing.assert_close(found[row, :, :count], wanted[row, :, :count])
-    torch.compiler.reset()
 
 
 @pytest.mark.gpu
