@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 COMPILATIONS = 256  # in a process: heads, head sizes, data types, with gradients and without
-HEAD_SIZES = range(16, 257)  # that its kernels have room for
+HEAD_SIZES = range(16, 129)  # that its kernels have room for on every GPU
 
 
 def blocks_are_possible(q_BHTE: Tensor) -> bool:
