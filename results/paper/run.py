@@ -103,8 +103,14 @@ def _wide(goal: int, width: int, hidden: int) -> ModelSpec:
     return min(found, key=lambda spec: abs(sequence_cost(spec).flops - goal))
 
 
-def setup(size: str, task: str, share: float) -> CompareSetup:
-    """What is trained on a task, with a share of its tokens (1: all)."""
+def setup(
+    size: str, task: str, share: float, names: Sequence[str] = (), lrs: Sequence[float] = ()
+) -> CompareSetup:
+    """What is trained on a task, with a share of its tokens (1: all).
+
+    ``names``: the models; default: all. ``lrs``: the rates that each model is tried with; default:
+    LR for all of them.
+    """
     data, context, batch_size, tokens, held_out = TASKS[task]
     how = trained_as(
         "none",
@@ -119,7 +125,9 @@ def setup(size: str, task: str, share: float) -> CompareSetup:
     given = only.model_copy(
         update={"data": data, "eval_tokens": max(1024, round(share * held_out))}
     )
-    return compare_setup(list(models(size).values()), Proxy(dim=None, tasks={task: given}))
+    found = models(size)
+    specs = [found[name] for name in names or found]
+    return compare_setup(specs, Proxy(dim=None, tasks={task: given}), lrs=lrs)
 
 
 # the claims: what the paper says, and the pair of models that tests it
