@@ -135,8 +135,10 @@ def result(report: CompareReport) -> RenderableType:
 
 
 def lr_sentences(setup: CompareSetup) -> Iterator[str]:
-    """Yield for each task which learning rate each model got, if they were chosen."""
+    """Yield for each task which learning rate each model got, or that nobody's was chosen."""
     if not setup.lr_losses:
+        rates = ", ".join(f"{lr:g}" for lr in sorted({t.lr for t in setup.proxy.tasks.values()}))
+        yield f"{rates} for all models, which can favour one of them; give --lr several times"
         return
     tried = ", ".join(f"{lr:g}" for lr in setup.lrs)
     for task in setup.proxy.tasks:

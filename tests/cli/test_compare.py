@@ -45,8 +45,10 @@ def test_goes_on_and_adds_seeds(
     train_at_most(monkeypatch, 4)
     part = cli("compare", *specs, *options, "--seeds", "2")
     assert part.status == 130
-    assert "missing     2 trainings; run the same command again" in part.out
-    assert "With one seed there is no interval" in " ".join(part.out.split())
+    said = " ".join(part.out.split())
+    assert "missing 2 trainings; run the same command again" in said
+    assert "for all models, which can favour one of them" in said
+    assert "With one seed there is no interval" in said
     train_at_most(monkeypatch, 2)
     whole = cli("compare", *specs, *options, "--seeds", "2", "--json")
     assert whole.status == 0, whole.err

@@ -20,7 +20,7 @@ from archdsl.search.analysis.compare_results import (
 )
 from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, trained_as
 from archdsl.search.analysis.comparison import ComparisonEntry, entries_of
-from archdsl.search.report.compare_report import PICTURE, CompareReport, draw
+from archdsl.search.report.compare_report import PICTURE, CompareReport, draw, lr_sentences
 from archdsl.search.stats.paired import paired, seeds_to_tell, t_quantile, told_by
 from archdsl.search.trials.proxy import Proxy, ProxyScore
 from archdsl.search.workers.pool import JobFailed
@@ -101,6 +101,8 @@ def test_each_model_gets_the_learning_rate_of_its_lowest_loss() -> None:
     failed = JobFailed("out of memory", "killed")  # tells nothing of the rate
     with pytest.raises(ArchdslError, match=r"with learning rate 0\.001: out of memory"):
         tried.with_lr_results(results | {("loop-162m", "data", 0.001): failed})
+    (said,) = lr_sentences(tried)  # as long as none is chosen
+    assert "for all models, which can favour one of them" in said
     one = setup("transformer", "loop", lrs=(0.01,))
     assert not one.lr_jobs(Path())
     assert one.digest == setup("transformer", "loop").digest != tried.digest
