@@ -51,7 +51,8 @@ def device_named(name: str) -> torch.device:
 def require_compiler(device: torch.device) -> None:
     """Raises ArchdslError if torch can compile nothing for ``device``."""
     if device.type == "cpu":
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # of torch
+        compiler = os.environ.get("CXX") or usual
         if shutil.which(compiler) is None:
             raise ArchdslError(
                 f"compile: needs a C++ compiler, and {compiler} is not installed; install it, name "
