@@ -109,10 +109,10 @@ def test_compiling_asks_for_a_compiler_before_any_work(monkeypatch: pytest.Monke
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     for system, compiler in (("linux", "g[+][+]"), ("darwin", "clang[+][+]"), ("win32", "cl")):
-        monkeypatch.setattr(devices.sys, "platform", system)
+        monkeypatch.setattr(sys, "platform", system)
         with pytest.raises(ArchdslError, match=f"{compiler} is not installed"):
             require_compiler(CPU)
-    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("CXX", sys.executable)
     require_compiler(CPU)
     for triton in (False, True):
