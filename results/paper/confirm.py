@@ -19,11 +19,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from run import HERE, SIZES, setup, tell, versions
+from run import HERE, SIZES, setup, tell
 
 from archdsl.files import make_folder, write_text
 from archdsl.search.analysis.comparison import JobResult, K, run_trainings
 from archdsl.search.compare import STORE
+from archdsl.search.report.report import versions
 from archdsl.search.stats.paired import paired
 from archdsl.search.trials.proxy import Job, ProxyScore
 
@@ -71,12 +72,16 @@ def main() -> None:
     }
     for pair, gap in gaps.items():
         print(f"{pair}: {gap} points")
+    settings = what.proxy.tasks[TASK]
     rates = {name: what.lr(name, TASK) for name in ROUTED + PLAIN}
     content = {
         "lr": rates,
         "accuracy": accuracy,
         "points": gaps,
         "seeds": list(SEEDS),
+        "specs": {name: what.small[TASK][name].to_yaml() for name in ROUTED + PLAIN},
+        "settings": settings.model_dump(mode="json"),
+        "data": settings.load().fingerprint,
         "versions": versions(),
     }
     name = f"confirm-{given.size}{'-lr' if given.lr else ''}.json"

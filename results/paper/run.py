@@ -17,15 +17,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import archdsl
 from archdsl.costs.receipt import cost, sequence_cost
 from archdsl.data.loading import load_data
 from archdsl.evaluation.dial_sweep import PAPER_CAPACITIES, DialSetting, sweep
@@ -38,6 +34,7 @@ from archdsl.search.analysis.baselines import with_depth_for
 from archdsl.search.analysis.compare_results import task_results
 from archdsl.search.analysis.compare_setup import CompareSetup, compare_setup, trained_as
 from archdsl.search.compare import STORE, run_compare
+from archdsl.search.report.report import versions
 from archdsl.search.stats.paired import MOST_SEEDS, Difference, paired, seeds_to_tell
 from archdsl.search.trials.proxy import Proxy
 
@@ -389,14 +386,6 @@ def trained(what: CompareSetup, given: argparse.Namespace, task: str) -> dict[st
             }
             for name, one in found.items()
         },
-    }
-
-
-def versions() -> dict[str, str]:
-    return {
-        "archdsl": archdsl.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 
