@@ -137,7 +137,8 @@ def generate(
 
     Returns one `Generation` per prompt, in order. On a CPU, decoding is faster after
     ``model.for_decoding()``. Raises GenerateError, before any computation, if the prompts or the
-    tokenizer do not fit the model, and during generation if the logits are not finite.
+    tokenizer do not fit the model, and during generation if the logits are not finite;
+    ArchdslError if ``compiled`` and torch finds no compiler.
 
     >>> import archdsl
     >>> model = archdsl.build(archdsl.load("tiny"))
@@ -173,7 +174,7 @@ def generation_runs(
     """Return one `GenerationRun` per batch of prompts, to read the tokens while they are made.
 
     The parameters are those of `generate`. Raises GenerateError if the prompts or the tokenizer do
-    not fit the model, and ArchdslError if it cannot be compiled.
+    not fit the model, and ArchdslError if torch finds no compiler.
     """
     require_model(model)
     tokens = _tokenized(prompts, tokenizer)

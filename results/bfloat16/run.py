@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 import archdsl
+from archdsl.data.types import Data
 from archdsl.files import write_text
+from archdsl.lang.spec import ModelSpec
+from archdsl.search.report.report import versions
 from archdsl.search.stats.paired import paired
 from archdsl.training.config import TrainConfig
 
@@ -43,17 +43,18 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def losses(name: str, seed: int, data: Any, store: Path) -> dict[str, float]:
-    """The held-out loss of a model after training in each data type, in nats per byte."""
+def spec_of(name: str) -> ModelSpec:
     source, layers, more = MODELS[name]
     inner = [f"{layer}.{setting}" for layer in layers for setting in LAYER] + more
-    spec = archdsl.load(source, overrides=[*SIZES, *(f"blocks.0.{one}" for one in inner)])
-    found = {}
+    return archdsl.load(source, overrides=[*SIZES, *(f"blocks.0.{one}" for one in inner)])
+
+
+def losses(name: str, seed: int, data: Data, store: Path) -> dict[str, float]:
+    """The held-out loss of a model after training in each data type, in nats per byte."""
+    spec, found = spec_of(name), {}
     for dtype in ("float32", "bfloat16"):
-        run, config = (
-            store / f"{name}-{dtype}-{seed}",
-            TrainConfig(**CONFIG, seed=seed, dtype=dtype),
-        )
+        config = TrainConfig(**CONFIG, seed=seed, dtype=dtype)
+        run = store / f"{name}-{dtype}-{seed}"
         model = archdsl.train(spec, data, config, out=run).model
         found[dtype] = archdsl.evaluate(model, data, limit_tokens=131_072).loss
         print(f"{name}, seed {seed}, {dtype}: {found[dtype]:.4f}", flush=True)
@@ -81,9 +82,10 @@ def main() -> None:
             "bfloat16": fmean(half),
             "difference": {"mean": gap.mean, "half_width": gap.half_width},
             "by_seed": found,
+            "spec": spec_of(name).to_yaml(),
         }
-    made_by: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
-    made_by |= {"config": CONFIG, "seeds": list(seeds), "data": data.fingerprint}
+    made_by = {"config": CONFIG, "seeds": list(seeds), "data": data.fingerprint}
+    made_by["versions"] = versions()
     write_text(HERE / "result.json", json.dumps({"models": table, "made_by": made_by}, indent=1))
 
 
