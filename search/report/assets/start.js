@@ -39,7 +39,6 @@ for (const show of [
 ])
   show();
 addEventListener("hashchange", showPanel);
-addEventListener("popstate", showPanel);
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !$("panel").hidden) leave();
 });

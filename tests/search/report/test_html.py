@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -143,6 +144,13 @@ class Reader:
         )
         return self.all(selector)
 
+    def wait_for_text(self, selector: str, text: str) -> None:
+        """Until this is the text of the element: a link is followed after its click returns."""
+        WebDriverWait(self.driver, 30, 0.05, [StaleElementReferenceException]).until(
+            lambda _: [element.text.strip() for element in self.all(selector)] == [text.strip()],
+            f"{selector} does not show {text!r}",
+        )
+
     def read_through(self) -> None:
         """To the end of the page, until every picture is drawn."""
         for section in self.all("main section"):
@@ -255,16 +263,20 @@ def test_each_spec_is_one_click_away(reader: Reader, result: dict[str, Any]) -> 
     reader.open(result)
     reader.show("#trials")
     reader.one("tr[data-trial='3'] td.long").click()
-    assert reader.wait("#spec")[0].text.strip() == result["trials"][3]["spec"].strip()
+    reader.wait_for_text("#spec", result["trials"][3]["spec"])
     assert reader.driver.current_url.endswith("#trial-3")
     assert reader.js("return document.activeElement.id") == "close"
     reader.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not reader.one("#panel").is_displayed()
     reader.one("tr[data-trial='5'] a").send_keys(Keys.ENTER)
-    assert reader.one("#panel h2").text.startswith("Trial 5")
+    reader.wait_for_text("#panel h2", f"Trial 5 {result['trials'][5]['outcome']}")
     reader.one("#close").click()
     assert reader.js("return document.activeElement.textContent") == "5"
     assert "#" not in reader.driver.current_url
+    reader.driver.back()
+    WebDriverWait(reader.driver, 30).until(lambda _: reader.one("#panel").is_displayed())
+    reader.driver.forward()
+    WebDriverWait(reader.driver, 30).until(lambda _: not reader.one("#panel").is_displayed())
 
 
 @pytest.mark.slow
@@ -273,10 +285,10 @@ def test_a_point_and_a_baseline_show_their_specs(reader: Reader, result: dict[st
     reader.show("#front")
     star = reader.wait("#front .scatterlayer .trace:last-child .point")[0]
     ActionChains(reader.driver).move_to_element(star).pause(0.3).click().perform()
-    assert reader.wait("#spec")[0].text.strip() == result["entries"][0]["spec"].strip()
+    reader.wait_for_text("#spec", result["entries"][0]["spec"])
     reader.one("#close").click()
     reader.one("#baselines a[href='#entry-2']").click()
-    assert reader.one("#spec").text.strip() == result["entries"][2]["spec"].strip()
+    reader.wait_for_text("#spec", result["entries"][2]["spec"])
 
 
 @pytest.mark.usefixtures("bare")
@@ -284,7 +296,7 @@ def test_a_link_to_a_trial_opens_it_and_its_spec_is_copied(
     reader: Reader, result: dict[str, Any]
 ) -> None:
     reader.open(result, "#trial-12")
-    assert reader.one("#panel h2").text.startswith("Trial 12")
+    reader.wait_for_text("#panel h2", f"Trial 12 {result['trials'][12]['outcome']}")
     reader.one("#copy").click()
     WebDriverWait(reader.driver, 10).until(lambda _: reader.one("#copy").text != "Copy")
     assert reader.one("#copy").text in ("Copied", "Selected: press Ctrl+C")
