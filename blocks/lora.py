@@ -12,13 +12,13 @@ at first the loop equals one with ``parameters: shared``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from archdsl.errors import describe, did_you_mean
-from archdsl.lang.spec import Part, PerStep
+from archdsl.lang.spec import Part, PerStep, Sizes
 from archdsl.lang.strict import Strict
 
 WORDS = ("shared", "per_step")
@@ -45,6 +45,16 @@ class LoraSpec(ParametersSpec):
     alpha: float = Field(
         8.0, gt=0, le=4096, description="the difference is multiplied by alpha / rank"
     )
+
+    def resized(self, old: Sizes, new: Sizes) -> Self:
+        """Ranks that take the same shares of the width, but at least 1, and the same scale.
+
+        With a fixed rank the passes of a narrow proxy would differ by far more than those of the
+        model: rank 32 of width 32 is a matrix of its own for each pass.
+        """
+        ranks = tuple(rank and max(1, round(rank * new.dim / old.dim)) for rank in self.rank)
+        alpha = self.alpha * max(ranks) / max(1, *self.rank)
+        return self.model_copy(update={"rank": ranks, "alpha": alpha or self.alpha})
 
     def at(self, step: int) -> int:
         """The rank of pass ``step``; passes beyond the last one have the rank of that."""

@@ -44,10 +44,10 @@ def ablations(winner: ModelSpec) -> Specs:
 def compared_specs(winner: ModelSpec) -> Specs:
     """Return the winner, its baselines and its ablations in this order; some may be equal."""
     plain = plain_baseline(winner)
-    flops = sequence_cost(winner).flops
+    params, flops = sequence_cost(winner).params, sequence_cost(winner).flops
     found = {
         WINNER: winner,
-        EQUAL_PARAMS: plain,
+        EQUAL_PARAMS: with_depth_for(plain, params, of="params"),
         EQUAL_FLOPS: with_depth_for(plain, flops),
         EQUAL_FLOPS_LOOP: loop_baseline(winner, flops),
         RANDOM_ROUTING: _changed(winner, _random),
@@ -142,7 +142,7 @@ def with_depth_for(
 def loop_baseline(spec: ModelSpec, flops: int) -> ModelSpec:
     """Replace loops by plain loops without routing whose FLOPs come closest to ``flops``.
 
-    The parameters are those of the plain baseline. ``flops`` is the count for one context of a
+    The parameters are those of ``plain_baseline``. ``flops`` is the count for one context of a
     forward pass. Each loop gets as many steps as its own FLOPs allow. If that is not a whole
     number, some of the loops take one step more.
     """

@@ -20,6 +20,7 @@ from archdsl.search.analysis.baselines import (
     baselines,
     compared_specs,
     distinct,
+    plain_baseline,
 )
 from tests.strategies import specs
 
@@ -61,14 +62,25 @@ def test_baselines_match_in_what_they_are_named_after(name: str) -> None:
         assert not loops(found[name])
 
 
+def test_low_rank_differences_are_paid_for_with_layers() -> None:
+    lora = {"kind": "lora", "rank": 64}
+    winner = archdsl.load("loop").patch("blocks.0.body.1.parameters", lora)
+    own, plain = sequence_cost(winner), baselines(winner)[EQUAL_PARAMS]
+    layer = sequence_cost(plain).params / len(plain.blocks)
+    assert own.params > sequence_cost(plain_baseline(winner)).params + layer
+    assert abs(sequence_cost(plain).params - own.params) < layer / 2
+
+
 @settings(max_examples=60)
 @given(specs())
 def test_what_is_equal_is_so_for_any_spec(winner: ModelSpec) -> None:
     found = compared_specs(winner)
-    own, plain = sequence_cost(winner), sequence_cost(found[EQUAL_PARAMS])
+    own, plain = sequence_cost(winner), sequence_cost(plain_baseline(winner))
     if all(loop.parameters == "shared" for loop in loops(winner)):
         # a loop without a router's choice, or of one step, builds no slots
         assert own.params - slots(winner) <= plain.params <= own.params
+    gap = abs(sequence_cost(found[EQUAL_PARAMS]).params - own.params)
+    assert gap <= abs(plain.params - own.params)
     assert not loops(found[EQUAL_PARAMS])
     assert not loops(found[EQUAL_FLOPS])
     for loop in loops(found[EQUAL_FLOPS_LOOP]):

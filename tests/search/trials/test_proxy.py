@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import archdsl
+from archdsl.blocks.lora import LoraSpec
 from archdsl.errors import ArchdslError
 from archdsl.lang.load import load
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import ModelSpec, Sizes
+from archdsl.model.build import build
 from archdsl.model.checkpoint import load_training
 from archdsl.search.trials import proxy
 from archdsl.search.trials.curve import MOST, Curve
@@ -26,6 +28,7 @@ from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.trials.proxy_scoring import entropy
 from archdsl.search.workers.pool import process_pool
 from tests.search.works import DiesAt
+from tests.strategies import specs
 from tests.training.damage import change_json, change_tensors
 
 TASK = Task(
@@ -39,6 +42,31 @@ def small(**changes: Any) -> ModelSpec:
     for path, value in changes.items():
         spec = spec.patch(path.replace("__", "."), value)
     return spec
+
+
+# their rows may count something: tokens, steps, experts (of which "b" is the low-rank difference)
+COUNTED = ("embedding", "head", "encoding", "router", "score", "select", "b")
+
+
+@settings(max_examples=300)
+@given(specs())
+def test_every_size_keeps_its_share_of_the_width(spec: ModelSpec) -> None:
+    """Else the proxies of some models are larger, against the others, than the models are."""
+    narrow = spec.resized(Sizes(64, 16, 50, 16, 9))
+    wide = narrow.resized(Sizes(256, 64, 50, 64, 9))
+    sizes = {name: p.shape for name, p in build(wide, device="meta").named_parameters()}
+    for name, parameter in build(narrow, device="meta").named_parameters():
+        rows = {1, 4} if set(COUNTED) & set(name.split(".")) else {4}
+        ratios = [large // small for small, large in zip(parameter.shape, sizes[name], strict=True)]
+        assert ratios[0] in rows, name
+        assert set(ratios[1:]) <= {4}, name
+
+
+def test_a_low_rank_keeps_its_scale_and_is_never_lost() -> None:
+    lora = LoraSpec(rank=(0, 8, 32, 96), alpha=48)
+    narrow = lora.resized(Sizes(1024, 0, 0, 0, 0), Sizes(32, 0, 0, 0, 0))
+    assert narrow == LoraSpec(rank=(0, 1, 1, 3), alpha=1.5)
+    assert LoraSpec(rank=(0,)).resized(Sizes(64, 0, 0, 0, 0), Sizes(8, 0, 0, 0, 0)).rank == (0,)
 
 
 def job(store: Path, steps: int = 4, spec: ModelSpec | None = None, **task: Any) -> Job:
