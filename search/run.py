@@ -25,7 +25,7 @@ from archdsl.search.report.report import SearchReport, write_report
 from archdsl.search.space.feasibility import require_choice, require_feasible
 from archdsl.search.space.objectives import parse_axes
 from archdsl.search.study.sampler import TrialSampler
-from archdsl.search.study.settings import Settings, claim_folder
+from archdsl.search.study.settings import Settings, claim_folder, was_begun
 from archdsl.search.study.spending import Limits, Spending
 from archdsl.search.study.storage import (
     JOURNAL,
@@ -204,9 +204,10 @@ def run_search(
     given = read(space, overrides) if space else _space(config, overrides)
     settings = _settings(config, given, budget, proxy)
     require_devices(config, settings.proxy)
-    require_feasible(settings.tree, settings.budget)
+    model = require_feasible(settings.tree, settings.budget)
     with blamed_on("space"):
         require_choice(settings.tree, settings.budget)
+    settings = _with_widths(config, settings, model)
     tree, folder = settings.tree, config.out or Path("runs") / settings.name
     store = config.store or folder / "proxies"
     scorer: Scorer = SeparateTraining(settings.proxy, store, config.seed)
@@ -258,6 +259,20 @@ def _settings(
         window=config.window,
         seed=config.seed,
     )
+
+
+def _with_widths(config: SearchConfig, settings: Settings, model: ModelSpec) -> Settings:
+    """The settings in which the widths of proxies are in proportion to that of ``model``.
+
+    Models that share weights have one width, as have those of a search that an earlier version
+    began in the folder.
+    """
+    if config.strategy == "shared":
+        return settings
+    with blamed_on("out"):
+        if was_begun(config.out or Path("runs") / settings.name, settings):
+            return settings
+    return replace(settings, proxy=settings.proxy.for_space(settings.tree, model))
 
 
 def proxy_of(config: SearchConfig) -> Proxy:

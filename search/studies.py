@@ -21,6 +21,7 @@ from archdsl.lang.budget import LIMITS
 from archdsl.reports.notebook import as_html
 from archdsl.search.report.report import best, front_trials, trial_row
 from archdsl.search.study.record import StudyRecord, trainings_of
+from archdsl.search.study.settings import SETTINGS
 from archdsl.search.study.spending import SpendingSummary, spending_summary
 from archdsl.search.study.storage import JOURNAL, database, exclusive, journal
 from archdsl.search.study.stored import FolderSettings, StoredResult, StoredSettings, checked
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from optuna.study._frozen import FrozenStudy
 
 RUNS = Path("runs")
-SETTINGS = "settings.json"
 
 
 class StudyError(ArchdslError):

@@ -20,9 +20,10 @@ from typing import Any
 
 from archdsl.files import make_folder
 from archdsl.lang.load import budget_of, read
+from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget, ModelSpec
 from archdsl.search.analysis.comparison import run_trainings
-from archdsl.search.space.feasibility import survey
+from archdsl.search.space.feasibility import require_feasible, survey
 from archdsl.search.stats.paired import kendall_tau
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, default_tasks
 from archdsl.sizes import parse_size
@@ -33,11 +34,10 @@ DRAWN = 400  # points of the space, among which the models are
 Losses = dict[str, list[float]]  # by task, of the models
 
 
-def models(proxy: Proxy, budget: Budget, count: int) -> list[ModelSpec]:
+def models(tree: Tree, proxy: Proxy, budget: Budget, count: int) -> list[ModelSpec]:
     """Return models of the space that keep to the budget and whose proxies differ."""
     found: dict[tuple[str, ...], ModelSpec] = {}
-    tree = read("search")
-    for spec in survey(tree, budget_of(tree, budget), DRAWN, seed=1).models:
+    for spec in survey(tree, budget, DRAWN, seed=1).models:
         small = tuple(proxy.shrink(spec, t).fingerprint() for t in proxy.tasks.values())
         found.setdefault(small, spec)
         if len(found) == count:
@@ -79,8 +79,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     make_folder(given.store)
-    proxy = longer(given.times)
-    drawn = models(proxy, Budget(params=given.budget), given.models)
+    tree = read("search")
+    budget = budget_of(tree, Budget(params=given.budget))
+    proxy = longer(given.times).for_space(tree, require_feasible(tree, budget))
+    drawn = models(tree, proxy, budget, given.models)
     jobs: dict[tuple[int, int, str], Job] = {
         (seed, i, name): task.job(given.store, proxy.shrink(spec, task), seed, task.rungs[-1])
         for seed in range(given.seeds)

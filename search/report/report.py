@@ -223,7 +223,8 @@ def describe_proxy(proxy: Proxy) -> str:
     if proxy.dim is None:
         sizes = "full size"
     else:
-        sizes = f"width {proxy.dim}, stacks repeated at most {proxy.repeat} times"
+        of_dim = f" for a model of width {proxy.of_dim:,}" if proxy.of_dim else ""
+        sizes = f"width {proxy.dim}{of_dim}, stacks repeated at most {proxy.repeat} times"
     tasks = [
         f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.length} {_units(task)} of "
         f"{task.data or 'the embedded corpus'}"

@@ -14,6 +14,8 @@ from archdsl.lang.source import Tree
 from archdsl.lang.spec import Budget
 from archdsl.search.trials.proxy import Proxy
 
+SETTINGS = "settings.json"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,18 +61,30 @@ class Settings:
         return f"{name}-{digest[:8]}"
 
 
+def was_begun(folder: Path, settings: Settings) -> bool:
+    """Whether the folder holds a search with these settings.
+
+    Raises ArchdslError if its settings cannot be read.
+    """
+    file = folder / SETTINGS
+    return file.exists() and read_bytes(file, ArchdslError) == _as_written(settings).encode()
+
+
 def claim_folder(folder: Path, settings: Settings) -> None:
     """Create the folder for these settings, or check that it was created for them.
 
     Raises ArchdslError if it holds a search with other settings, or cannot be created.
     """
     make_folder(folder)
-    file = folder / "settings.json"
-    made_by = json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)
+    file = folder / SETTINGS
     if not file.exists():
-        write_text(file, made_by)
-    elif read_bytes(file, ArchdslError) != made_by.encode():
+        write_text(file, _as_written(settings))
+    elif not was_begun(folder, settings):
         raise ArchdslError(
             f"{folder} holds a search with other settings (see {file}); "
             "choose another --out, or delete the folder"
         )
+
+
+def _as_written(settings: Settings) -> str:
+    return json.dumps({"name": settings.name, **settings.as_json()}, indent=1, sort_keys=True)

@@ -22,6 +22,7 @@ from archdsl.data.loading import Data, load_data
 from archdsl.errors import ArchdslError
 from archdsl.lang.messages import explain
 from archdsl.lang.plugin_sources import plugin_digests
+from archdsl.lang.source import Tree
 from archdsl.lang.spec import ModelSpec, Sizes
 from archdsl.lang.strict import Strict
 from archdsl.model.build import build
@@ -128,6 +129,13 @@ class Proxy(Strict):
     """The sizes that a spec is reduced to, and the tasks that it is then trained on."""
 
     dim: int | None = Field(32, ge=1, description="width; null: the spec keeps its sizes")
+    of_dim: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda dim: dim is None,  # as in settings of the first version
+        description="width of the model that is trained at dim, others are in proportion; "
+        "null: all are trained at dim",
+    )
     head_size: int = Field(16, ge=2)
     repeat: int = Field(1, ge=1, description="at most so many copies of a stack's body")
     tasks: dict[str, Task]
@@ -161,6 +169,17 @@ class Proxy(Strict):
         """The number of rungs of the task that has the fewest."""
         return min(len(task.rungs) for task in self.tasks.values())
 
+    def for_space(self, tree: Tree, model: ModelSpec) -> Proxy:
+        """Return the proxy of a space: it trains ``model`` at ``dim``, and others in proportion.
+
+        Where a budget decides the widths, a model that spends parameters on something else is
+        narrower than others, and so must be its proxy. Without an open width nothing changes.
+        """
+        fixed = isinstance(tree.value, dict) and isinstance(tree.value.get("dim"), int)
+        if fixed or self.dim is None or self.of_dim:
+            return self
+        return self.model_copy(update={"of_dim": model.dim})
+
     def shrink(self, spec: ModelSpec, task: Task) -> ModelSpec:
         """Return the spec at the size at which it is trained on a task.
 
@@ -168,8 +187,9 @@ class Proxy(Strict):
         """
         if self.dim is None:
             return spec
+        dim = max(1, round(self.dim * spec.dim / self.of_dim)) if self.of_dim else self.dim
         vocab_size = task.load().vocab_size
-        return spec.resized(Sizes(self.dim, task.context, vocab_size, self.head_size, self.repeat))
+        return spec.resized(Sizes(dim, task.context, vocab_size, self.head_size, self.repeat))
 
 
 def _sizes(part: str, text: str) -> tuple[str, int]:

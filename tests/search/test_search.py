@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import archdsl
+from archdsl.costs.receipt import train_flops
 from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.load import load
 from archdsl.lang.spec import Budget
@@ -107,6 +108,26 @@ def test_nothing_on_the_front_is_beaten(space: Path, tmp_path: Path) -> None:
     assert plain.values is not None
     assert plain.values["flops"] == archdsl.cost(plain.spec).expected
     assert plain.values["kv"] == archdsl.cost(plain.spec).kv_bytes_per_token
+
+
+def test_a_model_that_the_budget_makes_narrower_has_a_narrower_proxy(
+    space: Path, tmp_path: Path
+) -> None:
+    own_weights = ["blocks.1.search.choices.itt.parameters=per_step"]
+    report = go(space, tmp_path / "run", trials=4, overrides=own_weights)
+    proxy, widths = report.settings.proxy, {trial.spec.dim for trial in report.best}
+    assert len(widths) > 1
+    assert proxy.of_dim == report.trials[0].spec.dim  # the default model's
+    for trial in report.best:
+        small = proxy.shrink(trial.spec, TASK)
+        assert small.dim == round(16 * trial.spec.dim / proxy.of_dim)
+        trained = sum(rung["skill"].train_flops for rung in trial.rungs)
+        assert trained == train_flops(small, tokens=TASK.length) * TASK.batch_size * TASK.rungs[-1]
+
+
+def test_one_width_for_all_has_one_proxy_width(space: Path, tmp_path: Path) -> None:
+    space.write_text(SPACE.replace("{fit: {multiple_of: 16, default: 32}}", "32"))
+    assert go(space, tmp_path / "run", trials=1).settings.proxy == PROXY
 
 
 def test_equal_models_are_trained_once(space: Path, tmp_path: Path) -> None:
