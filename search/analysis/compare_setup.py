@@ -201,6 +201,8 @@ def compare_setup(
     chosen = reference or next(iter(full))
     if chosen not in full:
         raise SpecError(Problem("reference", f"must be one of {', '.join(full)}, got {chosen!r}"))
+    if len({spec.dim for spec in full.values()}) > 1:
+        proxy = proxy.relative_to(full[chosen])
     small: dict[str, Specs] = {}
     for task, given in proxy.tasks.items():
         sized = {name: proxy.shrink(spec, given) for name, spec in full.items()}

@@ -169,16 +169,20 @@ class Proxy(Strict):
         """The number of rungs of the task that has the fewest."""
         return min(len(task.rungs) for task in self.tasks.values())
 
-    def for_space(self, tree: Tree, model: ModelSpec) -> Proxy:
-        """Return the proxy of a space: it trains ``model`` at ``dim``, and others in proportion.
-
-        Where a budget decides the widths, a model that spends parameters on something else is
-        narrower than others, and so must be its proxy. Without an open width nothing changes.
-        """
-        fixed = isinstance(tree.value, dict) and isinstance(tree.value.get("dim"), int)
-        if fixed or self.dim is None or self.of_dim:
+    def relative_to(self, model: ModelSpec) -> Proxy:
+        """Return the proxy that trains ``model`` at ``dim``, and others in proportion."""
+        if self.dim is None or self.of_dim:
             return self
         return self.model_copy(update={"of_dim": model.dim})
+
+    def for_space(self, tree: Tree, model: ModelSpec) -> Proxy:
+        """Return the proxy of a space: relative to ``model`` where it leaves the width open.
+
+        Where a budget decides the widths, a model that spends parameters on something else is
+        narrower than others, and so must be its proxy.
+        """
+        fixed = isinstance(tree.value, dict) and isinstance(tree.value.get("dim"), int)
+        return self if fixed else self.relative_to(model)
 
     def shrink(self, spec: ModelSpec, task: Task) -> ModelSpec:
         """Return the spec at the size at which it is trained on a task.

@@ -11,6 +11,7 @@ import pytest
 
 from archdsl.costs.receipt import sequence_cost
 from archdsl.errors import ArchdslError
+from archdsl.lang.load import load
 from archdsl.lang.spec import BlockSpec
 from archdsl.search.analysis.compare_results import (
     Estimate,
@@ -121,6 +122,18 @@ def test_tokens_are_those_of_the_sequences_even_if_the_context_is_longer() -> No
     (task,) = short.tasks.values()
     assert (task.context, task.length) == (32, 12)
     assert task.rungs[-1] * task.batch_size * task.length == 18_432  # 12 points, 4 steps apart
+
+
+def test_proxies_are_as_wide_as_their_models_are_beside_the_reference() -> None:
+    loop = load("loop")
+    wide = loop.patch("dim", 1536).patch("name", "wide")
+    found = compare_setup([loop, wide], HOW)
+    assert {name: spec.dim for name, spec in found.main_specs.items()} == {
+        loop.name: 16,
+        "wide": 24,
+    }
+    assert found.proxy.of_dim == loop.dim
+    assert setup("loop", "transformer").proxy == HOW  # one width, as it is
 
 
 @pytest.mark.parametrize("match", ["params", "flops"])
