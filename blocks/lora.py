@@ -47,14 +47,16 @@ class LoraSpec(ParametersSpec):
     )
 
     def resized(self, old: Sizes, new: Sizes) -> Self:
-        """Ranks that take the same shares of the width, but at least 1, and the same scale.
+        """Ranks that take the same shares of the width, but at least 1.
 
         With a fixed rank the passes of a narrow proxy would differ by far more than those of the
-        model: rank 32 of width 32 is a matrix of its own for each pass.
+        model: rank 32 of width 32 is a matrix of its own for each pass. The first rank above 0
+        keeps its scale, alpha / rank.
         """
         ranks = tuple(rank and max(1, round(rank * new.dim / old.dim)) for rank in self.rank)
-        alpha = self.alpha * max(ranks) / max(1, *self.rank)
-        return self.model_copy(update={"rank": ranks, "alpha": alpha or self.alpha})
+        first = next((i for i, rank in enumerate(ranks) if rank), None)
+        alpha = self.alpha if first is None else self.alpha * ranks[first] / self.rank[first]
+        return self.model_copy(update={"rank": ranks, "alpha": alpha})
 
     def at(self, step: int) -> int:
         """The rank of pass ``step``; passes beyond the last one have the rank of that."""

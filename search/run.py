@@ -334,6 +334,8 @@ def planned(config: SearchConfig, *, overrides: Sequence[str] = ()) -> SearchFor
     require_devices(config, proxy)
     with blamed_on("space"):
         require_choice(tree, budget)
+    if config.strategy == "separate":
+        proxy = proxy.for_space(tree, require_feasible(tree, budget))
     with _machine(config).pool() as pool:
         return forecast_search(
             pool,

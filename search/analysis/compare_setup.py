@@ -22,6 +22,7 @@ from archdsl.search.trials.proxy import Job, Proxy, ProxyError, ProxyScore, Task
 POINTS = 12  # held-out losses on the way of a training
 FIRST_PART = 3  # of the points: what `--plan` trains
 MOST_TIMES = 64  # as many layers as it has, at most, does a model get to match the reference
+MOST_WIDER = 4  # than the reference, or less wide
 
 LR_SEED = 0  # of the trainings that choose a learning rate; those of the comparison begin with 1
 
@@ -201,8 +202,7 @@ def compare_setup(
     chosen = reference or next(iter(full))
     if chosen not in full:
         raise SpecError(Problem("reference", f"must be one of {', '.join(full)}, got {chosen!r}"))
-    if len({spec.dim for spec in full.values()}) > 1:
-        proxy = proxy.relative_to(full[chosen])
+    proxy = _in_proportion(proxy, full, full[chosen])
     small: dict[str, Specs] = {}
     for task, given in proxy.tasks.items():
         sized = {name: proxy.shrink(spec, given) for name, spec in full.items()}
@@ -212,6 +212,24 @@ def compare_setup(
                 check_data_fits(spec.model_copy(update={"name": name}), given.load(), given.context)
     tried = tuple(sorted(set(lrs)))
     return CompareSetup(small, chosen, proxy, tried if len(tried) > 1 else ())
+
+
+def _in_proportion(proxy: Proxy, full: Specs, reference: ModelSpec) -> Proxy:
+    """Return the proxy whose widths have the ratios of the models' widths.
+
+    Raises SpecError if the models are too different for that.
+    """
+    if proxy.dim is None or all(spec.dim == reference.dim for spec in full.values()):
+        return proxy
+    for name, spec in full.items():
+        if not 1 / MOST_WIDER <= spec.dim / reference.dim <= MOST_WIDER:
+            message = (
+                f"{name} has the width {spec.dim} and {reference.name} {reference.dim}, and small "
+                f"proxies cannot have such a ratio; compare models whose widths differ by at most "
+                f"a factor of {MOST_WIDER}, or train the models themselves (--proxy none)"
+            )
+            raise SpecError(Problem("specs", message))
+    return proxy.relative_to(reference)
 
 
 def _named(specs: Sequence[ModelSpec]) -> Specs:

@@ -169,7 +169,6 @@ def forecast_search(
     JobFailed if no proxy can be trained.
     """
     fits = require_feasible(tree, budget)
-    proxy = proxy.for_space(tree, fits)
     found = survey(tree, budget, seed=seed)
     resources = Resources(pool.workers, seconds, trials, budget.train_flops)
     with tempfile.TemporaryDirectory(prefix="archdsl-plan-") as folder:

@@ -65,13 +65,15 @@ class SupernetScorer:
         cannot be loaded.
         """
         net, trained = self.nets[params[LAYOUT]], self.proxy.tasks[task]
+        if self.proxy.dim is not None:  # the budget may have solved another width for the trial
+            spec = spec.model_copy(update={"dim": net.spec.dim})
         net = Supernet(self.proxy.shrink(net.spec, trained), net.settings)
         small = self.proxy.shrink(spec, trained)
         if not net.serves(small):
             raise SupernetError(
-                f"{spec.name}: the proxies of one layout have different shapes, so they cannot "
-                "share weights; for --strategy shared let `fit` solve for dim, make other sizes "
-                "relative to it (ffn: {ratio: 2.5}), and give the proxy a width"
+                f"{spec.name}: the models of one layout have different shapes, so they cannot "
+                "share weights; for --strategy shared give the proxy a width (--proxy dim=32), and "
+                "let `fit` solve for dim alone"
             )
         steps = round(self.stretch * trained.rungs[-1])
         data = trained.load()

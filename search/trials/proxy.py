@@ -181,8 +181,9 @@ class Proxy(Strict):
         Where a budget decides the widths, a model that spends parameters on something else is
         narrower than others, and so must be its proxy.
         """
-        fixed = isinstance(tree.value, dict) and isinstance(tree.value.get("dim"), int)
-        return self if fixed else self.relative_to(model)
+        dim = tree.value.get("dim") if isinstance(tree.value, dict) else None
+        is_open = dim is None or isinstance(dim, dict)
+        return self.relative_to(model) if is_open else self
 
     def shrink(self, spec: ModelSpec, task: Task) -> ModelSpec:
         """Return the spec at the size at which it is trained on a task.

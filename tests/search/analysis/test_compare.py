@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from archdsl.costs.receipt import sequence_cost
-from archdsl.errors import ArchdslError
+from archdsl.errors import ArchdslError, SpecError
 from archdsl.lang.load import load
 from archdsl.lang.spec import BlockSpec
 from archdsl.search.analysis.compare_results import (
@@ -134,6 +134,10 @@ def test_proxies_are_as_wide_as_their_models_are_beside_the_reference() -> None:
     }
     assert found.proxy.of_dim == loop.dim
     assert setup("loop", "transformer").proxy == HOW  # one width, as it is
+    with pytest.raises(SpecError, match="differ by at most a factor of 4"):
+        setup("tiny", "loop")
+    as_they_are = setup("tiny", "loop", how=HOW.model_copy(update={"dim": None})).main_specs
+    assert {spec.dim for spec in as_they_are.values()} == {load("tiny").dim, loop.dim}
 
 
 @pytest.mark.parametrize("match", ["params", "flops"])

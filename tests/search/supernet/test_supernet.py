@@ -273,7 +273,11 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
     assert find_fit(space) is not None
 
 
-def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [None, Budget(params=30_000_000)], ids=["162M", "30M"])
+def test_every_draw_of_the_default_space_is_a_setting_of_its_net(
+    budget: Budget | None, tmp_path: Path
+) -> None:
+    """Also of a net that is wider than the models that the budget allows."""
     task = TASK.model_copy(update={"batch_size": 1})
     proxy = Proxy(dim=32, head_size=8, tasks={"skill": task})
     space, scorer = supernet_space(read("search"), proxy, tmp_path, seed=0, count=5)
@@ -281,7 +285,7 @@ def test_every_draw_of_the_default_space_is_a_setting_of_its_net(tmp_path: Path)
     tokens_BT = torch.arange(12).unsqueeze(0) % V
     for _ in range(12):
         point = point_from(space, lambda _, distribution: drawn(rng, distribution))
-        work = scorer.job(fitted(fill_some(space, point)), point, "skill", 0)
+        work = scorer.job(fitted(fill_some(space, point), budget), point, "skill", 0)
         net, own = build_net(work.net, 0).eval(), build(work.spec.canonical()).eval()
         dial(net, setting_of(work.spec))
         with torch.no_grad():
@@ -299,14 +303,11 @@ def drawn(rng: Random, distribution: Distribution) -> Any:
     )
 
 
-@pytest.mark.parametrize(("dim", "ffn"), [(None, "ratio: 2"), (16, "hidden: 48")])
-def test_a_model_of_other_shapes_than_its_net_is_refused(
-    dim: int | None, ffn: str, tmp_path: Path
-) -> None:
-    tree = parse(SPACE.replace("ratio: 2", ffn))
-    space, scorer = supernet_space(tree, Proxy(dim=dim, tasks={"skill": TASK}), tmp_path, 0, 1)
+def test_a_model_of_other_shapes_than_its_net_is_refused(tmp_path: Path) -> None:
+    full = Proxy(dim=None, tasks={"skill": TASK})
+    space, scorer = supernet_space(parse(SPACE), full, tmp_path, 0, 1)
     point = starting_points(space)[0]
-    with pytest.raises(SupernetError, match="let `fit` solve for dim, make other sizes relative"):
+    with pytest.raises(SupernetError, match="give the proxy a width"):
         scorer.job(fitted(fill_some(space, point), Budget(params=100_000)), point, "skill", 0)
 
 
