@@ -48,7 +48,7 @@ def test_muon_does_what_the_optimizer_of_torch_does_but_for_its_rounding(
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
-    small = Sizes(dim=16, context=16, vocab_size=8, head_size=8, repeat=1)
+    small = Sizes(dim=64, context=16, vocab_size=8, head_size=8, repeat=1)  # of rank 2, not 1
     for name in ("ouro-tiny", "mor-lora-tiny", "moeut-tiny", "tiny"):
         model = build(load(name).resized(small))
         kept = Optimizer(model, MUON).moments
