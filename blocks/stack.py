@@ -45,10 +45,17 @@ class StackSpec(BlockSpec):
         return blocks[0] if len(blocks) == 1 else StackSpec(body=blocks)
 
     def resized(self, old: Sizes, new: Sizes) -> StackSpec:
-        """The same blocks at other sizes, with at most ``new.repeat`` copies."""
+        """The same blocks at other sizes, with at most ``new.repeat`` copies.
+
+        If there is an ``old.repeat``, so many copies become ``new.repeat``, and others are in
+        proportion, but at least one.
+        """
         stack = super().resized(old, new)
         assert isinstance(stack, StackSpec)
-        return stack.model_copy(update={"repeat": min(self.repeat, new.repeat)})
+        copies = min(self.repeat, new.repeat)
+        if old.repeat:
+            copies = max(1, round(self.repeat * new.repeat / old.repeat))
+        return stack.model_copy(update={"repeat": copies})
 
     def with_copies(self) -> StackSpec:
         """All copies written out in one body."""

@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
     context: int
     vocab_size: int
     head_size: int
-    repeat: int  # the largest number of copies of the body of a stack
+    repeat: int  # copies of the body of a stack: the most, or those that an old number becomes
 
 
 class Part(Strict):
@@ -398,12 +398,14 @@ class ModelSpec(Strict):
         data = self.canonical().model_dump(mode="json")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
-    def resized(self, new: Sizes) -> ModelSpec:
+    def resized(self, new: Sizes, of_repeat: int | None = None) -> ModelSpec:
         """Returns a spec of the same structure with other sizes, such as a small proxy.
 
-        Raises SpecError if the result is not valid.
+        A stack has at most ``new.repeat`` copies of its body. With ``of_repeat``, so many copies
+        become ``new.repeat``, and others are in proportion. Raises SpecError if the result is not
+        valid.
         """
-        old = Sizes(self.dim, self.context, self.vocab_size, new.head_size, new.repeat)
+        old = Sizes(self.dim, self.context, self.vocab_size, new.head_size, of_repeat or 0)
         sizes = {"dim": new.dim, "context": new.context, "vocab_size": new.vocab_size}
         blocks = tuple(block.resized(old, new) for block in self.blocks)
         resized = self.model_copy(update={**sizes, "blocks": blocks, "budget": None})

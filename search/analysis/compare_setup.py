@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from archdsl.blocks.stack import StackSpec
 from archdsl.costs.receipt import sequence_cost
 from archdsl.errors import ArchdslError, Problem, SpecError, blamed_on
 from archdsl.evaluation.evaluate import check_data_fits
 from archdsl.lang.load import Source, load
-from archdsl.lang.spec import ModelSpec
+from archdsl.lang.spec import ModelSpec, walk
 from archdsl.search.analysis.baselines import Specs, with_depth_for
 from archdsl.search.analysis.comparison import JobResult, Key, Role, trainings
 from archdsl.search.trials.proxy import Job, Proxy, ProxyError, ProxyScore, Task
@@ -215,11 +216,17 @@ def compare_setup(
 
 
 def _in_proportion(proxy: Proxy, full: Specs, reference: ModelSpec) -> Proxy:
-    """Return the proxy whose widths have the ratios of the models' widths.
+    """Return the proxy that keeps the ratios of the models' widths, and of their layers.
 
-    Raises SpecError if the models are too different for that.
+    Raises SpecError if the widths are too different for that.
     """
-    if proxy.dim is None or all(spec.dim == reference.dim for spec in full.values()):
+    if proxy.dim is None:
+        return proxy
+    copies = {name: _copies(spec) for name, spec in full.items()}
+    if len({frozenset(found) for found in copies.values()}) > 1:
+        least = min(count for found in copies.values() for count in found)
+        proxy = proxy.model_copy(update={"of_repeat": max(least, proxy.repeat)})
+    if all(spec.dim == reference.dim for spec in full.values()):
         return proxy
     for name, spec in full.items():
         if not 1 / MOST_WIDER <= spec.dim / reference.dim <= MOST_WIDER:
@@ -230,6 +237,11 @@ def _in_proportion(proxy: Proxy, full: Specs, reference: ModelSpec) -> Proxy:
             )
             raise SpecError(Problem("specs", message))
     return proxy.relative_to(reference)
+
+
+def _copies(spec: ModelSpec) -> set[int]:
+    """Return the numbers of copies of the stacks that are repeated."""
+    return {part.repeat for _, part in walk(spec) if isinstance(part, StackSpec)} - {1}
 
 
 def _named(specs: Sequence[ModelSpec]) -> Specs:

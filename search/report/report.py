@@ -224,7 +224,10 @@ def describe_proxy(proxy: Proxy) -> str:
         sizes = "full size"
     else:
         of_dim = f" for a model of width {proxy.of_dim:,}" if proxy.of_dim else ""
-        sizes = f"width {proxy.dim}{of_dim}, stacks repeated at most {proxy.repeat} times"
+        copies = f"at most {proxy.repeat} times"
+        if proxy.of_repeat:
+            copies = f"{proxy.repeat} of {proxy.of_repeat} times"
+        sizes = f"width {proxy.dim}{of_dim}, stacks repeated {copies}"
     tasks = [
         f"{name}: {task.rungs[-1]} steps of {task.batch_size} x {task.length} {_units(task)} of "
         f"{task.data or 'the embedded corpus'}"

@@ -138,6 +138,12 @@ class Proxy(Strict):
     )
     head_size: int = Field(16, ge=2)
     repeat: int = Field(1, ge=1, description="at most so many copies of a stack's body")
+    of_repeat: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda copies: copies is None,
+        description="copies of a model that become repeat, others are in proportion; null: none",
+    )
     tasks: dict[str, Task]
 
     @classmethod
@@ -194,7 +200,8 @@ class Proxy(Strict):
             return spec
         dim = max(1, round(self.dim * spec.dim / self.of_dim)) if self.of_dim else self.dim
         vocab_size = task.load().vocab_size
-        return spec.resized(Sizes(dim, task.context, vocab_size, self.head_size, self.repeat))
+        sizes = Sizes(dim, task.context, vocab_size, self.head_size, self.repeat)
+        return spec.resized(sizes, self.of_repeat)
 
 
 def _sizes(part: str, text: str) -> tuple[str, int]:

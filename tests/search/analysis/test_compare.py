@@ -133,18 +133,29 @@ def test_proxies_are_as_wide_as_their_models_are_beside_the_reference() -> None:
         "wide": 24,
     }
     assert found.proxy.of_dim == loop.dim
-    assert setup("loop", "transformer").proxy == HOW  # one width, as it is
+    assert setup("loop", "itt").proxy == HOW  # one width, as it is
     with pytest.raises(SpecError, match="differ by at most a factor of 4"):
         setup("tiny", "loop")
     as_they_are = setup("tiny", "loop", how=HOW.model_copy(update={"dim": None})).main_specs
     assert {spec.dim for spec in as_they_are.values()} == {load("tiny").dim, loop.dim}
 
 
+def test_proxies_have_as_many_layers_as_their_models_have_beside_each_other() -> None:
+    """The plain model repeats one layer eight times, the others two layers four times."""
+    names = "transformer", "loop", "itt"
+    for copies in (1, 2, 4):
+        found = setup(*names, how=HOW.model_copy(update={"repeat": copies})).main_specs
+        layers = [sum(len(b.unrolled()) for b in spec.blocks) for spec in found.values()]
+        assert layers == [2 * copies] * 3
+    assert setup("loop", "itt").proxy.of_repeat is None
+
+
 @pytest.mark.parametrize("match", ["params", "flops"])
 def test_matched_models_cost_as_much_as_a_number_of_layers_allows(match: str) -> None:
     """No other number of its layers comes closer to the reference."""
-    given = setup("transformer", "loop").main_specs
-    found = setup("transformer", "loop", match=match).main_specs["loop-162m"]
+    deep = load("transformer").patch("blocks.0.repeat", 12)
+    given = compare_setup([deep, "loop"], HOW).main_specs
+    found = compare_setup([deep, "loop"], HOW, match=match).main_specs["loop-162m"]  # type: ignore[arg-type]
     reference = given["transformer-162m"]
     target = getattr(sequence_cost(reference), match)
 
@@ -153,8 +164,10 @@ def test_matched_models_cost_as_much_as_a_number_of_layers_allows(match: str) ->
         return abs(getattr(sequence_cost(spec), match) - target)
 
     layers = [leaf for block in given["loop-162m"].blocks for leaf in block.unrolled()]
+    depths = range(1, 3 * len(layers))
+    others = ([layers[i * len(layers) // n] for i in range(n)] for n in depths)
     assert distance(found.blocks) < distance(layers)
-    assert distance(found.blocks) <= min(distance(layers[:n]) for n in range(1, len(layers) + 1))
+    assert distance(found.blocks) == min(map(distance, others))
     assert set(found.blocks) <= set(layers)
 
 
