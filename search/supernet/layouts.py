@@ -60,20 +60,19 @@ class SupernetScorer:
     def job(self, spec: ModelSpec, params: dict[str, Any], task: str, rung: int) -> SupernetJob:
         """Return the job that scores a full-size spec on a task.
 
-        ``params``: the search values of the trial; they name its layout. Raises SupernetError if
-        the proxies of the layout have different shapes. Raises DataError if the data of the task
-        cannot be loaded.
+        ``params``: the search values of the trial; they name its layout. The supernet is as wide as
+        the trial, and so one is trained for each shape that the budget's widths give the proxies
+        of a layout. Raises SupernetError if the shapes differ in something else. Raises
+        DataError if the data of the task cannot be loaded.
         """
         net, trained = self.nets[params[LAYOUT]], self.proxy.tasks[task]
-        if self.proxy.dim is not None:  # the budget may have solved another width for the trial
-            spec = spec.model_copy(update={"dim": net.spec.dim})
-        net = Supernet(self.proxy.shrink(net.spec, trained), net.settings)
+        as_wide = net.spec.model_copy(update={"dim": spec.dim})  # the width that the budget solved
+        net = Supernet(self.proxy.shrink(as_wide, trained), net.settings)
         small = self.proxy.shrink(spec, trained)
         if not net.serves(small):
             raise SupernetError(
                 f"{spec.name}: the models of one layout have different shapes, so they cannot "
-                "share weights; for --strategy shared give the proxy a width (--proxy dim=32), and "
-                "let `fit` solve for dim alone"
+                "share weights; for --strategy shared let `fit` solve for dim"
             )
         steps = round(self.stretch * trained.rungs[-1])
         data = trained.load()

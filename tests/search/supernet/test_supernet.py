@@ -72,6 +72,7 @@ blocks:
             capacity: [{search: {choices: [0.5, 1.0], default: 0.5}}, 0.4]
           body: *layer
 """
+LAYER_TEXT = "{kind: layer, attention: {head_size: 16}, ffn: {ratio: 2}}"
 
 
 def loop(steps: int, capacity: Any, router: str = "prefix", **fields: Any) -> dict[str, Any]:
@@ -277,7 +278,7 @@ def test_a_restricted_space_is_searched_as_any_other() -> None:
 def test_every_draw_of_the_default_space_is_a_setting_of_its_net(
     budget: Budget | None, tmp_path: Path
 ) -> None:
-    """Also of a net that is wider than the models that the budget allows."""
+    """Also where the budget gives the models of a layout several widths."""
     task = TASK.model_copy(update={"batch_size": 1})
     proxy = Proxy(dim=32, head_size=8, tasks={"skill": task})
     space, scorer = supernet_space(read("search"), proxy, tmp_path, seed=0, count=5)
@@ -303,11 +304,28 @@ def drawn(rng: Random, distribution: Distribution) -> Any:
     )
 
 
-def test_a_model_of_other_shapes_than_its_net_is_refused(tmp_path: Path) -> None:
-    full = Proxy(dim=None, tasks={"skill": TASK})
-    space, scorer = supernet_space(parse(SPACE), full, tmp_path, 0, 1)
+@pytest.mark.parametrize(("dim", "ffn"), [(None, "ratio: 2"), (16, "hidden: 48")])
+def test_a_net_is_as_wide_as_the_model_that_it_scores(
+    dim: int | None, ffn: str, tmp_path: Path
+) -> None:
+    proxy = Proxy(dim=dim, tasks={"skill": TASK})
+    space, scorer = supernet_space(parse(SPACE.replace("ratio: 2", ffn)), proxy, tmp_path, 0, 1)
     point = starting_points(space)[0]
-    with pytest.raises(SupernetError, match="give the proxy a width"):
+    spec = fitted(fill_some(space, point), Budget(params=100_000))
+    work = scorer.job(spec, point, "skill", 0)
+    assert spec.dim > 32  # the default
+    assert work.spec == proxy.shrink(spec, TASK)
+    assert work.net.serves(work.spec)
+
+
+def test_a_model_of_other_shapes_than_its_net_is_refused(tmp_path: Path) -> None:
+    fit = "{fit: {multiple_of: 16, default: 32}}"
+    tree = SPACE.replace(f"dim: {fit}", "dim: 32").replace("ratio: 2", f"hidden: {fit}")
+    tree = tree.replace("&layer", "", 1).replace("*layer", LAYER_TEXT)
+    proxy = Proxy(dim=16, tasks={"skill": TASK})
+    space, scorer = supernet_space(parse(tree), proxy, tmp_path, 0, 1)
+    point = starting_points(space)[0]
+    with pytest.raises(SupernetError, match="let `fit` solve for dim"):
         scorer.job(fitted(fill_some(space, point), Budget(params=100_000)), point, "skill", 0)
 
 
