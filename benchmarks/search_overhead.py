@@ -112,9 +112,9 @@ def job_shares(folder: Path, proxy: Proxy, specs: Sequence[str]) -> dict[str, fl
     return shares
 
 
-def _found(score: ProxyScore) -> ProxyScore:
+def _found(score: ProxyScore) -> dict[str, Any]:
     """Return the score without its measurements of the machine."""
-    return score.model_copy(update={"seconds": 0.0, "peak_bytes": 0})
+    return score.model_dump(exclude=proxy_training.OF_THE_MACHINE)
 
 
 def check_mapped(proxy: Proxy) -> None:

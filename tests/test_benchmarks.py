@@ -42,7 +42,7 @@ def test_every_benchmark_is_in_the_list_of_this_test() -> None:
 
 
 # a third of a minute each: run by hand, with ARCHDSL_BENCHMARKS=1
-LONG = {"growth", "inductor", "memory", "ranks", "search_overhead", "startup", "threads"}
+LONG = {"growth", "inductor", "memory", "ranks", "startup", "threads"}
 by_hand = pytest.mark.skipif("ARCHDSL_BENCHMARKS" not in os.environ, reason="run by hand")
 
 

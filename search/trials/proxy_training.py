@@ -41,6 +41,10 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# fields of a score that differ between equal trainings
+OF_THE_MACHINE = {"seconds", "step_seconds", "peak_bytes"}
+
+
 class ProxyScore(Strict):
     """The held-out quality of a proxy after ``steps`` training steps.
 

@@ -26,6 +26,7 @@ from archdsl.search.trials import proxy
 from archdsl.search.trials.curve import MOST, Curve
 from archdsl.search.trials.proxy import Job, Proxy, ProxyScore, Task
 from archdsl.search.trials.proxy_scoring import entropy
+from archdsl.search.trials.proxy_training import OF_THE_MACHINE
 from archdsl.search.workers.pool import process_pool
 from tests.search.works import DiesAt
 from tests.strategies import specs
@@ -79,7 +80,7 @@ def run(job: Job) -> ProxyScore:
 
 def found(score: ProxyScore) -> dict[str, Any]:
     """All but how fast it was, and how often."""
-    return score.model_dump(exclude={"seconds", "step_seconds", "peak_bytes"})
+    return score.model_dump(exclude=OF_THE_MACHINE)
 
 
 def trained(score: ProxyScore) -> dict[str, Any]:
