@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
-from archdsl.blocks.modules.router import prefix_rank
+from archdsl.blocks.modules.router import higher_before
 from archdsl.model.build import build
 from benchmarks.launches import KEYS, LAUNCHES, ROUTERS, looped
 from benchmarks.measure import arguments, bar, progress, record
@@ -117,9 +117,9 @@ def compiled_for_a_gpu(_: object, name: str, source: str, device_str: str = "") 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Layers of the CPU compute by the ways that are chosen on a GPU."""
-    ranks = partial(prefix_rank, sorts=False)
+    ranks = partial(higher_before, sorts=False)
     with (
-        mock.patch("archdsl.blocks.modules.router.prefix_rank", ranks),
+        mock.patch("archdsl.blocks.modules.router.higher_before", ranks),
         mock.patch("archdsl.blocks.modules.attention.blocks_are_possible", _always),
         mock.patch.object(flex_attention, "flex_attention", _as_a_library),
     ):

@@ -518,7 +518,10 @@ class LoopSpec(BlockSpec):
         taken = rows.tokens if router is None else self._taken(rows.tokens, row)
         kv = "own" if step == 0 else self.kv
         at = rows.routed(taken, taken if kv == "own" else self._keys(rows.tokens, step), kv, padded)
-        choice = Footprint(reads=False) if router is None else router.footprint(rows, at)
+        choice = Footprint(reads=False)
+        if router is not None:
+            left_out = router.nested and any(r is not None for r in self.rows()[:step])
+            choice = router.footprint(rows._replace(padded=rows.padded or left_out), at)
         body, _ = self._body_pass(at, step, taken=True)
         # the router's weights read the selected tokens, which others may have saved already
         saved = self._injects(step) and self.injection == "diagonal"
@@ -531,7 +534,9 @@ class LoopSpec(BlockSpec):
         # padding has the weight 0, of which a router that does not learn keeps nothing
         weighed = router is not None and self.residual.adds and self.norm is None and not literal
         marked = padded and not (weighed and router is not None and not router.learned)
-        kept += at.indices * places + at.batch * at.tokens * marked
+        # a router that fills up marks all tokens, of which those of the selected ones are a part
+        marks = rows if router is not None and router.fills else at
+        kept += at.indices * places + marks.batch * marks.tokens * marked
         if self.norm is not None:
             kept += at.stream + norm_footprint(self.norm, at).kept
         return Footprint(

@@ -91,12 +91,16 @@ class RouterSpec(Part):
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """The memory of one selection. Saved: the weights of the tokens; if learned, their squashed
-        scores, too. For losses of the router, the tokens, and the scores of all of them."""
+        scores, too. For losses of the router, the tokens, the scores of all of them, and a mask.
+
+        ``rows``: padded if there are tokens that the router is not asked for.
+        """
         if not self.learned:
             return Footprint(chosen.floats(), reads=False)
-        losses = rows.router_losses
-        kept = rows.floats() * (1 + losses) if losses else 0
-        return Footprint(kept + 2 * chosen.floats(), reads=losses > 0)
+        kept = rows.floats(rows.router_losses) + 2 * chosen.floats()
+        if rows.router_losses:
+            kept += rows.mask
+        return Footprint(kept, reads=rows.router_losses > 0)
 
     def build(self, dim: int, steps: list[int]) -> Router:
         """The torch module, with weights for the routed ``steps`` of the loop."""

@@ -73,8 +73,8 @@ class PredictorSpec(LearnedSpec):
 
     def footprint(self, rows: Rows, chosen: Rows) -> Footprint:
         """Saved besides, for its own loss: the predictions, the targets, and a mask."""
-        found = super().footprint(rows, chosen).plus(3 * rows.floats())
-        return found._replace(reads=True)
+        own = rows.floats(2) + (0 if rows.router_losses else rows.mask)
+        return super().footprint(rows, chosen).plus(own)._replace(reads=True)
 
     def build(self, dim: int, steps: list[int]) -> Predictor:
         """The torch module, with weights for the routed ``steps``."""

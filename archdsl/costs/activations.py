@@ -62,6 +62,11 @@ class Rows(NamedTuple):
         """Returns the bytes of a float tensor [B, S, width] for the S tokens attended to."""
         return FLOAT * self.batch * self.keys * width
 
+    @property
+    def mask(self) -> int:
+        """Returns the bytes of a mask of the padding, [B, T]; 0 if there is none."""
+        return self.batch * self.tokens * self.padded
+
     def floats(self, width: int = 1) -> int:
         """Returns the bytes of a float tensor [B, T, width]."""
         return FLOAT * self.batch * self.tokens * width

@@ -106,4 +106,4 @@ def _single(T: int, index_BK: Tensor) -> bool:
 
 def _flat(index_BK: Tensor, T: int) -> Tensor:
     rows_B1 = torch.arange(len(index_BK), device=index_BK.device).unsqueeze(1)
-    return (index_BK + rows_B1 * T).flatten()
+    return torch.add(index_BK, rows_B1, alpha=T).flatten()

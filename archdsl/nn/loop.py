@@ -81,11 +81,9 @@ class Selection:
 
     def mask(self, tokens: int) -> Tensor:
         """True where a token is selected, [B, T], for a chunk of T = ``tokens``."""
-        keep_BK = self.keep_BK
-        if keep_BK is None:
-            keep_BK = torch.ones_like(self.index_BK, dtype=torch.bool)
-        empty_BT = torch.zeros(len(keep_BK), tokens, dtype=torch.bool, device=keep_BK.device)
-        return empty_BT.scatter(1, self.index_BK, keep_BK)
+        index_BK, keep_BK = self.index_BK, self.keep_BK
+        mask_BT = torch.zeros(len(index_BK), tokens, dtype=torch.bool, device=index_BK.device)
+        return mask_BT.scatter_(1, index_BK, True if keep_BK is None else keep_BK)
 
 
 class Router(Primitive):

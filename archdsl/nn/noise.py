@@ -20,7 +20,7 @@ def uniform(pos_BT: Tensor, stream: int | Tensor) -> Tensor:
     """
     if isinstance(stream, Tensor):
         stream = _no_index(stream)
-    h = (_no_index(pos_BT.long()) + 1) * 0x9E3779B1 + (stream % 2**20 + 1) * 0x85EBCA77
+    h = _no_index(pos_BT.long()) * 0x9E3779B1 + ((stream % 2**20 + 1) * 0x85EBCA77 + 0x9E3779B1)
     for factor in (0x7FEB352D, 0x6C8E9CF5):
         h = ((h ^ (h >> 15)) & 0x7FFFFFFF) * factor
     # float32 holds 24 bits; half precision, in which the stream may be, would make ties

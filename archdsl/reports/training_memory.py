@@ -228,7 +228,7 @@ def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> 
 
 
 def _router_losses(spec: ModelSpec) -> int:
-    """Which tokens a router was asked for; for the auxiliary loss also which it selected."""
+    """Those of the scores, and for the auxiliary loss also of what was selected."""
     rule = spec.training
     if rule is None or not (rule.router_z_loss or rule.router_aux_loss):
         return 0

@@ -58,10 +58,11 @@ class ScoreRouter(Router):
         if real_BT is not None:
             padding_BT = ctx.stream.once("padding", partial(torch.logical_not, real_BT))
             ranked_BT = ranked_BT.masked_fill(padding_BT, -math.inf)
-        index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, at, ctx)
+        all_are_asked = active_BT is None and real_BT is None
+        asked_BT = None if all_are_asked else ranked_BT > -math.inf
+        index_BK, keep_BK, stream = self.select(x_BTD, ranked_BT, asked_BT, at, ctx)
         chosen = Selection(index_BK, pick(score_BT.detach(), index_BK), keep_BK, stream)
         if has_loss:
-            asked_BT = ranked_BT > -math.inf
             ctx.trace.add_loss(at.key, self._loss(score_BT, asked_BT, chosen))
         return chosen
 
@@ -91,7 +92,7 @@ class ScoreRouter(Router):
         index_BK, keep_BK, stream = packed(selected_BT, ctx, ctx.memory(self), limit, None)
         return Selection(index_BK, score_BT, keep_BK, stream)
 
-    def _loss(self, score_BT: Tensor, asked_BT: Tensor, chosen: Selection) -> Tensor:
+    def _loss(self, score_BT: Tensor, asked_BT: Tensor | None, chosen: Selection) -> Tensor:
         """The weighted losses of a selection, each the mean over the tokens that were asked for.
 
         z-loss: the square of log sum exp over the scores of a token (ST-MoE, Zoph et al.
@@ -100,45 +101,44 @@ class ScoreRouter(Router):
         al. 2507.10524, with expert-choice routing), so that selected tokens have scores above 0.
         """
         score_BT = score_BT.to(torch.promote_types(score_BT.dtype, torch.float32))
-        asked_BT = asked_BT.to(score_BT.dtype)
         loss = score_BT.new_zeros(())
         if self.z_loss:
-            loss = loss + self.z_loss * (score_BT.square() * asked_BT).sum()
+            loss = loss + self.z_loss * mean_of(score_BT.square(), asked_BT)
         if self.aux_loss:
             target_BT = chosen.mask(score_BT.size(1)).to(score_BT.dtype)
             nats_BT = F.binary_cross_entropy_with_logits(score_BT, target_BT, reduction="none")
-            loss = loss + self.aux_loss * (nats_BT * asked_BT).sum()
-        return loss / asked_BT.sum().clamp(min=1)
+            loss = loss + self.aux_loss * mean_of(nats_BT, asked_BT)
+        return loss
 
     def select(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+        self, x_BTD: Tensor, score_BT: Tensor, asked_BT: Tensor | None, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         """The places of the selected tokens [B, K], which of them are selected (None: all), and
-        the stream that they are a chunk of. ``score_BT``: -inf where a token must not be selected.
+        the stream that they are a chunk of. ``asked_BT``: False where a token must not be selected,
+        whose ``score_BT`` is -inf; None: nowhere.
         """
         memory = ctx.memory(self)
         taken = memory.taken if memory else 0
-        selected_BT = self._selected(x_BTD, score_BT, at, ctx, taken)
+        if at.capacity < 1:
+            wanted_BT = self.wanted(x_BTD, score_BT, at, ctx)
+            wanted_BT = wanted_BT if asked_BT is None else wanted_BT & asked_BT
+        else:
+            wanted_BT = (
+                torch.ones_like(score_BT, dtype=torch.bool) if asked_BT is None else asked_BT
+            )
+        selected_BT = within_budget(wanted_BT, _budgets(at.capacity, score_BT, ctx.stream), taken)
         most = share_of(at.capacity, x_BTD.size(1)) if memory is None else None
         return packed(selected_BT, ctx, memory, share_of(at.capacity, ctx.stream.limit), most)
 
-    def _selected(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context, taken: Count
-    ) -> Tensor:
-        wanted_BT = score_BT > -math.inf
-        if at.capacity < 1:
-            wanted_BT = self.wanted(x_BTD, score_BT, at, ctx) & wanted_BT
-        return within_budget(wanted_BT, _budgets(at.capacity, score_BT, ctx.stream), taken)
-
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         """True where a token is to be selected if the budget allows it, [B, T]."""
-        rank_BT = prefix_rank(score_BT)
+        higher_BT = higher_before(score_BT)
         memory = ctx.memory(self)
         if memory is not None:
             kept = memory.named("scores", score_BT.unsqueeze(-1), ctx.stream.limit)
-            rank_BT = rank_BT + _ranked_above(kept, score_BT, ctx.stream)
+            higher_BT = higher_BT + _higher_kept(kept, score_BT, ctx.stream)
             kept.write(score_BT.unsqueeze(-1), ctx.stream)
-        return rank_BT <= _budgets(at.capacity, score_BT, ctx.stream)
+        return higher_BT < _budgets(at.capacity, score_BT, ctx.stream)
 
     def wants(self, x_BTD: Tensor, at: Step, ctx: Context, allowed: bool) -> bool:
         """`wanted` for one token of one sequence with a cache.
@@ -244,11 +244,16 @@ def packed(
         memory.taken = stream.after(K)
     if most is None and bool((length_B == K).all()):
         stream = replace(stream, length_B=None)
-    # no view: Triton cannot see a truth value as a number
-    order_BT = selected_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    index_BK = order_BT[:, :K]
-    keep_BK = None if stream.length_B is None else selected_BT.gather(1, index_BK)
-    return index_BK, keep_BK, stream
+    first_BT, order_BT = selected_BT.sort(dim=1, descending=True, stable=True)
+    keep_BK = None if stream.length_B is None else first_BT[:, :K]
+    return order_BT[:, :K], keep_BK, stream
+
+
+def mean_of(x_BT: Tensor, asked_BT: Tensor | None) -> Tensor:
+    """The mean over the tokens that were asked for, 0 if there are none; None: over all."""
+    if asked_BT is None:
+        return x_BT.mean()
+    return (x_BT * asked_BT).sum() / asked_BT.sum().clamp(min=1)
 
 
 def without_noise(score_BT: Tensor) -> Tensor:
@@ -293,8 +298,8 @@ def within_budget(wanted_BT: Tensor, budget_BT: Tensor, taken: Count = 0) -> Ten
     return wanted_BT & (most_BT[:, 1:] == most_BT[:, :-1])
 
 
-def prefix_rank(score_BT: Tensor, size: int | None = None, sorts: bool | None = None) -> Tensor:
-    """The rank of each score among those up to it, best is 1; ties go to the later one.
+def higher_before(score_BT: Tensor, size: int | None = None, sorts: bool | None = None) -> Tensor:
+    """For each score, how many of those before it are higher, [B, T].
 
     In parts of ``size`` scores. With ``sorts``, by default on a CPU, each score of a part is held
     against each, and those before it are sorted. Otherwise it is held against all before it, which
@@ -305,20 +310,20 @@ def prefix_rank(score_BT: Tensor, size: int | None = None, sorts: bool | None = 
         sorts = score_BT.device.type == "cpu"
     if size is None:
         size = 256 if sorts else max(256, PAIRS // max(1, B * T))
-    ranks = []
+    parts = []
     for start in range(0, T, size):
         part_BP, first = score_BT[:, start : start + size].contiguous(), start if sorts else 0
         others_BS = score_BT[:, first : start + size]
         higher_BPS = others_BS.unsqueeze(1) > part_BP.unsqueeze(2)
-        above = higher_BPS.tril(start - first - 1).sum(-1)
+        higher_BP = higher_BPS.tril(start - first - 1).sum(-1)
         if start and sorts:
             before = score_BT[:, :start].sort().values
-            above = above + start - torch.searchsorted(before, part_BP, right=True)
-        ranks.append(above + 1)
-    return torch.cat(ranks, 1) if len(ranks) > 1 else ranks[0]
+            higher_BP = higher_BP + start - torch.searchsorted(before, part_BP, right=True)
+        parts.append(higher_BP)
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _ranked_above(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
+def _higher_kept(kept: Kept, score_BT: Tensor, stream: Stream) -> Tensor:
     """For each score of this chunk, how many scores before the chunk are higher."""
     stop = stream.begin
     score_BS = kept.read(stop)[..., 0]

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.blocks.modules.router import Learned, ScoreRouter, without_noise
+from archdsl.blocks.modules.router import Learned, ScoreRouter, mean_of, without_noise
 from archdsl.blocks.router import share_of
 from archdsl.lang.spec import at_step
 from archdsl.nn.block import BatchStatistics, Context, normal_
 from archdsl.nn.cache import Memory, Stream
 from archdsl.nn.devices import in_float64
-from archdsl.nn.loop import Pass, Step
+from archdsl.nn.loop import Pass, Selection, Step
 
 if TYPE_CHECKING:
     from archdsl.blocks.router import LearnedSpec
@@ -116,7 +116,7 @@ class Threshold(Learned, BatchStatistics):
 
     def add(self, parts: Mapping[Hashable, Sequence[Tensor]]) -> None:
         """Mixes the quantiles of the scores of a batch into the table."""
-        scores = {cast(int, row): _sample(torch.cat(list(found))) for row, found in parts.items()}
+        scores = {cast(int, row): _sample(_joined(found)) for row, found in parts.items()}
         # passes that some sequences do not take have fewer scores
         for size in {score_N.numel() for score_N in scores.values()}:
             rows = [row for row, score_N in scores.items() if score_N.numel() == size]
@@ -135,6 +135,10 @@ class Threshold(Learned, BatchStatistics):
         self.quantiles_RQ[at_S] = torch.where(known_S1, moved_SQ, old_SQ)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def _sample(score_N: Tensor) -> Tensor:
     """An even sample of fewer than 2**17 scores; all of them where there are no more."""
     return score_N[:: score_N.numel() // 2**16 | 1]
@@ -149,11 +153,11 @@ class TopK(Threshold):
         return not self.causal
 
     def select(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+        self, x_BTD: Tensor, score_BT: Tensor, asked_BT: Tensor | None, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         """The highest scores of the sequence; by threshold with a cache or when causal."""
         if self.causal or ctx.cache is not None or at.capacity == 1:
-            return super().select(x_BTD, score_BT, at, ctx)
+            return super().select(x_BTD, score_BT, asked_BT, at, ctx)
         if self.training:
             self.note(score_BT, at.row)
         return self.best(score_BT, at, ctx)
@@ -204,13 +208,13 @@ class Predictor(TopK):
         self.trained = [math.nan] * len(self.trained)
 
     def select(
-        self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context
+        self, x_BTD: Tensor, score_BT: Tensor, asked_BT: Tensor | None, at: Step, ctx: Context
     ) -> tuple[Tensor, Tensor | None, Stream]:
         """As top_k in training, where it learns to predict that choice; else by prediction."""
         if not self.training or self.causal or ctx.cache is not None:
-            return ScoreRouter.select(self, x_BTD, score_BT, at, ctx)
+            return ScoreRouter.select(self, x_BTD, score_BT, asked_BT, at, ctx)
         chosen = self.best(score_BT, at, ctx)
-        self.learn(x_BTD, score_BT, chosen, at, ctx)
+        self.learn(x_BTD, asked_BT, Selection(chosen[0], None, *chosen[1:]), at, ctx)
         return chosen
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
@@ -239,21 +243,19 @@ class Predictor(TopK):
     def learn(
         self,
         x_BTD: Tensor,
-        score_BT: Tensor,
-        chosen: tuple[Tensor, Tensor | None, Stream],
+        asked_BT: Tensor | None,
+        chosen: Selection,
         at: Step,
         ctx: Context,
     ) -> None:
         """Adds the loss and the accuracy of the prediction of ``chosen`` to the trace."""
-        index_BK, keep_BK, _ = chosen
-        keep_BK = torch.ones_like(index_BK, dtype=torch.bool) if keep_BK is None else keep_BK
-        target_BT = torch.zeros_like(score_BT, dtype=torch.bool).scatter(1, index_BK, keep_BK)
         likely_BT = self.likely(x_BTD, at.row).float()
-        asked_BT = (score_BT > -math.inf).float()
-        loss_BT = F.binary_cross_entropy_with_logits(likely_BT, target_BT.float(), reduction="none")
-        asked = asked_BT.sum().clamp(min=1)
-        right_BT = ((likely_BT > 0) == target_BT).float()
-        loss = self.loss_weight * (loss_BT * asked_BT).sum() / asked
-        ctx.trace.add_loss(at.key, loss)
-        ctx.trace.accuracies[at.key] = ((right_BT * asked_BT).sum() / asked).detach()
-        self.note(likely_BT.detach().masked_fill(score_BT == -math.inf, -math.inf), at.row)
+        target_BT = chosen.mask(x_BTD.size(1))
+        nats_BT = F.binary_cross_entropy_with_logits(likely_BT, target_BT.float(), reduction="none")
+        ctx.trace.add_loss(at.key, self.loss_weight * mean_of(nats_BT, asked_BT))
+        likely_BT = likely_BT.detach()
+        right_BT = (likely_BT > 0) == target_BT
+        ctx.trace.accuracies[at.key] = mean_of(right_BT.float(), asked_BT)
+        if asked_BT is not None:
+            likely_BT = likely_BT.masked_fill(~asked_BT, -math.inf)
+        self.note(likely_BT, at.row)

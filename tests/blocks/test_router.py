@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import archdsl
-from archdsl.blocks.modules.router import ScoreRouter, budgets, prefix_rank, within_budget
+from archdsl.blocks.modules.router import ScoreRouter, budgets, higher_before, within_budget
 from archdsl.blocks.modules.threshold import MOMENTUM, Predictor, Threshold, TopK
 from archdsl.blocks.router import PrefixSpec, RandomSpec, RouterSpec, share_of
 from archdsl.blocks.threshold import PredictorSpec, ThresholdSpec, TopKSpec
@@ -58,13 +58,11 @@ def test_a_budget_allows_one_token_at_a_time_what_it_allows_all_at_once(
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 256])
-def test_ranks_do_not_depend_on_how_they_are_sliced(rows: int) -> None:
+def test_counts_of_higher_scores_do_not_depend_on_how_they_are_sliced(rows: int) -> None:
     score_BT = torch.randn(3, 13).round(decimals=1)
-    want = [
-        [1 + sum(a > s for a in row[:t]) for t, s in enumerate(row)] for row in score_BT.tolist()
-    ]
+    want = [[sum(a > s for a in row[:t]) for t, s in enumerate(row)] for row in score_BT.tolist()]
     for sorts in (True, False):
-        assert prefix_rank(score_BT, rows, sorts).tolist() == want
+        assert higher_before(score_BT, rows, sorts).tolist() == want
 
 
 @pytest.mark.parametrize("capacity", [0.01, 0.3, 0.5, 0.7, 0.9])
@@ -398,7 +396,9 @@ def at(capacity: float, row: int = 0) -> Step:
 def select(
     router: ScoreRouter, score_BT: Tensor, capacity: float
 ) -> tuple[Tensor, Tensor | None, Stream]:
-    return router.select(score_BT.unsqueeze(-1), score_BT, at(capacity), Context())
+    return router.select(
+        score_BT.unsqueeze(-1), score_BT, score_BT > -math.inf, at(capacity), Context()
+    )
 
 
 def prefix_share(score_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
