@@ -245,19 +245,30 @@ class SearchEngine:
         seeds = range(self.settings.seed + 1, self.settings.seed + 1 + self.seeds)
         winner = winning_trial(ranked, self.supernet_validation).spec
         self.jobs = self._comparison_jobs(winner, seeds)
-        for phase, part in self._phases():
-            self.results |= self._run_jobs(pool, phase, part, ranked)
-            if phase == BASELINES:
-                self._validate_proxy(pool, ranked)
+        phases = self._phases()
+        if self.validate_proxy:  # goes before the ablations
+            first = {BASELINES: phases.pop(BASELINES)}
+            self.results |= self._run_jobs(pool, first, ranked)
+        self._validate_proxy(pool, ranked)
+        self.results |= self._run_jobs(pool, phases, ranked)
 
     def _run_jobs(
-        self, pool: Pool, phase: str, jobs: Mapping[K, Job], ranked: Sequence[Trial]
+        self, pool: Pool, phases: Mapping[str, Mapping[K, Job]], ranked: Sequence[Trial]
     ) -> dict[K, JobResult]:
-        """Run the jobs of a phase while the limits allow it, and return their results."""
-        self.phase = phase
+        """Run the jobs by phase while the limits allow it, and return their results.
+
+        No worker waits for the end of a phase: it starts with the next one.
+        """
+        jobs = {key: job for part in phases.values() for key, job in part.items()}
+        phase_of = {job: phase for phase, part in phases.items() for job in part.values()}
+
+        def enter_phase(job: Job) -> str:
+            self.phase = phase_of[job]
+            return self.phase
+
         with self._shared(jobs) as shared:
             return run_comparison(
-                self.spending.metered(pool, phase),
+                self.spending.metered(pool, enter_phase),
                 jobs,
                 lambda: self._affords_runs(1 / len(self.proxy.tasks), ranked),
                 self._say,
@@ -279,7 +290,7 @@ class SearchEngine:
         finished = self.study.finished()
         chosen = validation_trials(finished) if self.validate_proxy else []
         self.proxy_validation = validate_proxy(
-            lambda jobs: self._run_jobs(pool, PROXY_VALIDATION, jobs, ranked),
+            lambda jobs: self._run_jobs(pool, {PROXY_VALIDATION: jobs}, ranked),
             finished,
             chosen,
             self.proxy,
@@ -293,7 +304,7 @@ class SearchEngine:
             return
         spent = self.spending.summary().by_phase.get(SEARCH, Spent()).train_flops
         self.supernet_validation = validate_supernet(
-            lambda jobs: self._run_jobs(pool, SUPERNET_VALIDATION, jobs, ranked),
+            lambda jobs: self._run_jobs(pool, {SUPERNET_VALIDATION: jobs}, ranked),
             self.study.finished(),
             self.proxy,
             self.settings.seed,
@@ -306,11 +317,12 @@ class SearchEngine:
     ) -> dict[Key, Job]:
         return comparison_jobs(winner, self.proxy, seeds, self.store, ablate=ablate)
 
-    def _phases(self) -> Iterator[tuple[str, dict[Key, Job]]]:
-        """Yield the jobs of the comparison by phase, in the order in which they are run."""
-        ablations = {key for key in self.jobs if role_of(key[0]) == "ablation"}
-        yield BASELINES, {key: job for key, job in self.jobs.items() if key not in ablations}
-        yield ABLATIONS, {key: job for key, job in self.jobs.items() if key in ablations}
+    def _phases(self) -> dict[str, dict[Key, Job]]:
+        """Return the jobs of the comparison by phase, in the order in which they are run."""
+        phases: dict[str, dict[Key, Job]] = {BASELINES: {}, ABLATIONS: {}}
+        for key, job in self.jobs.items():
+            phases[ABLATIONS if role_of(key[0]) == "ablation" else BASELINES][key] = job
+        return phases
 
     def _say(self, said: str) -> None:
         self._tell(said, self.workers)

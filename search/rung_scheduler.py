@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from archdsl.errors import ArchdslError
 from archdsl.search.space.objectives import others
-from archdsl.search.study.spending import Spending
+from archdsl.search.study.spending import SEARCH, Spending
 from archdsl.search.study.study import Study
 from archdsl.search.study.trial import RunningTrial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, mean_shares, objective
@@ -66,7 +66,7 @@ class RungScheduler:
         Raises SearchFailedError if ``FAILURES`` trials fail one after the other, WriteError as soon
         as one fails because the disk is full.
         """
-        pool = self.spending.metered(pool, "search")
+        pool = self.spending.metered(pool, lambda _: SEARCH)
         try:
             while self._take(pool) or self.active or self.study.unfinished:
                 if self.spending.is_spent and not self.active:

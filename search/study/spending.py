@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
@@ -107,9 +107,12 @@ class Spending:
         self.others = self._read()
         self.finished_jobs: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
 
-    def metered(self, pool: Pool, phase: str) -> Pool:
-        """Return a pool whose finished jobs are counted as spending of ``phase``."""
-        return _MeteredPool(pool, phase, self.finished_jobs)
+    def metered(self, pool: Pool, phase_of: Callable[[Any], str]) -> Pool:
+        """Return a pool whose finished jobs are counted as spending of their phase.
+
+        ``phase_of`` is called with each piece of work when it is submitted.
+        """
+        return _MeteredPool(pool, phase_of, self.finished_jobs)
 
     def update(self) -> None:
         """Count the jobs that have finished, and write the record every few seconds.
@@ -182,7 +185,7 @@ class Spending:
 @dataclass(frozen=True)
 class _MeteredPool:
     pool: Pool
-    phase: str
+    phase_of: Callable[[Any], str]
     finished_jobs: SimpleQueue[tuple[str, Future[Any]]]
 
     @property
@@ -192,8 +195,8 @@ class _MeteredPool:
 
     def submit(self, work: Work[R]) -> Future[R]:
         """Submit the work to the pool, and count it when it has finished."""
-        future = self.pool.submit(work)
-        future.add_done_callback(lambda job: self.finished_jobs.put((self.phase, job)))
+        phase, future = self.phase_of(work), self.pool.submit(work)
+        future.add_done_callback(lambda job: self.finished_jobs.put((phase, job)))
         return future
 
 

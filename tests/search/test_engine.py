@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
@@ -16,7 +19,7 @@ from archdsl.lang.source import parse
 from archdsl.lang.spec import Budget
 from archdsl.search.engine import RESERVED_SHARE, VALIDATION_RUNS, SearchEngine
 from archdsl.search.study.settings import Settings
-from archdsl.search.study.spending import Limits
+from archdsl.search.study.spending import Limits, Spending
 from archdsl.search.study.trial import Trial
 from archdsl.search.trials.proxy import Proxy, ProxyScore, Task
 from archdsl.search.trials.scorers import task_flops, training_flops
@@ -71,6 +74,9 @@ class FakeSpending:
     seconds_left: float = 1e12
     flops_left: float = 1e18
     limits: Limits = field(default_factory=Limits)
+
+    finished_jobs: SimpleQueue[tuple[str, Any]] = field(default_factory=SimpleQueue)
+    metered = Spending.metered
 
     @property
     def is_spent(self) -> bool:
@@ -169,13 +175,43 @@ def test_without_a_result_trials_start_until_a_limit_is_reached() -> None:
 def test_baselines_come_before_ablations() -> None:
     found = engine(FakeStudy([]), FakeSpending())
     found.jobs = found._comparison_jobs(TINY, [1, 2])
-    phases = list(found._phases())
-    assert [phase for phase, _ in phases] == ["baselines", "ablations"]
-    first, second = ({name for name, _, _ in jobs} for _, jobs in phases)
+    phases = found._phases()
+    assert list(phases) == ["baselines", "ablations"]
+    first, second = ({name for name, _, _ in jobs} for jobs in phases.values())
     assert {"winner", "equal-parameters plain"} <= first
     assert all(name.startswith("without") for name in second)
     assert second
-    assert sum(len(jobs) for _, jobs in phases) == len(found.jobs)
+    assert sum(map(len, phases.values())) == len(found.jobs)
+
+
+def test_an_ablation_starts_while_the_last_baseline_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spending = FakeSpending()
+    found = engine(FakeStudy([]), spending)
+    found.jobs = found._comparison_jobs(TINY, [1])
+    phases = found._phases()
+    last = [*phases["baselines"].values()][-1]
+    score, pending = trial().rungs[-1]["a"], Future[ProxyScore]()
+
+    class Slow:
+        workers = 2
+
+        def submit(self, work: Any) -> Future[Any]:
+            if work is last:
+                return pending
+            if any(work is job for job in phases["ablations"].values()) and not pending.done():
+                pending.set_result(score)
+            done = Future[Any]()
+            done.set_result(score)
+            return done
+
+    told = iter(range(2 * len(found.jobs)))
+    monkeypatch.setattr(found, "_affords_runs", lambda *_: True)
+    monkeypatch.setattr(found, "_tell", lambda *_: next(told))  # it would wait for ever
+    assert len(found._run_jobs(cast(Any, Slow()), phases, [])) == len(found.jobs)
+    counted = Counter(spending.finished_jobs.get()[0] for _ in found.jobs)
+    assert counted == {phase: len(jobs) for phase, jobs in phases.items()}
 
 
 def test_a_score_of_another_machine_counts_more_than_a_failure_here(

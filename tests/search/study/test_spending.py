@@ -50,7 +50,9 @@ def spending_of(storage: BaseStorage, limit: float | None = None) -> Spending:
 
 
 def pay(to: Spending, phase: str, *works: Charge) -> None:
-    jobs: list[Future[ProxyScore]] = [to.metered(InProcess(), phase).submit(work) for work in works]
+    jobs: list[Future[ProxyScore]] = [
+        to.metered(InProcess(), lambda _: phase).submit(work) for work in works
+    ]
     assert all(job.done() for job in jobs)
     to.update()
 
