@@ -308,7 +308,7 @@ class Context:
     kept: LayerCache | None = None
     path: tuple[int, ...] = ()
     trace: Trace = field(default_factory=Trace)
-    tables: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     host: Host | None = None
     added: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
     passes: list[Tensor] | None = None
@@ -383,23 +383,24 @@ class Context:
         # T only where it counts: as a symbol, it cannot be looked up
         key = (theta, scaling, T if self.pos_BT is None else None, E, x_BHTE.dtype)
         if key not in self.tables:
-            table = self._selected_angles((theta, scaling, E, x_BHTE.dtype))
-            self.tables[key] = self._angles(x_BHTE, theta, scaling) if table is None else table
-        cos, sin = self.tables[key].chunk(2, -1)
-        return cos, sin
+            found = self._selected_angles((theta, scaling, E, x_BHTE.dtype))
+            self.tables[key] = found or self._angles(x_BHTE, theta, scaling)
+        return self.tables[key]
 
-    def _selected_angles(self, wanted: tuple[object, ...]) -> Tensor | None:
+    def _selected_angles(self, wanted: tuple[object, ...]) -> tuple[Tensor, Tensor] | None:
         """Those of the selected tokens, if those of all tokens were computed already."""
         if self.whole is None:
             return None
         all_tokens, index_BK, _ = self.whole
-        for (theta, scaling, _, E, dtype), table in all_tokens.tables.items():
+        for (theta, scaling, _, E, dtype), tables in all_tokens.tables.items():
             if (theta, scaling, E, dtype) == wanted:
-                return _rows_of(table, index_BK)
+                cos, sin = (_rows_of(table, index_BK) for table in tables)
+                return cos, sin
         return None
 
-    def _angles(self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
-        """The cosines, and beside them the sines: one table, so that rows are taken once."""
+    def _angles(
+        self, x_BHTE: Tensor, theta: float, scaling: RopeScaling | None
+    ) -> tuple[Tensor, Tensor]:
         T, E = x_BHTE.shape[-2:]
         # half precision cannot tell neighbouring positions apart after a few thousand tokens
         precise = torch.float64 if x_BHTE.dtype == torch.float64 else torch.float32
@@ -409,7 +410,7 @@ class Context:
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # heads
         cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
-        return torch.cat((cos, cos, -sin, sin), -1)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def _is_plain(matrix: nn.Linear, x: Tensor) -> bool:
@@ -444,7 +445,7 @@ def _joined(matrices: Sequence[nn.Linear]) -> Tensor | None:
 
 
 def _rows_of(table: Tensor, index_BK: Tensor) -> Tensor:
-    """The rows of a table [T, 2 E] or [1 or B, 1, T, 2 E], [B, 1, K, 2 E]."""
+    """The rows of a table [T, E] or [1 or B, 1, T, E], [B, 1, K, E]."""
     if table.dim() == 2:
         return table[index_BK].unsqueeze(1)
     rows = table.squeeze(1).expand(len(index_BK), -1, -1)
