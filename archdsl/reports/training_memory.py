@@ -228,7 +228,8 @@ def full_batch(spec: ModelSpec, batch_size: int, context: int | None = None) -> 
 
 
 def _router_losses(spec: ModelSpec) -> int:
-    """Those of the scores, and for the auxiliary loss also of what was selected."""
+    """How many float tensors [B, T] its losses keep: the scores, and for the auxiliary loss what
+    was selected."""
     rule = spec.training
     if rule is None or not (rule.router_z_loss or rule.router_aux_loss):
         return 0

@@ -121,11 +121,10 @@ class ScoreRouter(Router):
         taken = memory.taken if memory else 0
         if at.capacity < 1:
             wanted_BT = self.wanted(x_BTD, score_BT, at, ctx)
-            wanted_BT = wanted_BT if asked_BT is None else wanted_BT & asked_BT
         else:
-            wanted_BT = (
-                torch.ones_like(score_BT, dtype=torch.bool) if asked_BT is None else asked_BT
-            )
+            wanted_BT = torch.ones_like(score_BT, dtype=torch.bool)
+        if asked_BT is not None:
+            wanted_BT = wanted_BT & asked_BT
         selected_BT = within_budget(wanted_BT, _budgets(at.capacity, score_BT, ctx.stream), taken)
         most = share_of(at.capacity, x_BTD.size(1)) if memory is None else None
         return packed(selected_BT, ctx, memory, share_of(at.capacity, ctx.stream.limit), most)

@@ -213,9 +213,9 @@ class Predictor(TopK):
         """As top_k in training, where it learns to predict that choice; else by prediction."""
         if not self.training or self.causal or ctx.cache is not None:
             return ScoreRouter.select(self, x_BTD, score_BT, asked_BT, at, ctx)
-        chosen = self.best(score_BT, at, ctx)
-        self.learn(x_BTD, asked_BT, Selection(chosen[0], None, *chosen[1:]), at, ctx)
-        return chosen
+        index_BK, keep_BK, stream = self.best(score_BT, at, ctx)
+        self.learn(x_BTD, asked_BT, Selection(index_BK, None, keep_BK, stream), at, ctx)
+        return index_BK, keep_BK, stream
 
     def wanted(self, x_BTD: Tensor, score_BT: Tensor, at: Step, ctx: Context) -> Tensor:
         """True where a token is likely to be among the highest scores, [B, T]."""
