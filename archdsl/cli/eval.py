@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -267,23 +268,34 @@ def _at(found: Checkpoint, data: Data, setting: DialSetting, windows: dict[str, 
     """Scores held-out text at one setting of the compute dial."""
     from archdsl.evaluation.dial_sweep import dialled
     from archdsl.evaluation.evaluate import evaluate
-    from archdsl.model.compute_meter import metered
+    from archdsl.model.compute_meter import Meter, metered
     from archdsl.reports import tables
     from archdsl.reports.layout import TwoColumns
 
-    with dialled(found.model, setting), metered(found.model) as meter:
-        result = evaluate(found.model, data, **windows)
-    facts = {
+    meters = {True: Meter(), False: Meter()}  # by whether routers look at later tokens
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with metered(found.model) as meter:
+            yield
+        meters[found.model.leaks].add(meter)
+
+    with dialled(found.model, setting):
+        result = evaluate(found.model, data, **windows, watched=watched)
+    flops = {leaks: meter.flops_per_token for leaks, meter in meters.items()}
+    facts: dict[str, Any] = {
         "data": data.name,
         "setting": setting.model_dump(),
-        "flops_per_token": meter.flops_per_token,
+        "flops_per_token": flops[result.leaks],
     }
+    facts |= result.model_dump()
+    spent = f"{tables.short(flops[result.leaks])} FLOPs/token"
+    if result.causal is not None:
+        facts["causal"]["flops_per_token"] = flops[False]
+        spent += f", {tables.short(flops[False])} with causal routing"
     head = f"{found.spec.name} on the {result.split} split of {data.name}"
-    executed = [
-        ("dial", str(setting)),
-        ("executed", f"{tables.short(meter.flops_per_token)} FLOPs/token"),
-    ]
-    return facts | result.model_dump(), [
+    executed = [("dial", str(setting)), ("executed", spent)]
+    return facts, [
         head,
         tables.evaluation(result, data.chance),
         TwoColumns(executed),

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,13 +75,15 @@ class Throughput:
     """How many tokens were read, how fast, and with how many further thinking steps.
 
     ``seconds``: wall-clock time. ``steps``: further thinking steps, summed over the tokens.
-    ``selected_tokens``: the number of tokens that each routed step selected, by its name.
+    ``selected_tokens``: the number of tokens that each routed step selected, by its name;
+    ``given_tokens``: of how many, which are fewer where another loop selects first.
     """
 
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
-    selected_tokens: dict[str, float] = field(default_factory=dict)
+    selected_tokens: Counter[str] = field(default_factory=Counter)
+    given_tokens: Counter[str] = field(default_factory=Counter)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -95,15 +98,16 @@ class Throughput:
     @property
     def router_shares(self) -> dict[str, float]:
         """The share of the tokens that each routed step selected, by its name."""
-        return {name: count / self.tokens for name, count in self.selected_tokens.items()}
+        given = self.given_tokens
+        return {name: self.selected_tokens[name] / max(1, n) for name, n in given.items()}
 
     def add(self, other: Throughput) -> None:
         """Add the counts and the time of another measurement."""
         self.tokens += other.tokens
         self.seconds += other.seconds
         self.steps += other.steps
-        for name, count in other.selected_tokens.items():
-            self.selected_tokens[name] = self.selected_tokens.get(name, 0.0) + count
+        self.selected_tokens.update(other.selected_tokens)
+        self.given_tokens.update(other.given_tokens)
 
 
 @dataclass(frozen=True)
@@ -307,9 +311,11 @@ class GenerationRun:
         ]
         for i, steps in zip(rows, taken, strict=True):
             self.rows[i].steps += steps
-        count = sum(map(len, taken))
-        selected = {name: share * count for name, share in self.model.router_shares().items()}
-        throughput.add(Throughput(count, 0.0, sum(map(sum, taken)), selected))
+        throughput.tokens += sum(map(len, taken))
+        throughput.steps += sum(map(sum, taken))
+        for name, (selected, given) in self.model.router_counts().items():
+            throughput.selected_tokens[name] += selected
+            throughput.given_tokens[name] += given
 
     def _append(self, i: int, token: int) -> GeneratedToken:
         """Append the token to row ``i`` and decide whether the row ends here."""

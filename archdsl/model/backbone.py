@@ -229,13 +229,19 @@ class Backbone(nn.Module):
         with selecting_causally(self.routers):
             yield
 
+    def router_counts(self) -> dict[str, tuple[int, int]]:
+        """How many tokens each routed step selected in the last pass, and of how many, by loop and
+        step. A loop that another one runs several times counts all its runs."""
+        found = [count for pair in self.trace.counts.values() for count in pair]
+        there = [count for count in found if isinstance(count, Tensor)]
+        told = iter(torch.stack(there).tolist() if there else [])  # one transfer for all
+        known = [next(told) if isinstance(count, Tensor) else count for count in found]
+        return dict(zip(self.trace.counts, zip(known[::2], known[1::2], strict=True), strict=True))
+
     def router_shares(self) -> dict[str, float]:
         """The share of tokens that each routed step selected in the last pass, by loop and step."""
-        shares = self.trace.shares
-        there = {name: share for name, share in shares.items() if isinstance(share, Tensor)}
-        told = torch.stack(list(there.values())).tolist() if there else []  # one transfer for all
-        known = shares | dict(zip(there, told, strict=True))
-        return {name: float(share) for name, share in known.items()}
+        counts = self.router_counts()
+        return {name: selected / max(1, tokens) for name, (selected, tokens) in counts.items()}
 
     def predictor_accuracies(self) -> dict[str, float]:
         """The share of correct predictions of predictor routers, by loop and step."""

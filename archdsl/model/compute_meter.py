@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,13 +23,14 @@ from archdsl.nn.cache import Cache
 class Meter:
     """Sums over the passes of one model. Padding is not counted.
 
-    ``selected``: the number of tokens that each routed step selected. ``fixed``: FLOPs per token of
-    a model without loops, by the length of the sequence.
+    ``selected``: the number of tokens that each routed step selected, ``given``: of how many.
+    ``fixed``: FLOPs per token of a model without loops, by the length of the sequence.
     """
 
     tokens: int = 0
     flops: float = 0.0
-    selected: dict[str, float] = field(default_factory=dict)
+    selected: Counter[str] = field(default_factory=Counter)
+    given: Counter[str] = field(default_factory=Counter)
     fixed: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -39,7 +41,7 @@ class Meter:
     @property
     def shares(self) -> dict[str, float]:
         """The share of tokens that each routed step selected, by loop and step."""
-        return {name: count / max(1, self.tokens) for name, count in self.selected.items()}
+        return {name: self.selected[name] / max(1, tokens) for name, tokens in self.given.items()}
 
     def note(
         self,
@@ -57,15 +59,16 @@ class Meter:
         length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
         self.tokens += count
         self.flops += count * self._per_token(model, length)
-        for name, share in model.router_shares().items():
-            self.selected[name] = self.selected.get(name, 0.0) + count * share
+        for name, (selected, given) in model.router_counts().items():
+            self.selected[name] += selected
+            self.given[name] += given
 
     def add(self, other: Meter) -> None:
         """Add what another meter has measured of the same model."""
         self.tokens += other.tokens
         self.flops += other.flops
-        for name, count in other.selected.items():
-            self.selected[name] = self.selected.get(name, 0.0) + count
+        self.selected.update(other.selected)
+        self.given.update(other.given)
 
     def _per_token(self, model: LanguageModel, length: int) -> float:
         if model.loops:

@@ -25,7 +25,7 @@ from archdsl.errors import ArchdslError
 from archdsl.model.backbone import Call
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.block import Context, Part
-from archdsl.nn.cache import Cache, ContextFullError
+from archdsl.nn.cache import Cache, ContextFullError, Count
 from archdsl.nn.loop import Loop, Step
 from archdsl.nn.precision import autocast_dtype
 
@@ -94,14 +94,14 @@ class TokenStep:
         """
         self.lengths = self._checked(tokens)
         self.tokens_B1.copy_(torch.tensor(tokens).unsqueeze(1), non_blocking=True)
-        real = max(1, sum(token >= 0 for token in tokens))
-        shares: dict[str, float | Tensor] = {}
+        real = sum(token >= 0 for token in tokens)
+        counts: dict[str, tuple[Count, Count]] = {}
         for n, section in enumerate(self.sections):
             told = self._run_section(n)
-            counts = zip(section.steps, map(sum, told), strict=True)
-            shares |= {step.name: count / real for step, count in counts}
-        # of loops that are not run in parts, the trace knows the shares
-        self.model.trace = replace(self.ctx.trace, shares=self.ctx.trace.shares | shares)
+            selected = zip(section.steps, map(sum, told), strict=True)
+            counts |= {step.name: (count, real) for step, count in selected}
+        # of loops that are not run in parts, the trace knows the counts
+        self.model.trace = replace(self.ctx.trace, counts=self.ctx.trace.counts | counts)
         return self.logits_BV
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:

@@ -18,8 +18,8 @@ ALMOST_ALL = 1 - 1e-12  # a share of 1 would mean that there is no router to be 
 def flops_per_token(model: LanguageModel, tokens: int) -> float:
     """Forward FLOPs per token of the model's last pass, over sequences of ``tokens``.
 
-    The share of a loop inside a routed loop is that of its last run. The capacities count for
-    steps that have not run, and before the first pass.
+    The share of a loop inside another loop is that of all its runs together. The capacities count
+    for steps that have not run, and before the first pass.
     """
     return sequence_cost(executed(model), tokens=tokens).flops / tokens
 

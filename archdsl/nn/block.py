@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archdsl.nn.cache import Cache, LayerCache, Memory, Stream, shifted
+from archdsl.nn.cache import Cache, Count, LayerCache, Memory, Stream, shifted
 from archdsl.nn.gather import pick, take
 from archdsl.nn.precision import autocast_dtype
 from archdsl.nn.rope import RopeScaling, inverse_frequencies
@@ -217,15 +217,15 @@ class Trace:
 
     A layer notes it by their names within the layer, in a trace of its own; see `for_layer`.
 
-    ``shares``: the share of tokens that was selected. ``losses``: losses of routers, to be added to
-    that of the model. ``accuracies``: of predictors. Where another loop runs a loop several times,
-    its losses are added up, and the others are those of its last run. ``steps_BT``: how many steps
-    each token took in all loops, without the first pass of each. ``passes``: in training, where the
-    loss is a sum over passes of the last block, the stream [B, T, D] after each of them and the
-    weights [B, T] of the losses of its tokens.
+    ``counts``: how many tokens were selected, and of how many. ``losses``: losses of routers, to be
+    added to that of the model. ``accuracies``: of predictors. Where another loop runs a loop
+    several times, its counts and losses are added up, and its accuracies are those of the last run.
+    ``steps_BT``: how many steps each token took in all loops, without the first pass of each.
+    ``passes``: in training, where the loss is a sum over passes of the last block, the stream
+    [B, T, D] after each of them and the weights [B, T] of the losses of its tokens.
     """
 
-    shares: dict[str, float | Tensor] = field(default_factory=dict)
+    counts: dict[str, tuple[Count, Count]] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     accuracies: dict[str, Tensor] = field(default_factory=dict)
     steps_BT: Tensor | None = None
@@ -237,7 +237,7 @@ class Trace:
 
     def take_over(self, layer: Trace, name: str) -> None:
         """Adds what a layer of this name noted."""
-        self.shares |= {f"{name}{place}": found for place, found in layer.shares.items()}
+        self.counts |= {f"{name}{place}": found for place, found in layer.counts.items()}
         self.losses |= {f"{name}{place}": found for place, found in layer.losses.items()}
         self.accuracies |= {f"{name}{place}": found for place, found in layer.accuracies.items()}
 
@@ -246,6 +246,11 @@ class Trace:
         if self.steps_BT is not None:
             self.steps_BT = self.steps_BT.gather(1, index_BT)
         self.passes = [(take(x_BTD, index_BT), w.gather(1, index_BT)) for x_BTD, w in self.passes]
+
+    def count(self, name: str, selected: Count, tokens: Count) -> None:
+        """Counts what a routed step selected; there may be counts of an earlier run already."""
+        before, of = self.counts.get(name, (0, 0))
+        self.counts[name] = (before + selected, of + tokens)
 
     def add_loss(self, name: str, loss: Tensor) -> None:
         """Adds a loss; there may be one already, where a loop around runs a block several times."""

@@ -139,7 +139,7 @@ class BodyLoop(Loop):
             if one.routed is not None and one.step >= skipped:
                 skipped = one.step + self._skips(x_BTD, one, ctx)
             if one.routed is not None and one.step < skipped:
-                ctx.trace.shares[one.routed.key] = 0.0
+                ctx.trace.count(one.routed.key, 0, ctx.stream.tokens(x_BTD))
                 continue
             now = replace(ctx, path=(*ctx.path, one.step))
             chosen = self._choose(x_BTD, one, now, chosen, known)
@@ -344,14 +344,8 @@ class BodyLoop(Loop):
             chosen = self.exit.choose(x_BTD, known, ctx)
         else:
             chosen = self._ask(x_BTD, one, ctx, before)
-        tokens, shares = ctx.stream.tokens(x_BTD), ctx.trace.shares
-        share = chosen.stream.tokens(chosen.index_BK) / tokens
-        if ctx.stream.static and isinstance(tokens, Tensor) and isinstance(share, Tensor):
-            # it may run for nobody; then the share of its last run stands
-            last = shares.get(at.key)
-            last = last if isinstance(last, Tensor) else torch.zeros_like(share)
-            share = torch.where(tokens > 0, share, last)
-        shares[at.key] = share
+        selected = chosen.stream.tokens(chosen.index_BK)
+        ctx.trace.count(at.key, selected, ctx.stream.tokens(x_BTD))
         return chosen
 
     def _skips(self, x_BTD: Tensor, one: Pass, ctx: Context) -> int:

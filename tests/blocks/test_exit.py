@@ -152,13 +152,12 @@ def test_the_dial_trades_passes_for_the_threshold(leave: Any) -> None:
 def test_what_ran_is_counted_as_what_is_stated() -> None:
     """The receipt takes the stated shares; a pass is counted at the measured ones."""
     stated = spec(GATE | {"remaining": [0.75, 0.5, 0.25]}, steps=4)
-    shares = [0.75, 0.5, 0.25]
     cost = sequence_cost(stated)
     assert cost.lightest < cost.flops < cost.heaviest
     assert cost.heaviest == sequence_cost(spec(GATE)).flops
     model = built(stated)
     loop = model.loops[0]
-    model.trace.shares = {f"{loop.label}.{i}": share for i, share in enumerate(shares)}
+    model.trace.counts = {f"{loop.label}.{i}": (count, 4) for i, count in enumerate([3, 2, 1])}
     assert sequence_cost(executed(model)).flops == cost.flops
 
 

@@ -145,7 +145,7 @@ def test_with_copies_written_out_every_path_is_built_once_but_for_own_steps(
 def test_the_copies_of_a_stack_are_measured_apart() -> None:
     stack = {"kind": "stack", "repeat": 2, "body": [loop(0.5, steps=2)]}
     model = build(model_spec(stack))
-    model.trace.shares = {"blocks.0.blocks.0.0": 0.25, "blocks.0.blocks.1.0": 0.75}
+    model.trace.counts = {"blocks.0.blocks.0.0": (1, 4), "blocks.0.blocks.1.0": (3, 4)}
     first, second = model_spec(loop(0.25, steps=2), loop(0.75, steps=2)).blocks
     apart = model.spec.model_copy(update={"blocks": (first, second)})
     assert sequence_cost(executed(model)).flops == sequence_cost(apart).flops
@@ -159,7 +159,7 @@ def test_bodies_of_passes_that_were_dialled_away_do_not_count() -> None:
     assert names == ["blocks.0", *(f"blocks.0.bodies.{i}" for i in range(3))]
     model.loops[0].dial(steps=1)
     assert [one.label for one in running_loops(model)] == names[:2]
-    model.trace.shares = {"blocks.0.bodies.0.0": 0.25, "blocks.0.bodies.1.0": 1.0}
+    model.trace.counts = {"blocks.0.bodies.0.0": (1, 4), "blocks.0.bodies.1.0": (4, 4)}
     once = sequence_cost(model_spec(loop(0.25, steps=2))).flops
     assert sequence_cost(executed(model)).flops == once
 
@@ -169,7 +169,7 @@ def test_a_foreign_block_with_a_list_of_blocks_costs_what_it_executed() -> None:
     with torch.no_grad():
         model(torch.arange(12).unsqueeze(0) % 11)
     assert model.router_shares().keys() == {"blocks.1.branches.1.0", "blocks.1.branches.1.1"}
-    model.trace.shares = dict.fromkeys(model.router_shares(), 0.25)
+    model.trace.counts = dict.fromkeys(model.router_counts(), (1, 4))
     nominal, few = (model_spec(LAYER, split(share)) for share in (0.9, 0.25))
     assert sequence_cost(executed(model)).flops == sequence_cost(few).flops
     assert sequence_cost(few).flops < sequence_cost(nominal).flops

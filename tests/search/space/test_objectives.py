@@ -28,7 +28,7 @@ def measured(spec: ModelSpec) -> dict[str, float]:
     # copies of few tokens differ from their mean by what is rounded
     assert flops_per_token(model, T) == pytest.approx(of(spec, shares), rel=0.1)
     same = dict.fromkeys(shares, 0.1)  # in all copies, so that a mean is exact
-    model.trace.shares.update(same)
+    model.trace.counts.update(dict.fromkeys(shares, (1, 10)))
     assert flops_per_token(model, T) == pytest.approx(of(spec, same))
     return shares
 
