@@ -40,7 +40,7 @@ from benchmarks.measure import (
     ratio,
     record,
 )
-from benchmarks.peers import Peer, peers_of, random_batch
+from benchmarks.peers import Peer, peers_of, random_batch, weights_to
 
 CALLS = 8  # tokens that are decoded per call
 CONTEXT = 1024  # tokens that a cache can hold
@@ -176,9 +176,9 @@ def alike(args: Namespace, tokens: int) -> tuple[LanguageModel, list[Peer], Tens
     model = build(spec, device=args.device)
     prompt_BT = random_batch(spec, args.batch, tokens, args.device).tokens_BT
     peers = list(peers_of(model, extras=not args.small))
-    for one in (model, *(peer.model for peer in peers)):
-        one.to(precision(args.device))
-    return model.for_decoding(), peers, prompt_BT
+    for peer in peers:
+        weights_to(peer.model, precision(args.device))
+    return model.to(precision(args.device)).for_decoding(), peers, prompt_BT
 
 
 def plain(args: Namespace) -> tuple[dict[str, Greedy], Tensor]:

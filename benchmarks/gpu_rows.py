@@ -44,7 +44,7 @@ from benchmarks.measure import (
     ratio,
 )
 from benchmarks.memory import allocated
-from benchmarks.peers import peers_of, random_batch
+from benchmarks.peers import peers_of, random_batch, weights_to
 from benchmarks.steps import Step, own_step, peer_step, trainer
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, by the data sheet
@@ -414,7 +414,7 @@ def _transformers_decoder(wanted_TV: Tensor, tokens_BT: Tensor, at: Sizes) -> De
     """A decoder of transformers with a static cache, compiled; it has the weights of the plain
     model."""
     (peer,) = peers_of(build(at.plain, device=at.device), extras=False)
-    peer.model.to(precision(at.device))
+    weights_to(peer.model, precision(at.device))
     tokens_BT = tokens_BT.to(at.device)
     whole = _per_token(_one_pass(peer.logits, tokens_BT, at), wanted_TV)
     read = theirs_static(peer, torch.device(at.device), compiled=at.compiled)
@@ -478,18 +478,18 @@ def _error(
 ) -> float:
     """The error of the logits of ``model`` in half precision, see the module.
 
-    ``exact``: the model of archdsl with the same weights. Those of the first sequence count, up to
+    ``exact``: the model of archdsl with the same weights. Those of the last sequence count, up to
     512 tokens of a plain model. A compiled model reads all sequences as it does in training, and
     with gradients, so that it is not compiled again.
     """
     tokens_BT = batch.tokens_BT.to(at.device)
     own = cast(Logits, partial(_end, exact))
     if logits is not None:
-        tokens_BT = tokens_BT[:1, :512]
+        tokens_BT = tokens_BT[-1:, :512]
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        wanted_TV = own(tokens_BT[:1])
+        wanted_TV = own(tokens_BT[-1:])
     half = torch.autocast(at.device, torch.bfloat16, enabled=at.device != "cpu")
-    given_BT = tokens_BT[:1] if eager else tokens_BT
+    given_BT = tokens_BT[-1:] if eager else tokens_BT
     stance = "force_eager" if eager else "default"
     with torch.compiler.set_stance(stance), torch.set_grad_enabled(not eager), half:
         found = (logits or own)(given_BT).detach()
@@ -497,9 +497,9 @@ def _error(
 
 
 def _end(model: LanguageModel, tokens_BT: Tensor) -> Tensor:
-    """The logits [T, V] of the last 256 tokens at most of the first sequence."""
+    """The logits [T, V] of the last 256 tokens at most of the last sequence."""
     model.train()
-    return model.readout(model.hidden(model.embedding(tokens_BT))[0, -256:])
+    return model.readout(model.hidden(model.embedding(tokens_BT))[-1, -256:])
 
 
 def _per_token(found_TV: Tensor, wanted_TV: Tensor) -> float:

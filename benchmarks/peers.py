@@ -44,6 +44,13 @@ class Peer:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
+def weights_to(peer: nn.Module, dtype: torch.dtype) -> None:
+    """Moves the weights of a peer to a data type, but not its rotary frequencies, which are buffers
+    that transformers keeps in float32."""
+    for weight in peer.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 def random_batch(spec: ModelSpec, rows: int, tokens: int, device: str = "cpu") -> Batch:
     """Returns a batch of random tokens, always the same one."""
     rng = torch.Generator().manual_seed(0)

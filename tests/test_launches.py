@@ -10,8 +10,19 @@ from torch import nn
 import archdsl
 from archdsl.lang.spec import Sizes
 from archdsl.model.cuda_graph_step import TokenStep
+from archdsl.model.language_model import LanguageModel
+from archdsl.nn.block import Block
 from benchmarks.inductor import KernelCount, as_on_a_gpu
-from benchmarks.launches import GPU, META, Counter, OnGpu, autocast, of_step, total
+from benchmarks.launches import (
+    GPU,
+    META,
+    Counter,
+    OnGpu,
+    autocast,
+    of_step,
+    selected_as_counted,
+    total,
+)
 from tests.shipped import STRUCTURES
 from tests.test_benchmarks import by_hand
 
@@ -72,6 +83,22 @@ def test_reading_or_writing_some_rows_does_not_count_the_others() -> None:
         "index_select": 2 * row + 64,
         "index_put_": 2 * row + 64,
     }
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_under_autocast_on_a_gpu_every_block_hands_on_bfloat16(name: str) -> None:
+    spec = archdsl.load(name).resized(Sizes(64, 64, 257, 32, 1))
+    with META:
+        model = LanguageModel(spec).train()
+    found = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda *given: found.append(given[-1].dtype))
+    x_BTD = torch.empty(2, 64, 64, device=META, requires_grad=True)
+    counter = Counter()
+    with selected_as_counted(counter), autocast(), counter, OnGpu(counter):
+        assert model.hidden(x_BTD).dtype == torch.bfloat16
+    assert set(found) == {torch.bfloat16}
 
 
 @by_hand

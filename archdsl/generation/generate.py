@@ -289,7 +289,10 @@ class GenerationRun:
         """
         given = [tokens.get(i, -1) for i in range(len(self.rows))]
         with _timed(self.decode), _inference(self.model):
-            logits_BV = self._checked(step(given)[list(tokens)])
+            logits_BV = step(given)
+            if len(tokens) < len(given):
+                logits_BV = logits_BV[list(tokens)]
+            logits_BV = self._checked(logits_BV)
         self._record(torch.tensor(given).unsqueeze(1) >= 0, range(len(given)), self.decode)
         return logits_BV
 

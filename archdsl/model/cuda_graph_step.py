@@ -15,6 +15,7 @@ Shapes: B rows, D width, P routed passes of a loop, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -158,8 +159,15 @@ class TokenStep:
         else:
             self._compute(n, at)
 
-    @torch.no_grad()
     def _compute(self, n: int, at: int | None) -> None:
+        device = self.x_B1D.device
+        dtype = autocast_dtype(device)
+        # a captured graph must not read weights from the cache of autocast, which ends before it
+        uncached = dtype and torch.autocast(device.type, dtype, cache_enabled=False)
+        with torch.no_grad(), uncached or nullcontext():
+            self._compute_piece(n, at)
+
+    def _compute_piece(self, n: int, at: int | None) -> None:
         """Computes a piece: the layers of section ``n`` with the full passes of its loop, or the
         routed pass ``at`` of the loop."""
         section = self.sections[n]

@@ -87,7 +87,9 @@ def blocks_seen(place_BT: Tensor, S: int) -> BlockMask:
     partly_BM = (whole_BN.unsqueeze(1) <= key_M.unsqueeze(1)).sum(2)
 
     def of_all_heads(x: Tensor) -> Tensor:
-        return x.to(torch.int32).unsqueeze(1).contiguous()
+        # a view as the last step would have the stride 0 for heads when compiled, by which the
+        # kernels for a GPU find the lists of a sequence: all would have those of the first
+        return x.unsqueeze(1).to(torch.int32).contiguous()
 
     def sees(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return place_BT[b, query] >= key

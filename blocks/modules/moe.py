@@ -93,12 +93,13 @@ class Moe(Block, BatchStatistics):
         pairs = zip(self.experts, parts, strict=True)
         y_RD = torch.cat([expert(part_RD, ctx) for expert, part_RD in pairs])
         y_NKD = y_RD.index_select(0, place_R).view(N, K, -1)
-        return (y_NKD * weight_NK.unsqueeze(-1)).sum(1)
+        # autocast on CUDA would make a sum in float32
+        return (y_NKD * weight_NK.unsqueeze(-1)).sum(1, dtype=y_NKD.dtype)
 
     def _loads(self, index_NK: Tensor) -> list[int]:
         """How many tokens each expert has. On the device meta, where nobody knows: evenly many."""
         R, E = index_NK.numel(), self.spec.experts
-        if index_NK.device.type == "meta":
+        if index_NK.is_meta:
             return [R * (e + 1) // E - R * e // E for e in range(E)]
         return cast(list[int], index_NK.flatten().bincount(minlength=E).tolist())
 

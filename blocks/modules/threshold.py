@@ -127,7 +127,7 @@ class Threshold(Learned, BatchStatistics):
         levels_Q = torch.linspace(0, 1, QUANTILES, device=score_SN.device)
         new_SQ = torch.nanquantile(score_SN, levels_Q, dim=1).t()
         known_S1 = new_SQ.isfinite().all(1, keepdim=True)
-        at_S = torch.tensor(rows, device=score_SN.device)
+        at_S = torch.tensor(rows).to(score_SN.device, non_blocking=True)
         self.seen_R[at_S] += known_S1.squeeze(1)
         share_S1 = (1 / self.seen_R[at_S].unsqueeze(1)).clamp(min=MOMENTUM)
         old_SQ = self.quantiles_RQ[at_S]

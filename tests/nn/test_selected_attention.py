@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from archdsl.lang.spec import ModelSpec
 from archdsl.nn import selected_attention
 from archdsl.nn.selected_attention import (
     BLOCK,
+    _by_blocks,
     attend_by_blocks,
     blocks_are_possible,
     blocks_seen,
@@ -175,6 +177,34 @@ def test_a_kernel_that_computes_only_these_blocks_has_the_values_of_a_mask() -> 
     )
     for row, count in enumerate([300, 140]):
         torch.testing.assert_close(found[row, :, :count], wanted[row, :, :count])
+
+
+@pytest.mark.slow
+def test_when_compiled_each_sequence_has_its_own_lists_of_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels for a GPU find the lists of a sequence by the stride of the heads, of which there is
+    one; those of a CPU by that of the sequences."""
+    from torch._inductor import config
+    from torch._inductor.kernel.flex import flex_cpu
+
+    realize: Any = vars(flex_cpu)["maybe_realize"]
+    strides: list[int] = []
+
+    def noted(given: list[Any]) -> list[Any]:
+        made: list[Any] = realize(given)
+        lists = [one for one in made if hasattr(one, "get_size") and one.get_dtype() == torch.int32]
+        strides.extend(int(one.get_stride()[1]) for one in lists if len(one.get_size()) > 2)
+        return made
+
+    monkeypatch.setattr(flex_cpu, "maybe_realize", noted)
+    torch.compiler.reset()
+    q, k, v = (torch.randn(3, 2, n, 16) for n in (300, 700, 700))
+    place_BT = places([300, 140, 9], 300, 700)
+    with torch.no_grad(), config.patch(force_disable_caches=True):
+        torch.compile(_by_blocks, fullgraph=True)(q, k, v, place_BT, False)
+    assert len(strides) >= 4
+    assert 0 not in strides
 
 
 @pytest.mark.gpu
