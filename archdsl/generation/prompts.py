@@ -35,7 +35,10 @@ def _prompt(line: str, place: str) -> str:
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{place}: this line is not a JSON object: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        found = describe(value.get("prompt") if isinstance(value, dict) else value)
+        if isinstance(value, dict) and "prompt" not in value:
+            found = "an object without prompt"
+        else:
+            found = describe(value["prompt"] if isinstance(value, dict) else value)
         raise PromptError(f'{place}: expected an object such as {{"prompt": "..."}}, got {found}')
     return str(value["prompt"])
 

@@ -407,10 +407,12 @@ def dial(points: Sequence[SweepPoint]) -> RenderableType:
     for routing in dict.fromkeys(point.routing for point in points):
         parts += [Text(LABELS[routing], "bold red" if routing == "leaking" else "bold")]
         parts += [_settings([point for point in points if point.routing == routing]), ""]
-    by_exit = any(point.setting.exit is not None for point in points)
-    setting = "capacity of the routed steps in percent; 0 skips a step, 100 selects every token"
+    exits = any(point.setting.exit is not None for point in points)
+    routed = any(point.setting.capacity is not None for point in points) or not exits
+    means = ["capacity of the routed steps in percent; 0 skips a step, 100 selects every token"]
+    means = means * routed + ["exit: the threshold at which a token stops looping"] * exits
     legend = [
-        ("setting", "the threshold at which a token stops looping" if by_exit else setting),
+        ("setting", "; ".join(means)),
         ("FLOPs/token", "executed in the forward pass"),
         ("share", "of the tokens that take a routed step, or one after an exit, on average"),
         (

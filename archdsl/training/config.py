@@ -31,8 +31,11 @@ def _pair(value: Any) -> Any:
 
 def _loggers(value: Any) -> Any:
     named = [value] if isinstance(value, str) else value
-    if not isinstance(named, list | tuple) or not set(map(str, named)) <= set(LOGGERS):
+    if not isinstance(named, list | tuple):
         raise ValueError(f"must be some of {', '.join(LOGGERS)}, got {describe(value)}")
+    for name in named:
+        if name not in LOGGERS:
+            raise ValueError(f"must be some of {', '.join(LOGGERS)}, got {describe(name)}")
     return tuple(named)
 
 
