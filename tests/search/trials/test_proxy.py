@@ -207,8 +207,9 @@ def test_a_group_of_processes_goes_on_with_a_rung_of_one_and_finds_the_same(tmp_
         score, wanted = pool.submit(above).result(), run(alone)
     for name in ("loss", "accuracy", "shares", "entropies"):
         assert getattr(score, name) == pytest.approx(getattr(wanted, name), rel=1e-5), name
-    for name in ("flops_per_token", "eval_flops"):  # estimated for each pass by its mean share
-        assert getattr(score, name) == pytest.approx(getattr(wanted, name), rel=1e-3), name
+    # estimated for each pass by its mean share, rounded to whole tokens, of which there are 12 here
+    for name in ("flops_per_token", "eval_flops"):
+        assert getattr(score, name) == pytest.approx(getattr(wanted, name), rel=5e-3), name
     assert [x for point in score.curve for x in point] == pytest.approx(
         [x for point in wanted.curve for x in point], abs=1e-5
     )
