@@ -249,8 +249,10 @@ class Trace:
 
     def count(self, name: str, selected: Count, tokens: Count) -> None:
         """Counts what a routed step selected; there may be counts of an earlier run already."""
-        before, of = self.counts.get(name, (0, 0))
-        self.counts[name] = (before + selected, of + tokens)
+        if name in self.counts:
+            before, of = self.counts[name]
+            selected, tokens = before + selected, of + tokens
+        self.counts[name] = (selected, tokens)
 
     def add_loss(self, name: str, loss: Tensor) -> None:
         """Adds a loss; there may be one already, where a loop around runs a block several times."""
