@@ -248,22 +248,29 @@ class SearchEngine:
         phases = self._phases()
         if self.validate_proxy:  # goes before the ablations
             first = {BASELINES: phases.pop(BASELINES)}
-            self.results |= self._run_jobs(pool, first, ranked)
+            self._run_jobs(pool, first, ranked, self.results)
         self._validate_proxy(pool, ranked)
-        self.results |= self._run_jobs(pool, phases, ranked)
+        self._run_jobs(pool, phases, ranked, self.results)
 
     def _run_jobs(
-        self, pool: Pool, phases: Mapping[str, Mapping[K, Job]], ranked: Sequence[Trial]
+        self,
+        pool: Pool,
+        phases: Mapping[str, Mapping[K, Job]],
+        ranked: Sequence[Trial],
+        results: dict[K, JobResult] | None = None,
     ) -> dict[K, JobResult]:
         """Run the jobs by phase while the limits allow it, and return their results.
 
-        No worker waits for the end of a phase: it starts with the next one.
+        No worker waits for the end of a phase: it starts with the next one. ``results``: as of
+        `run_comparison`.
         """
         jobs = {key: job for part in phases.values() for key, job in part.items()}
-        phase_of = {job: phase for phase, part in phases.items() for job in part.values()}
+        # by identity, as a block of a plugin may have a field that cannot be hashed
+        phase_of = {id(job): phase for phase, part in phases.items() for job in part.values()}
+        self.phase = next((phase for phase, part in phases.items() if part), self.phase)
 
         def enter_phase(job: Job) -> str:
-            self.phase = phase_of[job]
+            self.phase = phase_of[id(job)]
             return self.phase
 
         with self._shared(jobs) as shared:
@@ -273,6 +280,7 @@ class SearchEngine:
                 lambda: self._affords_runs(1 / len(self.proxy.tasks), ranked),
                 self._say,
                 shared,
+                results,
             )
 
     @contextmanager

@@ -117,26 +117,30 @@ def run_comparison(
     may_go_on: Callable[[], bool],
     tell: Callable[[str], None],
     shared: SharedJobs[K] | None = None,
+    results: dict[K, JobResult] | None = None,
 ) -> dict[K, JobResult]:
     """Run the jobs that have no stored score, in their order, and return all results.
 
     ``may_go_on`` is asked before each job starts; False starts no further job. ``tell`` is called
     about twice a second with a sentence on the progress. ``shared``: the jobs in a database; those
     that other processes have claimed are waited for. When no further job may start, only those are
-    that they do at that moment.
+    that they do at that moment. ``results``: is filled and returned, so that an interruption does
+    not lose what is in it.
     """
-    results: dict[K, JobResult] = dict(known_scores(jobs, shared))
-    known, started = len(results), time.monotonic()
-
-    def said() -> str:
-        done = len(results) - known
-        seconds = (time.monotonic() - started) / max(1, done) * (len(jobs) - len(results))
-        left = f", {timedelta(seconds=round(seconds))} left" if done and round(seconds) else ""
-        others = "; other processes do the rest" if shared and waiting and not running else ""
-        return f"{len(results)} of {len(jobs)} trainings{left}{others}"
-
+    results = {} if results is None else results
+    results |= known_scores(jobs, shared)
     waiting = [key for key in jobs if key not in results]
     running: dict[Future[ProxyScore], K] = {}
+    asked, started = len(waiting), time.monotonic()
+
+    def said() -> str:
+        missing = len(waiting) + len(running)
+        done = asked - missing
+        seconds = (time.monotonic() - started) / max(1, done) * missing
+        left = f", {timedelta(seconds=round(seconds))} left" if done and round(seconds) else ""
+        others = "; other processes do the rest" if shared and waiting and not running else ""
+        return f"{len(jobs) - missing} of {len(jobs)} trainings{left}{others}"
+
     last: list[K] | None = None  # of other processes, when no further job may start
 
     def goes_on() -> bool:
@@ -167,7 +171,7 @@ def run_comparison(
         if shared:
             results |= shared.scores()
             waiting = [key for key in waiting if key not in results]
-    tell(f"{len(results)} of {len(jobs)} trainings")
+    tell(f"{len(jobs) - len(waiting)} of {len(jobs)} trainings")
     return results
 
 

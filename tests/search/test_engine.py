@@ -210,8 +210,38 @@ def test_an_ablation_starts_while_the_last_baseline_is_trained(
     monkeypatch.setattr(found, "_affords_runs", lambda *_: True)
     monkeypatch.setattr(found, "_tell", lambda *_: next(told))  # it would wait for ever
     assert len(found._run_jobs(cast(Any, Slow()), phases, [])) == len(found.jobs)
+    assert found.phase == "ablations"
     counted = Counter(spending.finished_jobs.get()[0] for _ in found.jobs)
     assert counted == {phase: len(jobs) for phase, jobs in phases.items()}
+
+
+def test_an_interruption_of_the_ablations_keeps_the_baselines_and_what_failed_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = engine(FakeStudy([]), FakeSpending())
+    found.jobs = found._comparison_jobs(TINY, [1])
+    phases, score = found._phases(), trial().rungs[-1]["a"]
+
+    class Interrupted:
+        workers = 1
+
+        def submit(self, work: Any) -> Future[Any]:
+            if any(work is job for job in phases["ablations"].values()):
+                raise KeyboardInterrupt
+            done = Future[Any]()
+            if work is phases["baselines"]["equal-FLOPs plain", "a", 1]:
+                done.set_exception(JobFailed("out of memory", ""))
+            else:
+                done.set_result(score)
+            return done
+
+    monkeypatch.setattr(found, "_affords_runs", lambda *_: True)
+    monkeypatch.setattr(found, "_tell", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        found._run_jobs(cast(Any, Interrupted()), phases, [], found.results)
+    errors = {entry.name: entry.error for entry in found._entries(TINY)}
+    assert errors.keys() == {name for name, _, _ in phases["baselines"]}
+    assert [name for name, error in errors.items() if error] == ["equal-FLOPs plain"]
 
 
 def test_a_score_of_another_machine_counts_more_than_a_failure_here(
