@@ -227,8 +227,11 @@ class Attention(Block):
             past = ctx.stream.past
             if not isinstance(past, int):
                 return ((part, slice(0, S)) for part in parts)
+            # where a chunk ends in padding in every row, this lies beyond the keys
+            stops = (min(S, past + part.stop) for part in parts)
             return (
-                (part, slice(max(0, past + part.start - back), past + part.stop)) for part in parts
+                (part, slice(max(0, min(past + part.start, stop - 1) - back), stop))
+                for part, stop in zip(parts, stops, strict=True)
             )
         if order_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = order_BT.amin(0).tolist(), order_BT.amax(0).tolist()

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import archdsl
 from archdsl.blocks.attention import AttentionSpec
+from archdsl.blocks.modules import attention
 from archdsl.blocks.modules.attention import Attention
 from archdsl.blocks.stack import StackSpec
 from archdsl.costs.receipt import block_cost
+from archdsl.lang.spec import ModelSpec
 from archdsl.nn.block import Context
 from archdsl.nn.cache import Stream
 from tests import naive
@@ -113,3 +117,23 @@ def built(**fields: Any) -> Attention:
     module = spec(**fields).build(D)
     naive.randomise(module)
     return module
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("queries", [1, 256])
+def test_a_chunk_may_end_in_padding_in_every_row(
+    queries: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "QUERIES", queries)  # parts of them may be padding alone
+    layer = {"kind": "layer", "attention": {"head_size": 8, "window": window}}
+    sizes = {"name": "padded", "vocab_size": 11, "context": 12, "dim": 16, "blocks": [layer]}
+    model = archdsl.build(ModelSpec.model_validate(sizes)).double().eval()
+    ids_BT = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(12)
+    with torch.no_grad():
+        wanted_BTV = model(ids_BT)
+        first_BTV = model(ids_BT[:, :3], cache=cache)
+        chunk_BT = F.pad(ids_BT[:, 3:], (0, 4))
+        mask_BT = torch.arange(6).expand(2, 6) < 2
+        rest_BTV = model(chunk_BT, mask_BT, cache)[:, :2]
+    torch.testing.assert_close(torch.cat((first_BTV, rest_BTV), 1), wanted_BTV)
