@@ -96,7 +96,7 @@ def test_under_autocast_on_a_gpu_every_block_hands_on_bfloat16(name: str) -> Non
             module.register_forward_hook(lambda *given: found.append(given[-1].dtype))
     x_BTD = torch.empty(2, 64, 64, device=META, requires_grad=True)
     counter = Counter()
-    with selected_as_counted(counter), autocast(), counter, OnGpu(counter):
+    with selected_as_counted(counter), autocast(), OnGpu(counter):
         assert model.hidden(x_BTD).dtype == torch.bfloat16
     assert set(found) == {torch.bfloat16}
 
