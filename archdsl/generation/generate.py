@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from archdsl.generation.detokenize import StopStringFilter, StreamingDecoder
 from archdsl.generation.sampling import generators, probabilities, sample_tokens
 from archdsl.generation.sampling_config import Sampling
 from archdsl.model.build import require_model
+from archdsl.model.compute_meter import RouterCounts
 from archdsl.model.cuda_graph_step import TokenStep
 from archdsl.model.language_model import LanguageModel
 from archdsl.nn.devices import require_compiler
@@ -75,15 +75,12 @@ class Throughput:
     """How many tokens were read, how fast, and with how many further thinking steps.
 
     ``seconds``: wall-clock time. ``steps``: further thinking steps, summed over the tokens.
-    ``selected_tokens``: the number of tokens that each routed step selected, by its name;
-    ``given_tokens``: of how many, which are fewer where another loop selects first.
     """
 
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
-    selected_tokens: Counter[str] = field(default_factory=Counter)
-    given_tokens: Counter[str] = field(default_factory=Counter)
+    routers: RouterCounts = field(default_factory=RouterCounts)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -97,17 +94,15 @@ class Throughput:
 
     @property
     def router_shares(self) -> dict[str, float]:
-        """The share of the tokens that each routed step selected, by its name."""
-        given = self.given_tokens
-        return {name: self.selected_tokens[name] / max(1, n) for name, n in given.items()}
+        """See `RouterCounts`."""
+        return self.routers.shares
 
     def add(self, other: Throughput) -> None:
         """Add the counts and the time of another measurement."""
         self.tokens += other.tokens
         self.seconds += other.seconds
         self.steps += other.steps
-        self.selected_tokens.update(other.selected_tokens)
-        self.given_tokens.update(other.given_tokens)
+        self.routers.add(other.routers)
 
 
 @dataclass(frozen=True)
@@ -316,9 +311,7 @@ class GenerationRun:
             self.rows[i].steps += steps
         throughput.tokens += sum(map(len, taken))
         throughput.steps += sum(map(sum, taken))
-        for name, (selected, given) in self.model.router_counts().items():
-            throughput.selected_tokens[name] += selected
-            throughput.given_tokens[name] += given
+        throughput.routers.note(self.model)
 
     def _append(self, i: int, token: int) -> GeneratedToken:
         """Append the token to row ``i`` and decide whether the row ends here."""

@@ -20,17 +20,40 @@ from archdsl.nn.cache import Cache
 
 
 @dataclass
+class RouterCounts:
+    """How many tokens each routed step ``selected`` in some passes, by loop and step, and of how
+    many it was ``given``, which are fewer than all where another loop selects first."""
+
+    selected: Counter[str] = field(default_factory=Counter)
+    given: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of its tokens that each routed step selected."""
+        return {name: self.selected[name] / max(1, tokens) for name, tokens in self.given.items()}
+
+    def note(self, model: LanguageModel) -> None:
+        """Adds the last pass of the model."""
+        for name, (selected, given) in model.router_counts().items():
+            self.selected[name] += selected
+            self.given[name] += given
+
+    def add(self, other: RouterCounts) -> None:
+        """Adds the counts of other passes."""
+        self.selected.update(other.selected)
+        self.given.update(other.given)
+
+
+@dataclass
 class Meter:
     """Sums over the passes of one model. Padding is not counted.
 
-    ``selected``: the number of tokens that each routed step selected, ``given``: of how many.
     ``fixed``: FLOPs per token of a model without loops, by the length of the sequence.
     """
 
     tokens: int = 0
     flops: float = 0.0
-    selected: Counter[str] = field(default_factory=Counter)
-    given: Counter[str] = field(default_factory=Counter)
+    routers: RouterCounts = field(default_factory=RouterCounts)
     fixed: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -40,8 +63,8 @@ class Meter:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of tokens that each routed step selected, by loop and step."""
-        return {name: self.selected[name] / max(1, tokens) for name, tokens in self.given.items()}
+        """See `RouterCounts`."""
+        return self.routers.shares
 
     def note(
         self,
@@ -59,16 +82,13 @@ class Meter:
         length = tokens_BT.size(1) if cache is None else int(torch.as_tensor(cache.length).max())
         self.tokens += count
         self.flops += count * self._per_token(model, length)
-        for name, (selected, given) in model.router_counts().items():
-            self.selected[name] += selected
-            self.given[name] += given
+        self.routers.note(model)
 
     def add(self, other: Meter) -> None:
         """Add what another meter has measured of the same model."""
         self.tokens += other.tokens
         self.flops += other.flops
-        self.selected.update(other.selected)
-        self.given.update(other.given)
+        self.routers.add(other.routers)
 
     def _per_token(self, model: LanguageModel, length: int) -> float:
         if model.loops:
